@@ -1,0 +1,165 @@
+"""The command line of every script: flags that suggest the nearest name, one-line errors, a clean stop on Ctrl-C.
+
+    def parse_args(argv=None):
+        parser = ArgumentParser(description=__doc__)
+        parser.add_argument("--output-dir", required=True)     # also answers to --output_dir
+        return parser.parse_args(argv)
+
+    if __name__ == "__main__":
+        run(main)
+"""
+
+import argparse
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from utils.config import nearest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse without abbreviations; `--a-b` and `--a_b` are the same flag; errors are one line with the nearest flag.
+
+    Positional arguments may stand before, between and after flags (`train.py CONFIG --seed 1 optim.lr=1e-4`).
+    A wrong command line prints `error: ...` to stderr and exits with status 2, as argparse does.
+    """
+
+    def __init__(self, *args, **kwargs):
+        kwargs.setdefault("allow_abbrev", False)
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(*args, **kwargs)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
+        args = self._respell(sys.argv[1:] if args is None else args)
+        # Before anything else, or a misspelt required flag would be reported as the other one missing.
+        for flag in (token.partition("=")[0] for token in _before_separator(args) if token.startswith("--")):
+            if flag not in self._option_string_actions and " " not in flag:
+                near = nearest(flag, self._option_string_actions)
+                self.error(f"unknown flag {flag}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+        parsed, rest = self.parse_known_intermixed_args(args, namespace)
+        if rest:
+            self.error(f"unexpected argument{'s' * (len(rest) > 1)}: {' '.join(rest)}")
+        return parsed
+
+    def parse_known_args(self, args=None, namespace=None):
+        return super().parse_known_args(self._respell(sys.argv[1:] if args is None else args), namespace)
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+    def _respell(self, args: Sequence[str]) -> list[str]:
+        """Replace each flag by the declared one that differs from it only in - and _."""
+        declared = {flag.replace("_", "-"): flag for flag in self._option_string_actions}
+        args, result = list(args), []
+        for token in _before_separator(args):
+            flag, equals, value = token.partition("=")
+            if token.startswith("--") and flag not in self._option_string_actions:
+                flag = declared.get(flag.replace("_", "-"), flag)
+            result.append(f"{flag}{equals}{value}")
+        return result + args[len(result):]
+
+
+def _before_separator(args: Sequence[str]) -> Sequence[str]:
+    return args[:args.index("--")] if "--" in args else args
+
+
+class StopRequested(Exception):
+    """Raised by a script that stopped at a signal, after saving. message: how to go on, e.g. the --resume command."""
+
+    def __init__(self, signum: int, message: str = ""):
+        super().__init__(message)
+        self.signum, self.message = int(signum), message
+
+
+class StopSignal:
+    """Context manager that turns Ctrl-C and SIGTERM into a request to stop after the current step.
+
+        with StopSignal() as stop:
+            for batch in loader:
+                ...
+                if stop.requested:                             # None, or the signal's number
+                    save(); raise StopRequested(stop.requested, "continue with --resume auto")
+
+    The first signal sets `requested` and prints one line. A second puts the previous handlers back and raises
+    KeyboardInterrupt. Outside the main thread, where Python allows no handlers, it does nothing.
+    """
+
+    def __init__(self):
+        self.requested: int | None = None
+        self._previous: dict[int, Any] = {}
+        self._process = 0
+
+    def __enter__(self) -> "StopSignal":
+        self._process = os.getpid()
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        while self._previous:
+            number, handler = self._previous.popitem()
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def _handle(self, signum: int, frame) -> None:
+        if os.getpid() != self._process:       # a forked worker inherits this handler; the parent is the one who decides
+            if signum == signal.SIGTERM:       # ... but may end its worker, which must not survive that
+                signal.signal(signum, signal.SIG_DFL)
+                os.kill(os.getpid(), signum)
+            return
+        if self.requested is not None:
+            self.__exit__()
+            raise KeyboardInterrupt
+        self.requested = int(signum)
+        # os.write: print() may not be entered again from a handler that interrupted it.
+        os.write(2, f"{signal.Signals(signum).name}: finishing the step, then saving; again to abort\n".encode())
+
+
+def run(main: Callable[[], Any]) -> None:
+    """Call `main()` and turn what a user can cause and mend into one `error: ...` line on stderr.
+
+    ValueError, OSError (a missing file, a full disk), FloatingPointError (the run diverged), memory used up: exit 2.
+    StopRequested: prints its message, exit 130 (Ctrl-C) or 143 (SIGTERM). KeyboardInterrupt: exit 130. Everything
+    else is a bug and keeps its traceback, exit 1; so do all errors where --debug is on the command line.
+    """
+    try:
+        main()
+    except StopRequested as stop:
+        _leave(128 + stop.signum, stop.message or "stopped")
+    except KeyboardInterrupt:
+        _leave(130, "interrupted")
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+        if "--debug" in sys.argv or not (message := user_message(error)):
+            raise
+        _leave(2, f"error: {message}")
+
+
+def user_message(error: BaseException) -> str | None:
+    """One line for an error that a user can mend, None for a bug."""
+    text = str(error).strip()
+    if text.startswith("Caught ") and "Original Traceback" in text:      # re-raised from a loader worker, traceback as text
+        text = text.splitlines()[-1].partition(": ")[2] or text
+    text = " ".join(text.split())
+    if isinstance(error, RuntimeError):
+        if "out of memory" in text.lower() or "can't allocate memory" in text.lower():
+            return f"out of memory: {text[:200]}; lower the batch or crop size, or use --amp-dtype bfloat16"
+        return None
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename is not None else error.strerror
+    frame = (traceback.extract_tb(error.__traceback__) or [None])[-1]
+    if frame is not None and not Path(frame.filename).resolve().is_relative_to(ROOT) or not text:
+        return f"{type(error).__name__}: {text} (from {frame.filename}:{frame.lineno}; --debug shows the way there)"
+    return text
+
+
+def _leave(status: int, message: str) -> None:
+    sys.stdout.flush()
+    print(message, file=sys.stderr, flush=True)
+    raise SystemExit(status)

@@ -1,0 +1,186 @@
+"""What a run leaves to read: lines on the terminal and in train.log, one JSON line per evaluation, TensorBoard."""
+
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+
+class RunLog:
+    """Writes `train.log` (text), `log.jsonl` (one line per evaluation) and TensorBoard events into `log_dir`.
+
+    rank: only 0 prints or writes. tensorboard: off leaves the events out. append: continue the files of an earlier run;
+    otherwise they are moved to `log_dir/previous_N`. resume_step: continue at this step (implies append): records and
+    TensorBoard points after it are dropped, so that curves do not double. total_steps: for "120/3000" and the ETA.
+    wandb: None, or the keyword arguments of wandb.init; ValueError where wandb or tensorboard is not installed.
+    """
+
+    def __init__(self, log_dir: str | os.PathLike, rank: int = 0, tensorboard: bool = True, append: bool = False,
+                 total_steps: int | None = None, wandb: Mapping[str, Any] | None = None, resume_step: int | None = None):
+        self.dir, self.rank, self.total_steps = Path(log_dir), rank, total_steps
+        self._text = self._records = self._board = self._wandb = None
+        self._start = self._last = (time.monotonic(), resume_step or 0)      # (seconds, step)
+        self._recent: deque[float] = deque(maxlen=9)                         # seconds per step, last intervals
+        if rank != 0:
+            return
+        self.dir.mkdir(parents=True, exist_ok=True)
+        if append or resume_step is not None:
+            _truncate(self.dir / "log.jsonl", resume_step)
+        else:
+            _set_aside(self.dir)
+        self._text = open(self.dir / "train.log", "a", buffering=1, encoding="utf-8")
+        self._records = open(self.dir / "log.jsonl", "a", buffering=1, encoding="utf-8")
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ValueError(f"TensorBoard cannot be imported ({error}): pip install tensorboard") from error
+            purge = None if resume_step is None else resume_step + 1
+            self._board = SummaryWriter(str(self.dir), purge_step=purge)
+        if wandb is not None:
+            try:
+                import wandb as wandb_module
+            except ImportError as error:
+                raise ValueError(f"--wandb: wandb cannot be imported ({error}): pip install wandb") from error
+            self._wandb = wandb_module.init(**wandb)
+
+    def info(self, message: str) -> None:
+        """Print a line at once, also into a pipe, and add it with the time to train.log."""
+        if self.rank == 0:
+            print(message, flush=True)
+            self._text.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {message}\n")
+
+    def train_step(self, step: int, **scalars: float) -> None:
+        """One line: step, scalars, median seconds per step of the last lines, time left at the run's mean pace so far
+        (which counts evaluations). The scalars also go to TensorBoard as train/NAME. Reading a GPU tensor waits for it."""
+        if self.rank != 0:
+            return
+        now, scalars = time.monotonic(), {name: _number(value) for name, value in scalars.items()}
+        parts = [f"step {step}" if self.total_steps is None else f"step {step}/{self.total_steps}"]
+        parts += [f"{name} {_format(name, value)}" for name, value in scalars.items()]
+        if step > self._last[1]:
+            self._recent.append((now - self._last[0]) / (step - self._last[1]))
+            seconds = statistics.median(self._recent)
+            parts.append(f"{seconds:.2f} s/step" if seconds >= 0.1 else f"{seconds:.2g} s/step")
+            if self.total_steps is not None:
+                pace = (now - self._start[0]) / (step - self._start[1])
+                parts.append(f"ETA {timedelta(seconds=round(pace * max(self.total_steps - step, 0)))}")
+        self._last = (now, step)
+        self.info("  ".join(parts))
+        self.scalars(step, {f"train/{name}": value for name, value in scalars.items()})
+
+    def evaluation(self, epoch: int, step: int, split: str, metrics: Mapping[str, Any]) -> None:
+        """Add {"epoch", "step", "split", **metrics} to log.jsonl; single numbers also go to TensorBoard as SPLIT/NAME.
+
+        metrics: numbers, text, lists, dicts, arrays, tensors. Not a number and infinite become null.
+        """
+        if self.rank != 0:
+            return
+        taken = {"epoch", "step", "split"} & set(metrics)
+        assert not taken, f"metrics may not be named {taken}: log.jsonl has these keys"
+        record = _plain({"epoch": epoch, "step": step, "split": split, **metrics})
+        self._records.write(json.dumps(record, allow_nan=False) + "\n")
+        numbers = {name: value for name, value in record.items() if isinstance(value, int | float) and name in metrics}
+        self.scalars(step, {f"{split}/{name}": value for name, value in numbers.items()})
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """TensorBoard only (and wandb): {"Loss/train": 0.4, ...} at `step`."""
+        if self.rank != 0:
+            return
+        values = {name: _number(value) for name, value in values.items()}
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+
+    def close(self) -> None:
+        """Write out and close everything; a second call does nothing."""
+        for part in (self._text, self._records, self._board):
+            if part is not None:
+                part.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+        self._text = self._records = self._board = self._wandb = None
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+
+def progress(iterable: Iterable, description: str, total: int | None = None) -> Iterable:
+    """A tqdm bar on stderr, on a terminal and in the first process only; elsewhere the items pass silently."""
+    others = torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0
+    return tqdm(iterable, description, total, disable=True if others else None, mininterval=2, leave=False, file=sys.stderr)
+
+
+def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The records of a log.jsonl. A last line cut off by a crash is left out; ValueError for a broken line before it."""
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            if line.strip():
+                records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):                            # a whole line ends with a newline, so that "" follows it
+                raise ValueError(f"{path}: line {number} is not JSON ({error.msg}): {line[:60]!r}") from error
+    return records
+
+
+def _truncate(path: Path, last_step: int | None) -> None:
+    """Drop the records after `last_step` and a torn last line, in one rename."""
+    if not path.exists():
+        return
+    records = [r for r in read_log(path) if last_step is None or r["step"] <= last_step]
+    temporary = path.with_suffix(".jsonl.tmp")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _set_aside(log_dir: Path) -> None:
+    """Move an earlier run's files into the first free log_dir/previous_N: nothing is lost where --resume was forgotten."""
+    found = [*log_dir.glob("train.log"), *log_dir.glob("log.jsonl"), *log_dir.glob("events.out.tfevents.*")]
+    if found:
+        number = 1
+        while (log_dir / f"previous_{number}").exists():
+            number += 1
+        (log_dir / f"previous_{number}").mkdir()
+        for path in found:
+            path.rename(log_dir / f"previous_{number}" / path.name)
+
+
+def _number(value: Any) -> float:
+    return value.item() if isinstance(value, torch.Tensor | np.ndarray | np.generic) else value
+
+
+def _format(name: str, value: float) -> str:
+    if isinstance(value, int):
+        return str(value)
+    small = 0 < abs(value) < 1e-3 or abs(value) >= 1e5
+    return f"{value:.2e}" if small or "lr" in name.split("_") else f"{value:.4f}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, torch.Tensor | np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
