@@ -1,0 +1,487 @@
+"""Reading and writing triangle meshes and their per-face labels, with faces ALWAYS in the order of the file.
+
+Labels belong to faces by position alone, so a loader that reorders faces destroys them silently. trimesh reorders
+faces of an OBJ with several materials (and of anything with quads), splits vertices of a textured PLY and refuses a
+binary PLY that mixes triangles and quads; .obj, .ply and .off are therefore read here, .stl and .glb through trimesh.
+Degenerate, duplicate and non-manifold faces are kept: every one has a label.
+"""
+
+import difflib
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import trimesh
+
+try:
+    from utils.losses import IGNORE_INDEX
+except ImportError:                                 # until that file is there
+    IGNORE_INDEX = -100
+
+MESH_SUFFIXES = (".obj", ".ply", ".off", ".stl", ".glb")
+LABEL_FILES = ("{}.txt", "{}.npy", "{}_labels.npy", "{}.seg", "{}.eseg")
+LABEL_KINDS = ("auto", "face", "polygon", "vertex", "edge")
+PLY_LABEL_NAMES = ("label", "labels", "class")
+PLY_TYPES = {"char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4", "float": "f4",
+             "double": "f8", "int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2", "int32": "i4", "uint32": "u4",
+             "int64": "i8", "uint64": "u8", "float32": "f4", "float64": "f8"}
+
+
+class Mesh(NamedTuple):
+    """A triangle mesh as its file has it, polygons cut into fans."""
+    vertices: np.ndarray            # (V, 3) float64
+    faces: np.ndarray               # (F, 3) int64, in file order
+    label: np.ndarray | None        # (F,) int64, raw values of a PLY face property named label, labels or class
+    polygon: np.ndarray | None      # (F,) int64, the file's face each triangle came from; None: triangles only
+    path: str
+
+
+# --- meshes ---------------------------------------------------------------------------------------------------------
+
+def read_mesh(path: str | Path) -> Mesh:
+    """Read a mesh file (MESH_SUFFIXES) with its faces in file order.
+
+    Polygons become fans around their first corner. Vertices of .stl (three per face in the file) are merged where
+    exactly equal. A .glb gives its meshes in file order, each placed by its node (twice if two nodes show it).
+    Raises FileNotFoundError, and ValueError for an unknown suffix, a corrupt file, no faces, a NaN or infinite
+    coordinate, a face with fewer than three corners or with an index out of range.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in MESH_SUFFIXES:
+        nearest = difflib.get_close_matches(suffix, MESH_SUFFIXES, 1, 0.5)
+        raise ValueError(f"{path}: '{suffix}' is not a mesh suffix known here, use one of {' '.join(MESH_SUFFIXES)}"
+                         + (f" (did you mean {nearest[0]}?)" if nearest else ""))
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such mesh file; check the path")
+    reader = {".obj": _read_obj, ".ply": _read_ply, ".off": _read_off}.get(suffix, _read_with_trimesh)
+    vertices, corner, count, label = reader(path)
+    if len(count) == 0:
+        raise ValueError(f"{path}: no faces; a mesh is needed here, not a point cloud or an empty file")
+    finite = np.isfinite(vertices).all(1)
+    if not finite.all():
+        raise ValueError(f"{path}: {(~finite).sum()} of {len(vertices)} vertices have a NaN or infinite coordinate, "
+                         f"the first is vertex {np.argmin(finite)}; repair the file")
+    if count.min() < 3:
+        raise ValueError(f"{path}: face {np.argmax(count < 3)} has {count.min()} corners; a face needs three or more")
+    outside = (corner < 0) | (corner >= len(vertices))
+    if outside.any():
+        first = np.argmax(outside)
+        raise ValueError(f"{path}: face {np.searchsorted(np.cumsum(count), first, side='right')} uses vertex "
+                         f"{corner[first]}, the file has vertices 0..{len(vertices) - 1}; is the file cut short?")
+    faces, polygon = _fan(corner, count)
+    if label is not None and polygon is not None:
+        label = label[polygon]
+    return Mesh(vertices, faces, label, polygon, str(path))
+
+
+def _fan(corner: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """Cut polygons (all corners in a row, and the number of each) into fans: faces (F, 3), polygon (F,) or None."""
+    if (count == 3).all():
+        return corner.reshape(-1, 3), None
+    polygon = np.repeat(np.arange(len(count)), count - 2)
+    step = np.arange(len(polygon)) - np.repeat(np.cumsum(count - 2) - (count - 2), count - 2)
+    first = (np.cumsum(count) - count)[polygon]
+    return np.stack([corner[first], corner[first + step + 1], corner[first + step + 2]], 1), polygon
+
+
+def _numbers(text: bytes, dtype: type) -> tuple[np.ndarray, np.ndarray] | None:
+    """The numbers of a text and how many each line has; of tokens like 7/1/3 the first. None: not all are numbers."""
+    byte = np.frombuffer(text if text.endswith(b"\n") else text + b"\n", np.uint8)
+    token, slash = byte > 32, byte == ord("/")
+    digit = token & ~slash
+    token_start, number_start = token.copy(), digit.copy()
+    token_start[1:] &= ~token[:-1]
+    number_start[1:] &= ~digit[:-1]
+    line_start = np.append(0, np.flatnonzero(byte == ord("\n"))[:-1] + 1)
+    count = np.add.reduceat(token_start, line_start, dtype=np.int64)
+    with warnings.catch_warnings():                 # of text it cannot parse, fromstring returns the numbers before it
+        warnings.simplefilter("ignore", DeprecationWarning)
+        try:
+            value = np.fromstring(np.where(slash, np.uint8(32), byte).tobytes(), dtype, sep=" ")
+        except ValueError:
+            return None
+    if len(value) != number_start.sum():
+        return None
+    value = value[token_start[number_start]]
+    return (value, count) if len(value) == count.sum() else None
+
+
+def _read_obj(path: Path):
+    text = path.read_bytes().replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    parsed = _parse_obj(text)
+    return parsed if parsed is not None else _parse_obj_by_line(text, path)
+
+
+def _parse_obj(text: bytes):
+    """The `v` and `f` lines of an OBJ at numpy's speed. None where anything is odd, the slow parser's matter."""
+    if b"#" in text:
+        text = re.sub(rb"#[^\n]*", b"", text)
+    if b"\\" in text:
+        text = re.sub(rb"\\[ \t]*\n", b" ", text)
+    if re.search(rb"(?:\A|\n)[ \t]", text):
+        text = re.sub(rb"(?m)^[ \t]+", b"", text)
+    byte = np.frombuffer(text + b"\n", np.uint8)
+    end = np.flatnonzero(byte == ord("\n")) + 1
+    start = np.append(0, end[:-1])
+    keyword, after = byte[start], byte[np.minimum(start + 1, len(byte) - 1)]
+    after = (after == ord(" ")) | (after == ord("\t"))
+
+    def numbers_of(mask, dtype):
+        chosen = byte[np.repeat(mask, end - start)]
+        length = (end - start)[mask]
+        chosen[np.cumsum(length) - length] = ord(" ")                      # the keyword itself
+        return _numbers(chosen.tobytes(), dtype)
+
+    is_vertex, is_face = after & (keyword == ord("v")), after & (keyword == ord("f"))
+    if not is_vertex.any() or not is_face.any():
+        return None
+    vertex, face = numbers_of(is_vertex, np.float64), numbers_of(is_face, np.int64)
+    if vertex is None or face is None or vertex[1].min() < 3 or face[1].min() < 3:
+        return None
+    value, count = vertex                                                  # x y z [w] [r g b]
+    vertices = value[(np.cumsum(count) - count)[:, None] + np.arange(3)]
+    corner, count = face
+    seen = np.repeat(np.cumsum(is_vertex)[is_face], count)                 # vertices above the line
+    corner = np.where(corner < 0, corner + seen, corner - 1)
+    if corner.min() < 0 or corner.max() >= len(vertices):
+        return None
+    return vertices, corner, count, None
+
+
+def _parse_obj_by_line(text: bytes, path: Path):
+    """The same, line by line (about ten times slower), raising with the number of the line that is wrong."""
+    vertices, corner, count, line_of_face, pending = [], [], [], [], b""
+    for number, line in enumerate(text.split(b"\n"), 1):
+        line = pending + line.split(b"#", 1)[0].rstrip()
+        pending = line[:-1] + b" " if line.endswith(b"\\") else b""
+        word = line.split()
+        if pending or not word or word[0] not in (b"v", b"f"):
+            continue
+        try:
+            if word[0] == b"v":
+                vertices.append([float(word[1]), float(word[2]), float(word[3])])
+                continue
+            index = [int(w.split(b"/", 1)[0]) for w in word[1:]]
+        except (ValueError, IndexError):
+            raise ValueError(f"{path}: line {number} cannot be read: {line[:60].decode(errors='replace')!r}; "
+                             f"'v x y z' or 'f a b c ...' is expected") from None
+        if len(index) < 3:
+            raise ValueError(f"{path}: line {number}: a face of {len(index)} corners; a face needs three or more")
+        if 0 in index or min(index) < -len(vertices):
+            raise ValueError(f"{path}: line {number}: face index {0 if 0 in index else min(index)} names no vertex "
+                             f"({len(vertices)} so far; OBJ counts from 1, from -1 backwards)")
+        corner += [i - 1 if i > 0 else i + len(vertices) for i in index]
+        count.append(len(index))
+        line_of_face.append(number)
+    for c, number in zip(corner, np.repeat(line_of_face, count) if count else [], strict=True):
+        if c >= len(vertices):
+            raise ValueError(f"{path}: line {number}: face index {c + 1}, but the file has {len(vertices)} vertices; "
+                             f"is the file cut short?")
+    return np.array(vertices).reshape(-1, 3), np.array(corner, np.int64), np.array(count, np.int64), None
+
+
+def _read_off(path: Path):
+    text = re.sub(rb"#[^\n]*", b"", path.read_bytes().replace(b"\r", b"\n"))
+    header = re.match(rb"\s*(?:ST)?C?N?OFF(?!\s*BINARY)", text)
+    if header is None:
+        raise ValueError(f"{path}: does not begin with OFF, so it is no (text) OFF file; convert it")
+    text = re.sub(rb"\n\s*\n", b"\n", text[header.end():].strip())
+    parsed = _numbers(text, np.float64)
+    if parsed is None:
+        raise ValueError(f"{path}: holds something that is not a number; is it an OFF file?")
+    value, count = parsed
+    start = np.cumsum(count) - count                                       # of every line
+    V, F = (int(v) for v in value[:2]) if count[0] >= 2 else (-1, -1)
+    if V < 0 or F < 0 or len(count) < 1 + V + F or (V and count[1:1 + V].min() < 3):
+        raise ValueError(f"{path}: {len(count)} lines do not hold the {V} vertices and {F} faces of the first; "
+                         f"is the file cut short?")
+    vertices = value[start[1:1 + V, None] + np.arange(3)]
+    start, count = start[1 + V:1 + V + F], count[1 + V:1 + V + F]
+    sides = value[start].astype(np.int64)                                  # n i j k ... [colour]
+    if F and (sides >= count).any():
+        raise ValueError(f"{path}: face {np.argmax(sides >= count)} announces more corners than its line holds")
+    within = np.arange(sides.sum()) - np.repeat(np.cumsum(sides) - sides, sides)
+    return vertices, value[np.repeat(start, sides) + 1 + within].astype(np.int64), sides, None
+
+
+def _read_ply(path: Path):
+    data = path.read_bytes()
+    try:
+        format_, elements, offset = _ply_header(data)
+        if format_ == "ascii":                      # from here on like a binary file that holds doubles only
+            parsed = _numbers(data[offset:], np.float64)
+            if parsed is None:
+                raise ValueError("something in the body is not a number")
+            data, offset = parsed[0].tobytes(), 0
+        order = ">" if format_ == "binary_big_endian" else "<"
+        columns = {}
+        for name, length, properties in elements:
+            types = [(n, *("f8" if format_ == "ascii" and t else t and order + t for t in ts)) for n, *ts in properties]
+            columns[name], offset = _ply_element(data, offset, length, types)
+        vertices = np.stack([columns["vertex"][axis][0] for axis in "xyz"], 1).astype(np.float64)
+        face = columns.get("face", {})
+        index = next((face[n] for n in ("vertex_indices", "vertex_index") if n in face), (np.empty(0), np.empty(0)))
+    except (ValueError, KeyError, IndexError) as error:
+        raise ValueError(f"{path}: cannot be read as PLY ({error}); is it cut short or damaged?") from error
+    label = next((face[n][0] for n in PLY_LABEL_NAMES if n in face and face[n][1] is None), None)
+    if label is not None:
+        label = _as_integers(label, path)
+    return vertices, index[0].astype(np.int64), index[1].astype(np.int64), label
+
+
+def _ply_header(data: bytes):
+    """Format, elements as (name, length, [(property, type, type of the list's length or None)]), offset of the body."""
+    end = re.search(rb"^end_header[ \t]*(\r\n|\n|\r)", data, re.MULTILINE)
+    lines = re.split(r"[\r\n]+", data[:end.start()].decode("latin-1")) if end else []
+    if not lines or lines[0].strip() != "ply":
+        raise ValueError("no PLY header")
+    format_, elements = "", []
+    for word in (line.split() for line in lines[1:]):
+        if word[:1] == ["format"]:
+            format_ = word[1]
+        elif word[:1] == ["element"]:
+            elements.append((word[1], int(word[2]), []))
+        elif word[:2] == ["property", "list"]:
+            elements[-1][2].append((word[4], PLY_TYPES[word[3]], PLY_TYPES[word[2]]))
+        elif word[:1] == ["property"]:
+            elements[-1][2].append((word[2], PLY_TYPES[word[1]], None))
+    if format_ not in ("ascii", "binary_little_endian", "binary_big_endian"):
+        raise ValueError(f"format {format_!r}")
+    return format_, elements, end.end()
+
+
+def _ply_element(data: bytes, offset: int, length: int, properties: list):
+    """One element's columns: {property: (values, None)}, of a list {property: (values in a row, length of each)}."""
+    if length == 0:
+        return {name: (np.empty(0), np.empty(0) if size else None) for name, _, size in properties}, offset
+    fields, at = [], offset                         # suppose all lists to be as long as those of the first row
+    for name, kind, size in properties:
+        number = int(np.frombuffer(data, size, 1, at)[0]) if size else 1
+        fields += [(name + " length", size), (name, kind, (number,))] if size else [(name, kind)]
+        at += number * np.dtype(kind).itemsize + (np.dtype(size).itemsize if size else 0)
+    row = np.dtype(fields)
+    lists = [name for name, _, size in properties if size]
+    if offset + length * row.itemsize <= len(data):
+        table = np.frombuffer(data, row, length, offset)
+        if all((table[f"{name} length"] == row[name].shape[0]).all() for name in lists):
+            columns = {name: (table[name].reshape(-1), table[f"{name} length"] if name in lists else None)
+                       for name, _, _ in properties}
+            return columns, offset + length * row.itemsize
+    columns = {name: ([], []) for name, _, _ in properties}
+    for _ in range(length):                         # lists of several lengths: row by row
+        for name, kind, size in properties:
+            number = 1
+            if size:
+                number = int(np.frombuffer(data, size, 1, offset)[0])
+                offset += np.dtype(size).itemsize
+            columns[name][0].append(np.frombuffer(data, kind, number, offset))
+            columns[name][1].append(number)
+            offset += number * np.dtype(kind).itemsize
+    return {name: (np.concatenate(columns[name][0]), np.array(columns[name][1]) if size else None)
+            for name, _, size in properties}, offset
+
+
+def _read_with_trimesh(path: Path):
+    try:
+        scene = trimesh.load_scene(str(path), process=False, skip_materials=True)
+        vertices, faces, total = [np.empty((0, 3))], [np.empty((0, 3), np.int64)], 0
+        for name, mesh in scene.geometry.items():
+            for node in scene.graph.geometry_nodes.get(name, []) if isinstance(mesh, trimesh.Trimesh) else []:
+                vertices.append(trimesh.transform_points(mesh.vertices, scene.graph[node][0]))
+                faces.append(np.asarray(mesh.faces) + total)
+                total += len(mesh.vertices)
+    except Exception as error:                      # a parser of somebody else's on a damaged file: anything may come
+        raise ValueError(f"{path}: cannot be read as {path.suffix[1:].upper()} "
+                         f"({type(error).__name__}: {error}); is it cut short or damaged?") from error
+    vertices, faces = np.concatenate(vertices), np.concatenate(faces)
+    if path.suffix.lower() == ".stl" and len(vertices):
+        vertices = vertices + 0.0                   # -0.0 becomes 0.0
+        order = np.lexsort(vertices.T)
+        new = np.append(True, (vertices[order[1:]] != vertices[order[:-1]]).any(1))
+        merged = np.empty(len(vertices), np.int64)
+        merged[order] = np.cumsum(new) - 1
+        vertices, faces = vertices[order[new]], merged[faces]
+    return vertices, faces.reshape(-1).astype(np.int64), np.full(len(faces), 3), None
+
+
+def list_meshes(mesh_dir: str | Path) -> list[Path]:
+    """The mesh files of a folder (not of its sub-folders, no hidden ones), sorted by name.
+
+    Raises FileNotFoundError, and ValueError for a folder without meshes or with two meshes of one stem.
+    """
+    mesh_dir = Path(mesh_dir)
+    if not mesh_dir.is_dir():
+        raise FileNotFoundError(f"{mesh_dir}: no such folder of meshes; check the path")
+    paths = sorted(p for p in mesh_dir.iterdir()
+                   if p.suffix.lower() in MESH_SUFFIXES and not p.name.startswith(".") and p.is_file())
+    if not paths:
+        raise ValueError(f"{mesh_dir}: no mesh in this folder (looked for {' '.join(MESH_SUFFIXES)})")
+    stems = {}
+    for path in paths:
+        if stems.setdefault(path.stem, path) != path:
+            raise ValueError(f"{mesh_dir}: {stems[path.stem].name} and {path.name} would share a label file; keep one")
+    return paths
+
+
+# --- labels ---------------------------------------------------------------------------------------------------------
+
+def find_label_file(mesh_path: str | Path, label_dir: str | Path) -> Path:
+    """The label file of a mesh: STEM.txt, .npy, _labels.npy, .seg or .eseg in label_dir, else the PLY mesh itself.
+
+    Raises FileNotFoundError for none, ValueError for two.
+    """
+    mesh_path, label_dir = Path(mesh_path), Path(label_dir)
+    names = [pattern.format(mesh_path.stem) for pattern in LABEL_FILES]
+    found = [label_dir / name for name in names if (label_dir / name).is_file()]
+    if len(found) > 1:
+        raise ValueError(f"{mesh_path}: {' and '.join(map(str, found))} both look like its labels; keep one")
+    if not found and mesh_path.suffix.lower() == ".ply" and read_mesh(mesh_path).label is not None:
+        return mesh_path
+    if not found:
+        raise FileNotFoundError(f"{mesh_path}: no labels; looked in {label_dir} for {', '.join(names)}"
+                                + (f" and in the PLY for a face property {', '.join(PLY_LABEL_NAMES)}"
+                                   if mesh_path.suffix.lower() == ".ply" else ""))
+    return found[0]
+
+
+def read_labels(path: str | Path, mesh: Mesh, num_classes: int | None = None, label_offset: int = 0,
+                ignore_labels: Sequence[int] = (), kind: str = "auto") -> np.ndarray:
+    """The label of every face of a mesh: (F,) int64 in 0..num_classes-1, or IGNORE_INDEX.
+
+    path           .txt .seg .eseg (numbers, white space between), .npy, or a .ply with a face property (the mesh).
+    label_offset   added to the file's values: -1 for a file that counts classes from 1.
+    ignore_labels  the file's values (before the offset) that become IGNORE_INDEX; -100 always does.
+    kind           what the file labels. "auto": faces, or polygons if their number fits, or edges if it is an .eseg.
+                   "vertex", "edge": a face takes the majority of its three, of three different ones the smallest.
+                   Edges are in order of first appearance over faces, corners (0,1), (1,2), (2,0), as in MeshCNN.
+
+    Labels are never shifted, cut or padded to fit: ValueError for a wrong number of them (names the likely cause),
+    for a value outside 0..num_classes-1, and for anything that is not an integer.
+    """
+    path = Path(path)
+    if kind not in LABEL_KINDS:
+        raise ValueError(f"label_kind: {kind!r} is none of {', '.join(LABEL_KINDS)}")
+    if path.suffix.lower() == ".ply":
+        label = (mesh if path == Path(mesh.path) else read_mesh(path)).label
+        if label is None:
+            raise ValueError(f"{path}: its faces have no property {', '.join(PLY_LABEL_NAMES)}; give a label file")
+    else:
+        label = _as_integers(_read_label_file(path), path)
+    ignored = np.isin(label, [*ignore_labels, IGNORE_INDEX])
+    label = np.where(ignored, IGNORE_INDEX, label + label_offset)
+    _check_range(label[~ignored], path, num_classes, label_offset)
+    return _to_faces(label, mesh, kind, path)
+
+
+def _read_label_file(path: Path) -> np.ndarray:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such label file; check the path")
+    if path.suffix.lower() == ".npy":
+        try:
+            label = np.load(path, allow_pickle=False)
+        except (ValueError, EOFError, OSError) as error:
+            raise ValueError(f"{path}: cannot be read as an array ({error}); save it with numpy.save") from error
+        if label.dtype.kind not in "biuf" or max(label.shape, default=1) != label.size:
+            raise ValueError(f"{path}: {label.dtype} {label.shape}; one number per face is expected, not scores")
+        return label.reshape(-1)
+    if path.suffix.lower() not in (".txt", ".seg", ".eseg"):
+        raise ValueError(f"{path}: '{path.suffix}' is no label suffix; use .txt .npy .seg .eseg or a .ply with labels")
+    text = path.read_bytes().removeprefix(b"\xef\xbb\xbf").replace(b"\r", b"\n")
+    parsed = None if b"/" in text else _numbers(text, np.float64)
+    if parsed is not None:
+        return parsed[0]
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
+        for word in line.split():
+            try:
+                float(word)
+            except ValueError:
+                raise ValueError(f"{path}: line {number}: {word[:40]!r} is not a number; labels are integers with "
+                                 f"white space between them") from None
+    raise ValueError(f"{path}: cannot be read as numbers")
+
+
+def _as_integers(label: np.ndarray, path: Path) -> np.ndarray:
+    """label as int64; ValueError for an empty array and for values that are not whole numbers."""
+    if len(label) == 0:
+        raise ValueError(f"{path}: no labels in it; one label per face is expected")
+    if label.dtype.kind == "f":
+        wrong = ~np.isfinite(label) | (label != np.round(label))
+        if wrong.any():
+            raise ValueError(f"{path}: {wrong.sum()} of {len(label)} labels are no integers, the first is number "
+                             f"{np.argmax(wrong)} (from 0): {label[wrong][0]:g}; labels are class numbers")
+    return label.astype(np.int64)
+
+
+def _check_range(label: np.ndarray, path: Path, num_classes: int | None, label_offset: int) -> None:
+    wrong, count = np.unique(label[(label < 0) | (label >= (num_classes or np.inf))] - label_offset, return_counts=True)
+    if len(wrong) == 0:
+        return
+    shown = ", ".join(f"{v} ({c} times)" for v, c in zip(wrong[:5], count[:5], strict=True))
+    shown += ", ..." if len(wrong) > 5 else ""
+    hint = f"known: 0..{num_classes - 1}" if num_classes else "classes count from 0"
+    if label_offset:
+        hint += f" after label_offset: {label_offset}"
+    if wrong.tolist() == [num_classes] and label.min() > 0:
+        hint += "; does the file count from 1? Then label_offset: -1"
+    else:
+        hint += f"; if these mean 'not labelled', ignore_labels: {wrong[:5].tolist()}"
+    raise ValueError(f"{path}: unknown label {shown}; {hint}")
+
+
+def _edges(faces: np.ndarray) -> tuple[np.ndarray, int]:
+    """Number of the edge between corners (0,1), (1,2), (2,0) of each face, (F, 3), by first appearance; how many."""
+    pair = np.sort(np.stack([faces, np.roll(faces, -1, 1)], -1).reshape(-1, 2), 1)
+    _, first, inverse = np.unique(pair[:, 0] * (faces.max() + 1) + pair[:, 1], return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[inverse].reshape(-1, 3), len(first)
+
+
+def _majority(label: np.ndarray) -> np.ndarray:
+    """(F, 3) -> (F,): the value two or three share, else the smallest that is not ignored."""
+    a, b, c = label.T
+    smallest = np.where(label == IGNORE_INDEX, np.iinfo(np.int64).max, label).min(1)
+    return np.where((a == b) | (a == c), a, np.where(b == c, b, smallest))
+
+
+def _to_faces(label: np.ndarray, mesh: Mesh, kind: str, path: Path) -> np.ndarray:
+    """label per face, polygon, vertex or edge -> (F,) per face."""
+    F, V, n = len(mesh.faces), len(mesh.vertices), len(label)
+    polygons = F if mesh.polygon is None else int(mesh.polygon[-1]) + 1
+    if kind == "auto":
+        kind = "edge" if path.suffix.lower() == ".eseg" else "polygon" if n == polygons != F else "face"
+    expected = {"face": F, "polygon": polygons, "vertex": V}
+    if kind == "edge" or n != expected[kind]:
+        edge, expected["edge"] = _edges(mesh.faces)
+    if n != expected[kind]:
+        same = [k for k in ("face", "polygon", "vertex", "edge") if expected[k] == n]
+        if same:
+            cause = f"one per {same[0]}? Then label_kind: {same[0]}"
+        elif abs(n - expected[kind]) <= max(10, expected[kind] // 100):
+            cause = "did an exporter drop or add degenerate or duplicate faces? Label the mesh file itself"
+        else:
+            cause = "was the mesh simplified or changed after labelling?"
+        raise ValueError(f"{path}: {n} labels, but {mesh.path} has {expected[kind]} {kind}s "
+                         f"({F} triangles, {V} vertices); {cause}")
+    if kind == "edge":
+        return _majority(label[edge])
+    if kind == "vertex":
+        return _majority(label[mesh.faces])
+    return label[mesh.polygon] if kind == "polygon" and mesh.polygon is not None else label
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+def write_labels(path: str | Path, label: np.ndarray) -> None:
+    """Write (F,) integers, one per line (.txt) or as int64 array (.npy). Values as the file has them, ignored too."""
+    path, label = Path(path), np.asarray(label)
+    if label.ndim != 1 or label.dtype.kind not in "iu":
+        raise ValueError(f"{path}: labels to write must be a row of integers, not {label.dtype} {label.shape}")
+    if path.suffix.lower() == ".npy":
+        np.save(path, label.astype(np.int64))
+    elif path.suffix.lower() == ".txt":
+        path.write_text("".join(f"{v}\n" for v in label.tolist()))
+    else:
+        raise ValueError(f"{path}: labels are written as .txt or .npy")
