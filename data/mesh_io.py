@@ -16,10 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import trimesh
 
-try:
-    from utils.losses import IGNORE_INDEX
-except ImportError:                                 # until that file is there
-    IGNORE_INDEX = -100
+from utils.losses import IGNORE_INDEX
 
 MESH_SUFFIXES = (".obj", ".ply", ".off", ".stl", ".glb")
 LABEL_FILES = ("{}.txt", "{}.npy", "{}_labels.npy", "{}.seg", "{}.eseg")
@@ -96,8 +93,7 @@ def _numbers(text: bytes, dtype: type) -> tuple[np.ndarray, np.ndarray] | None:
     token_start, number_start = token.copy(), digit.copy()
     token_start[1:] &= ~token[:-1]
     number_start[1:] &= ~digit[:-1]
-    line_start = np.append(0, np.flatnonzero(byte == ord("\n"))[:-1] + 1)
-    count = np.add.reduceat(token_start, line_start, dtype=np.int64)
+    count = np.diff(np.searchsorted(np.flatnonzero(token_start), np.flatnonzero(byte == ord("\n"))), prepend=0)
     with warnings.catch_warnings():                 # of text it cannot parse, fromstring returns the numbers before it
         warnings.simplefilter("ignore", DeprecationWarning)
         try:
@@ -122,34 +118,43 @@ def _parse_obj(text: bytes):
         text = re.sub(rb"#[^\n]*", b"", text)
     if b"\\" in text:
         text = re.sub(rb"\\[ \t]*\n", b" ", text)
-    if re.search(rb"(?:\A|\n)[ \t]", text):
+    if b"\n " in text or b"\n\t" in text or text[:1] in (b" ", b"\t"):
         text = re.sub(rb"(?m)^[ \t]+", b"", text)
-    byte = np.frombuffer(text + b"\n", np.uint8)
-    end = np.flatnonzero(byte == ord("\n")) + 1
-    start = np.append(0, end[:-1])
-    keyword, after = byte[start], byte[np.minimum(start + 1, len(byte) - 1)]
-    after = (after == ord(" ")) | (after == ord("\t"))
-
-    def numbers_of(mask, dtype):
-        chosen = byte[np.repeat(mask, end - start)]
-        length = (end - start)[mask]
-        chosen[np.cumsum(length) - length] = ord(" ")                      # the keyword itself
-        return _numbers(chosen.tobytes(), dtype)
-
-    is_vertex, is_face = after & (keyword == ord("v")), after & (keyword == ord("f"))
-    if not is_vertex.any() or not is_face.any():
-        return None
-    vertex, face = numbers_of(is_vertex, np.float64), numbers_of(is_face, np.int64)
-    if vertex is None or face is None or vertex[1].min() < 3 or face[1].min() < 3:
-        return None
-    value, count = vertex                                                  # x y z [w] [r g b]
-    vertices = value[(np.cumsum(count) - count)[:, None] + np.arange(3)]
-    corner, count = face
-    seen = np.repeat(np.cumsum(is_vertex)[is_face], count)                 # vertices above the line
-    corner = np.where(corner < 0, corner + seen, corner - 1)
-    if corner.min() < 0 or corner.max() >= len(vertices):
+    values, corners, sides, seen = [], [], [], 0
+    for block in _blocks(text + b"\n", 1 << 20):                           # of a size that stays in the cache
+        byte = np.frombuffer(block, np.uint8)
+        end = np.flatnonzero(byte == ord("\n")) + 1
+        start = np.append(0, end[:-1])
+        keyword, after = byte[start], byte[np.minimum(start + 1, len(byte) - 1)]
+        after = (after == ord(" ")) | (after == ord("\t"))
+        is_vertex, is_face = after & (keyword == ord("v")), after & (keyword == ord("f"))
+        parsed = []
+        for mask, dtype in ((is_vertex, np.float64), (is_face, np.int64)):
+            length = (end - start)[mask]
+            chosen = byte[np.repeat(mask, end - start)]
+            chosen[np.cumsum(length) - length] = ord(" ")                  # the keyword itself
+            parsed.append(_numbers(chosen.tobytes(), dtype))
+            if parsed[-1] is None or parsed[-1][1].min(initial=3) < 3:
+                return None
+        (value, count), (corner, side) = parsed                            # x y z [w] [r g b] and i j k ...
+        above = np.repeat(seen + np.cumsum(is_vertex)[is_face], side)      # vertices above the face's line
+        seen += is_vertex.sum()
+        values.append(value[(np.cumsum(count) - count)[:, None] + np.arange(3)])
+        corners.append(np.where(corner < 0, corner + above, corner - 1))
+        sides.append(side)
+    vertices, corner, count = map(np.concatenate, (values, corners, sides))
+    if not len(corner) or corner.min() < 0 or corner.max() >= len(vertices):
         return None
     return vertices, corner, count, None
+
+
+def _blocks(text: bytes, size: int):
+    """The text in pieces of about `size` bytes that end with a line."""
+    at = 0
+    while at < len(text):
+        end = text.find(b"\n", at + size) + 1 or len(text)
+        yield text[at:end]
+        at = end
 
 
 def _parse_obj_by_line(text: bytes, path: Path):
@@ -189,13 +194,12 @@ def _read_off(path: Path):
     header = re.match(rb"\s*(?:ST)?C?N?OFF(?!\s*BINARY)", text)
     if header is None:
         raise ValueError(f"{path}: does not begin with OFF, so it is no (text) OFF file; convert it")
-    text = re.sub(rb"\n\s*\n", b"\n", text[header.end():].strip())
-    parsed = _numbers(text, np.float64)
+    parsed = _numbers(text[header.end():], np.float64)
     if parsed is None:
         raise ValueError(f"{path}: holds something that is not a number; is it an OFF file?")
-    value, count = parsed
-    start = np.cumsum(count) - count                                       # of every line
-    V, F = (int(v) for v in value[:2]) if count[0] >= 2 else (-1, -1)
+    value, count = parsed[0], parsed[1][parsed[1] > 0]                     # without empty lines
+    start = np.cumsum(count) - count
+    V, F = (int(v) for v in value[:2]) if len(count) and count[0] >= 2 else (-1, -1)
     if V < 0 or F < 0 or len(count) < 1 + V + F or (V and count[1:1 + V].min() < 3):
         raise ValueError(f"{path}: {len(count)} lines do not hold the {V} vertices and {F} faces of the first; "
                          f"is the file cut short?")
@@ -485,3 +489,54 @@ def write_labels(path: str | Path, label: np.ndarray) -> None:
         path.write_text("".join(f"{v}\n" for v in label.tolist()))
     else:
         raise ValueError(f"{path}: labels are written as .txt or .npy")
+
+
+def write_ply(path: str | Path, vertices: np.ndarray, faces: np.ndarray, face_color: np.ndarray,
+              label: np.ndarray | None = None) -> None:
+    """Write a binary PLY with a colour, and an int property `label`, per face, faces in the given order.
+
+    vertices (V, 3), kept as doubles; faces (F, 3); face_color (F, 3) uint8; label (F,). MeshLab and trimesh show the face
+    colours; Blender reads the mesh without them (its importer knows colours of vertices only: give it write_glb's file).
+    """
+    _check_colors(path, faces, face_color)
+    vertex = np.zeros(len(vertices), [(axis, "<f8") for axis in "xyz"])
+    for i, axis in enumerate("xyz"):
+        vertex[axis] = np.asarray(vertices)[:, i]
+    fields = [("length", "u1"), ("corner", "<i4", 3), ("color", "u1", 3)] + ([] if label is None else [("label", "<i4")])
+    face = np.zeros(len(faces), fields)
+    face["length"], face["corner"], face["color"] = 3, faces, face_color
+    if label is not None:
+        face["label"] = label
+    header = ["ply", "format binary_little_endian 1.0",
+              f"element vertex {len(vertex)}", *(f"property double {axis}" for axis in "xyz"),
+              f"element face {len(face)}", "property list uchar int vertex_indices",
+              *(f"property uchar {color}" for color in ("red", "green", "blue")),
+              *([] if label is None else ["property int label"]), "end_header", ""]
+    Path(path).write_bytes("\n".join(header).encode() + vertex.tobytes() + face.tobytes())
+
+
+def write_glb(path: str | Path, vertices: np.ndarray, faces: np.ndarray, face_color: np.ndarray) -> None:
+    """Write a GLB that any viewer shows in the colours of the faces: arguments as in write_ply, faces in the given order.
+
+    glTF has colours of vertices only, so every face gets three vertices of its own. It has 32-bit coordinates only, so
+    they are stored around the middle of the mesh, which its node moves back: UTM coordinates stay exact to the millimetre.
+    """
+    _check_colors(path, faces, face_color)
+    vertices = np.asarray(vertices, np.float64)
+    middle = (vertices.min(0) + vertices.max(0)) / 2
+    mesh = trimesh.Trimesh((vertices - middle)[faces].reshape(-1, 3), np.arange(3 * len(faces)).reshape(-1, 3),
+                           vertex_colors=np.repeat(face_color, 3, axis=0), process=False)
+    scene = trimesh.Scene()
+    scene.add_geometry(mesh, transform=trimesh.transformations.translation_matrix(middle))
+
+    def make_matt(tree: dict) -> None:              # without a material glTF's default applies: bare metal, one-sided
+        tree["materials"] = [{"pbrMetallicRoughness": {"metallicFactor": 0.0}, "doubleSided": True}]
+        for primitive in (p for m in tree["meshes"] for p in m["primitives"]):
+            primitive["material"] = 0
+
+    Path(path).write_bytes(scene.export(file_type="glb", tree_postprocessor=make_matt))
+
+
+def _check_colors(path: str | Path, faces: np.ndarray, face_color: np.ndarray) -> None:
+    if face_color.shape != (len(faces), 3) or face_color.dtype != np.uint8:
+        raise ValueError(f"{path}: face_color must be ({len(faces)}, 3) uint8, not {face_color.shape} {face_color.dtype}")

@@ -1,0 +1,333 @@
+"""Labelled meshes as batches of clustered faces: preparing, caching, augmenting, collating.
+
+One mesh file goes this way:
+    read_mesh (faces in file order) -> weld, normalise, neighbours, heat-kernel signature: `prepare_mesh`, cached on disk
+    -> augment the vertices (training) -> face_features -> clusters: `MeshDataset.__getitem__`
+    -> pad to the longest: `custom_collate_fn`; `face_index` says which face of the file every slot holds.
+Shapes: B meshes, N clusters, F face slots of a cluster, Dg features of a face.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from data.mesh_clusters import fps_bfs, recursive_bisection
+from data.mesh_features import (
+    HKS_EIGENPAIRS,
+    face_features,
+    face_geometry,
+    face_neighbors,
+    feature_width,
+    heat_kernel_signature,
+    normalize_vertices,
+    weld,
+)
+from data.mesh_io import find_label_file, read_labels, read_mesh
+from utils.log import progress
+from utils.losses import IGNORE_INDEX
+from utils.seed import derived_seed
+
+CACHE_VERSION = 1                   # raise it when prepare_mesh computes something else
+FACES_IN_MEMORY = 20_000_000        # prepared meshes beyond this are read again from the cache
+
+
+@dataclass(frozen=True)
+class MeshSpec:
+    """How meshes become tokens. It travels in every checkpoint, so that prediction prepares a mesh as training did."""
+
+    features: tuple[str, ...] = ("corners", "normal", "area", "angles", "curvature", "dihedral")
+    faces_per_cluster: int = 32
+    n_clusters: int | None = None           # a fixed number of clusters instead
+    clustering: str = "bisection"           # bisection | fps
+    clusters_per_batch: int | None = None   # train on crops of that many neighbouring clusters (large meshes); None = whole
+    unit: float | None = None               # metres that make one length unit; None = every mesh by its own size
+
+    @property
+    def feature_dim(self) -> int:
+        return feature_width(self.features)
+
+    def to_dict(self) -> dict:
+        return {**asdict(self), "features": list(self.features)}
+
+    @classmethod
+    def from_dict(cls, value: dict) -> MeshSpec:
+        return cls(**{**value, "features": tuple(value["features"])})
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes of the vertices, before any feature is computed. The defaults leave the mesh as it is."""
+
+    mode: str = "none"                                      # rotation: none | z (about the up axis) | so3 (any)
+    rotation_range: tuple[float, float] = (-180.0, 180.0)   # degrees, mode z
+    scale_range: tuple[float, float] = (1.0, 1.0)           # factor per axis, before the rotation
+    noise_std: float = 0.0                                  # vertex jitter in mean edge lengths
+    flip_probability: float = 0.0                           # mirror, with the winding turned round
+    recluster: bool = False                                 # other cluster borders every time
+    cluster_dropout: float = 0.0                            # hide up to this share of the clusters (labels too)
+
+    @property
+    def active(self) -> bool:
+        return self != Augmentation()
+
+
+class PreparedMesh(NamedTuple):
+    """vertices (V, 3) float32 normalised, faces (F, 3) int64 in file order, neighbors (F, 3), area (F,) of the faces in squared
+    length units, hks (F, 16) or None."""
+
+    vertices: np.ndarray
+    faces: np.ndarray
+    neighbors: np.ndarray | None
+    area: np.ndarray
+    hks: np.ndarray | None
+
+
+# -- preparing ---------------------------------------------------------------------------------------------------------
+
+def prepare_mesh(path: str | Path, spec: MeshSpec, cache_dir: str | Path | None = None) -> PreparedMesh:
+    """All that does not change from epoch to epoch, from the cache where the file and the settings are the same.
+
+    Raises what read_mesh raises, and ValueError where "hks" is asked of a mesh too large for it.
+    """
+    entry = None
+    if cache_dir is not None:
+        key = hashlib.sha256(Path(path).read_bytes())
+        key.update(json.dumps([CACHE_VERSION, Path(path).suffix.lower(), spec.unit, HKS_EIGENPAIRS if "hks" in spec.features
+                               else 0, _wants_neighbors(spec)]).encode())
+        entry = Path(cache_dir) / f"{key.hexdigest()[:32]}.npz"
+        prepared = _read_cache(entry)
+        if prepared is not None:
+            return prepared
+    prepared = _prepare(read_mesh(path), spec, path)
+    if entry is not None:
+        _write_cache(entry, prepared)
+    return prepared
+
+
+def _wants_neighbors(spec):
+    return "dihedral" in spec.features or spec.clustering == "fps"
+
+
+def _prepare(mesh, spec, path):
+    vertices, faces = weld(mesh.vertices, mesh.faces)
+    vertices = normalize_vertices(vertices, faces, spec.unit)
+    try:
+        hks = heat_kernel_signature(vertices, faces) if "hks" in spec.features else None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return PreparedMesh(vertices.astype(np.float32), faces, face_neighbors(faces) if _wants_neighbors(spec) else None,
+                        face_geometry(vertices, faces)[2].astype(np.float32), hks)
+
+
+def _read_cache(entry):
+    try:
+        with np.load(entry, allow_pickle=False) as stored:
+            return PreparedMesh(**{name: stored[name] if name in stored else None for name in PreparedMesh._fields})
+    except (FileNotFoundError, zipfile.BadZipFile, ValueError, KeyError, EOFError, OSError):
+        return None                                         # absent or damaged: prepared again, and written over
+
+
+def _write_cache(entry, prepared):
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=entry.parent, suffix=".tmp")
+    with os.fdopen(handle, "wb") as file:
+        np.savez(file, **{name: value for name, value in prepared._asdict().items() if value is not None})
+    os.replace(temporary, entry)
+
+
+# -- augmentation ------------------------------------------------------------------------------------------------------
+
+def random_rotation(rng: np.random.Generator) -> np.ndarray:
+    """(3, 3) rotation, uniform over SO(3), from a normal quaternion."""
+    w, x, y, z = (quaternion := rng.normal(size=4)) / np.linalg.norm(quaternion)
+    return np.array([[1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
+                     [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
+                     [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)]])
+
+
+def rotation_about_z(degrees: float) -> np.ndarray:
+    cosine, sine = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    return np.array([[cosine, -sine, 0], [sine, cosine, 0], [0, 0, 1.0]])
+
+
+def augment(mesh: PreparedMesh, settings: Augmentation, unit: float | None, rng: np.random.Generator) -> PreparedMesh:
+    """A randomly scaled, mirrored, jittered and rotated copy. The heat-kernel signature is kept: it is exact under rotation and
+    mirroring, and taken as a good approximation under the small other changes."""
+    vertices, faces, neighbors = mesh.vertices.astype(np.float64), mesh.faces, mesh.neighbors
+    vertices = vertices * rng.uniform(*settings.scale_range, size=3)
+    if rng.random() < settings.flip_probability:
+        vertices = vertices * (-1, 1, 1)
+        faces = faces[:, ::-1]                              # corners 2, 1, 0: edges 2-1, 1-0, 0-2 are the old 1, 0, 2
+        neighbors = None if neighbors is None else neighbors[:, [1, 0, 2]]
+    if settings.noise_std:
+        edge = np.linalg.norm(vertices[faces[:, 0]] - vertices[faces[:, 1]], axis=1).mean()
+        vertices = vertices + rng.normal(size=vertices.shape) * settings.noise_std * edge
+    if settings.mode == "so3":
+        vertices = vertices @ random_rotation(rng).T
+    elif settings.mode == "z":
+        vertices = vertices @ rotation_about_z(rng.uniform(*settings.rotation_range)).T
+    vertices = normalize_vertices(vertices, faces, None) if unit is None else vertices
+    return mesh._replace(vertices=vertices.astype(np.float32), faces=faces, neighbors=neighbors)
+
+
+# -- data set ----------------------------------------------------------------------------------------------------------
+
+@dataclass
+class MeshDataset(Dataset):
+    """Meshes with one label a face.
+
+    files: mesh files in a fixed order; label_dir: where find_label_file looks, None = no labels (all IGNORE_INDEX).
+    Item of a training set (augmentation set, views 0): one mesh, or a crop of clusters_per_batch clusters; a mesh of N clusters
+    gives max(1, N // clusters_per_batch) items an epoch. Item of an evaluation set (views >= 1): one (mesh, view, part), in order;
+    view 0 is the mesh as it is, others are turned as `augmentation.mode` says and clustered anew, always the same way; the parts
+    of a view hold every face exactly once.
+    Randomness depends on (seed, epoch, item) alone: not on workers, batch size or what ran before.
+    All files are read, checked and cached at construction, so that wrong data is found before training.
+    """
+
+    files: Sequence[Path]
+    label_dir: str | Path | None
+    spec: MeshSpec
+    num_classes: int | None = None
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    views: int = 0
+    label_offset: int = 0
+    ignore_labels: Sequence[int] = ()
+    label_kind: str = "auto"
+    cache_dir: str | Path | None = None
+    seed: int = 0
+    description: str = "preparing meshes"
+
+    def __post_init__(self) -> None:
+        self.epoch = 0
+        self.files = [Path(file) for file in self.files]
+        self.labels: list[np.ndarray] = []
+        self._prepared: dict[int, PreparedMesh] = {}
+        kept = 0
+        self.num_faces = []
+        for index, path in enumerate(progress(self.files, self.description)):
+            mesh = prepare_mesh(path, self.spec, self.cache_dir)
+            self.labels.append(self._read_labels(path, len(mesh.faces)))
+            self.num_faces.append(len(mesh.faces))
+            kept += len(mesh.faces)
+            if kept <= FACES_IN_MEMORY or self.cache_dir is None:
+                self._prepared[index] = mesh
+        limit = self.spec.clusters_per_batch
+        self.items = []                                     # (mesh, view, part)
+        for index, count in enumerate(self.num_faces):
+            clusters = self._num_clusters(count)
+            if self.views:
+                parts = -(-clusters // limit) if limit else 1
+            else:
+                parts = max(1, clusters // limit) if limit else 1
+            self.items += [(index, view, part) for view in range(max(1, self.views)) for part in range(parts)]
+
+    def _read_labels(self, path, num_faces):
+        if self.label_dir is None:
+            return np.full(num_faces, IGNORE_INDEX, np.int64)
+        return read_labels(find_label_file(path, self.label_dir), read_mesh(path), self.num_classes, self.label_offset,
+                           self.ignore_labels, self.label_kind)
+
+    def _num_clusters(self, num_faces):
+        return min(num_faces, self.spec.n_clusters) if self.spec.n_clusters else -(-num_faces // self.spec.faces_per_cluster)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the random numbers of an epoch; evaluation sets ignore it."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def mesh(self, index: int) -> PreparedMesh:
+        """The prepared mesh of files[index]."""
+        if index not in self._prepared:
+            return prepare_mesh(self.files[index], self.spec, self.cache_dir)
+        return self._prepared[index]
+
+    def __getitem__(self, item: int) -> dict:
+        """features (N, F, Dg) float32, label (N, F) int64, mask (N, F) bool, face_index (N, F) int64 (-1 = padding), centroid
+        (N, F, 3) and area (N, F) float32, index of the mesh in `files`."""
+        index, view, part = self.items[item]
+        mesh = self.mesh(index)
+        if self.views == 0:
+            rng = np.random.default_rng(derived_seed(self.seed, self.epoch, item))
+            settings, recluster = self.augmentation, self.augmentation.recluster
+        else:
+            rng = np.random.default_rng(derived_seed(view))
+            settings, recluster = Augmentation(mode=self.augmentation.mode), view > 0
+        if view > 0 or (self.views == 0 and settings.active):
+            mesh = augment(mesh, settings, self.spec.unit, rng)
+        centroid = mesh.vertices[mesh.faces].mean(1)                             # (F, 3)
+        face_index = self._clusters(centroid, mesh.neighbors, rng if recluster else None)
+        face_index = self._part(face_index, centroid, part, rng)
+        if self.views == 0 and settings.cluster_dropout:
+            keep = rng.random(len(face_index)) >= rng.uniform(0, settings.cluster_dropout)
+            face_index = face_index[keep if keep.any() else slice(1)]
+        features = face_features(mesh.vertices, mesh.faces, self.spec.features, mesh.neighbors, mesh.hks)
+        mask = face_index >= 0
+        gather = torch.from_numpy(np.where(mask, face_index, 0))                 # (N, F)
+        mask = torch.from_numpy(mask)
+        pick = lambda values, empty: torch.where(                                # noqa: E731 (the same line five times)
+            mask.view(mask.shape + (1,) * (values.ndim - 1)), torch.from_numpy(values)[gather], empty)
+        return {"features": pick(features, 0.0), "label": pick(self.labels[index], IGNORE_INDEX), "mask": mask,
+                "face_index": torch.from_numpy(face_index), "centroid": pick(centroid, 0.0), "area": pick(mesh.area, 0.0),
+                "index": index}
+
+    def _clusters(self, centroid, neighbors, rng):
+        size = self.spec.faces_per_cluster
+        if self.spec.n_clusters:
+            size = -(-len(centroid) // min(len(centroid), self.spec.n_clusters))
+        if self.spec.clustering == "fps":
+            return fps_bfs(centroid, neighbors, size, rng)
+        return recursive_bisection(centroid, size, rng)
+
+    def _part(self, face_index, centroid, part, rng):
+        limit = self.spec.clusters_per_batch
+        if not limit or len(face_index) <= limit:
+            return face_index if part == 0 else face_index[:0]
+        if self.views:
+            return face_index[part * limit:(part + 1) * limit]                   # neighbours are consecutive
+        center = np.stack([centroid[row[row >= 0]].mean(0) for row in face_index])
+        nearest = ((center - center[rng.integers(len(center))]) ** 2).sum(1).argsort(kind="stable")[:limit]
+        return face_index[np.sort(nearest)]
+
+
+def custom_collate_fn(batch: Sequence[dict]) -> dict:
+    """Pad the items to the longest: features [B,N,F,Dg], label [B,N,F] (padding IGNORE_INDEX), mask [B,N,F] (True = a face),
+    face_index [B,N,F] (padding -1), centroid [B,N,F,3], area [B,N,F], index [B]."""
+    N, slots = (max(item["mask"].shape[axis] for item in batch) for axis in (0, 1))
+    padding = {"features": 0.0, "label": IGNORE_INDEX, "mask": False, "face_index": -1, "centroid": 0.0, "area": 0.0}
+    out = {}
+    for name, empty in padding.items():
+        first = batch[0][name]
+        out[name] = first.new_full((len(batch), N, slots, *first.shape[2:]), empty)
+        for row, item in zip(out[name], batch, strict=True):
+            row[:item[name].shape[0], :item[name].shape[1]] = item[name]
+    out["index"] = torch.tensor([item["index"] for item in batch])
+    return out
+
+
+def feature_statistics(dataset: MeshDataset, max_items: int = 200) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation (Dg,) of the features over faces of up to 200 evenly spaced items, as training sees them.
+
+    A constant feature gets 1 for its deviation."""
+    total = square = count = 0
+    for item in range(0, len(dataset), max(1, len(dataset) // max_items)):
+        sample = dataset[item]
+        values = sample["features"][sample["mask"]].double()                     # (faces, Dg)
+        total, square, count = total + values.sum(0), square + (values**2).sum(0), count + len(values)
+    mean = total / count
+    std = (square / count - mean**2).clamp(min=0).sqrt()
+    return mean.float(), torch.where(std > 1e-6, std, 1.0).float()

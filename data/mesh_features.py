@@ -1,0 +1,234 @@
+"""Per-face features of a triangle mesh: what the encoder sees of every face.
+
+All features survive degenerate, duplicate and non-manifold faces (finite values, never NaN) and, on vertices normalised by
+`normalize_vertices`, do not change when the mesh is moved or scaled. Notation: V vertices, F faces, Dg feature width.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import scipy.sparse as sp
+from scipy.linalg import eigh
+from scipy.sparse.csgraph import connected_components
+from scipy.sparse.linalg import eigsh
+
+HKS_TIMES = 16
+HKS_EIGENPAIRS = 128
+HKS_DENSE_BELOW = 1000          # vertices; a dense solve is faster and exact here
+HKS_LARGEST = 60_000            # vertices; beyond that eigsh takes minutes a mesh (docs/meshes.md has the measured times)
+TINY = 1e-12
+
+# name -> width; the order here is the order of the columns. All but the last are recomputed from the (augmented) vertices.
+FEATURES = {
+    "centroid": 3,       # face centre; the only absolute one: leave it out, or rotate in training
+    "corners": 9,        # corner - centre, in the file's corner order
+    "normal": 3,         # unit normal, 0 for a face without area
+    "area": 1,           # log(area / mean area), clipped to +-10
+    "angles": 3,         # inner angles in units of pi, sorted
+    "curvature": 3,      # corner normal . face normal, sorted (the cheap curvature of MeshMAE and SubdivNet)
+    "dihedral": 4,       # signed angle to the neighbour over each edge / pi, sorted (convex > 0); share of open edges
+    "hks": HKS_TIMES,    # heat kernel signature, log, 16 times (Sun et al. 2009); intrinsic, so it is computed once a mesh
+}
+
+
+def feature_width(names) -> int:
+    """Dg of a list of feature names. Raises ValueError for an unknown one."""
+    unknown = [name for name in names if name not in FEATURES]
+    if unknown:
+        raise ValueError(f"model.features: unknown {unknown}; choose from {list(FEATURES)}")
+    return sum(FEATURES[name] for name in names)
+
+
+def normalize_vertices(vertices: np.ndarray, faces: np.ndarray, unit: float | None = None) -> np.ndarray:
+    """Centre the mesh and divide by ONE length. vertices (V, 3) float64 -> (V, 3) float64.
+
+    unit None: area-weighted centre and sqrt(total area), which, unlike a bounding box, neither a rotation nor a pose changes.
+    unit in metres (10 for a house, 50 for a city tile): absolute size is information there; only the centre is taken off.
+    A mesh without area falls back to the mean vertex and the largest radius.
+    """
+    center_of_mass = vertices.mean(0)
+    vertices = vertices - center_of_mass                       # float64: a UTM offset of 5e6 m costs no digits
+    corner = vertices[faces]                                   # (F, 3, 3)
+    area = np.linalg.norm(np.cross(corner[:, 1] - corner[:, 0], corner[:, 2] - corner[:, 0]), axis=1) / 2
+    total = area.sum()
+    radius = np.linalg.norm(vertices, axis=1).max(initial=0.0)
+    if total > TINY * radius**2 and total > 0:
+        vertices = vertices - (corner.mean(1) * area[:, None]).sum(0) / total
+        scale = np.sqrt(total)
+    else:
+        scale = radius or 1.0
+    return vertices / (unit or scale)
+
+
+def weld(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Merge vertices of exactly equal position (STL, UV seams), so that neighbours are found. Faces keep number and order."""
+    order = np.lexsort(vertices.T)
+    ordered = vertices[order]
+    is_new = np.ones(len(vertices), bool)
+    is_new[1:] = (ordered[1:] != ordered[:-1]).any(1)
+    if is_new.all():
+        return vertices, faces
+    index = np.empty(len(vertices), np.int64)
+    index[order] = np.cumsum(is_new) - 1
+    return ordered[is_new], index[faces]
+
+
+def face_neighbors(faces: np.ndarray) -> np.ndarray:
+    """The face over each edge (0-1, 1-2, 2-0). faces (F, 3) -> (F, 3) int64, -1 where the edge is not shared by exactly two."""
+    edge = np.sort(faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2), axis=1)         # (3F, 2), rows 3f..3f+2 belong to face f
+    key = edge[:, 0] * (int(faces.max(initial=0)) + 1) + edge[:, 1]
+    order = np.argsort(key, kind="stable")
+    key = key[order]
+    start = np.flatnonzero(np.r_[True, key[1:] != key[:-1]])
+    count = np.diff(np.r_[start, len(key)])
+    first = order[start[count == 2]]
+    second = order[start[count == 2] + 1]
+    neighbor = np.full(len(edge), -1, np.int64)
+    neighbor[first], neighbor[second] = second // 3, first // 3
+    return neighbor.reshape(-1, 3)
+
+
+def face_geometry(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Centre (F, 3), unit normal (F, 3; 0 for a face without area) and area (F,) of every face."""
+    corner = vertices[faces]                                                    # (F, 3, 3)
+    normal = np.cross(corner[:, 1] - corner[:, 0], corner[:, 2] - corner[:, 0])
+    length = np.linalg.norm(normal, axis=1)
+    unit = np.divide(normal, length[:, None], out=np.zeros_like(normal), where=length[:, None] > TINY)
+    return corner.mean(1), unit, length / 2
+
+
+def face_features(vertices: np.ndarray, faces: np.ndarray, names, neighbors: np.ndarray | None = None,
+                  hks: np.ndarray | None = None) -> np.ndarray:
+    """The columns of `names`, in the order of FEATURES. vertices (V, 3) normalised, faces (F, 3) -> (F, Dg) float32, finite.
+
+    neighbors (F, 3) from `face_neighbors` is needed for "dihedral", hks (F, 16) from `heat_kernel_signature` for "hks".
+    """
+    vertices = vertices.astype(np.float32, copy=False)
+    corner = vertices[faces]                                                    # (F, 3, 3)
+    centroid, normal, area = face_geometry(vertices, faces)
+    columns = []
+    if "centroid" in names:
+        columns.append(centroid)
+    if "corners" in names:
+        columns.append((corner - centroid[:, None]).reshape(-1, 9))
+    if "normal" in names:
+        columns.append(normal)
+    if "area" in names:
+        mean = area.mean() if len(area) else 0.0
+        columns.append(np.log(np.maximum(area, TINY) / max(mean, TINY)).clip(-10, 10)[:, None])
+    if "angles" in names:
+        columns.append(np.sort(_inner_angles(corner), axis=1) / np.pi)
+    if "curvature" in names:
+        columns.append(np.sort(_corner_curvature(faces, normal, area, len(vertices)), axis=1))
+    if "dihedral" in names:
+        columns.append(_dihedral(corner, normal, centroid, neighbors))
+    if "hks" in names:
+        columns.append(hks)
+    features = np.concatenate(columns, axis=1, dtype=np.float32)
+    assert np.isfinite(features).all(), "a face feature is not finite"
+    return features
+
+
+def _inner_angles(corner):
+    edge = np.roll(corner, -1, axis=1) - corner                                 # (F, 3, 3): 0->1, 1->2, 2->0
+    length = np.linalg.norm(edge, axis=2)
+    cosine = -(edge * np.roll(edge, 1, axis=1)).sum(2) / np.maximum(length * np.roll(length, 1, axis=1), TINY)
+    return np.arccos(cosine.clip(-1, 1))                                        # (F, 3), pi/2 at a collapsed edge
+
+
+def _corner_curvature(faces, normal, area, num_vertices):
+    weighted = normal * area[:, None]
+    total = np.stack([np.bincount(faces.ravel(), np.repeat(weighted[:, k], 3), num_vertices) for k in range(3)], axis=1)
+    length = np.linalg.norm(total, axis=1, keepdims=True)
+    vertex_normal = np.divide(total, length, out=np.zeros_like(total), where=length > TINY).astype(np.float32)
+    return np.einsum("fkd,fd->fk", vertex_normal[faces], normal)                # (F, 3) in [-1, 1]
+
+
+def _dihedral(corner, normal, centroid, neighbors):
+    open_edge = neighbors < 0                                                   # (F, 3): boundary or non-manifold
+    other = np.where(open_edge, 0, neighbors)
+    cosine = np.einsum("fd,fkd->fk", normal, normal[other]).clip(-1, 1)
+    middle = (corner + np.roll(corner, -1, axis=1)) / 2                         # (F, 3, 3) middle of each edge
+    convex = -np.sign(np.einsum("fd,fkd->fk", normal, centroid[other] - middle))
+    angle = np.where(open_edge, 0.0, convex * np.arccos(cosine)) / np.pi        # (F, 3) in [-1, 1]
+    return np.concatenate([np.sort(angle, axis=1), open_edge.mean(1, keepdims=True)], axis=1)
+
+
+# -- heat kernel signature ---------------------------------------------------------------------------------------------
+
+def cotangent_laplacian(vertices: np.ndarray, faces: np.ndarray) -> tuple[sp.csr_matrix, np.ndarray]:
+    """Positive semi-definite cotangent stiffness matrix (V, V) and lumped vertex areas (V,) (Pinkall and Polthier 1993).
+
+    Deviation: cotangents are clamped to [-20, 20], so that a needle triangle cannot swallow the spectrum.
+    """
+    num_vertices, corner = len(vertices), vertices[faces]
+    rows, columns, weights = [], [], []
+    for k in range(3):
+        a, b = corner[:, (k + 1) % 3] - corner[:, k], corner[:, (k + 2) % 3] - corner[:, k]
+        doubled_area = np.linalg.norm(np.cross(a, b), axis=1)
+        cotangent = ((a * b).sum(1) / np.maximum(doubled_area, TINY)).clip(-20, 20) / 2
+        i, j = faces[:, (k + 1) % 3], faces[:, (k + 2) % 3]
+        rows += [i, j]
+        columns += [j, i]
+        weights += [cotangent, cotangent]
+    adjacency = sp.coo_matrix((np.concatenate(weights), (np.concatenate(rows), np.concatenate(columns))),
+                              shape=(num_vertices, num_vertices)).tocsr()
+    adjacency.setdiag(0)                                                        # a face that names a vertex twice
+    stiffness = sp.diags(np.asarray(adjacency.sum(1)).ravel()) - adjacency
+    area = doubled_area / 2
+    mass = np.bincount(faces.ravel(), np.repeat(area / 3, 3), num_vertices)
+    return stiffness.tocsr(), mass
+
+
+def heat_kernel_signature(vertices: np.ndarray, faces: np.ndarray, num_eigenpairs: int = HKS_EIGENPAIRS) -> np.ndarray:
+    """log of the scale-invariant heat kernel signature (Sun, Ovsjanikov, Guibas 2009), mean of the three corners.
+
+    vertices (V, 3), faces (F, 3) -> (F, 16) float32. Every connected component is solved on its own, scaled to area 1; the 16
+    times are log-spaced from 4 ln 10 / lambda_max to 4 ln 10 / lambda_min; each time is divided by the heat trace. Components of
+    fewer than 8 vertices, or where the solver fails, get 0 (the value of a constant signature). Raises ValueError for a mesh of
+    more than 60,000 vertices.
+    """
+    if len(vertices) > HKS_LARGEST:
+        raise ValueError(f"heat-kernel signatures of {len(vertices)} vertices would take minutes (limit {HKS_LARGEST}); "
+                         f"take \"hks\" out of model.features or simplify the mesh")
+    signature = np.zeros((len(vertices), HKS_TIMES))
+    edges = faces[:, [0, 1, 1, 2]].reshape(-1, 2)
+    graph = sp.coo_matrix((np.ones(len(edges)), edges.T), shape=(len(vertices),) * 2)
+    num_components, component = connected_components(graph, directed=False)
+    by_component = np.argsort(component, kind="stable")
+    bounds = np.searchsorted(component[by_component], np.arange(num_components + 1))
+    faces_by_component = np.argsort(component[faces[:, 0]], kind="stable")
+    face_bounds = np.searchsorted(component[faces[faces_by_component, 0]], np.arange(num_components + 1))
+    local = np.empty(len(vertices), np.int64)
+    for c in np.flatnonzero(np.diff(bounds) >= 8):
+        members = by_component[bounds[c]:bounds[c + 1]]
+        local[members] = np.arange(len(members))
+        part = local[faces[faces_by_component[face_bounds[c]:face_bounds[c + 1]]]]
+        signature[members] = _component_signature(vertices[members], part, num_eigenpairs)
+    return signature[faces].mean(1).astype(np.float32)
+
+
+def _component_signature(vertices, faces, num_eigenpairs):
+    stiffness, mass = cotangent_laplacian(vertices, faces)
+    total = mass.sum()
+    if total <= 0:
+        return 0.0
+    stiffness, mass = stiffness, np.maximum(mass / total, 1e-9)                 # area 1; stiffness has no unit
+    inverse_root = 1 / np.sqrt(mass)
+    symmetric = sp.diags(inverse_root) @ stiffness @ sp.diags(inverse_root)
+    k = min(num_eigenpairs, len(vertices) - 1)
+    try:
+        if len(vertices) < HKS_DENSE_BELOW:
+            value, vector = eigh(symmetric.toarray(), subset_by_index=[0, k - 1])
+        else:
+            start = np.cos(np.arange(len(vertices)))                            # fixed start vector: same result every time
+            value, vector = eigsh(symmetric.tocsc(), k=k, sigma=-1e-3, which="LM", v0=start)
+    except (np.linalg.LinAlgError, RuntimeError):                               # ARPACK errors are RuntimeErrors
+        return 0.0
+    keep = value > 1e-6
+    if keep.sum() < 4:
+        return 0.0
+    value, squared = value[keep], (vector[:, keep] * inverse_root[:, None]) ** 2      # (K,), (V, K)
+    times = np.geomspace(4 * np.log(10) / value.max(), 4 * np.log(10) / value.min(), HKS_TIMES)
+    decay = np.exp(-value[:, None] * times)                                     # (K, 16)
+    return np.log(np.maximum(squared @ decay / decay.sum(0), 1e-6))

@@ -1,0 +1,150 @@
+"""Nomeformer: a transformer over the faces of a mesh, local inside clusters and global between them.
+
+A mesh is cut into N clusters of up to F faces (data/mesh_clusters.py). Every block does three things:
+  local    the faces of a cluster and its summary token attend to one another,
+  global   the summary tokens of all clusters attend to one another,
+  and the summary token, which now knows of the other clusters, enters the next block's local step.
+The cost is N F^2 + N^2, memory is linear in the number of faces (no score matrix is ever held).
+
+After the per-face encoder that the downstream document calls `nomeformer` ("local attention with a summary token, then a
+hierarchical global step"). Deviations: pre-norm and GELU instead of post-norm and ReLU; the summary tokens always exchange
+information (the original's default never mixes clusters); dropout obeys eval(); position codes are sines of the face and cluster
+centres in a normalised frame. Shapes: B meshes, N clusters, F face slots of a cluster, Dg features, E embedding width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+POSITION_OCTAVES = 6            # wavelengths 4, 2, ... 1/8 of the mesh's length unit, sqrt(area)
+
+
+class PositionCode(nn.Module):
+    """Sines and cosines of 3-d positions in 6 octaves, mapped linearly to E. position (..., 3) -> (..., E)."""
+
+    def __init__(self, embed_dim: int) -> None:
+        super().__init__()
+        self.register_buffer("frequency", math.pi / 2 * 2.0 ** torch.arange(POSITION_OCTAVES), persistent=False)
+        self.proj = nn.Linear(6 * POSITION_OCTAVES, embed_dim)
+
+    def forward(self, position: Tensor) -> Tensor:
+        phase = (position[..., None] * self.frequency).flatten(-2)               # (..., 18)
+        return self.proj(torch.cat([phase.sin(), phase.cos()], dim=-1))          # (..., E)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over T tokens through scaled_dot_product_attention. x (G, T, E), valid (G, T) bool."""
+
+    def __init__(self, embed_dim: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads, self.dropout = num_heads, dropout
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
+        self.proj = nn.Linear(embed_dim, embed_dim)
+
+    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
+        G, T, E = x.shape
+        query, key, value = self.qkv(x).view(G, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)     # (G, heads, T, E/heads)
+        x = F.scaled_dot_product_attention(query, key, value, attn_mask=valid[:, None, None, :],
+                                           dropout_p=self.dropout if self.training else 0.0)
+        return self.proj(x.transpose(1, 2).reshape(G, T, E))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al. 2016): drop a residual branch of a whole group of tokens. x (G, T, E)."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        return x * (torch.rand(len(x), 1, 1, device=x.device) >= self.rate).to(x.dtype).div(1 - self.rate)
+
+
+class Layer(nn.Module):
+    """Pre-norm transformer layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, embed_dim: int, num_heads: int, mlp_ratio: float, dropout: float, drop_path: float) -> None:
+        super().__init__()
+        hidden = int(embed_dim * mlp_ratio)
+        self.norm1, self.norm2 = nn.LayerNorm(embed_dim), nn.LayerNorm(embed_dim)
+        self.attn = Attention(embed_dim, num_heads, dropout)
+        self.mlp = nn.Sequential(nn.Linear(embed_dim, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, embed_dim))
+        self.drop, self.drop_path = nn.Dropout(dropout), DropPath(drop_path)
+
+    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
+        x = x + self.drop_path(self.drop(self.attn(self.norm1(x), valid)))
+        return x + self.drop_path(self.drop(self.mlp(self.norm2(x))))
+
+
+class Block(nn.Module):
+    """One local and one global step. faces (B, N, F, E), summary (B, N, E) -> the same."""
+
+    def __init__(self, embed_dim: int, num_heads: int, mlp_ratio: float, dropout: float, drop_path: float) -> None:
+        super().__init__()
+        self.local_layer = Layer(embed_dim, num_heads, mlp_ratio, dropout, drop_path)
+        self.global_layer = Layer(embed_dim, num_heads, mlp_ratio, dropout, drop_path)
+
+    def forward(self, faces: Tensor, summary: Tensor, valid_face: Tensor, valid_cluster: Tensor) -> tuple[Tensor, Tensor]:
+        B, N, slots, E = faces.shape
+        tokens = torch.cat([summary[:, :, None], faces], dim=2).view(B * N, slots + 1, E)
+        # The summary token is always a valid key, so that an empty cluster cannot make a softmax over nothing (NaN).
+        valid = F.pad(valid_face, (1, 0), value=True).view(B * N, slots + 1)
+        tokens = self.local_layer(tokens, valid).view(B, N, slots + 1, E)
+        return tokens[:, :, 1:], self.global_layer(tokens[:, :, 0], valid_cluster)
+
+
+class Nomeformer(nn.Module):
+    """Per-face encoder: features (B, N, F, Dg) -> embedding (B, N, F, E); padded slots come out as 0.
+
+    feature_dim Dg; embed_dim E, a multiple of num_heads; num_attention_blocks local + global steps; dropout inside the layers.
+    The features are standardised with `feature_mean` and `feature_std`, which travel in the state dict.
+    """
+
+    def __init__(self, feature_dim: int, embed_dim: int = 96, num_heads: int = 4, num_attention_blocks: int = 6,
+                 mlp_ratio: float = 2.0, dropout: float = 0.0, drop_path: float = 0.0) -> None:
+        super().__init__()
+        if embed_dim % num_heads:
+            raise ValueError(f"model.embedding_dim={embed_dim} is not a multiple of model.num_heads={num_heads}")
+        self.embed_dim, self.feature_dim = embed_dim, feature_dim
+        self.register_buffer("feature_mean", torch.zeros(feature_dim))
+        self.register_buffer("feature_std", torch.ones(feature_dim))
+        self.embed = nn.Linear(feature_dim, embed_dim)
+        self.face_position = PositionCode(embed_dim)
+        self.cluster_position = PositionCode(embed_dim)
+        self.summary = nn.Parameter(torch.zeros(embed_dim))
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, dropout, drop_path) for _ in range(num_attention_blocks))
+        self.norm = nn.LayerNorm(embed_dim)
+        self.apply(init_weights)
+
+    def forward(self, features: Tensor, masks: Tensor, centroid: Tensor, visible: Tensor | None = None) -> Tensor:
+        """masks (B, N, F) bool, True = a face; centroid (B, N, F, 3) face centres in the normalised frame.
+
+        visible (B, N) bool hides the other clusters: their features are zeroed, and no token ever attends to them (I-JEPA's
+        context). Their own output slots are 0. Returns (B, N, F, E).
+        """
+        if visible is not None:
+            masks = masks & visible[:, :, None]
+        valid_cluster = masks.any(-1)                                                               # (B, N)
+        features = torch.where(masks[..., None], (features - self.feature_mean) / self.feature_std, 0.0)
+        centroid = torch.where(masks[..., None], centroid, 0.0)
+        center = centroid.sum(2) / masks.sum(2, keepdim=True).clamp(min=1)                          # (B, N, 3)
+        faces = self.embed(features) + self.face_position(centroid)                                 # (B, N, F, E)
+        summary = self.summary + self.cluster_position(center)                                      # (B, N, E)
+        # Keys of the global step: a mesh with no visible cluster at all keeps its (empty) summary tokens rather than NaN.
+        keys = valid_cluster | ~valid_cluster.any(1, keepdim=True)
+        for block in self.blocks:
+            faces, summary = block(faces, summary, masks, keys)
+        return torch.where(masks[..., None], self.norm(faces), 0.0)
+
+
+def init_weights(module: nn.Module) -> None:
+    """Xavier-uniform linear layers, zero biases, unit norms."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
