@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.config import nearest
+from utils.checks import did_you_mean, nearest
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -41,8 +41,7 @@ class ArgumentParser(argparse.ArgumentParser):
         # Before anything else, or a misspelt required flag would be reported as the other one missing.
         for flag in (token.partition("=")[0] for token in _before_separator(args) if token.startswith("--")):
             if flag not in self._option_string_actions and " " not in flag:
-                near = nearest(flag, self._option_string_actions)
-                self.error(f"unknown flag {flag}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+                self.error(f"unknown flag {flag}{did_you_mean(nearest(flag, self._option_string_actions))}")
         parsed, rest = self.parse_known_intermixed_args(args, namespace)
         if rest:
             self.error(f"unexpected argument{'s' * (len(rest) > 1)}: {' '.join(rest)}")
@@ -109,8 +108,8 @@ class StopSignal:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _handle(self, signum: int, frame) -> None:
-        if os.getpid() != self._process:       # a forked worker inherits this handler; the parent is the one who decides
-            if signum == signal.SIGTERM:       # ... but may end its worker, which must not survive that
+        if os.getpid() != self._process:       # a forked worker inherits this handler; the parent decides for it,
+            if signum == signal.SIGTERM:       # also when to end it
                 signal.signal(signum, signal.SIG_DFL)
                 os.kill(os.getpid(), signum)
             return
@@ -144,7 +143,7 @@ def run(main: Callable[[], Any]) -> None:
 def user_message(error: BaseException) -> str | None:
     """One line for an error that a user can mend, None for a bug."""
     text = str(error).strip()
-    if text.startswith("Caught ") and "Original Traceback" in text:      # re-raised from a loader worker, traceback as text
+    if text.startswith("Caught ") and "Original Traceback" in text:      # from a loader's worker, with its traceback
         text = text.splitlines()[-1].partition(": ")[2] or text
     text = " ".join(text.split())
     if isinstance(error, RuntimeError):
@@ -153,10 +152,11 @@ def user_message(error: BaseException) -> str | None:
         return None
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename is not None else error.strerror
-    frame = (traceback.extract_tb(error.__traceback__) or [None])[-1]
-    if frame is not None and not Path(frame.filename).resolve().is_relative_to(ROOT) or not text:
-        return f"{type(error).__name__}: {text} (from {frame.filename}:{frame.lineno}; --debug shows the way there)"
-    return text
+    for frame in traceback.extract_tb(error.__traceback__)[-1:]:         # where it was raised
+        if "site-packages" in frame.filename or not Path(frame.filename).resolve().is_relative_to(ROOT):
+            # Not one of our own messages: it may be a bug, and says too little alone.
+            return f"{type(error).__name__}: {text} ({frame.filename}:{frame.lineno}; --debug shows the traceback)"
+    return text or type(error).__name__
 
 
 def _leave(status: int, message: str) -> None:

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from utils.config import check_choice
+from utils.checks import check_choice
 
 AMP_DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "pillow", "trimesh", "tqdm", "pyyaml", "tensorboard", "safetensors")
+PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "pillow", "trimesh", "tqdm", "pyyaml", "tensorboard",
+            "safetensors")
 
 
 def pick_device(name: str | None = None) -> torch.device:
@@ -32,11 +33,12 @@ def pick_device(name: str | None = None) -> torch.device:
     if kind == "cuda" and not torch.cuda.is_available():
         why = "this PyTorch is built without CUDA" if torch.version.cuda is None else "no usable GPU or driver found"
         raise ValueError(f"--device: {name} is not available ({why}); use --device cpu or leave it out")
-    if kind == "cuda" and index and int(index) >= torch.cuda.device_count():
-        raise ValueError(f"--device: there is no {name}; this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}")
+    count = torch.cuda.device_count()
+    if kind == "cuda" and index and int(index) >= count:
+        raise ValueError(f"--device: there is no {name}; this machine has cuda:0 to cuda:{count - 1}")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise ValueError("--device: mps is not available on this machine; use --device cpu or leave it out")
-    return torch.device(name)
+    return torch.device(kind, int(index)) if index else torch.device(kind)
 
 
 def amp_settings(device: torch.device, amp_dtype: str | None = None) -> tuple[torch.dtype | None, torch.amp.GradScaler]:
@@ -66,7 +68,7 @@ def describe(device: torch.device) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """What a run depended on, in plain JSON types: versions, git commit and whether it had changes, machine, command."""
+    """What a run depended on, as JSON types: versions, git commit, whether files differ from it, machine, command."""
     cuda = torch.cuda.is_available()
     commit = _git("rev-parse", "HEAD")
     return {

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from utils.distributed import is_main
+
 
 class RunLog:
     """Writes `train.log` (text), `log.jsonl` (one line per evaluation) and TensorBoard events into `log_dir`.
@@ -27,7 +29,8 @@ class RunLog:
     """
 
     def __init__(self, log_dir: str | os.PathLike, rank: int = 0, tensorboard: bool = True, append: bool = False,
-                 total_steps: int | None = None, wandb: Mapping[str, Any] | None = None, resume_step: int | None = None):
+                 total_steps: int | None = None, wandb: Mapping[str, Any] | None = None,
+                 resume_step: int | None = None):
         self.dir, self.rank, self.total_steps = Path(log_dir), rank, total_steps
         self._text = self._records = self._board = self._wandb = None
         self._start = self._last = (time.monotonic(), resume_step or 0)      # (seconds, step)
@@ -62,8 +65,11 @@ class RunLog:
             self._text.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {message}\n")
 
     def train_step(self, step: int, **scalars: float) -> None:
-        """One line: step, scalars, median seconds per step of the last lines, time left at the run's mean pace so far
-        (which counts evaluations). The scalars also go to TensorBoard as train/NAME. Reading a GPU tensor waits for it."""
+        """Print one line; the scalars also go to TensorBoard as train/NAME.
+
+        s/step is the median over the last lines, which an evaluation between two of them does not disturb; the ETA uses
+        the mean since the start, which counts evaluations. A tensor is read here, which waits for the GPU.
+        """
         if self.rank != 0:
             return
         now, scalars = time.monotonic(), {name: _number(value) for name, value in scalars.items()}
@@ -123,12 +129,12 @@ class RunLog:
 
 def progress(iterable: Iterable, description: str, total: int | None = None) -> Iterable:
     """A tqdm bar on stderr, on a terminal and in the first process only; elsewhere the items pass silently."""
-    others = torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0
-    return tqdm(iterable, description, total, disable=True if others else None, mininterval=2, leave=False, file=sys.stderr)
+    disable = None if is_main() else True                      # None: off unless the output is a terminal
+    return tqdm(iterable, description, total, disable=disable, mininterval=2, leave=False, file=sys.stderr)
 
 
 def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The records of a log.jsonl. A last line cut off by a crash is left out; ValueError for a broken line before it."""
+    """The records of a log.jsonl. A last line cut off by a crash is left out; ValueError names a broken line before."""
     lines = Path(path).read_text(encoding="utf-8").split("\n")
     records = []
     for number, line in enumerate(lines, start=1):
@@ -152,7 +158,7 @@ def _truncate(path: Path, last_step: int | None) -> None:
 
 
 def _set_aside(log_dir: Path) -> None:
-    """Move an earlier run's files into the first free log_dir/previous_N: nothing is lost where --resume was forgotten."""
+    """Move an earlier run's files into the first free log_dir/previous_N, in case --resume was only forgotten."""
     found = [*log_dir.glob("train.log"), *log_dir.glob("log.jsonl"), *log_dir.glob("events.out.tfevents.*")]
     if found:
         number = 1

@@ -1,4 +1,4 @@
-"""Randomness that can be repeated: seeding, saving and restoring the state of all generators, seeds derived from seeds."""
+"""Randomness that can be repeated: seeds, seeds derived from seeds, saving and restoring the state of generators."""
 
 import hashlib
 import operator
@@ -19,7 +19,7 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
     deterministic kernels; slower. PyTorch promises equal results on one machine and version only.
     """
     if not 0 <= seed < 2**63:
-        raise ValueError(f"--seed: {seed} is out of range; expected an integer from 0 to 2**63 - 1")
+        raise ValueError(f"seed: expected an integer from 0 to 2**63 - 1, got {seed}")
     random.seed(seed)
     np.random.seed(seed % NUMPY_SEEDS)
     torch.manual_seed(seed)                                    # also seeds every CUDA device
@@ -89,4 +89,4 @@ def seed_worker(worker_id: int) -> None:
     seed = torch.initial_seed()                                # the loader's base seed + worker_id
     random.seed(seed)
     np.random.seed(seed % NUMPY_SEEDS)
-    torch.set_num_threads(1)                                   # workers that each start a pool of threads slow each other
+    torch.set_num_threads(1)                                   # or each worker starts a pool as large as the machine

@@ -1,0 +1,39 @@
+"""Small checks of what a user typed, with messages that name the place, the value and the nearest right one."""
+
+import difflib
+import json
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+
+def check_choice(what: str, value: Any, choices: Iterable) -> Any:
+    """Return `value` if it is one of `choices`; otherwise ValueError names `what` (key or flag), value, choices."""
+    choices = list(choices)
+    if value not in choices:
+        expected, hint = ", ".join(map(str, choices)), did_you_mean(nearest(value, choices))
+        raise ValueError(f"{what}: expected one of {expected}; got {show(value)}{hint}")
+    return value
+
+
+def check_range(what: str, value: float, low: float = -math.inf, high: float = math.inf) -> float:
+    """Return `value` if low <= value <= high; otherwise (NaN too) ValueError names `what`, value and range."""
+    if not low <= value <= high:
+        raise ValueError(f"{what}: expected a number from {low} to {high}, got {value}")
+    return value
+
+
+def nearest(name: Any, known: Iterable) -> list[str]:
+    """Up to three of `known` that a misspelt `name` may have meant, best first."""
+    return difflib.get_close_matches(str(name), [str(candidate) for candidate in known])
+
+
+def did_you_mean(names: Sequence[str]) -> str:
+    """['a', 'b'] -> '; did you mean a or b?' to end an error message with; '' without names."""
+    return f"; did you mean {' or '.join(names)}?" if names else ""
+
+
+def show(value: Any) -> str:
+    """`value` as a settings file would have it, cut at 60 characters: 'text', 1.5, true, null."""
+    text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
