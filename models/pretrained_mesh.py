@@ -1,8 +1,8 @@
 """Find the encoder in a file of pre-trained mesh weights, whoever wrote it, and say which layout it had.
 
-What users have: a file of train_jepa.py or of another I-JEPA (keys encoder, target_encoder, predictor, opt, epoch, loss), a
-checkpoint of train_downstream.py (names encoder.* under `model`), or a plain state dict; any of them with the `module.` of
-DistributedDataParallel or the `_orig_mod.` of torch.compile before every name.
+What users have: a file of train_jepa.py or of another I-JEPA (keys encoder, target_encoder, predictor, opt, epoch,
+loss), a checkpoint of train_downstream.py (names encoder.* under `model`), or a plain state dict; any of them with the
+`module.` of DistributedDataParallel or the `_orig_mod.` of torch.compile before every name.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ ENCODERS = ("target_encoder", "encoder")                # the teacher first: it 
 CONTAINERS = ("model", "model_state_dict", "state_dict")
 
 
-def read_encoder(path: str | Path, which: str = "target_encoder") -> tuple[dict[str, Tensor], str, dict[str, Any] | None]:
+def read_encoder(path: str | Path,
+                 which: str = "target_encoder") -> tuple[dict[str, Tensor], str, dict[str, Any] | None]:
     """The weights of a Nomeformer, by its own names: (state_dict, layout, feature_spec).
 
-    which: "target_encoder" or "encoder", where the file has both; a file with one of them gives that one. layout: where in the
-    file they were, for the line that load_weights prints. feature_spec {names, widths, mean, std}: what the encoder was trained on
-    (see `check_features`), None where the file does not say. Load with utils.weights.load_weights, which wants every tensor.
-    Raises what read_weights raises; ValueError for a file without a Nomeformer (saying what it holds instead) and for weights
-    that are not finite.
+    which: "target_encoder" or "encoder", where the file has both; a file with one of them gives that one. layout: where
+    in the file they were, for the line that load_weights prints. feature_spec {names, widths, mean, std}: what the
+    encoder was trained on (see `check_features`), None where the file does not say. Load with
+    utils.weights.load_weights, which wants every tensor. Raises what read_weights raises; ValueError for a file without
+    a Nomeformer (saying what it holds instead) and for weights that are not finite.
     """
     if which not in ENCODERS:
         raise ValueError(f"which encoder: expected one of {', '.join(ENCODERS)}, got {which!r}")
@@ -37,15 +38,20 @@ def read_encoder(path: str | Path, which: str = "target_encoder") -> tuple[dict[
         if _is_nomeformer(state):
             bad = next((name for name, tensor in state.items() if not tensor.isfinite().all()), None)
             if bad is not None:
-                raise ValueError(f"{path}: {bad} in {layout} is not finite; that run had diverged. Use an earlier checkpoint.")
+                raise ValueError(f"{path}: {bad} in {layout} is not finite; that run had diverged. "
+                                 f"Use an earlier checkpoint.")
             spec = content.get("feature_spec")
             return state, layout, dict(spec) if isinstance(spec, Mapping) and "names" in spec else None
     raise ValueError(f"{path}: no mesh encoder in this file; {_describe(content)}. "
-                     f"Expected the tensors of a Nomeformer under target_encoder, encoder or model, or as a plain state dict.")
+                     f"Expected the tensors of a Nomeformer under target_encoder, encoder or model, or as a plain "
+                     f"state dict.")
 
 
 def check_features(feature_spec: Mapping[str, Any] | None, features: Sequence[str], source: str | Path) -> None:
-    """ValueError, with both lists, unless the encoder was trained on exactly these features in this order; None passes."""
+    """ValueError, with both lists, unless the encoder was trained on exactly these features in this order.
+
+    A file that does not say (None) passes.
+    """
     if feature_spec is not None and list(feature_spec["names"]) != list(features):
         raise ValueError(f"{source}: trained on the features {list(feature_spec['names'])}, but model.features is "
                          f"{list(features)}. Set model.features to the list of the file, or pre-train with yours.")
@@ -55,14 +61,16 @@ def _candidates(content: Mapping[str, Any], which: str):
     """(layout, {name: tensor}) in the order of preference."""
     flat = _tensors(strip_prefixes(content))
     order = sorted(ENCODERS, key=lambda name: name != which)
-    nested = [(name, _tensors(content[name])) for name in (*order, *CONTAINERS) if isinstance(content.get(name), Mapping)]
+    nested = [(name, _tensors(content[name])) for name in (*order, *CONTAINERS)
+              if isinstance(content.get(name), Mapping)]
     for name, state in nested:
         if name in ENCODERS:
             yield name, state
     for name, state in [*((name, state) for name, state in nested if name in CONTAINERS), ("", flat)]:
         state = strip_prefixes(state)
         for prefix in order:
-            inner = {key.removeprefix(f"{prefix}."): value for key, value in state.items() if key.startswith(f"{prefix}.")}
+            dotted = f"{prefix}."
+            inner = {key.removeprefix(dotted): value for key, value in state.items() if key.startswith(dotted)}
             yield f"{name}: {prefix}.*" if name else f"{prefix}.*", inner
         yield name or "plain state dict", state
 

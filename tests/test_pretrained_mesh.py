@@ -61,8 +61,8 @@ def test_other_layouts(tmp_path, content, layout):
 
 def test_our_own_downstream_checkpoint_and_safetensors(tmp_path):
     model = DownstreamClassifier(STUDENT, 3, unfrozen_layers="all")
-    save_checkpoint(tmp_path / "a.pth", script="train_downstream.py", config={}, class_names=["a", "b", "c"], palette=None,
-                    model=model.state_dict(), encoder={"source": "jepa.pth", "sha256": "0"})
+    save_checkpoint(tmp_path / "a.pth", script="train_downstream.py", config={}, class_names=["a", "b", "c"],
+                    palette=None, model=model.state_dict(), encoder={"source": "jepa.pth", "sha256": "0"})
     assert_equal(read_encoder(tmp_path / "a.pth")[0], STUDENT)
     save_file(STUDENT.state_dict(), tmp_path / "a.safetensors")
     assert_equal(read_encoder(tmp_path / "a.safetensors")[0], STUDENT)
@@ -84,8 +84,8 @@ def frozen_checkpoint():
 REFUSED = {
     "empty": ({}, "it is empty"),
     "empty encoder": ({"encoder": {}, "epoch": 1}, "2 entries"),
-    "foreign network": ({"blocks.0.norm1.weight": torch.ones(4), "norm.weight": torch.ones(4)}, "blocks.0.norm1.weight"),
-    "other script": ({"format": "segheads-1", "script": "train_sonata.py", "model": {"a": torch.ones(1)}}, "train_sonata.py"),
+    "foreign network": ({"blocks.0.norm1.weight": torch.ones(4), "norm.weight": torch.ones(4)}, "blocks.0.norm1.weig"),
+    "other script": ({"format": "segheads-1", "script": "train_sonata.py", "model": {"a": torch.ones(1)}}, "sonata"),
     "frozen encoder": (frozen_checkpoint(), "frozen"),
     "not finite": ({**STUDENT.state_dict(), "norm.bias": torch.full((8,), float("nan"))}, "norm.bias .* not finite"),
 }
