@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from models.nomeformer import Nomeformer
-from utils.weights import read_weights, strip_prefixes
+from utils.checkpoint import read_weights, strip_prefixes
 
 ENCODERS = ("target_encoder", "encoder")                # the teacher first: it is what I-JEPA evaluates
 CONTAINERS = ("model", "model_state_dict", "state_dict")
@@ -27,7 +27,7 @@ def read_encoder(path: str | Path,
     which: "target_encoder" or "encoder", where the file has both; a file with one of them gives that one. layout: where
     in the file they were, for the line that load_weights prints. feature_spec {names, widths, mean, std}: what the
     encoder was trained on (see `check_features`), None where the file does not say. Load with
-    utils.weights.load_weights, which wants every tensor. Raises what read_weights raises; ValueError for a file without
+    utils.checkpoint.load_weights, which wants every tensor. Raises what read_weights raises; ValueError for a file without
     a Nomeformer (saying what it holds instead) and for weights that are not finite.
     """
     if which not in ENCODERS:
