@@ -4,10 +4,11 @@ from collections.abc import Callable, Collection, Iterable
 
 from torch import nn
 
-# Embeddings and tokens have two dimensions or more and yet are not weights of a linear map: any dotted part of a name that is in here.
+# Embeddings and tokens have two dimensions or more and still get no decay: names with one of these as a dotted part.
 NO_DECAY = frozenset({
-    "pos_embed", "position_embedding", "position_embeddings", "query_embed", "query_feat", "query_pos", "level_embed", "cls_token", "mask_token",
-    "register_tokens", "storage_tokens", "summary_token", "relative_position_bias_table",
+    "pos_embed", "position_embedding", "position_embeddings", "relative_position_bias_table",
+    "query_embed", "query_feat", "query_pos", "level_embed",
+    "cls_token", "mask_token", "register_tokens", "storage_tokens", "summary_token",
 })
 
 
@@ -18,7 +19,8 @@ def has_decay(name: str, parameter: nn.Parameter, no_decay: Collection[str] = NO
 
 def split_decay(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float,
                 no_decay: Collection[str] = NO_DECAY) -> list[dict]:
-    """Trainable parameters -> up to two optimiser groups {"params", "weight_decay", "name"}: with decay, and without (see has_decay).
+    """Trainable parameters -> up to two optimiser groups {"params", "weight_decay", "name"}: with decay, and without
+    (see has_decay).
 
     Frozen parameters are in neither, an empty group is left out, and a parameter under two names comes once.
     """
@@ -33,16 +35,17 @@ def split_decay(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_dec
 
 
 def layerwise_groups(model: nn.Module, lr: float, weight_decay: float, layer_id: Callable[[str], int], num_layers: int,
-                     layer_decay: float = 1.0, head_lr_mult: float = 1.0, no_decay: Collection[str] = NO_DECAY) -> list[dict]:
-    """Optimiser groups {"params", "lr", "weight_decay", "name"} with a rate that falls towards the input (BEiT, Bao et al. 2022).
+                     layer_decay: float = 1.0, head_lr_mult: float = 1.0,
+                     no_decay: Collection[str] = NO_DECAY) -> list[dict]:
+    """Optimiser groups {"params", "lr", "weight_decay", "name"}, rates falling towards the input (BEiT, Bao et al. 2022).
 
-    layer_id(parameter name) gives 0 (embeddings) .. num_layers - 1 (last block) for the encoder, and num_layers for the head. Layer i has
-    the rate lr * layer_decay ** (num_layers - i), the head lr * head_lr_mult; an encoder of 12 blocks has num_layers = 13.
-    Every trainable parameter is in exactly one group, no frozen one in any; groups are in the order of their layers.
-    Raises ValueError for an id out of range, layer_decay outside (0, 1] and head_lr_mult <= 0.
+    layer_id(parameter name) is 0 (embeddings) .. num_layers - 1 (last block) in the encoder and num_layers in the
+    head: num_layers is 13 for 12 blocks. Layer i gets the rate lr * layer_decay ** (num_layers - i), the head
+    lr * head_lr_mult. Every trainable parameter is in exactly one group, no frozen one in any; groups are in the order
+    of their layers. Raises ValueError for an id out of range, layer_decay outside (0, 1] and head_lr_mult <= 0.
     """
     if not 0 < layer_decay <= 1:
-        raise ValueError(f"layer_decay must be in (0, 1], got {layer_decay}; 1 gives all layers one rate, 0.5 halves it per layer")
+        raise ValueError(f"layer_decay must be in (0, 1], got {layer_decay}; 1 is one rate for all, 0.5 halves it per layer")
     if head_lr_mult <= 0:
         raise ValueError(f"head_lr_mult must be above 0, got {head_lr_mult}")
     layers: dict[int, list] = {}
@@ -50,7 +53,7 @@ def layerwise_groups(model: nn.Module, lr: float, weight_decay: float, layer_id:
         if parameter.requires_grad:
             layer = layer_id(name)
             if not 0 <= layer <= num_layers:
-                raise ValueError(f"parameter {name} got layer {layer}, outside 0..{num_layers}; num_layers is the id of the head")
+                raise ValueError(f"parameter {name} got layer {layer}, outside 0..{num_layers}, the id of the head")
             layers.setdefault(layer, []).append((name, parameter))
     groups = []
     for layer in sorted(layers):
@@ -62,15 +65,19 @@ def layerwise_groups(model: nn.Module, lr: float, weight_decay: float, layer_id:
 
 
 def freeze(module: nn.Module) -> nn.Module:
-    """No gradient for any parameter, eval mode (a later module.train() switches it back: a frozen encoder has to override train)."""
+    """No gradient for any parameter, and eval mode. Returns the module.
+
+    A later .train() of it or of its parent ends the eval mode: a frozen encoder has to override train() as well.
+    """
     module.requires_grad_(False)
     return module.eval()
 
 
 def unfreeze_last(blocks: nn.ModuleList, k: int | str, *extra: nn.Module) -> int:
-    """Make the last k blocks trainable (or "all"), and with them the extra modules (the norm behind the blocks, say) unless k is 0.
+    """Make the last k blocks ("all": every block) trainable, and with them, unless k is 0, the extra modules.
 
-    Everything else stays as it is. Returns the number of parameters (elements) made trainable. ValueError unless k is "all" or 0..len(blocks).
+    An extra module is, say, the norm behind the blocks. Everything else stays as it is. Returns how many parameters
+    (elements) are trainable in these modules. Raises ValueError unless k is "all" or in 0..len(blocks).
     """
     if k != "all" and (isinstance(k, bool) or not isinstance(k, int) or not 0 <= k <= len(blocks)):
         raise ValueError(f"the number of unfrozen blocks must be 'all' or 0..{len(blocks)}, got {k!r}")
