@@ -27,8 +27,8 @@ def read_encoder(path: str | Path,
     which: "target_encoder" or "encoder", where the file has both; a file with one of them gives that one. layout: where
     in the file they were, for the line that load_weights prints. feature_spec {names, widths, mean, std}: what the
     encoder was trained on (see `check_features`), None where the file does not say. Load with
-    utils.checkpoint.load_weights, which wants every tensor. Raises what read_weights raises; ValueError for a file without
-    a Nomeformer (saying what it holds instead) and for weights that are not finite.
+    utils.checkpoint.load_weights, which wants every tensor. Raises what read_weights raises; ValueError for a file
+    without a Nomeformer (saying what it holds instead) and for weights that are not finite.
     """
     if which not in ENCODERS:
         raise ValueError(f"which encoder: expected one of {', '.join(ENCODERS)}, got {which!r}")
