@@ -47,8 +47,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Take in the live weights, after optimizer.step(). ValueError where other tensors are trainable than at the
-        start."""
+        """Take in the live weights, after optimizer.step(). ValueError if other tensors are trainable than before."""
         assert not self.is_applied, "EMA.update inside EMA.applied would average the average"
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
         shadows, lives = [], []
@@ -71,8 +70,7 @@ class EMA:
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
-        """`with ema.applied(model): evaluate(model)`: the average inside, exactly the live weights after, whatever
-        happens."""
+        """`with ema.applied(model): ...` has the average inside, and exactly the live weights after, come what may."""
         assert not self.is_applied, "EMA.applied inside EMA.applied"
         live = self._matched(model)
         backup = {name: tensor.detach().clone() for name, tensor in live.items()}
@@ -92,8 +90,7 @@ class EMA:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
-        """Take over a saved state; ValueError unless names and shapes are this model's. decay and warmup stay as
-        constructed."""
+        """Take over a saved state; decay and warmup stay. ValueError unless names and shapes are this model's."""
         saved = state["shadow"]
         _check_names(saved, self.shadow, "the saved moving average and this model's trainable tensors",
                      "use the model and the frozen parts of the saved run")
@@ -107,8 +104,7 @@ class EMA:
 
 
 def _live_buffers(model: nn.Module, prefix: str = "") -> set[str]:
-    """Names of the persistent buffers outside frozen parts. A module without parameters goes with the one that holds
-    it."""
+    """Names of saved buffers outside frozen parts; a module without parameters goes with the one that holds it."""
     parameters = list(model.parameters())
     if parameters and not any(p.requires_grad for p in parameters):
         return set()

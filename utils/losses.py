@@ -23,25 +23,25 @@ def counting(label: Tensor, mask: Tensor | None = None, ignore_index: int = IGNO
     """Where an element counts: label integer (*), mask (*) bool or 0/1, or None -> (*) bool."""
     if mask is not None and mask.shape != label.shape:
         raise ValueError(f"the mask {tuple(mask.shape)} must have the shape of the labels {tuple(label.shape)}")
-    keep = label != ignore_index
+    keep = label.long() != ignore_index          # long: in uint8, 156 == -100 is true
     return keep if mask is None else keep & mask.bool()
 
 
 def check_labels(label: Tensor, num_classes: int | None, ignore_index: int = IGNORE_INDEX,
                  mask: Tensor | None = None) -> None:
-    """Raise ValueError if a counting label is outside 0..num_classes-1, before a CUDA kernel asserts without saying
-    where.
+    """Raise ValueError if a counting label is outside 0..num_classes-1: clearer than a device-side assert.
 
     label integer (*), mask (*) or None; num_classes None looks for negative labels only. Waits for the device once.
     """
     if label.is_floating_point() or label.is_complex() or label.dtype == torch.bool:
         raise ValueError(f"labels have dtype {label.dtype}; give class ids as integers (int64)")
+    label = label.long()
     bad = label < 0 if num_classes is None else (label < 0) | (label >= num_classes)
     bad &= counting(label, mask, ignore_index)
     if bad.any():
         last = "" if num_classes is None else num_classes - 1
         raise ValueError(f"{int(bad.sum())} labels outside 0..{last}, values {label[bad].unique()[:5].tolist()}; "
-                         f"correct the labels or the number of classes, or map unused ids to the ignore value {ignore_index}")
+                         f"correct the number of classes, or map unused ids to the ignore value {ignore_index}")
 
 
 def _flat(logits: Tensor, label: Tensor, mask: Tensor | None, class_dim: int, ignore_index: int):
@@ -138,8 +138,7 @@ class MaskedCrossEntropyLoss(nn.Module):
 
 def focal_loss(logits: Tensor, label: Tensor, mask: Tensor | None = None, class_dim: int = -1, gamma: float = 2.0,
                class_weights: Tensor | Sequence[float] | None = None, ignore_index: int = IGNORE_INDEX) -> Tensor:
-    """Mean of -w (1 - p)^gamma log p over the counting elements, p the probability of the label (Lin et al. 2017, eq.
-    5).
+    """Mean of -w (1 - p)^gamma log p over the counting elements, p the label's probability (Lin et al. 2017, eq. 5).
 
     Shapes as above -> scalar. Deviations: one softmax over the classes instead of a sigmoid each; divided by the sum
     of the class weights w, so that gamma = 0 is MaskedCrossEntropyLoss.
@@ -162,7 +161,8 @@ def soft_dice_loss(logits: Tensor, label: Tensor, mask: Tensor | None = None, cl
     with _no_autocast(logits):
         logits, label, keep = _flat(logits, label, mask, class_dim, ignore_index)
         prob = logits.softmax(1) * keep.unsqueeze(1)                             # (P, C) or (B, C, P)
-        truth = torch.zeros_like(prob).scatter_(1, label.masked_fill(~keep, 0).unsqueeze(1), keep.unsqueeze(1).to(prob))
+        ids = torch.arange(prob.shape[1], device=label.device).view(-1, *[1] * (label.ndim - 1))
+        truth = (label.unsqueeze(1) == ids).to(prob.dtype)                       # as prob; 0 everywhere where ignored
         dims = [d for d in range(prob.ndim) if d != 1]
         overlap, size, count = (prob * truth).sum(dims), (prob + truth).sum(dims), truth.sum(dims)       # (C,) each
         loss = 1 - (2 * overlap + eps) / (size + eps)
@@ -171,11 +171,9 @@ def soft_dice_loss(logits: Tensor, label: Tensor, mask: Tensor | None = None, cl
 
 def lovasz_softmax_loss(logits: Tensor, label: Tensor, mask: Tensor | None = None, class_dim: int = -1,
                         ignore_index: int = IGNORE_INDEX) -> Tensor:
-    """Lovasz extension of 1 - IoU, averaged over the classes that occur in the labels (Berman et al. 2018, eq. 8 to
-    11).
+    """Lovasz extension of 1 - IoU, mean over the classes that occur in the labels (Berman et al. 2018, eq. 8 to 11).
 
-    Shapes as above -> scalar in [0, 1]. The batch is one set (the paper's `per_image` off), as Sonata's recipe has
-    it.
+    Shapes as above -> scalar in [0, 1]. The whole batch is one set, not each image, as in Sonata's recipe.
     """
     with _no_autocast(logits):
         logits, label, keep = _flat(logits, label, mask, class_dim, ignore_index)
@@ -190,8 +188,7 @@ def lovasz_softmax_loss(logits: Tensor, label: Tensor, mask: Tensor | None = Non
 
 
 def _lovasz_slope(error: Tensor, truth: Tensor) -> Tensor:
-    """The slope of the extension for each element (P,): what the Jaccard loss gains as elements turn wrong, worst
-    first.
+    """Slope of the extension for each element (P,): what the Jaccard loss gains as elements turn wrong, worst first.
 
     The paper subtracts neighbouring Jaccard losses; for a million elements such a step is 1e-6 and float32 keeps one
     digit of it. The same step in closed form loses nothing: 1 / union where an element of the class turns wrong,

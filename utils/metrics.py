@@ -34,8 +34,7 @@ class ConfusionMatrix:
         self.counts: Tensor | None = None        # (C, C), rows = truth: int64, or float64 once weighted
 
     def update(self, pred: Tensor, label: Tensor, weight: Tensor | None = None) -> None:
-        """Add predicted and true class ids: integers of one shape on one device; weight (face areas) of that shape,
-        or None.
+        """Add predicted and true class ids, integers of one shape; weight (face areas, say) of that shape or None.
 
         ValueError: shapes that differ; a label, or a prediction whose label counts, outside 0..num_classes-1; a
         weight that is negative or not finite; weighted after unweighted updates or the reverse. The matrix is then as
@@ -48,14 +47,14 @@ class ConfusionMatrix:
             raise ValueError(f"predictions and labels must be class ids (integers), got {pred.dtype} and {label.dtype}")
         if self.counts is not None and self.counts.is_floating_point() != (weight is not None):
             raise ValueError("weighted and unweighted updates cannot be mixed; use one ConfusionMatrix for each")
-        pred, label = pred.flatten(), label.flatten()
+        pred, label = pred.flatten().long(), label.flatten().long()      # long: in uint8, 156 == -100 is true
         counts = self._count(pred, label)
         ignored = label == self.ignore_index
         if int(counts.sum() + ignored.sum()) != len(label):
             self._raise_out_of_range(pred[~ignored], label[~ignored])
         if weight is not None:                   # on the CPU: float sums on CUDA have no fixed order
             weight = weight.flatten().cpu().double()
-            if not bool(((weight >= 0) & weight.isfinite()).all()):
+            if not bool(((weight >= 0) & weight.isfinite() | ignored.cpu()).all()):
                 raise ValueError("a weight is negative or not finite; give a degenerate face the area 0")
             counts = self._count(pred.cpu(), label.cpu(), weight)
         self.counts = counts.to(self.device) if self.counts is None else self.counts + counts.to(self.device)
@@ -68,7 +67,7 @@ class ConfusionMatrix:
         for begin in range(0, len(label), chunk):
             part = slice(begin, begin + chunk)
             # Clamped to -1..C, all wrong ids (and an ignore_index outside 0..C-1) fall into the border of the table.
-            pair = pred[part].long().clamp(-1, C).add_(label[part].long().clamp(-1, C), alpha=side).add_(side + 1)
+            pair = pred[part].clamp(-1, C).add_(label[part].clamp(-1, C), alpha=side).add_(side + 1)
             table += torch.bincount(pair, None if weight is None else weight[part], minlength=side * side)
         table = table.view(side, side)[1:-1, 1:-1].clone()
         if 0 <= self.ignore_index < C:
@@ -125,8 +124,7 @@ def segmentation_metrics(matrix: np.ndarray) -> dict:
 
 
 def absent_as_zero(values: np.ndarray) -> float:
-    """Mean of per-class values (C,) over all C classes with NaN as 0: ScanNet200's protocol. Print it beside the
-    usual mean."""
+    """Mean of per-class values (C,) over all C classes, NaN as 0: ScanNet200's protocol, printed beside the usual mean."""
     return float(np.nan_to_num(np.asarray(values, dtype=np.float64), nan=0.0).mean())
 
 

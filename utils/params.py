@@ -19,8 +19,7 @@ def has_decay(name: str, parameter: nn.Parameter, no_decay: Collection[str] = NO
 
 def split_decay(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float,
                 no_decay: Collection[str] = NO_DECAY) -> list[dict]:
-    """Trainable parameters -> up to two optimiser groups {"params", "weight_decay", "name"}: with decay, and without
-    (see has_decay).
+    """Trainable parameters -> optimiser groups {"params", "weight_decay", "name"}: with decay, and without (has_decay).
 
     Frozen parameters are in neither, an empty group is left out, and a parameter under two names comes once.
     """
@@ -37,7 +36,7 @@ def split_decay(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_dec
 def layerwise_groups(model: nn.Module, lr: float, weight_decay: float, layer_id: Callable[[str], int], num_layers: int,
                      layer_decay: float = 1.0, head_lr_mult: float = 1.0,
                      no_decay: Collection[str] = NO_DECAY) -> list[dict]:
-    """Optimiser groups {"params", "lr", "weight_decay", "name"}, rates falling towards the input (BEiT, Bao et al. 2022).
+    """Optimiser groups {"params", "lr", "weight_decay", "name"}, rates falling towards the input (Bao et al. 2022).
 
     layer_id(parameter name) is 0 (embeddings) .. num_layers - 1 (last block) in the encoder and num_layers in the
     head: num_layers is 13 for 12 blocks. Layer i gets the rate lr * layer_decay ** (num_layers - i), the head
@@ -45,7 +44,7 @@ def layerwise_groups(model: nn.Module, lr: float, weight_decay: float, layer_id:
     of their layers. Raises ValueError for an id out of range, layer_decay outside (0, 1] and head_lr_mult <= 0.
     """
     if not 0 < layer_decay <= 1:
-        raise ValueError(f"layer_decay must be in (0, 1], got {layer_decay}; 1 is one rate for all, 0.5 halves it per layer")
+        raise ValueError(f"layer_decay must be in (0, 1], got {layer_decay}; 1 is one rate for all layers")
     if head_lr_mult <= 0:
         raise ValueError(f"head_lr_mult must be above 0, got {head_lr_mult}")
     layers: dict[int, list] = {}
