@@ -9,7 +9,7 @@ Degenerate, duplicate and non-manifold faces are kept: every one has a label.
 import difflib
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,10 +21,15 @@ from utils.losses import IGNORE_INDEX
 MESH_SUFFIXES = (".obj", ".ply", ".off", ".stl", ".glb")
 LABEL_FILES = ("{}.txt", "{}.npy", "{}_labels.npy", "{}.seg", "{}.eseg")
 LABEL_KINDS = ("auto", "face", "polygon", "vertex", "edge")
+BOM = b"\xef\xbb\xbf"                              # what Windows editors put before UTF-8
 PLY_LABEL_NAMES = ("label", "labels", "class")
 PLY_TYPES = {"char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4", "float": "f4",
              "double": "f8", "int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2", "int32": "i4", "uint32": "u4",
              "int64": "i8", "uint64": "u8", "float32": "f4", "float64": "f8"}
+
+
+Parsed = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]
+# vertices (V, 3); the corners of all faces in a row; how many each face has; label of each face (here still polygons)
 
 
 class Mesh(NamedTuple):
@@ -87,6 +92,8 @@ def _fan(corner: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray 
 
 def _numbers(text: bytes, dtype: type) -> tuple[np.ndarray, np.ndarray] | None:
     """The numbers of a text and how many each line has; of tokens like 7/1/3 the first. None: not all are numbers."""
+    if not text:
+        return np.empty(0, dtype), np.empty(0, np.int64)
     byte = np.frombuffer(text if text.endswith(b"\n") else text + b"\n", np.uint8)
     token, slash = byte > 32, byte == ord("/")
     digit = token & ~slash
@@ -106,13 +113,13 @@ def _numbers(text: bytes, dtype: type) -> tuple[np.ndarray, np.ndarray] | None:
     return (value, count) if len(value) == count.sum() else None
 
 
-def _read_obj(path: Path):
-    text = path.read_bytes().replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+def _read_obj(path: Path) -> Parsed:
+    text = path.read_bytes().removeprefix(BOM).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     parsed = _parse_obj(text)
     return parsed if parsed is not None else _parse_obj_by_line(text, path)
 
 
-def _parse_obj(text: bytes):
+def _parse_obj(text: bytes) -> Parsed | None:
     """The `v` and `f` lines of an OBJ at numpy's speed. None where anything is odd, the slow parser's matter."""
     if b"#" in text:
         text = re.sub(rb"#[^\n]*", b"", text)
@@ -148,7 +155,7 @@ def _parse_obj(text: bytes):
     return vertices, corner, count, None
 
 
-def _blocks(text: bytes, size: int):
+def _blocks(text: bytes, size: int) -> Iterator[bytes]:
     """The text in pieces of about `size` bytes that end with a line."""
     at = 0
     while at < len(text):
@@ -157,7 +164,7 @@ def _blocks(text: bytes, size: int):
         at = end
 
 
-def _parse_obj_by_line(text: bytes, path: Path):
+def _parse_obj_by_line(text: bytes, path: Path) -> Parsed:
     """The same, line by line (about ten times slower), raising with the number of the line that is wrong."""
     vertices, corner, count, line_of_face, pending = [], [], [], [], b""
     for number, line in enumerate(text.split(b"\n"), 1):
@@ -189,8 +196,8 @@ def _parse_obj_by_line(text: bytes, path: Path):
     return np.array(vertices).reshape(-1, 3), np.array(corner, np.int64), np.array(count, np.int64), None
 
 
-def _read_off(path: Path):
-    text = re.sub(rb"#[^\n]*", b"", path.read_bytes().replace(b"\r", b"\n"))
+def _read_off(path: Path) -> Parsed:
+    text = re.sub(rb"#[^\n]*", b"", path.read_bytes().removeprefix(BOM).replace(b"\r", b"\n"))
     header = re.match(rb"\s*(?:ST)?C?N?OFF(?!\s*BINARY)", text)
     if header is None:
         raise ValueError(f"{path}: does not begin with OFF, so it is no (text) OFF file; convert it")
@@ -206,13 +213,15 @@ def _read_off(path: Path):
     vertices = value[start[1:1 + V, None] + np.arange(3)]
     start, count = start[1 + V:1 + V + F], count[1 + V:1 + V + F]
     sides = value[start].astype(np.int64)                                  # n i j k ... [colour]
-    if F and (sides >= count).any():
-        raise ValueError(f"{path}: face {np.argmax(sides >= count)} announces more corners than its line holds")
+    wrong = (sides < 0) | (sides >= count)
+    if wrong.any():
+        raise ValueError(f"{path}: face {np.argmax(wrong)} announces {sides[wrong][0]} corners, its line holds "
+                         f"{count[wrong][0] - 1}")
     within = np.arange(sides.sum()) - np.repeat(np.cumsum(sides) - sides, sides)
     return vertices, value[np.repeat(start, sides) + 1 + within].astype(np.int64), sides, None
 
 
-def _read_ply(path: Path):
+def _read_ply(path: Path) -> Parsed:
     data = path.read_bytes()
     try:
         format_, elements, offset = _ply_header(data)
@@ -230,14 +239,15 @@ def _read_ply(path: Path):
         face = columns.get("face", {})
         index = next((face[n] for n in ("vertex_indices", "vertex_index") if n in face), (np.empty(0), np.empty(0)))
     except (ValueError, KeyError, IndexError) as error:
-        raise ValueError(f"{path}: cannot be read as PLY ({error}); is it cut short or damaged?") from error
+        raise ValueError(f"{path}: cannot be read as PLY ({type(error).__name__}: {error}); "
+                         f"is it cut short or damaged?") from error
     label = next((face[n][0] for n in PLY_LABEL_NAMES if n in face and face[n][1] is None), None)
-    if label is not None:
+    if label is not None and len(label):
         label = _as_integers(label, path)
     return vertices, index[0].astype(np.int64), index[1].astype(np.int64), label
 
 
-def _ply_header(data: bytes):
+def _ply_header(data: bytes) -> tuple[str, list, int]:
     """Format, elements as (name, length, [(property, type, type of the list's length or None)]), offset of the body."""
     end = re.search(rb"^end_header[ \t]*(\r\n|\n|\r)", data, re.MULTILINE)
     lines = re.split(r"[\r\n]+", data[:end.start()].decode("latin-1")) if end else []
@@ -258,7 +268,7 @@ def _ply_header(data: bytes):
     return format_, elements, end.end()
 
 
-def _ply_element(data: bytes, offset: int, length: int, properties: list):
+def _ply_element(data: bytes, offset: int, length: int, properties: list) -> tuple[dict, int]:
     """One element's columns: {property: (values, None)}, of a list {property: (values in a row, length of each)}."""
     if length == 0:
         return {name: (np.empty(0), np.empty(0) if size else None) for name, _, size in properties}, offset
@@ -289,7 +299,7 @@ def _ply_element(data: bytes, offset: int, length: int, properties: list):
             for name, _, size in properties}, offset
 
 
-def _read_with_trimesh(path: Path):
+def _read_with_trimesh(path: Path) -> Parsed:
     try:
         scene = trimesh.load_scene(str(path), process=False, skip_materials=True)
         vertices, faces, total = [np.empty((0, 3))], [np.empty((0, 3), np.int64)], 0
@@ -394,7 +404,7 @@ def _read_label_file(path: Path) -> np.ndarray:
         return label.reshape(-1)
     if path.suffix.lower() not in (".txt", ".seg", ".eseg"):
         raise ValueError(f"{path}: '{path.suffix}' is no label suffix; use .txt .npy .seg .eseg or a .ply with labels")
-    text = path.read_bytes().removeprefix(b"\xef\xbb\xbf").replace(b"\r", b"\n")
+    text = path.read_bytes().removeprefix(BOM).replace(b"\r", b"\n")
     parsed = None if b"/" in text else _numbers(text, np.float64)
     if parsed is not None:
         return parsed[0]
@@ -495,15 +505,15 @@ def write_ply(path: str | Path, vertices: np.ndarray, faces: np.ndarray, face_co
               label: np.ndarray | None = None) -> None:
     """Write a binary PLY with a colour, and an int property `label`, per face, faces in the given order.
 
-    vertices (V, 3), kept as doubles; faces (F, 3); face_color (F, 3) uint8; label (F,). MeshLab and trimesh show the face
-    colours; Blender reads the mesh without them (its importer knows colours of vertices only: give it write_glb's file).
+    vertices (V, 3), kept as doubles; faces (F, 3); face_color (F, 3) uint8; label (F,), values as the file shall
+    have them. MeshLab and trimesh show the colours; Blender knows colours of vertices only: give it write_glb's file.
     """
     _check_colors(path, faces, face_color)
     vertex = np.zeros(len(vertices), [(axis, "<f8") for axis in "xyz"])
     for i, axis in enumerate("xyz"):
         vertex[axis] = np.asarray(vertices)[:, i]
-    fields = [("length", "u1"), ("corner", "<i4", 3), ("color", "u1", 3)] + ([] if label is None else [("label", "<i4")])
-    face = np.zeros(len(faces), fields)
+    fields = [("length", "u1"), ("corner", "<i4", 3), ("color", "u1", 3), ("label", "<i4")]
+    face = np.zeros(len(faces), fields[:3] if label is None else fields)
     face["length"], face["corner"], face["color"] = 3, faces, face_color
     if label is not None:
         face["label"] = label
@@ -516,10 +526,11 @@ def write_ply(path: str | Path, vertices: np.ndarray, faces: np.ndarray, face_co
 
 
 def write_glb(path: str | Path, vertices: np.ndarray, faces: np.ndarray, face_color: np.ndarray) -> None:
-    """Write a GLB that any viewer shows in the colours of the faces: arguments as in write_ply, faces in the given order.
+    """Write a GLB that shows the faces in their colours in any viewer; arguments as in write_ply, same order of faces.
 
-    glTF has colours of vertices only, so every face gets three vertices of its own. It has 32-bit coordinates only, so
-    they are stored around the middle of the mesh, which its node moves back: UTM coordinates stay exact to the millimetre.
+    glTF knows colours of vertices only, so every face gets three vertices of its own. Its coordinates are 32-bit
+    floats, so they are stored relative to the middle of the mesh and moved back by the node: UTM stays precise.
+    (trimesh loads the colours with skip_materials=True only.)
     """
     _check_colors(path, faces, face_color)
     vertices = np.asarray(vertices, np.float64)
@@ -539,4 +550,5 @@ def write_glb(path: str | Path, vertices: np.ndarray, faces: np.ndarray, face_co
 
 def _check_colors(path: str | Path, faces: np.ndarray, face_color: np.ndarray) -> None:
     if face_color.shape != (len(faces), 3) or face_color.dtype != np.uint8:
-        raise ValueError(f"{path}: face_color must be ({len(faces)}, 3) uint8, not {face_color.shape} {face_color.dtype}")
+        raise ValueError(f"{path}: face_color must be uint8 ({len(faces)}, 3), "
+                         f"not {face_color.dtype} {face_color.shape}")
