@@ -11,6 +11,7 @@
 
 import argparse
 import os
+import re
 import signal
 import sys
 import threading
@@ -22,6 +23,8 @@ from typing import Any
 from utils.checks import did_you_mean, nearest
 
 ROOT = Path(__file__).resolve().parents[1]
+# torch.OutOfMemoryError by name (this module does without torch), CUDA's words, the CPU allocator's, NumPy's.
+NO_MEMORY = re.compile("OutOfMemoryError|out of memory|can't allocate memory|MemoryError", re.IGNORECASE)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -41,7 +44,10 @@ class ArgumentParser(argparse.ArgumentParser):
         # Before anything else, or a misspelt required flag would be reported as the other one missing.
         for flag in (token.partition("=")[0] for token in _before_separator(args) if token.startswith("--")):
             if flag not in self._option_string_actions and " " not in flag:
-                self.error(f"unknown flag {flag}{did_you_mean(nearest(flag, self._option_string_actions))}")
+                hint = did_you_mean(nearest(flag, self._option_string_actions))
+                if not hint and "." in flag:                   # the habit of other configuration tools
+                    hint = f"; write {flag[2:]}=VALUE without hyphens"
+                self.error(f"unknown flag {flag}{hint}")
         parsed, rest = self.parse_known_intermixed_args(args, namespace)
         if rest:
             self.error(f"unexpected argument{'s' * (len(rest) > 1)}: {' '.join(rest)}")
@@ -134,29 +140,32 @@ def run(main: Callable[[], Any]) -> None:
         _leave(128 + stop.signum, stop.message or "stopped")
     except KeyboardInterrupt:
         _leave(130, "interrupted")
-    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
         if "--debug" in sys.argv or not (message := user_message(error)):
             raise
         _leave(2, f"error: {message}")
 
 
 def user_message(error: BaseException) -> str | None:
-    """One line for an error that a user can mend, None for a bug."""
-    text = str(error).strip()
-    if text.startswith("Caught ") and "Original Traceback" in text:      # from a loader's worker, with its traceback
-        text = text.splitlines()[-1].partition(": ")[2] or text
-    text = " ".join(text.split())
-    if isinstance(error, RuntimeError):
-        if "out of memory" in text.lower() or "can't allocate memory" in text.lower():
-            return f"out of memory: {text[:200]}; lower the batch or crop size, or use --amp-dtype bfloat16"
-        return None
+    """One line for an error that a user can mend, None for a bug.
+
+    Where no `raise` of this repository made the message, it may be a bug after all: its type and place are added.
+    """
+    text = " ".join(str(error).split())
+    if isinstance(error, RuntimeError | MemoryError):
+        if not NO_MEMORY.search(f"{type(error).__name__} {text}"):
+            return None
+        return f"out of memory: {text[:200]}; lower the batch or crop size, or use --amp-dtype bfloat16"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename is not None else error.strerror
-    for frame in traceback.extract_tb(error.__traceback__)[-1:]:         # where it was raised
-        if "site-packages" in frame.filename or not Path(frame.filename).resolve().is_relative_to(ROOT):
-            # Not one of our own messages: it may be a bug, and says too little alone.
-            return f"{type(error).__name__}: {text} ({frame.filename}:{frame.lineno}; --debug shows the traceback)"
-    return text or type(error).__name__
+    if text.startswith("Caught ") and "Original Traceback" in text:      # from a loader's worker, with its traceback
+        last_line = str(error).strip().splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
+        return f"{last_line} (in a loader worker; --debug shows the traceback)"
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    ours = Path(frame.filename).resolve().is_relative_to(ROOT) and "site-packages" not in frame.filename
+    if ours and text and "raise " in (frame.line or ""):
+        return text
+    return f"{type(error).__name__}: {text} ({frame.filename}:{frame.lineno}; --debug shows the traceback)"
 
 
 def _leave(status: int, message: str) -> None:

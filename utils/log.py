@@ -97,7 +97,7 @@ class RunLog:
         assert not taken, f"metrics may not be named {taken}: log.jsonl has these keys"
         record = _plain({"epoch": epoch, "step": step, "split": split, **metrics})
         self._records.write(json.dumps(record, allow_nan=False) + "\n")
-        numbers = {name: value for name, value in record.items() if isinstance(value, int | float) and name in metrics}
+        numbers = {name: record[name] for name in metrics if type(record[name]) in (int, float)}
         self.scalars(step, {f"{split}/{name}": value for name, value in numbers.items()})
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:

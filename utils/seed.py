@@ -20,6 +20,7 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
     """
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed: expected an integer from 0 to 2**63 - 1, got {seed}")
+    seed = operator.index(seed)                                # Python's generator refuses NumPy's integers
     random.seed(seed)
     np.random.seed(seed % NUMPY_SEEDS)
     torch.manual_seed(seed)                                    # also seeds every CUDA device
