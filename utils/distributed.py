@@ -6,6 +6,7 @@ Everything here also works, as the identity, in a single process without torchru
 import os
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +21,9 @@ TIMEOUT = timedelta(hours=2)
 def init_distributed(device_type: str) -> tuple[int, int, int]:
     """Join the process group that torchrun's environment describes: nccl for device_type "cuda", gloo otherwise.
 
-    Returns (rank, local_rank, world_size); (0, 0, 1), and no group, without torchrun or with one process. On "cuda" the current
-    device becomes local_rank. ValueError where the machine has fewer GPUs than processes, or the environment is incomplete.
+    Returns (rank, local_rank, world_size); (0, 0, 1), and no group, without torchrun or with one process. On "cuda"
+    the current device becomes local_rank. ValueError where the machine has fewer GPUs than processes, or the
+    environment is incomplete.
     """
     if not dist.is_available() or int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return 0, 0, 1
@@ -91,6 +93,16 @@ def all_agree_max(flag: int) -> int:
     return int(_reduced(torch.tensor(int(flag)), dist.ReduceOp.MAX).item()) if _active() else int(flag)
 
 
+def all_gather(value: Any) -> list:
+    """`value` of every process, by rank, in all of them; any picklable value, such as a random state for the
+    checkpoint."""
+    if not _active():
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def _reduced(tensor: Tensor, operation: dist.ReduceOp) -> Tensor:
     home = tensor.device
     if dist.get_backend() == "nccl":               # nccl knows GPU memory only
@@ -117,15 +129,16 @@ def shard_indices(num_items: int, rank: int, world: int) -> range:
 
 
 class EpochBatchSampler(Sampler[list[int]]):
-    """Batches of indices for training, for DataLoader(batch_sampler=...), the same for every cut of a batch among processes.
+    """Batches of indices for training, for DataLoader(batch_sampler=...); how many processes there are changes nothing.
 
-    The order of an epoch depends on (seed, epoch) only. It is cut into optimiser steps of batch_size * world * group items,
-    each step into `group` micro-batches (gradient accumulation; usually 1), each of those evenly into one batch per process.
-    So 1 process x 8, 2 x 4 and 2 x 2 with group=2 see the same items in the same steps. All ranks have equally many batches.
+    The order of an epoch depends on (seed, epoch) only. It is cut into optimiser steps of batch_size * world * group
+    items, each step into `group` micro-batches (gradient accumulation; usually 1), each of those evenly into one
+    batch per process. So 1 process x 8, 2 x 4 and 2 x 2 with group=2 see the same items in the same steps. All ranks
+    have equally many batches.
 
-    The last step may be smaller: it has as few micro-batches as hold it, cut evenly, so that shares differ by one item at most
-    (weight losses by item, not by batch); what cannot give each rank one item (fewer than `world`) is left out. With
-    drop_last=True an incomplete last step is left out altogether, unless it is the only one.
+    The last step may be smaller: it has as few micro-batches as hold it, cut evenly, so that shares differ by one
+    item at most (weight losses by item, not by batch); what cannot give each rank one item (fewer than `world`) is
+    left out. With drop_last=True an incomplete last step is left out altogether, unless it is the only one.
     """
 
     def __init__(self, num_items: int, batch_size: int, seed: int, shuffle: bool = True, drop_last: bool = False,
@@ -139,7 +152,7 @@ class EpochBatchSampler(Sampler[list[int]]):
                              f"need at least 1, and rank below world")
         self.bounds = self._cut(drop_last)         # of each global micro-batch
         if not self.bounds:
-            raise ValueError(f"{num_items} training items for {self.world} processes: each needs at least one item a step. "
+            raise ValueError(f"{num_items} training items for {self.world} processes: each needs at least one. "
                              f"Add data or use fewer processes.")
         self.set_epoch(0)
 
@@ -158,8 +171,8 @@ class EpochBatchSampler(Sampler[list[int]]):
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         """Choose the epoch's order; the next pass leaves out its first `start_batch` batches (done before a resume)."""
         if not 0 <= start_batch <= len(self):
-            raise ValueError(f"start_batch {start_batch}: the epoch has {len(self)} batches. Were --batch-size, the number of "
-                             f"processes or the data changed since the checkpoint?")
+            raise ValueError(f"start_batch {start_batch}: the epoch has {len(self)} batches. Were the batch size, the "
+                             f"number of processes or the data changed since the checkpoint?")
         self.epoch, self.start_batch = epoch, start_batch
 
     def __len__(self) -> int:

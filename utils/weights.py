@@ -1,0 +1,160 @@
+"""Read weight files without trusting them, and load pre-trained weights completely or not at all.
+
+torch.load does not compare the checksums that torch.save writes (a flipped bit in a weight loads without a word), so
+every archive is first read through `zipfile`, which does. Nothing in a file is ever executed: `weights_only=True`, no
+allow-list.
+"""
+
+import hashlib
+import re
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+DOS_FOLDER = 0x10                                  # bit of a zip entry's external attributes
+
+
+def read_weights(path: str | Path) -> dict[str, Any]:
+    """Somebody else's weights: a .safetensors file, or anything torch.save wrote (also the format before torch 1.6).
+
+    Returns the dict in the file as it is, on the CPU. FileNotFoundError or IsADirectoryError where there is no file;
+    ValueError, in one line, where it is truncated or damaged, holds Python objects beyond tensors and plain types, or
+    holds no dict.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        _first_bytes(path)
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: truncated, damaged or no safetensors file ({_one_line(error)}). "
+                             f"Fetch it again.") from error
+    content = read_torch_file(path, old_format=True, advice="Fetch it again.")
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, not a dict of tensors. Save a state_dict.")
+    return content
+
+
+def read_torch_file(path: str | Path, advice: str, map_location: Any = "cpu", old_format: bool = False) -> Any:
+    """torch.load with weights_only=True after a check of all checksums; each failure is one line that ends with
+    `advice`.
+
+    Raises as `read_weights`. `old_format` also takes files that are no zip archive (written before torch 1.6).
+    """
+    path = Path(path)
+    if _first_bytes(path) == b"PK\x03\x04":        # a zip archive; what torch.load itself goes by
+        _check_archive(path, advice)
+    elif not old_format:
+        raise ValueError(f"{path}: truncated, or not written by torch.save ({path.stat().st_size} bytes). {advice}")
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:                     # damaged bytes make the unpickler raise anything; none is swallowed
+        if forbidden := re.search(r"nsupported (?:global: )?GLOBAL ([\w.]+)", str(error)):
+            raise ValueError(f"{path}: holds Python objects ({forbidden[1]}); only tensors and plain types are read, "
+                             f"because objects can run code. If you trust the file, write its state_dict alone to a "
+                             f"new one with torch.save.") from error
+        raise ValueError(f"{path}: truncated, damaged or not a PyTorch file ({_one_line(error)}). {advice}") from error
+
+
+def _first_bytes(path: Path) -> bytes:
+    """The first four bytes, after the errors for a file that is not there; PermissionError for one we may not read."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: is a folder. Name a file in it, such as {path / 'model_best.pth'}.")
+    if not path.exists():
+        near = sorted(other.name for other in path.parent.glob("*" + path.suffix)) if path.suffix else []
+        raise FileNotFoundError(f"{path}: no such file. " + (f"Its folder holds {_examples(near)}." if near
+                                                            else "Check the path."))
+    with open(path, "rb") as file:
+        return file.read(4)
+
+
+def _check_archive(path: Path, advice: str) -> None:
+    """Compare all checksums of a zip archive; refuse entries that torch.save never writes: compressed ones (zip bombs)
+    and folders, for which torch would return memory that nobody has filled."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            bad = next((entry.filename for entry in entries
+                        if entry.compress_type != zipfile.ZIP_STORED or entry.external_attr & DOS_FOLDER), None)
+            if bad is None and any(entry.CRC for entry in entries):   # all 0: torch can be told not to write checksums
+                bad = archive.testzip()
+    except Exception as error:                     # BadZipFile, RuntimeError, NotImplementedError, OSError, ...
+        raise ValueError(f"{path}: truncated or damaged ({_one_line(error)}). {advice}") from error
+    if bad is not None:
+        raise ValueError(f"{path}: damaged, its entry {bad!r} is not what its checksum or header says. {advice}")
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error).rpartition("WeightsUnpickler error:")[-1]     # behind torch's advice to switch off the protection
+    text = "".join(letter if letter.isprintable() else " " for letter in text)
+    return f"{type(error).__name__}: {' '.join(text.split())[:120]}"
+
+
+def _examples(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+# -- into a module -------------------------------------------------------------
+
+def strip_prefixes(state_dict: Mapping[str, Any],
+                   prefixes: Sequence[str] = ("module.", "_orig_mod.")) -> dict[str, Any]:
+    """Undo what wrappers (DistributedDataParallel, torch.compile) do to names: drop a prefix as long as EVERY key has
+    it.
+
+    A prefix that only some keys have is a real name (a submodule called `module`) and stays.
+    """
+    result = dict(state_dict)
+    while prefix := next((p for p in prefixes if result and all(str(key).startswith(p) for key in result)), None):
+        result = {key[len(prefix):]: value for key, value in result.items()}
+    return result
+
+
+def load_weights(module: nn.Module, state_dict: Mapping[str, Tensor], source: str | Path, what: str = "encoder",
+                 layout: str = "") -> str:
+    """Load all of `module` from `state_dict`, whose names must already be the module's, or nothing.
+
+    Every parameter and persistent buffer must be there in its shape; otherwise ValueError counts and names the
+    tensors that are not, and the module is unchanged. A weight stored as integers (quantised) counts as one of
+    another shape. Returns "matched 452/452 encoder tensors from FILE (layout: ...)", and how many other tensors of
+    the file were not used. `num_batches_tracked` may be missing from a file that has none: torch before 0.4.1 did not
+    write it, and batch norm does not read it unless its momentum is None.
+    """
+    own = module.state_dict()
+    counter = "num_batches_tracked"
+    needed = own if any(str(name).endswith(counter) for name in state_dict) else \
+        {name: tensor for name, tensor in own.items() if not name.endswith(counter)}
+    missing = [name for name in needed if not isinstance(state_dict.get(name), Tensor)]
+    differing = [f"{name}: file {_kind(state_dict[name])}, model {_kind(tensor)}" for name, tensor in needed.items()
+                 if name not in missing and not _fits(state_dict[name], tensor)]
+    unexpected = [str(name) for name in state_dict if name not in own]
+    origin = f"{source} (layout: {layout})" if layout else f"{source}"
+    counts = f"matched {len(needed) - len(missing) - len(differing)}/{len(needed)} {what} tensors"
+    if missing or differing or not needed:
+        groups = {"missing": missing, "unexpected": unexpected, "of another shape": differing}
+        details = "; ".join(f"{len(names)} {label}" + (f" ({_examples(names)})" if names else "")
+                            for label, names in groups.items())
+        raise ValueError(f"{origin}: {counts}; {details}. Is the file of this model and size?")
+    module.load_state_dict({**own, **{name: state_dict[name] for name in needed}}, strict=True)
+    return f"{counts} from {origin}" + (f"; {len(unexpected)} others in the file not used" if unexpected else "")
+
+
+def _fits(stored: Tensor, own: Tensor) -> bool:
+    return stored.shape == own.shape and (stored.is_floating_point() or not own.is_floating_point())
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)}" + ("" if tensor.is_floating_point() else f" {tensor.dtype}".replace("torch.", ""))
+
+
+def sha256_file(path: str | Path) -> str:
+    """The hexadecimal SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
