@@ -14,7 +14,7 @@ import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -304,18 +304,80 @@ class MeshDataset(Dataset):
         return face_index[np.sort(nearest)]
 
 
+class CachedFeatures(Dataset):
+    """A data set of fixed views with the embeddings of a frozen encoder in place of its features.
+
+    embed maps one item's batch of one to (1, N, F, E). All items are embedded once, into a memory-mapped array; key names what
+    they depend on besides the meshes (the encoder's weights), and with it the file in folder (None: kept in memory). Items:
+    embedding (N, F, E), label, mask, face_index, index. Raises ValueError for a data set that changes from epoch to epoch.
+    """
+
+    def __init__(self, dataset: MeshDataset, embed: Callable[[dict], torch.Tensor], key: str, folder: str | Path | None) -> None:
+        if not dataset.views and (dataset.augmentation.active or dataset.spec.clusters_per_batch):
+            raise ValueError("training.cache_features needs inputs that never change: switch the augmentation off and leave "
+                             "training.clusters_per_batch empty, or train without the cache")
+        self.dataset = dataset
+        samples = [dataset[item] for item in range(len(dataset))]
+        self._rest = [{name: sample[name] for name in ("label", "mask", "face_index", "index")} for sample in samples]
+        self._bounds = np.cumsum([0] + [sample["mask"].numel() for sample in samples])
+        digest = hashlib.sha256(key.encode())
+        for sample in samples:
+            digest.update(sample["features"].numpy().tobytes())
+            digest.update(sample["centroid"].numpy().tobytes())
+            digest.update(sample["face_index"].numpy().tobytes())
+        path = None if folder is None else Path(folder) / f"embedding_{digest.hexdigest()[:32]}.npy"
+        self.was_stored = path is not None and path.is_file()
+        if not self.was_stored:
+            path = self._store(samples, embed, path)
+        self._embedding = path if isinstance(path, np.ndarray) else np.load(path, mmap_mode="r")
+
+    def _store(self, samples, embed, path):
+        out = None
+        for item, sample in enumerate(progress(samples, "embedding")):
+            embedding = embed(custom_collate_fn([sample]))[0].flatten(0, 1).float().cpu().numpy()      # (N F, E)
+            if out is None:
+                shape = (int(self._bounds[-1]), embedding.shape[1])
+                if path is None:
+                    out = np.empty(shape, np.float32)
+                else:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+                    out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
+            out[self._bounds[item]:self._bounds[item + 1]] = embedding
+        if path is None:
+            return out
+        out.flush()
+        os.replace(temporary, path)
+        return path
+
+    def __getattr__(self, name: str):
+        if name == "dataset":                                                    # not there yet: while a worker unpickles
+            raise AttributeError(name)
+        return getattr(self.dataset, name)                                       # files, items, labels, mesh(), set_epoch() ...
+
+    def __len__(self) -> int:
+        return len(self._rest)
+
+    def __getitem__(self, item: int) -> dict:
+        rest = self._rest[item]
+        flat = torch.from_numpy(self._embedding[self._bounds[item]:self._bounds[item + 1]].copy())
+        return {"embedding": flat.view(*rest["mask"].shape, -1), **rest}
+
+
+PADDING = {"features": 0.0, "embedding": 0.0, "label": IGNORE_INDEX, "mask": False, "face_index": -1, "centroid": 0.0, "area": 0.0}
+
+
 def custom_collate_fn(batch: Sequence[dict]) -> dict:
     """Pad the items to the longest: features [B,N,F,Dg], label [B,N,F] (padding IGNORE_INDEX), mask [B,N,F] (True = a face),
-    face_index [B,N,F] (padding -1), centroid [B,N,F,3], area [B,N,F], index [B]."""
+    face_index [B,N,F] (padding -1), centroid [B,N,F,3], area [B,N,F], index [B]; embedding [B,N,F,E] in place of features,
+    centroid and area where it is cached."""
     N, slots = (max(item["mask"].shape[axis] for item in batch) for axis in (0, 1))
-    padding = {"features": 0.0, "label": IGNORE_INDEX, "mask": False, "face_index": -1, "centroid": 0.0, "area": 0.0}
-    out = {}
-    for name, empty in padding.items():
+    out = {"index": torch.tensor([item["index"] for item in batch])}
+    for name in batch[0].keys() - {"index"}:
         first = batch[0][name]
-        out[name] = first.new_full((len(batch), N, slots, *first.shape[2:]), empty)
+        out[name] = first.new_full((len(batch), N, slots, *first.shape[2:]), PADDING[name])
         for row, item in zip(out[name], batch, strict=True):
             row[:item[name].shape[0], :item[name].shape[1]] = item[name]
-    out["index"] = torch.tensor([item["index"] for item in batch])
     return out
 
 

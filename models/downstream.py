@@ -21,7 +21,7 @@ class DownstreamClassifier(nn.Module):
                  unfrozen_layers: int | str = 0) -> None:
         super().__init__()
         E = encoder.embed_dim
-        self.encoder = encoder
+        self.encoder, self.num_classes = encoder, num_classes
         if head == "linear":
             self.head: nn.Module = nn.Linear(E, num_classes)
         else:
@@ -51,9 +51,22 @@ class DownstreamClassifier(nn.Module):
         return self
 
     def embed(self, features: Tensor, masks: Tensor, centroid: Tensor) -> Tensor:
-        """(B, N, F, E) embeddings of the faces; without gradient where the encoder is frozen."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.encoder_is_frozen):
-            return self.encoder(features, masks, centroid)
+        """(B, N, F, E) embeddings of the faces.
 
-    def forward(self, features: Tensor, masks: Tensor, centroid: Tensor) -> Tensor:
-        return self.head(self.embed(features, masks, centroid))     # (B, N, F, C)
+        A frozen encoder runs without gradient, and on each mesh alone, without its padding: then an embedding depends on nothing
+        but its mesh, and one that was computed once and kept (training.cache_features) is the same to the last bit.
+        """
+        if not self.encoder_is_frozen:
+            return self.encoder(features, masks, centroid)
+        embedding = features.new_zeros(*features.shape[:3], self.encoder.embed_dim)
+        with torch.no_grad():
+            for b in range(len(features)):
+                N, slots = int(masks[b].any(1).sum()), int(masks[b].any(0).sum())
+                one = (slice(b, b + 1), slice(N), slice(slots))
+                embedding[one] = self.encoder(features[one], masks[one], centroid[one]).to(embedding.dtype)
+        return embedding
+
+    def forward(self, features: Tensor | None, masks: Tensor | None, centroid: Tensor | None,
+                embedding: Tensor | None = None) -> Tensor:
+        """Logits (B, N, F, C); with `embedding` (B, N, F, E), the result of an earlier embed, the encoder is not run."""
+        return self.head(self.embed(features, masks, centroid) if embedding is None else embedding)

@@ -102,22 +102,26 @@ class Block(nn.Module):
 class Nomeformer(nn.Module):
     """Per-face encoder: features (B, N, F, Dg) -> embedding (B, N, F, E); padded slots come out as 0.
 
-    feature_dim Dg; embed_dim E, a multiple of num_heads; num_attention_blocks local + global steps; dropout inside the layers.
+    feature_dim Dg; embed_dim E, a multiple of num_heads; num_attention_blocks local + global steps; dropout and drop_path
+    (stochastic depth) inside the layers; use_position False leaves the position codes out.
     The features are standardised with `feature_mean` and `feature_std`, which travel in the state dict.
     """
 
     def __init__(self, feature_dim: int, embed_dim: int = 96, num_heads: int = 4, num_attention_blocks: int = 6,
-                 mlp_ratio: float = 2.0, dropout: float = 0.0, drop_path: float = 0.0) -> None:
+                 mlp_ratio: float = 2.0, dropout: float = 0.0, drop_path: float = 0.0,
+                 use_position: bool = True) -> None:
         super().__init__()
         if embed_dim % num_heads:
             raise ValueError(f"model.embedding_dim={embed_dim} is not a multiple of model.num_heads={num_heads}")
         self.embed_dim, self.feature_dim = embed_dim, feature_dim
+        self.use_position = use_position
         self.register_buffer("feature_mean", torch.zeros(feature_dim))
         self.register_buffer("feature_std", torch.ones(feature_dim))
         self.embed = nn.Linear(feature_dim, embed_dim)
-        self.face_position = PositionCode(embed_dim)
-        self.cluster_position = PositionCode(embed_dim)
-        self.summary = nn.Parameter(torch.zeros(embed_dim))
+        if use_position:
+            self.face_position = PositionCode(embed_dim)
+            self.cluster_position = PositionCode(embed_dim)
+        self.summary_token = nn.Parameter(torch.zeros(embed_dim))
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, dropout, drop_path) for _ in range(num_attention_blocks))
         self.norm = nn.LayerNorm(embed_dim)
         self.apply(init_weights)
@@ -134,8 +138,10 @@ class Nomeformer(nn.Module):
         features = torch.where(masks[..., None], (features - self.feature_mean) / self.feature_std, 0.0)
         centroid = torch.where(masks[..., None], centroid, 0.0)
         center = centroid.sum(2) / masks.sum(2, keepdim=True).clamp(min=1)                          # (B, N, 3)
-        faces = self.embed(features) + self.face_position(centroid)                                 # (B, N, F, E)
-        summary = self.summary + self.cluster_position(center)                                      # (B, N, E)
+        faces = self.embed(features)                                                                # (B, N, F, E)
+        summary = self.summary_token.expand(*center.shape[:2], -1)                                        # (B, N, E)
+        if self.use_position:
+            faces, summary = faces + self.face_position(centroid), summary + self.cluster_position(center)
         # Keys of the global step: a mesh with no visible cluster at all keeps its (empty) summary tokens rather than NaN.
         keys = valid_cluster | ~valid_cluster.any(1, keepdim=True)
         for block in self.blocks:

@@ -1,0 +1,693 @@
+"""Per-face semantic segmentation of triangle meshes: a head on a pre-trained (I-JEPA) mesh encoder.
+
+    python train_downstream.py config.yaml --pretrained_path exp/jepa/model/model_last.pth     # frozen encoder + head
+    python train_downstream.py config.yaml                                                     # the same network from scratch
+    python train_downstream.py config.yaml --device cpu --limit-batches 2 training.epochs=1    # smoke run
+    torchrun --nproc_per_node=4 train_downstream.py config.yaml --pretrained_path P            # several GPUs
+    python train_downstream.py config.yaml --resume auto                                       # go on, bit for bit
+    python train_downstream.py config.yaml --resume exp/downstream/model/model_best.pth --test-only
+
+One config file holds the experiment (configs/mesh_*.yaml; every key is in DEFAULTS below), `section.key=value` changes it.
+The encoder is frozen unless training.num_unfrozen_encoder_layers says otherwise, or there is no pre-trained file.
+What to expect: README, row "meshes"; docs/meshes.md explains every number logged and every deviation from the documents.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+
+from data.mesh import Augmentation, CachedFeatures, MeshDataset, MeshSpec, custom_collate_fn, feature_statistics
+from data.mesh_io import list_meshes, read_mesh
+from models.downstream import DownstreamClassifier
+from models.nomeformer import Nomeformer
+from models.pretrained_mesh import check_features, read_encoder
+from utils.checkpoint import (
+    CheckpointKeeper,
+    EarlyStopping,
+    RunFolder,
+    find_resume,
+    load_checkpoint,
+)
+from utils.cli import ArgumentParser, StopRequested, StopSignal, run
+from utils.config import Config, Required, Setting, load_config, save_config
+from utils.device import amp_settings, autocast, describe, environment, pick_device
+from utils.distributed import (
+    EpochBatchSampler,
+    all_agree_max,
+    all_reduce_sum,
+    barrier,
+    cleanup,
+    init_distributed,
+    is_main,
+    shard_indices,
+    unwrap,
+    world_size,
+)
+from utils.distributed import (
+    rank as this_rank,
+)
+from utils.ema import EMA
+from utils.log import RunLog, progress
+from utils.losses import MaskedCrossEntropyLoss
+from utils.metrics import ConfusionMatrix, metrics_table, segmentation_metrics
+from utils.params import layerwise_groups
+from utils.render import palette
+from utils.schedule import SCHEDULES, build_scheduler
+from utils.seed import rng_state, seed_everything, seed_worker, set_rng_state
+from utils.weights import load_weights, sha256_file
+
+SCRIPT = Path(__file__).name
+
+DEFAULTS = {
+    "paths": {
+        "mesh_dir": Required((str,)),
+        "label_dir": Setting(None, (str,)),                 # None: beside the meshes
+        "val_mesh_dir": Setting(None, (str,)),              # None: validation meshes are taken out of mesh_dir, see data.val_split
+        "val_label_dir": Setting(None, (str,)),
+        "test_mesh_dir": Setting(None, (str,)),             # read by --test-only and evaluate.py alone
+        "test_label_dir": Setting(None, (str,)),
+        "checkpoint_pretrain": Setting(None, (str,)),       # the same as --pretrained_path
+        "checkpoint_dir": Setting(None, (str,)),            # default OUTPUT_DIR/model
+        "log_dir": Setting(None, (str,)),                   # default OUTPUT_DIR/log
+        "cache_dir": Setting(".cache/meshes", (str,)),      # prepared meshes; null switches the cache off
+    },
+    "data": {
+        "val_split": [],                                    # name patterns ("faust_08*") or one number: that share of mesh_dir
+        "class_names": [],
+        "label_offset": 0,                                  # added to the files' values: -1 for files that count from 1
+        "ignore_labels": [],                                # the files' values for "not labelled", such as 255
+        "label_kind": Setting("auto", (str,), ("auto", "face", "polygon", "vertex", "edge")),
+    },
+    "model": {
+        "n_classes": Required((int,)),
+        "features": ["corners", "normal", "area", "angles", "curvature", "dihedral"],
+        "feature_dim": Setting(None, (int,)),               # only checked against the features
+        "embedding_dim": 96,
+        "num_heads": 4,
+        "num_attention_blocks": 6,
+        "mlp_ratio": 2.0,
+        "dropout": 0.1,                                     # of the head
+        "encoder_dropout": 0.0,
+        "drop_path": 0.1,
+        "use_pe": True,                                     # position codes
+        "head": Setting("mlp", (str,), ("mlp", "linear")),
+        "faces_per_cluster": 32,
+        "n_clusters": Setting(None, (int,)),
+        "clustering": Setting("bisection", (str,), ("bisection", "fps")),
+        "unit": Setting(None, (float,)),                    # metres per length unit (10 for houses); None: by the mesh's size
+    },
+    "training": {
+        "epochs": 50,
+        "batch_size": 8,                                    # meshes (or crops) per process and micro-step
+        "clusters_per_batch": Setting(None, (int,)),        # crops of that many clusters, for large meshes
+        "accumulation_steps": 1,
+        "num_unfrozen_encoder_layers": Setting(0, (int, str)),          # 0 | k | all; without a pre-trained file always all
+        "use_pretrained": Setting(None, (bool,)),           # true: refuse to start without a pre-trained file; false: ignore it
+        "resume": False,                                    # the same as --resume auto
+        "weight_decay": 0.05,
+        "layer_wise_lr_decay": [1.0, 1.0],                  # head rate x first, each block nearer the input / second
+        "use_ema": True,
+        "ema_decay": 0.998,
+        "gradient_clip_val": 1.0,
+        "label_smoothing": 0.0,
+        "ignore_index": Setting(None, (int,)),              # one more value of data.ignore_labels
+        "cache_features": False,                            # frozen encoder without augmentation: embed every face once
+    },
+    "optimizer": {"type": Setting("adamw", (str,), ("adamw",)), "learning_rate": 1e-3},
+    "scheduler": {"name": Setting("cosine", (str,), SCHEDULES), "warmup_epochs": 2.0, "min_lr": 1e-6},
+    "class_weights": {"class_percentages": []},             # per cent of the faces per class: weights 1 / percentage, mean 1
+    "augmentation": {
+        "mode": Setting("none", (str,), ("none", "z", "so3")),
+        "rotation_range": [-180.0, 180.0],
+        "scale_range": [1.0, 1.0],
+        "noise_std": 0.0,
+        "flip_probability": 0.0,
+        "recluster": False,
+        "cluster_dropout": 0.0,
+    },
+    "evaluation": {
+        "views": 1,                                         # predictions averaged over that many rotations and clusterings
+        "interval": 1,                                      # epochs
+        "monitor": Setting("mean_f1", (str,), ("mean_f1", "miou", "overall_accuracy")),
+        "batch_size": 8,
+    },
+    "checkpointing": {"save_interval": 5, "save_top_k": 0},
+    "early_stopping": {"patience": 0},                      # evaluations without improvement; 0 = never
+    "logging": {"log_interval": 20, "tensorboard": True},
+}
+
+
+def parse_args(argv=None):
+    parser = ArgumentParser(description=__doc__)
+    # data
+    parser.add_argument("config", help="YAML, TOML or JSON file")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the config")
+    parser.add_argument("--num-workers", type=int, default=2, help="loader processes; 0 loads in the main process")
+    # model
+    parser.add_argument("--pretrained_path", help="encoder file: train_jepa.py's, a plain state dict, or a downstream checkpoint")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the network")
+    # run                                                                         # same in all scripts
+    parser.add_argument("--output-dir", default=f"exp/{Path(SCRIPT).stem.removeprefix('train_')}", help="run folder")
+    parser.add_argument("--resume", metavar="PATH|auto", help="go on from a checkpoint; auto: the newest of the run folder")
+    parser.add_argument("--test-only", action="store_true", help="score the --resume checkpoint and stop")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--deterministic", action="store_true", help="deterministic GPU kernels, slower")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: the best there is")
+    parser.add_argument("--amp-dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on CUDA, else float32")
+    parser.add_argument("--limit-batches", type=int, default=0, metavar="N", help="only N batches per epoch and evaluation")
+    parser.add_argument("--wandb", action="store_true", help="also log to Weights & Biases")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser.parse_args(argv)
+
+
+# -- the pieces of this method -----------------------------------------------------------------------------------------
+
+def check_config(config: Config) -> None:
+    """Errors that need more than one key to see. Raises ValueError."""
+    spec = mesh_spec(config)
+    if config.model.feature_dim not in (None, spec.feature_dim):
+        raise ValueError(f"model.feature_dim={config.model.feature_dim}, but model.features {list(spec.features)} are "
+                         f"{spec.feature_dim} wide; correct one of them (feature_dim may be left out)")
+    names, weights = config.data.class_names, config.class_weights.class_percentages
+    for key, values in (("data.class_names", names), ("class_weights.class_percentages", weights)):
+        if values and len(values) != config.model.n_classes:
+            raise ValueError(f"{key} has {len(values)} entries for model.n_classes={config.model.n_classes}; give one per class")
+    if weights and min(weights) <= 0:
+        raise ValueError(f"class_weights.class_percentages: {min(weights)} is not above 0; leave classes without faces at a small value")
+    unfrozen = config.training.num_unfrozen_encoder_layers
+    if isinstance(unfrozen, str) and unfrozen != "all":
+        raise ValueError(f"training.num_unfrozen_encoder_layers={unfrozen!r}: expected a number of blocks or all")
+    if len(config.training.layer_wise_lr_decay) != 2 or min(config.training.layer_wise_lr_decay) <= 0:
+        raise ValueError(f"training.layer_wise_lr_decay={config.training.layer_wise_lr_decay}: expected [head multiplier, decay per "
+                         f"block], such as [10, 2]")
+
+
+def mesh_spec(config: Config) -> MeshSpec:
+    model = config.model
+    return MeshSpec(features=tuple(model.features), faces_per_cluster=model.faces_per_cluster, n_clusters=model.n_clusters,
+                    clustering=model.clustering, clusters_per_batch=config.training.clusters_per_batch, unit=model.unit)
+
+
+def class_names(config: Config) -> list[str]:
+    return list(config.data.class_names) or [f"class {c}" for c in range(config.model.n_classes)]
+
+
+def split_files(config: Config) -> tuple[list[Path], list[Path]]:
+    """Training and validation meshes: two folders, or mesh_dir divided by data.val_split. Raises ValueError for an empty part."""
+    paths, files = config.paths, list_meshes(config.paths.mesh_dir)
+    if paths.val_mesh_dir is not None:
+        return files, list_meshes(paths.val_mesh_dir)
+    split = config.data.val_split
+    if len(split) == 1 and isinstance(split[0], float):
+        every = max(2, round(1 / split[0]))
+        val = files[every - 1::every]
+    else:
+        val = [file for file in files if any(fnmatch.fnmatch(file.stem, str(pattern)) for pattern in split)]
+    train = [file for file in files if file not in val]
+    if not val or not train:
+        raise ValueError(f"data.val_split={split} leaves {len(train)} training and {len(val)} validation meshes of {len(files)} in "
+                         f"{paths.mesh_dir}; set it to name patterns or a share such as [0.15], or set paths.val_mesh_dir")
+    return train, val
+
+
+def build_dataset(config: Config, split: str, seed: int = 0, mesh_dir: str | None = None, label_dir: str | None = None) -> MeshDataset:
+    """split train | val | test, or the meshes of `mesh_dir`. Everything but "train" is evaluated: every face exactly once a view."""
+    paths, augmentation = config.paths, {**config.augmentation}
+    if mesh_dir is not None:
+        files, label_dir = list_meshes(mesh_dir), label_dir or mesh_dir
+    elif split == "test":
+        if paths.test_mesh_dir is None:
+            raise ValueError("there is no test split: set paths.test_mesh_dir (and paths.test_label_dir)")
+        files, label_dir = list_meshes(paths.test_mesh_dir), paths.test_label_dir or paths.test_mesh_dir
+    else:
+        files = split_files(config)[0 if split == "train" else 1]
+        label_dir = paths.label_dir or paths.mesh_dir
+        if split == "val" and paths.val_mesh_dir is not None:
+            label_dir = paths.val_label_dir or paths.val_mesh_dir
+    augmentation.update({key: tuple(augmentation[key]) for key in ("rotation_range", "scale_range")})
+    ignore = [*config.data.ignore_labels, *([] if config.training.ignore_index is None else [config.training.ignore_index])]
+    return MeshDataset(files, label_dir, mesh_spec(config), config.model.n_classes, Augmentation(**augmentation),
+                       views=0 if split == "train" else config.evaluation.views, label_offset=config.data.label_offset,
+                       ignore_labels=ignore, label_kind=config.data.label_kind, cache_dir=paths.cache_dir, seed=seed,
+                       description=f"{split} meshes")
+
+
+def build_model(config: Config, unfrozen_layers: int | str) -> DownstreamClassifier:
+    model = config.model
+    encoder = Nomeformer(mesh_spec(config).feature_dim, model.embedding_dim, model.num_heads, model.num_attention_blocks,
+                         model.mlp_ratio, model.encoder_dropout, model.drop_path, model.use_pe)
+    return DownstreamClassifier(encoder, model.n_classes, model.head, model.dropout, unfrozen_layers)
+
+
+def load_pretrained(model: DownstreamClassifier, path: str, spec: MeshSpec) -> tuple[dict, str]:
+    """Fill the encoder from a file, completely or not at all. Returns the checkpoint's `encoder` entry and a line for the log."""
+    state, layout, feature_spec = read_encoder(path)
+    check_features(feature_spec, spec.features, path)
+    line = load_weights(model.encoder, state, path, layout=layout)
+    return {"name": type(model.encoder).__name__, "file": str(path), "sha256": sha256_file(path)}, line
+
+
+def parameter_groups(model: DownstreamClassifier, config: Config) -> list[dict]:
+    depth, (head_multiplier, decay) = len(model.encoder.blocks), config.training.layer_wise_lr_decay
+
+    def layer_id(name):
+        if name.startswith("head."):
+            return depth + 2
+        if name.startswith("encoder.blocks."):
+            return int(name.split(".")[2]) + 1
+        return depth + 1 if name.startswith("encoder.norm.") else 0
+
+    return layerwise_groups(model, config.optimizer.learning_rate, config.training.weight_decay, layer_id, depth + 2,
+                            layer_decay=1 / decay, head_lr_mult=head_multiplier)
+
+
+def class_weights(config: Config) -> torch.Tensor | None:
+    if not config.class_weights.class_percentages:
+        return None
+    weight = 1 / torch.tensor(config.class_weights.class_percentages, dtype=torch.float32)
+    return weight / weight.mean()
+
+
+def forward(model: nn.Module, batch: dict) -> torch.Tensor:
+    """Logits (B, N, F, C) of a collated batch, on the embeddings where they were computed before."""
+    return model(batch.get("features"), batch["mask"], batch.get("centroid"), embedding=batch.get("embedding"))
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+
+
+# -- one epoch, one evaluation -----------------------------------------------------------------------------------------
+
+def train_one_epoch(model, loader, criterion, optimizer, scheduler, scaler, ema, totals, state, config, args, device, amp_dtype, log,
+                    stop):
+    """Steps of one epoch from state["batch"] on. totals collects loss and predictions of the epoch; returns False if stopped."""
+    model.train()
+    world, accumulate, micro_batches = world_size(), config.training.accumulation_steps, []
+    remaining = len(loader.batch_sampler) - state["batch"]
+    for batch in loader:
+        remaining -= 1
+        micro_batches.append(batch)
+        if len(micro_batches) < accumulate and remaining:
+            continue
+        # The loss is the mean over all valid faces of the step, whatever the number of micro-batches and processes.
+        weight = all_reduce_sum(sum(criterion.label_weight(b["label"], b["mask"]) for b in micro_batches).to(device))
+        loss_sum = torch.zeros((), device=device)
+        for batch in micro_batches:
+            batch = to_device(batch, device)
+            with autocast(device, amp_dtype):
+                logits = forward(model, batch)                                   # (B, N, F, C)
+            loss, _ = criterion.sum_and_weight(logits, batch["label"], batch["mask"])
+            scaler.scale(loss * world / weight.clamp(min=1e-12)).backward()      # DistributedDataParallel takes the mean over ranks
+            loss_sum += loss.detach()
+            totals["matrix"].update(logits.argmax(-1), batch["label"])
+        scaler.unscale_(optimizer)
+        if config.training.gradient_clip_val:
+            nn.utils.clip_grad_norm_(model.parameters(), config.training.gradient_clip_val)
+        scaler.step(optimizer)
+        scaler.update()
+        scheduler.step()
+        optimizer.zero_grad(set_to_none=True)
+        if ema is not None:
+            ema.update(model)
+        totals["loss"] += loss_sum.double()
+        totals["weight"] += weight.double()
+        state["step"] += 1
+        state["batch"] += len(micro_batches)
+        micro_batches = []
+        if state["step"] % config.logging.log_interval == 0:                     # the only place that waits for the GPU
+            mean = (all_reduce_sum(loss_sum) / weight.clamp(min=1e-12)).item()
+            if not np.isfinite(mean):
+                raise FloatingPointError(f"the loss is {mean} at step {state['step']} (learning rate {scheduler.get_last_lr()[-1]:.2e}); "
+                                         f"lower optimizer.learning_rate or use --amp-dtype float32, then --resume auto goes on from "
+                                         f"the last good checkpoint in {args.output_dir}")
+            log.train_step(state["step"], loss=mean, lr=scheduler.get_last_lr()[-1])
+        if all_agree_max(stop.requested or 0):
+            return False
+        if args.limit_batches and state["batch"] >= args.limit_batches:
+            break
+    return True
+
+
+@torch.no_grad()
+def mesh_probabilities(model, dataset, device, amp_dtype=None, batch_size=8, num_workers=0, limit_batches=0, criterion=None):
+    """Yield (index, probability (F, C) in file order, loss sum, loss weight) of every mesh of this process's share.
+
+    The probability is the mean over the views of the mesh; the loss is that of the first view.
+    """
+    model.eval()
+    mine = set(shard_indices(len(dataset.files), this_rank(), world_size()))
+    items = [item for item, (index, _, _) in enumerate(dataset.items) if index in mine]
+    loader = DataLoader(Subset(dataset, items), batch_size, collate_fn=custom_collate_fn, num_workers=num_workers,
+                        worker_init_fn=seed_worker, generator=torch.Generator())
+    current, done = None, 0
+    for number, batch in enumerate(progress(loader, "evaluating")):
+        if limit_batches and number >= limit_batches:
+            break
+        batch = to_device(batch, device)
+        with autocast(device, amp_dtype):
+            logits = forward(model, batch).float()                               # (B, N, F, C)
+        probabilities, face_index, mask = logits.softmax(-1).cpu(), batch["face_index"].cpu(), batch["mask"].cpu()
+        for b, index in enumerate(batch["index"].tolist()):
+            if current is None or index != current[0]:
+                if current is not None:
+                    yield finished(current)
+                current = [index, torch.zeros(dataset.num_faces[index], model.num_classes), 0.0, 0.0]
+            current[1][face_index[b][mask[b]]] += probabilities[b][mask[b]]      # the items of a mesh follow one another
+            if criterion is not None and dataset.items[items[done]][1] == 0:
+                part = criterion.sum_and_weight(logits[b], batch["label"][b], batch["mask"][b])
+                current[2], current[3] = current[2] + part[0].item(), current[3] + part[1].item()
+            done += 1
+    if current is not None:
+        yield finished(current)
+
+
+def finished(current):
+    index, total, loss, weight = current
+    return index, total / total.sum(1, keepdim=True).clamp(min=1e-12), loss, weight
+
+
+def evaluate(model, dataset, device=None, amp_dtype=None, batch_size=8, num_workers=0, limit_batches=0, criterion=None) -> dict:
+    """Score every face of a data set exactly once; used in training, by --test-only and by evaluate.py.
+
+    Returns metrics (by number of faces, the headline), area_metrics (by surface), loss (per face, first view), matrix, area_matrix,
+    examples [(index, name, mIoU)] and predictions {index: (F,) int64 in file order} of this process, and seconds.
+    """
+    started, model = time.monotonic(), unwrap(model)
+    device = device or next(model.parameters()).device
+    criterion = criterion or MaskedCrossEntropyLoss().to(device)
+    matrix, area_matrix = ConfusionMatrix(model.num_classes), ConfusionMatrix(model.num_classes)
+    loss, weight, examples, predictions = 0.0, 0.0, [], {}
+    for index, probability, loss_sum, loss_weight in mesh_probabilities(model, dataset, device, amp_dtype, batch_size, num_workers,
+                                                                        limit_batches, criterion):
+        pred, label = probability.argmax(1), torch.from_numpy(dataset.labels[index])                 # (F,), (F,)
+        matrix.update(pred, label)
+        area_matrix.update(pred, label, torch.from_numpy(dataset.mesh(index).area))
+        loss, weight = loss + loss_sum, weight + loss_weight
+        alone = ConfusionMatrix(model.num_classes)
+        alone.update(pred, label)
+        examples.append((index, dataset.files[index].stem, segmentation_metrics(alone.matrix())["miou"]))
+        predictions[index] = pred.numpy()
+    matrix.all_reduce()
+    area_matrix.all_reduce()
+    return {"metrics": segmentation_metrics(matrix.matrix()), "area_metrics": segmentation_metrics(area_matrix.matrix()),
+            "loss": all_reduce_sum(loss) / max(all_reduce_sum(weight), 1e-12), "matrix": matrix.matrix(),
+            "area_matrix": area_matrix.matrix(), "examples": examples, "predictions": predictions,
+            "seconds": time.monotonic() - started}
+
+
+# -- what evaluate.py and predict.py call -------------------------------------------------------------------------------
+
+def load_model(checkpoint: dict, device: torch.device) -> DownstreamClassifier:
+    """The network of a checkpoint of this script, with its averaged weights where it has them, in eval mode.
+
+    `config`, `spec`, `class_names` and `palette` of the checkpoint become its attributes."""
+    config = Config(checkpoint["config"])
+    model = build_model(config, checkpoint["unfrozen_layers"])
+    load_weights(model, checkpoint["model"], "the checkpoint", what="model")
+    if checkpoint.get("ema") is not None:
+        average = EMA(model)
+        average.load_state_dict(checkpoint["ema"])
+        average.copy_to(model)
+    model.config, model.spec = config, MeshSpec.from_dict(checkpoint["spec"])
+    model.class_names, model.palette = checkpoint["class_names"], np.array(checkpoint["palette"], np.uint8)
+    return model.to(device).eval()
+
+
+def predict(model: DownstreamClassifier, path: str | Path, amp_dtype=None) -> dict:
+    """Label a mesh file: label (F,) int64 and confidence (F,) in file order, vertices (V, 3), faces (F, 3)."""
+    device, mesh = next(model.parameters()).device, read_mesh(path)
+    dataset = MeshDataset([path], None, model.spec, augmentation=Augmentation(mode=model.config.augmentation.mode),
+                          views=model.config.evaluation.views, cache_dir=model.config.paths.cache_dir)
+    (_, probability, _, _), = mesh_probabilities(model, dataset, device, amp_dtype, batch_size=1)
+    confidence, label = probability.max(1)
+    return {"label": label.numpy(), "confidence": confidence.numpy(), "vertices": mesh.vertices, "faces": mesh.faces}
+
+
+@torch.no_grad()
+def embed(model: DownstreamClassifier, path: str | Path) -> np.ndarray:
+    """The encoder's embedding (F, E) float32 of every face of a mesh file, in file order."""
+    dataset = MeshDataset([path], None, model.spec, views=1, cache_dir=model.config.paths.cache_dir)
+    out = np.zeros((dataset.num_faces[0], model.encoder.embed_dim), np.float32)
+    for item in range(len(dataset)):
+        batch = to_device(custom_collate_fn([dataset[item]]), next(model.parameters()).device)
+        embedding = model.embed(batch["features"], batch["mask"], batch["centroid"])
+        out[batch["face_index"][batch["mask"]].cpu().numpy()] = embedding[batch["mask"]].float().cpu().numpy()
+    return out
+
+
+# -- set-up and resume -------------------------------------------------------------------------------------------------
+
+def count_steps(config, args, train_set) -> tuple[int, EpochBatchSampler]:
+    """Optimiser steps of the whole run, and the sampler."""
+    accumulate = config.training.accumulation_steps
+    sampler = EpochBatchSampler(len(train_set), config.training.batch_size, args.seed, group=accumulate)
+    batches = min(len(sampler), args.limit_batches or len(sampler))
+    return config.training.epochs * -(-batches // accumulate), sampler
+
+
+def cache_features(config, model, train_set, val_set, messages):
+    """Replace both data sets by their embeddings where training.cache_features asks for it."""
+    if not config.training.cache_features:
+        return train_set, val_set
+    if not model.encoder_is_frozen:
+        raise ValueError("training.cache_features needs a frozen encoder: set training.num_unfrozen_encoder_layers=0 and give a "
+                         "--pretrained_path")
+    device = next(model.parameters()).device
+    key = hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in model.encoder.state_dict().values())).hexdigest()
+    started, cached = time.monotonic(), []
+    for turn in (True, False):                              # rank 0 computes, the others read
+        if is_main() == turn:
+            for dataset in (train_set, val_set):
+                cached.append(CachedFeatures(dataset, lambda batch: model.embed(
+                    *(batch[name].to(device) for name in ("features", "mask", "centroid"))), key, config.paths.cache_dir))
+        barrier()
+    messages.append(f"cached features: {sum(map(len, cached))} items {'read' if cached[0].was_stored else 'embedded'} in "
+                    f"{time.monotonic() - started:.1f} s; the encoder does not run again")
+    return cached
+
+
+def new_totals(config, device) -> dict:
+    return {"loss": torch.zeros((), dtype=torch.float64, device=device), "weight": torch.zeros((), dtype=torch.float64, device=device),
+            "matrix": ConfusionMatrix(config.model.n_classes, device=device)}
+
+
+def plain_totals(totals) -> dict:
+    return {"loss": totals["loss"].item(), "weight": totals["weight"].item(), "counts": totals["matrix"].counts}
+
+
+def restore_totals(saved, totals) -> dict:
+    totals["loss"] += saved["loss"] if is_main() else 0.0   # one process carries what all had before
+    totals["weight"] += saved["weight"]
+    if saved["counts"] is not None and is_main():
+        totals["matrix"].counts = saved["counts"].to(totals["loss"].device)
+    return totals
+
+
+def epoch_metrics(totals) -> dict:
+    loss = (all_reduce_sum(totals["loss"]) / totals["weight"].clamp(min=1e-12)).item()
+    return {"loss": loss, **segmentation_metrics(totals["matrix"].all_reduce().matrix())}
+
+
+def check_same_run(checkpoint, config, total_steps) -> None:
+    """A resumed run must be the same run. Raises ValueError."""
+    if checkpoint["total_steps"] != total_steps:
+        raise ValueError(f"the checkpoint is of a run of {checkpoint['total_steps']} steps, this one would have {total_steps}: resume with "
+                         f"the same data, epochs, batch size and number of processes, or start afresh in another --output-dir")
+    for section in ("model", "optimizer", "scheduler", "augmentation"):
+        for key, value in config[section].items():
+            if checkpoint["config"][section].get(key) != value:
+                raise ValueError(f"{section}.{key} is {value!r}, but {checkpoint['config'][section].get(key)!r} in the checkpoint; resume "
+                                 f"with the same config, or start afresh in another --output-dir")
+
+
+def test_only(args, config, resume_path, device, amp_dtype) -> dict:
+    """Score a checkpoint on the test split, or the validation split where there is none."""
+    if resume_path is None:
+        raise ValueError("--test-only needs --resume PATH|auto: a network that was never trained has no score")
+    model = load_model(load_checkpoint(resume_path, SCRIPT), device)
+    split = "val" if config.paths.test_mesh_dir is None else "test"
+    result = evaluate(model, build_dataset(config, split), device, amp_dtype, config.evaluation.batch_size, args.num_workers,
+                      args.limit_batches)
+    if is_main():
+        print(f"{resume_path} on the {split} split, by number of faces:\n{metrics_table(result['metrics'], model.class_names)}\n"
+              f"by area: accuracy {100 * result['area_metrics']['overall_accuracy']:.2f}, mIoU "
+              f"{100 * result['area_metrics']['miou']:.2f}", flush=True)
+    cleanup()
+    return {**{key: value for key, value in result["metrics"].items() if isinstance(value, float)}, "loss": result["loss"]}
+
+
+# -- main --------------------------------------------------------------------------------------------------------------
+
+def main(argv=None) -> dict:
+    args = parse_args(argv)
+    config = load_config(args.config, DEFAULTS, args.overrides)
+    check_config(config)
+    # device and processes                                                        # same in all scripts
+    device = pick_device(args.device)
+    rank, local_rank, world = init_distributed(device.type)
+    if device.type == "cuda" and world > 1:
+        device = torch.device("cuda", local_rank)
+    amp_dtype, scaler = amp_settings(device, args.amp_dtype)
+    seed_everything(args.seed, args.deterministic)
+    folder = RunFolder(args.output_dir, config.paths.checkpoint_dir, config.paths.log_dir)
+    resume_path, messages = find_resume(args.resume or ("auto" if config.training.resume else None), folder.model, SCRIPT)
+    if args.test_only:
+        return test_only(args, config, resume_path, device, amp_dtype)
+    checkpoint = load_checkpoint(resume_path, SCRIPT) if resume_path else None
+
+    # data: rank 0 fills the cache of prepared meshes, the others read it
+    for turn in (True, False):
+        if is_main() == turn:
+            train_set, val_set = build_dataset(config, "train", args.seed), build_dataset(config, "val")
+        barrier()
+    total_steps, sampler = count_steps(config, args, train_set)
+
+    # model
+    pretrained = args.pretrained_path or config.paths.checkpoint_pretrain
+    if config.training.use_pretrained and not pretrained:
+        raise ValueError("training.use_pretrained is true, but there is no --pretrained_path and no paths.checkpoint_pretrain")
+    if config.training.use_pretrained is False:
+        pretrained = None
+    unfrozen = config.training.num_unfrozen_encoder_layers if pretrained else "all"
+    if not pretrained and config.training.use_pretrained is False and config.training.num_unfrozen_encoder_layers == 0:
+        unfrozen = 0                                        # the frozen random encoder, the baseline of every probe
+    if checkpoint is not None:
+        unfrozen = checkpoint["unfrozen_layers"]
+    model, encoder_entry = build_model(config, unfrozen), None
+    if checkpoint is not None:
+        messages.append(load_weights(model, checkpoint["model"], resume_path, what="model"))
+        encoder_entry = checkpoint["encoder"]
+    elif pretrained:
+        encoder_entry, line = load_pretrained(model, pretrained, train_set.spec)
+        messages.append(line)
+    else:
+        model.encoder.feature_mean[:], model.encoder.feature_std[:] = feature_statistics(train_set)
+    model.to(device)
+    train_set, val_set = cache_features(config, model, train_set, val_set, messages)
+    network = torch.compile(model) if args.compile else model
+    if world > 1:
+        network = nn.parallel.DistributedDataParallel(network, [local_rank] if device.type == "cuda" else None)
+
+    # optimiser, schedule, average
+    criterion = MaskedCrossEntropyLoss(class_weights(config), label_smoothing=config.training.label_smoothing).to(device)
+    optimizer = torch.optim.AdamW(parameter_groups(model, config))
+    warmup = min(round(config.scheduler.warmup_epochs * total_steps / config.training.epochs), total_steps - 1)
+    scheduler = build_scheduler(optimizer, config.scheduler.name, total_steps,
+                                0 if config.scheduler.name == "onecycle" else warmup, config.scheduler.min_lr)
+    ema = EMA(model, config.training.ema_decay) if config.training.use_ema else None
+    keeper = CheckpointKeeper(folder.model, config.checkpointing.save_top_k, config.checkpointing.save_interval)
+    stopping = EarlyStopping(config.early_stopping.patience)
+    state = {"epoch": 0, "batch": 0, "step": 0}             # finished epochs, batches done in the epoch begun, optimiser steps
+    totals = new_totals(config, device)
+
+    # resume
+    if checkpoint is not None:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scheduler.load_state_dict(checkpoint["scheduler"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        if ema is not None:
+            ema.load_state_dict(checkpoint["ema"])
+        keeper.load_state_dict(checkpoint["best"])
+        stopping.load_state_dict(checkpoint["stopping"])
+        state = {key: checkpoint[key] for key in state}
+        totals = restore_totals(checkpoint["totals"], totals)
+        set_rng_state(checkpoint["rng"])
+        check_same_run(checkpoint, config, total_steps)
+
+    def saved_state() -> dict:
+        return {"script": SCRIPT, "config": config.to_dict(), "class_names": class_names(config),
+                "palette": palette(config.model.n_classes).tolist(), "model": model.state_dict(),
+                "ema": None if ema is None else ema.state_dict(), "optimizer": optimizer.state_dict(),
+                "scheduler": scheduler.state_dict(), "scaler": scaler.state_dict(), "stopping": stopping.state_dict(),
+                "rng": rng_state(), "encoder": encoder_entry, "unfrozen_layers": unfrozen, "spec": mesh_spec(config).to_dict(),
+                "total_steps": total_steps, "seed": args.seed, "totals": plain_totals(totals), **state}
+
+    if is_main():
+        folder.create()
+        save_config(config, folder.config / "config.yaml")
+        (folder.config / "environment.json").write_text(json.dumps(
+            {**environment(), "device": describe(device), "seed": args.seed, "processes": world}, indent=2) + "\n")
+    log = RunLog(folder.log, rank, config.logging.tensorboard, total_steps=total_steps,
+                 resume_step=state["step"] if checkpoint is not None else None,
+                 wandb={"project": "segheads", "config": config.to_dict()} if args.wandb else None)
+    for line in (*messages, f"{len(train_set.files)} training and {len(val_set.files)} validation meshes, "
+                 f"{sum(train_set.num_faces):,} and {sum(val_set.num_faces):,} faces",
+                 f"{sum(p.numel() for p in model.parameters()):,} parameters, "
+                 f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} trained; effective batch "
+                 f"{config.training.batch_size * config.training.accumulation_steps * world} on {describe(device)}, seed {args.seed}"):
+        log.info(line)
+
+    loader = DataLoader(train_set, batch_sampler=sampler, collate_fn=custom_collate_fn, num_workers=args.num_workers,
+                        worker_init_fn=seed_worker, pin_memory=device.type == "cuda", generator=torch.Generator())
+    result = {}
+    with StopSignal() as stop, log:
+        while state["epoch"] < config.training.epochs:
+            started = time.monotonic()
+            train_set.set_epoch(state["epoch"])
+            sampler.set_epoch(state["epoch"], state["batch"])
+            if not train_one_epoch(network, loader, criterion, optimizer, scheduler, scaler, ema, totals, state, config, args, device,
+                                   amp_dtype, log, stop):
+                if is_main():
+                    keeper.save_last(saved_state())
+                raise StopRequested(all_agree_max(stop.requested or 0), f"stopped at step {state['step']} of {total_steps}, saved; go on "
+                                    f"with: python {SCRIPT} {args.config} --output-dir {args.output_dir} --resume auto")
+            state["epoch"], state["batch"] = state["epoch"] + 1, 0
+            train = epoch_metrics(totals)
+            totals = new_totals(config, device)
+            last = state["epoch"] == config.training.epochs
+            if state["epoch"] % config.evaluation.interval and not last:
+                if is_main():
+                    keeper.save_last(saved_state())
+                continue
+
+            # Evaluation uses the averaged weights; what is saved is both.
+            with ema.applied(model) if ema is not None else torch.no_grad():
+                result = evaluate(network, val_set, device, amp_dtype, config.evaluation.batch_size, args.num_workers,
+                                  args.limit_batches, criterion)
+            val = result["metrics"]
+            log.info(f"Epoch {state['epoch']}: Train Loss: {train['loss']:.4f}, Train Acc: {train['overall_accuracy']:.4f}, "
+                     f"Train F1: {train['mean_f1']:.4f}\n          Val Loss: {result['loss']:.4f}, "
+                     f"Val Acc: {val['overall_accuracy']:.4f}, Val F1: {val['mean_f1']:.4f}, Val mIoU: {val['miou']:.4f}, "
+                     f"by area: Acc {result['area_metrics']['overall_accuracy']:.4f}, mIoU {result['area_metrics']['miou']:.4f} "
+                     f"({time.monotonic() - started:.1f} s, evaluation {result['seconds']:.1f} s)")
+            log.evaluation(state["epoch"], state["step"], "train", train)
+            log.evaluation(state["epoch"], state["step"], "val", {"loss": result["loss"], **val, **{
+                f"area_{key}": value for key, value in result["area_metrics"].items()}})
+            log.scalars(state["step"], {f"{name}/{split}": values for name, key in (
+                ("Loss", "loss"), ("F1", "mean_f1"), ("Accuracy", "overall_accuracy")) for split, values in (
+                ("train", train[key]), ("val", result["loss"] if key == "loss" else val[key]))})
+            score, finished = val[config.evaluation.monitor], stopping.update(val[config.evaluation.monitor])
+            if is_main():
+                snapshot = saved_state()
+                if keeper.save_best_if(score, snapshot):
+                    log.info(f"New best {'F1' if config.evaluation.monitor == 'mean_f1' else config.evaluation.monitor}: {score:.4f}. "
+                             f"Checkpoint saved.")
+                keeper.save_last(snapshot)
+                keeper.save_epoch(state["epoch"], snapshot)
+            if finished:
+                log.info(f"No better {config.evaluation.monitor} for {config.early_stopping.patience} evaluations: stopped early.")
+                break
+            if all_agree_max(stop.requested or 0) and not last:
+                raise StopRequested(all_agree_max(stop.requested or 0), f"stopped after epoch {state['epoch']}, saved; go on with: "
+                                    f"python {SCRIPT} {args.config} --output-dir {args.output_dir} --resume auto")
+        log.info(f"Best {config.evaluation.monitor}: {keeper.best_score or float('nan'):.4f} (epoch {keeper.best_epoch}); "
+                 f"checkpoints in {folder.model}")
+    cleanup()
+    if not result:
+        return {"best": keeper.best_score, "best_epoch": keeper.best_epoch}
+    return {**{key: value for key, value in result["metrics"].items() if isinstance(value, float)}, "loss": result["loss"],
+            "best": keeper.best_score, "best_epoch": keeper.best_epoch}
+
+
+if __name__ == "__main__":
+    run(main)
