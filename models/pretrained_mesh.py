@@ -48,11 +48,12 @@ def read_encoder(path: str | Path,
 
 
 def check_features(feature_spec: Mapping[str, Any] | None, features: Sequence[str], source: str | Path) -> None:
-    """ValueError, with both lists, unless the encoder was trained on exactly these features in this order.
+    """ValueError, with both lists, unless the encoder was trained on exactly these features.
 
-    A file that does not say (None) passes.
+    Their order does not matter, because the columns are always in that of data/mesh_features.FEATURES. A file that does
+    not say (None) passes.
     """
-    if feature_spec is not None and list(feature_spec["names"]) != list(features):
+    if feature_spec is not None and sorted(feature_spec["names"]) != sorted(features):
         raise ValueError(f"{source}: trained on the features {list(feature_spec['names'])}, but model.features is "
                          f"{list(features)}. Set model.features to the list of the file, or pre-train with yours.")
 

@@ -106,6 +106,6 @@ def test_missing_file_and_wrong_choice(tmp_path):
 
 def test_features_of_another_list_are_refused_with_both():
     check_features(None, ["normal"], "a.pth")
-    check_features({"names": ("normal", "area")}, ["normal", "area"], "a.pth")
+    check_features({"names": ("normal", "area")}, ["area", "normal"], "a.pth")
     with pytest.raises(ValueError, match=r"a.pth.*'hks'.*'normal'"):
         check_features({"names": ["hks"]}, ["normal"], "a.pth")
