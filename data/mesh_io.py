@@ -62,7 +62,7 @@ def read_mesh(path: str | Path) -> Mesh:
     reader = {".obj": _read_obj, ".ply": _read_ply, ".off": _read_off}.get(suffix, _read_with_trimesh)
     vertices, corner, count, label = reader(path)
     if len(count) == 0:
-        raise ValueError(f"{path}: no faces; a mesh is needed here, not a point cloud or an empty file")
+        raise ValueError(f"{path}: no faces; a mesh is needed, is this a point cloud or cut short?")
     finite = np.isfinite(vertices).all(1)
     if not finite.all():
         raise ValueError(f"{path}: {(~finite).sum()} of {len(vertices)} vertices have a NaN or infinite coordinate, "
@@ -92,7 +92,7 @@ def _fan(corner: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray 
 
 def _numbers(text: bytes, dtype: type) -> tuple[np.ndarray, np.ndarray] | None:
     """The numbers of a text and how many each line has; of tokens like 7/1/3 the first. None: not all are numbers."""
-    if not text:
+    if not text.strip():
         return np.empty(0, dtype), np.empty(0, np.int64)
     byte = np.frombuffer(text if text.endswith(b"\n") else text + b"\n", np.uint8)
     token, slash = byte > 32, byte == ord("/")
@@ -439,10 +439,11 @@ def _check_range(label: np.ndarray, path: Path, num_classes: int | None, label_o
     hint = f"known: 0..{num_classes - 1}" if num_classes else "classes count from 0"
     if label_offset:
         hint += f" after label_offset: {label_offset}"
-    if wrong.tolist() == [num_classes] and label.min() > 0:
+    if num_classes in wrong and label.min() > 0 and not label_offset:
         hint += "; does the file count from 1? Then label_offset: -1"
-    else:
-        hint += f"; if these mean 'not labelled', ignore_labels: {wrong[:5].tolist()}"
+        wrong = wrong[wrong != num_classes]
+    if len(wrong):
+        hint += f"; if {' '.join(map(str, wrong[:5]))} means 'not labelled', ignore_labels: {wrong[:5].tolist()}"
     raise ValueError(f"{path}: unknown label {shown}; {hint}")
 
 
@@ -477,7 +478,8 @@ def _to_faces(label: np.ndarray, mesh: Mesh, kind: str, path: Path) -> np.ndarra
             cause = "did an exporter drop or add degenerate or duplicate faces? Label the mesh file itself"
         else:
             cause = "was the mesh simplified or changed after labelling?"
-        raise ValueError(f"{path}: {n} labels, but {mesh.path} has {expected[kind]} {kind}s "
+        things = "vertices" if kind == "vertex" else f"{kind}s"
+        raise ValueError(f"{path}: {n} labels, but {mesh.path} has {expected[kind]} {things} "
                          f"({F} triangles, {V} vertices); {cause}")
     if kind == "edge":
         return _majority(label[edge])
