@@ -98,7 +98,9 @@ class ConfusionMatrix:
 
         C = self.num_classes
         counts = np.zeros((C, C), dtype=np.int64) if self.counts is None else self.counts.cpu().numpy()
-        label, pred = np.indices((C, C)).reshape(2, -1)   # all pairs, seen or not: scikit-learn rejects empty input
+        if not counts.any():                              # scikit-learn refuses to count nothing
+            return counts
+        label, pred = np.indices((C, C)).reshape(2, -1)
         return confusion_matrix(label, pred, labels=np.arange(C), sample_weight=counts.ravel())
 
 
@@ -124,7 +126,7 @@ def segmentation_metrics(matrix: np.ndarray) -> dict:
 
 
 def absent_as_zero(values: np.ndarray) -> float:
-    """Mean of per-class values (C,) over all C classes, NaN as 0: ScanNet200's protocol, printed beside the usual mean."""
+    """Mean of per-class values (C,) over all C classes, NaN as 0 (ScanNet200's protocol)."""
     return float(np.nan_to_num(np.asarray(values, dtype=np.float64), nan=0.0).mean())
 
 

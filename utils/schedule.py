@@ -33,7 +33,9 @@ def build_scheduler(optimizer: Optimizer, name: str, total_steps: int, warmup_st
 
     Raises ValueError for an unknown name (suggesting the nearest) and for values out of range.
     """
-    rates = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+    # An optimiser that was loaded from a checkpoint holds the rates of that step, and those it started from by name.
+    base = "max_lr" if name == "onecycle" else "initial_lr"
+    rates = [float(group.get(base, group["lr"])) for group in optimizer.param_groups]
     lr = max(rates)
     if name not in SCHEDULES:
         near = difflib.get_close_matches(str(name), SCHEDULES, 1, 0.0)[0]
@@ -86,5 +88,6 @@ def _onecycle(optimizer: Optimizer, rates: list[float], total_steps: int, warmup
         raise ValueError(f"pct_start must be in (0, 1), got {pct_start}")
     if not (div_factor > 0 and final_div_factor > 0):
         raise ValueError(f"div_factor and final_div_factor must be above 0, got {div_factor} and {final_div_factor}")
-    return OneCycleLR(optimizer, rates, total_steps, pct_start=pct_start, div_factor=div_factor,
+    total_steps = max(total_steps, 3)                    # torch divides by zero where a phase has no step (trial runs)
+    return OneCycleLR(optimizer, rates, total_steps, pct_start=max(pct_start, 2 / total_steps), div_factor=div_factor,
                       final_div_factor=final_div_factor, cycle_momentum=cycle_momentum)
