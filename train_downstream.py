@@ -26,7 +26,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from data.mesh import Augmentation, CachedFeatures, MeshDataset, MeshSpec, custom_collate_fn, feature_statistics
-from data.mesh_io import list_meshes, read_mesh
+from data.mesh_io import list_meshes, read_mesh, write_glb, write_labels, write_ply
 from models.downstream import DownstreamClassifier
 from models.nomeformer import Nomeformer
 from models.pretrained_mesh import check_features, read_encoder
@@ -60,7 +60,7 @@ from utils.log import RunLog, progress
 from utils.losses import MaskedCrossEntropyLoss
 from utils.metrics import ConfusionMatrix, metrics_table, segmentation_metrics
 from utils.params import layerwise_groups
-from utils.render import palette
+from utils.render import label_colors, palette, pca_colors, render_mesh, viewer_html
 from utils.schedule import SCHEDULES, build_scheduler
 from utils.seed import rng_state, seed_everything, seed_worker, set_rng_state
 from utils.weights import load_weights, sha256_file
@@ -219,11 +219,11 @@ def split_files(config: Config) -> tuple[list[Path], list[Path]]:
     return train, val
 
 
-def build_dataset(config: Config, split: str, seed: int = 0, mesh_dir: str | None = None, label_dir: str | None = None) -> MeshDataset:
-    """split train | val | test, or the meshes of `mesh_dir`. Everything but "train" is evaluated: every face exactly once a view."""
+def build_dataset(config: Config, split: str, seed: int = 0, data_dir: str | None = None, label_dir: str | None = None) -> MeshDataset:
+    """split train | val | test, or the meshes of `data_dir`. Everything but "train" is evaluated: every face exactly once a view."""
     paths, augmentation = config.paths, {**config.augmentation}
-    if mesh_dir is not None:
-        files, label_dir = list_meshes(mesh_dir), label_dir or mesh_dir
+    if data_dir is not None:
+        files, label_dir = list_meshes(data_dir), label_dir or data_dir
     elif split == "test":
         if paths.test_mesh_dir is None:
             raise ValueError("there is no test split: set paths.test_mesh_dir (and paths.test_label_dir)")
@@ -379,7 +379,7 @@ def finished(current):
 def evaluate(model, dataset, device=None, amp_dtype=None, batch_size=8, num_workers=0, limit_batches=0, criterion=None) -> dict:
     """Score every face of a data set exactly once; used in training, by --test-only and by evaluate.py.
 
-    Returns metrics (by number of faces, the headline), area_metrics (by surface), loss (per face, first view), matrix, area_matrix,
+    Returns metrics (by number of faces, the headline), tables {"by area": metrics by surface}, loss (per face, first view), matrix,
     examples [(index, name, mIoU)] and predictions {index: (F,) int64 in file order} of this process, and seconds.
     """
     started, model = time.monotonic(), unwrap(model)
@@ -399,13 +399,15 @@ def evaluate(model, dataset, device=None, amp_dtype=None, batch_size=8, num_work
         predictions[index] = pred.numpy()
     matrix.all_reduce()
     area_matrix.all_reduce()
-    return {"metrics": segmentation_metrics(matrix.matrix()), "area_metrics": segmentation_metrics(area_matrix.matrix()),
-            "loss": all_reduce_sum(loss) / max(all_reduce_sum(weight), 1e-12), "matrix": matrix.matrix(),
-            "area_matrix": area_matrix.matrix(), "examples": examples, "predictions": predictions,
-            "seconds": time.monotonic() - started}
+    return {"metrics": segmentation_metrics(matrix.matrix()), "tables": {"by area": segmentation_metrics(area_matrix.matrix())},
+            "loss": all_reduce_sum(loss) / max(all_reduce_sum(weight), 1e-12), "matrix": matrix.matrix(), "examples": examples,
+            "predictions": predictions, "seconds": time.monotonic() - started}
 
 
 # -- what evaluate.py and predict.py call -------------------------------------------------------------------------------
+
+list_inputs = list_meshes                                   # the files of a folder that predict can read
+
 
 def load_model(checkpoint: dict, device: torch.device) -> DownstreamClassifier:
     """The network of a checkpoint of this script, with its averaged weights where it has them, in eval mode.
@@ -424,13 +426,48 @@ def load_model(checkpoint: dict, device: torch.device) -> DownstreamClassifier:
 
 
 def predict(model: DownstreamClassifier, path: str | Path, amp_dtype=None) -> dict:
-    """Label a mesh file: label (F,) int64 and confidence (F,) in file order, vertices (V, 3), faces (F, 3)."""
+    """Label a mesh file: label and confidence (P,) for the face lines of the file, in its order (a quad has one label, that of its
+    triangles together), and for drawing vertices (V, 3), faces (F, 3) and face_label (F,) of the triangles."""
     device, mesh = next(model.parameters()).device, read_mesh(path)
     dataset = MeshDataset([path], None, model.spec, augmentation=Augmentation(mode=model.config.augmentation.mode),
                           views=model.config.evaluation.views, cache_dir=model.config.paths.cache_dir)
     (_, probability, _, _), = mesh_probabilities(model, dataset, device, amp_dtype, batch_size=1)
-    confidence, label = probability.max(1)
-    return {"label": label.numpy(), "confidence": confidence.numpy(), "vertices": mesh.vertices, "faces": mesh.faces}
+    line = torch.arange(len(mesh.faces)) if mesh.polygon is None else torch.from_numpy(mesh.polygon)
+    total = torch.zeros(int(line[-1]) + 1, model.num_classes).index_add_(0, line, probability)
+    confidence, label = (total / torch.bincount(line)[:, None].clamp(min=1)).max(1)
+    return {"label": label.numpy(), "confidence": confidence.numpy(), "vertices": mesh.vertices, "faces": mesh.faces,
+            "face_label": label[line].numpy()}
+
+
+def write_prediction(model: DownstreamClassifier, path: Path, prediction: dict, stem: Path, options) -> list[Path]:
+    """Write what predict.py's options ask for under the name `stem`; returns the files. Labels are in the convention of the label
+    files the network was trained on (data.label_offset undone)."""
+    color = label_colors(prediction["face_label"], model.palette)                # (F, 3)
+    written = [stem.with_name(f"{stem.name}.{options.labels}")]
+    label = prediction["label"] - model.config.data.label_offset
+    write_labels(written[0], label)
+    if options.picture == "ply":
+        written.append(stem.with_name(f"{stem.name}.ply"))
+        write_ply(written[-1], prediction["vertices"], prediction["faces"], color,
+                  prediction["face_label"] - model.config.data.label_offset)
+    elif options.picture == "glb":
+        written.append(stem.with_name(f"{stem.name}.glb"))
+        write_glb(written[-1], prediction["vertices"], prediction["faces"], color)
+    if options.html:
+        written.append(stem.with_name(f"{stem.name}.html"))
+        written[-1].write_text(viewer_html(prediction["vertices"], prediction["faces"], color), encoding="utf-8")
+    if options.pca:
+        written.append(stem.with_name(f"{stem.name}_pca.ply"))
+        write_ply(written[-1], prediction["vertices"], prediction["faces"], pca_colors(embed(model, path)))
+    return written
+
+
+def example_pictures(model: DownstreamClassifier, dataset: MeshDataset, index: int, pred: np.ndarray):
+    """Two pictures for the report: the truth (None without labels) and the prediction (F,), of one mesh of a data set."""
+    mesh, label = dataset.mesh(index), dataset.labels[index]
+    up = "z" if model.spec.unit else "auto"
+    truth, drawn = (render_mesh(mesh.vertices, mesh.faces, label_colors(values, model.palette), up=up) for values in (label, pred))
+    return (truth if (label >= 0).any() else None), drawn
 
 
 @torch.no_grad()
@@ -520,8 +557,8 @@ def test_only(args, config, resume_path, device, amp_dtype) -> dict:
                       args.limit_batches)
     if is_main():
         print(f"{resume_path} on the {split} split, by number of faces:\n{metrics_table(result['metrics'], model.class_names)}\n"
-              f"by area: accuracy {100 * result['area_metrics']['overall_accuracy']:.2f}, mIoU "
-              f"{100 * result['area_metrics']['miou']:.2f}", flush=True)
+              f"by area: accuracy {100 * result['tables']['by area']['overall_accuracy']:.2f}, mIoU "
+              f"{100 * result['tables']['by area']['miou']:.2f}", flush=True)
     cleanup()
     return {**{key: value for key, value in result["metrics"].items() if isinstance(value, float)}, "loss": result["loss"]}
 
@@ -654,15 +691,15 @@ def main(argv=None) -> dict:
             with ema.applied(model) if ema is not None else torch.no_grad():
                 result = evaluate(network, val_set, device, amp_dtype, config.evaluation.batch_size, args.num_workers,
                                   args.limit_batches, criterion)
-            val = result["metrics"]
+            val, area = result["metrics"], result["tables"]["by area"]
             log.info(f"Epoch {state['epoch']}: Train Loss: {train['loss']:.4f}, Train Acc: {train['overall_accuracy']:.4f}, "
                      f"Train F1: {train['mean_f1']:.4f}\n          Val Loss: {result['loss']:.4f}, "
                      f"Val Acc: {val['overall_accuracy']:.4f}, Val F1: {val['mean_f1']:.4f}, Val mIoU: {val['miou']:.4f}, "
-                     f"by area: Acc {result['area_metrics']['overall_accuracy']:.4f}, mIoU {result['area_metrics']['miou']:.4f} "
+                     f"by area: Acc {area['overall_accuracy']:.4f}, mIoU {area['miou']:.4f} "
                      f"({time.monotonic() - started:.1f} s, evaluation {result['seconds']:.1f} s)")
             log.evaluation(state["epoch"], state["step"], "train", train)
             log.evaluation(state["epoch"], state["step"], "val", {"loss": result["loss"], **val, **{
-                f"area_{key}": value for key, value in result["area_metrics"].items()}})
+                f"area_{key}": value for key, value in area.items()}})
             log.scalars(state["step"], {f"{name}/{split}": values for name, key in (
                 ("Loss", "loss"), ("F1", "mean_f1"), ("Accuracy", "overall_accuracy")) for split, values in (
                 ("train", train[key]), ("val", result["loss"] if key == "loss" else val[key]))})

@@ -100,6 +100,19 @@ def load_config(path: str | os.PathLike, defaults: Mapping, overrides: Sequence[
     return config
 
 
+def override_config(config: Mapping, defaults: Mapping, overrides: Sequence[str]) -> Config:
+    """A changed copy of settings that were loaded before (those in a checkpoint, say); ValueErrors as for load_config.
+
+    Keys that the defaults have and the settings lack, because an older version wrote them, get their defaults.
+    """
+    known = list(_dotted_names(defaults))
+    result = Config(_defaults(defaults))
+    _lay_over(result, config, defaults, "the settings in the checkpoint", "", known)
+    for text in overrides:
+        _lay_over(result, _parse_override(text), defaults, f"override {text!r}", "", known)
+    return result
+
+
 def save_config(config: Mapping, path: str | os.PathLike) -> None:
     """Write settings as YAML that load_config reads back the same. An old file stays until the new one is complete."""
     write_yaml(config, path)

@@ -189,3 +189,32 @@ def render_mesh(vertices: np.ndarray, faces: np.ndarray, face_color: np.ndarray,
         rgba = np.concatenate([rgb / np.maximum(alpha, 1e-6), alpha * 255], axis=-1)
         return Image.fromarray(np.rint(rgba).astype(np.uint8))
     return Image.fromarray(np.rint(rgb + (1 - alpha) * np.asarray(background)).astype(np.uint8))
+
+
+def pca_colors(embedding: np.ndarray) -> np.ndarray:
+    """Colours (N, 3) uint8 of feature vectors (N, E): their first three principal components, each from its 2nd to 98th percentile.
+
+    A usual look into an encoder: elements of one colour are alike to it. Fewer than three components leave channels at 127.
+    """
+    centered = embedding.astype(np.float64) - embedding.mean(0)
+    direction = np.linalg.eigh(centered.T @ centered)[1][:, ::-1][:, :3]                      # (E, 3)
+    direction = direction * np.sign(direction[np.abs(direction).argmax(0), np.arange(direction.shape[1])])
+    score = centered @ direction
+    low, high = np.percentile(score, [2, 98], axis=0) if len(score) else (0.0, 0.0)
+    scaled = np.where(high - low > 1e-12, (score - low) / np.maximum(high - low, 1e-12), 0.5)
+    colors = np.full((len(embedding), 3), 0.5)
+    colors[:, :scaled.shape[1]] = scaled.clip(0, 1)
+    return (colors * 255).astype(np.uint8)
+
+
+def viewer_html(vertices: np.ndarray, faces: np.ndarray, face_color: np.ndarray) -> str:
+    """One HTML page in which the mesh can be turned: trimesh's own viewer with the geometry in it. Arguments as render_mesh."""
+    import trimesh
+    from trimesh.viewer.notebook import scene_to_html
+
+    corners = np.asarray(vertices, float)[faces].reshape(-1, 3)                               # a colour a face: no shared vertices
+    if len(corners):
+        corners = corners - (corners.min(0) + corners.max(0)) / 2                             # glTF has 32-bit coordinates
+    mesh = trimesh.Trimesh(corners, np.arange(len(corners)).reshape(-1, 3), vertex_colors=np.repeat(face_color, 3, axis=0),
+                           process=False)
+    return scene_to_html(trimesh.Scene(mesh))

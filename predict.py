@@ -1,0 +1,79 @@
+"""Label new data with a checkpoint of any train_*.py: label files and coloured pictures.
+
+    python predict.py exp/downstream/model/model_best.pth scan.obj houses/ --output exp/predictions
+    python predict.py CHECKPOINT scan.ply --output OUT --labels npy --picture glb --html --pca
+
+Every input file NAME.* gives OUT/NAME.txt (or .npy): one label per face, in the order of the file, in the numbers of the label files
+the network was trained on; and OUT/NAME.ply, coloured by class (NAME.glb with --picture glb, for Blender and viewers). --html adds a
+page in which the result can be turned, --pca a picture of the encoder's features. This file knows no method.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from evaluate import load
+from utils.cli import ArgumentParser, run
+from utils.device import amp_settings, pick_device
+from utils.log import progress
+
+
+def parse_args(argv=None):
+    parser = ArgumentParser(description=__doc__)
+    # data
+    parser.add_argument("checkpoint", help="file written by a train_*.py of this folder")
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files, or folders of files; section.key=value changes the config")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results")
+    # results
+    parser.add_argument("--labels", choices=("txt", "npy"), default="txt", help="format of the label files")
+    parser.add_argument("--picture", choices=("ply", "glb", "none"), default="ply", help="coloured result")
+    parser.add_argument("--html", action="store_true", help="also a page in which the result can be turned")
+    parser.add_argument("--pca", action="store_true", help="also the encoder's features as colours")
+    # run
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: the best there is")
+    parser.add_argument("--amp-dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on CUDA, else float32")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser.parse_args(argv)
+
+
+def input_files(script, inputs) -> list[Path]:
+    """Files as given, folders as what the script can read in them. ValueError where two would write the same result."""
+    files: list[Path] = []
+    for path in map(Path, inputs):
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such file or folder")
+        files += script.list_inputs(path) if path.is_dir() else [path]
+    names = {}
+    for path in files:
+        if names.setdefault(path.stem, path) != path:
+            raise ValueError(f"{names[path.stem]} and {path} would both write {path.stem}.*; predict them into two folders")
+    return list(names.values())
+
+
+def main(argv=None) -> dict:
+    args = parse_args(argv)
+    device = pick_device(args.device)
+    amp_dtype, _ = amp_settings(device, args.amp_dtype)
+    overrides = [text for text in args.inputs if "=" in text and not Path(text).exists()]
+    script, model, _ = load(args.checkpoint, overrides, device)
+    files = input_files(script, [text for text in args.inputs if text not in overrides])
+    if not files:
+        raise ValueError("no input: name files or folders behind the checkpoint")
+    output = Path(args.output)
+    if any(path.resolve().parent == output.resolve() for path in files):
+        raise ValueError(f"--output {output} holds the input, whose files (or labels) could be replaced; use another folder")
+    output.mkdir(parents=True, exist_ok=True)
+    labels = {}
+    for path in progress(files, "predicting"):
+        prediction = script.predict(model, path, amp_dtype)
+        script.write_prediction(model, path, prediction, output / path.stem, args)
+        labels[str(path)] = prediction["label"]
+        counts = {name: int((prediction["label"] == c).sum()) for c, name in enumerate(model.class_names)}
+        print(f"{path}: {', '.join(f'{name} {count}' for name, count in counts.items() if count)} "
+              f"(mean confidence {prediction['confidence'].mean():.2f})", flush=True)
+    print(f"wrote {len(files)} result{'s' * (len(files) > 1)} to {output}")
+    return labels
+
+
+if __name__ == "__main__":
+    run(main)
