@@ -210,6 +210,16 @@ def test_full_disk_leaves_the_old_file(tmp_path):
     assert value_in(path) == 1.0 and list(tmp_path.iterdir()) == [path]
 
 
+def test_disk_error_while_flushing_leaves_the_old_file(tmp_path, monkeypatch):
+    path = save(tmp_path / "model_last.pth")
+    def refuse(descriptor):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match="model_last.pth: not written .*No space left.*intact"):
+        save(path, 2.0)
+    assert value_in(path) == 1.0 and list(tmp_path.iterdir()) == [path]
+
+
 def test_error_or_interrupt_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
     path = save(tmp_path / "model_last.pth")
     for error in (KeyboardInterrupt, RuntimeError("bug")):

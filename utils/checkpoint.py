@@ -65,15 +65,15 @@ def save_checkpoint(path: str | Path, *, script: str, config: Mapping, class_nam
     try:
         with _Replacing(path) as file:
             torch.save({"format": FORMAT, **content}, file)
-    except RuntimeError as error:                  # torch wraps the OSError of a full disk in one of its own
-        if not isinstance(error.__context__, OSError):
+    except (OSError, RuntimeError) as error:       # torch hides the OSError of a full disk behind one of its own
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
             raise
-        raise OSError(f"{path}: not written ({error.__context__}); an older file there is intact") from error
+        raise OSError(f"{path}: not written ({cause}); an older file there is intact") from error
 
 
 class _Replacing:
-    """A file opened for writing under a temporary name beside `path`; on success flushed to the disk and renamed to
-    it."""
+    """Opens a file of a temporary name beside `path`; on success flushes it to the disk and renames it to `path`."""
 
     def __init__(self, path: Path):
         self.path, self.temporary = path, path.with_name(path.name + ".tmp")
@@ -99,8 +99,7 @@ class _Replacing:
 
 
 def _plain(value: Any, where: str = "") -> Any:
-    """The same value in types that weights_only=True reads back: subclasses become their base, parameters plain
-    tensors."""
+    """The same value in types that weights_only=True reads back: subclasses become their base type."""
     if isinstance(value, Tensor):
         value = value.detach()
         if type(value) is Tensor:                  # a view of a larger tensor would be saved with all of it
@@ -204,13 +203,12 @@ def _number(path: Path) -> int:
 # -- what to keep --------------------------------------------------------------
 
 class CheckpointKeeper:
-    """Which checkpoints of a run are kept: model_last, model_best, every `save_interval`-th epoch, the `keep_top_k`
-    best (0: none).
+    """Which checkpoints of a run are kept: the last, the best, each `save_interval`-th epoch, the `keep_top_k` best.
 
     `state` is the dict of keyword arguments of `save_checkpoint`. Its entry `best` is filled in here, as of the
     moment of writing: after a resume, `keeper.load_state_dict(checkpoint["best"])`. Where one and the same `state`
     object goes to several names, the first file is copied (not linked: a second copy is for the day when the first is
-    damaged); so make a new dict for each new state.
+    damaged); so make a new dict for each new state. 0 epochs or top-k: none.
     """
 
     def __init__(self, model_dir: str | Path, keep_top_k: int = 0, save_interval: int = 5, mode: str = "max"):
@@ -235,11 +233,10 @@ class CheckpointKeeper:
         return due
 
     def save_best_if(self, score: float, state: dict) -> bool:
-        """Write model_best.pth if `score` is strictly better than all before, and checkpoint_top_{epoch}.pth if among
-        the top.
+        """Write model_best.pth if `score` is strictly better than all before; True where written.
 
-        Returns whether it is the best. A score that is not finite never is. The top needs `epoch` in the state
-        (ValueError).
+        Among the `keep_top_k` best it also becomes checkpoint_top_{epoch}.pth, and the one that drops out is removed;
+        that needs `epoch` in the state (ValueError). A score that is not finite is never good.
         """
         score, epoch, before = float(score), state.get("epoch"), self.state_dict()
         if not math.isfinite(score):
@@ -287,8 +284,7 @@ class CheckpointKeeper:
 
 
 class EarlyStopping:
-    """Says when `patience` evaluations in a row brought no improvement by more than `min_delta`; never where patience
-    is 0 or None."""
+    """Stop after `patience` evaluations in a row without an improvement by more than `min_delta`; 0 or None: never."""
 
     def __init__(self, patience: int | None, mode: str = "max", min_delta: float = 0.0):
         if (patience or 0) < 0 or min_delta < 0:
@@ -298,8 +294,7 @@ class EarlyStopping:
         self.waited = 0
 
     def update(self, score: float) -> bool:
-        """Take the score of one evaluation; True when it is time to stop. A score that is not finite is no
-        improvement."""
+        """Take the score of one evaluation (NaN is no improvement); True when it is time to stop."""
         if math.isfinite(score) and (self.best is None or self.sign * (score - self.best) > self.min_delta):
             self.best, self.waited = float(score), 0
         else:
