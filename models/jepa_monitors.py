@@ -5,13 +5,15 @@ The letters (a) to (e) are those of docs/jepa.md. Shapes: B meshes, N clusters, 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from models.nomeformer import PositionCode
+from models.jepa import Jepa, prediction_loss
+from models.nomeformer import Nomeformer, PositionCode
 
 FACES_PER_INPUT = 10        # fewer faces for each input of the linear map, and its R^2 would be overfitting
 
@@ -26,10 +28,49 @@ MONITORS = {
     "position_r2": ("max_position_r2", "above", "the embedding is a code of position, which the predictor is given"),
     "content": ("min_content", "below", "the embedding hardly depends on the features of the faces"),
     "effective_rank": ("min_effective_rank", "below", "few directions are left in the embedding: dimensional collapse"),
-    "teacher_moved": ("min_teacher_moved", "below", "the teacher is still at its start: ema.momentum is too slow"),
+    "teacher_moved": ("min_teacher_moved", "below", "the teacher is still at its start: nothing has been learnt"),
+    "teacher_follow": ("min_teacher_follow", "below", "the teacher does not follow the student: ema.momentum too slow"),
     "teacher_student": ("max_teacher_student", "above", "the student ran away from its teacher: too high a learning "
                                                         "rate, or ema.momentum too slow"),
 }
+
+
+@torch.no_grad()
+def measure(model: Jepa, start: Nomeformer, batch: Mapping[str, Tensor], seed: int = 0) -> dict[str, float]:
+    """Loss and all monitors of one batch of masked_collate_fn, on the model's device, without side effects.
+
+    start: the encoder before training. Beside what monitor_values returns:
+    target_std_ratio     target_std over that of `start`;
+    prediction_std (a)   standard deviation over the predicted faces, mean over dimensions;
+    prediction_ratio     that over the deviation of what they should be (layer-normed targets);
+    teacher_moved (e)    |teacher - start| / |start| over all parameters;
+    teacher_student (e)  |teacher - student| / |teacher|;
+    teacher_follow (e)   |teacher - start| / |student - start|.
+    """
+    training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    batch, start = {name: value.to(device) for name, value in batch.items()}, copy.deepcopy(start).to(device).eval()
+    features, masks, centroid = batch["features"], batch["mask"], batch["centroid"]
+    out = model(features, masks, centroid, batch["visible"], batch["target"])
+    total, count = prediction_loss(out.prediction, out.target, out.valid)
+    swapped, generator = features.clone(), torch.Generator().manual_seed(seed)
+    for b, mask in enumerate(masks):
+        order = torch.randperm(int(mask.sum()), generator=generator).to(device)
+        swapped[b, mask] = features[b, mask][order]
+    values = monitor_values(out.output, masks, centroid, model.target_encoder(swapped, masks, centroid))
+    before = monitor_values(start(features, masks, centroid), masks, centroid)
+    values["target_std_ratio"] = values["target_std"] / max(before["target_std"], 1e-12)
+    if count > 1:
+        wanted = out.target[out.valid].std(0).mean().item()
+        values["prediction_std"] = out.prediction[out.valid].std(0).mean().item()
+        values["prediction_ratio"] = values["prediction_std"] / max(wanted, 1e-12)
+    student = parameter_distance(start, model.encoder)
+    values["teacher_moved"] = parameter_distance(start, model.target_encoder)
+    values["teacher_student"] = parameter_distance(model.target_encoder, model.encoder)
+    values["teacher_follow"] = values["teacher_moved"] / student if student else float("nan")
+    model.train(training)
+    return {"loss": (total / count.clamp(min=1)).item(), **values}
 
 
 @torch.no_grad()

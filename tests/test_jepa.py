@@ -294,7 +294,7 @@ def test_schedules_at_start_middle_and_end():
 
 BOUNDS = {"min_target_std": 0.1, "min_target_std_ratio": 0.2, "min_prediction_std": 0.01, "min_prediction_ratio": 0.2,
           "max_share_mesh": 0.5, "min_share_face": 0.03, "max_position_r2": 0.7, "min_content": 0.1,
-          "min_effective_rank": 3.0, "min_teacher_moved": 0.01, "max_teacher_student": 1.0}
+          "min_effective_rank": 3.0, "min_teacher_moved": 0.01, "min_teacher_follow": 0.2, "max_teacher_student": 1.0}
 
 
 def grid(B=3, N=6, slots=30, E=8, seed=0):
