@@ -14,9 +14,7 @@ What to expect: README, row "meshes"; docs/meshes.md explains every number logge
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
-import json
 import time
 from pathlib import Path
 
@@ -25,8 +23,17 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from data.mesh import Augmentation, CachedFeatures, MeshDataset, MeshSpec, custom_collate_fn, feature_statistics
-from data.mesh_io import list_meshes, read_mesh, write_glb, write_labels, write_ply
+from data.mesh import (
+    Augmentation,
+    CachedFeatures,
+    MeshDataset,
+    MeshSpec,
+    custom_collate_fn,
+    feature_statistics,
+    split_meshes,
+)
+from data.mesh_io import list_meshes, read_mesh
+from data.mesh_results import write_mesh_result
 from models.downstream import DownstreamClassifier
 from models.nomeformer import Nomeformer
 from models.pretrained_mesh import check_features, read_encoder
@@ -38,8 +45,8 @@ from utils.checkpoint import (
     load_checkpoint,
 )
 from utils.cli import ArgumentParser, StopRequested, StopSignal, run
-from utils.config import Config, Required, Setting, load_config, save_config
-from utils.device import amp_settings, autocast, describe, environment, pick_device
+from utils.config import Config, Required, Setting, load_config
+from utils.device import amp_settings, autocast, describe, pick_device
 from utils.distributed import (
     EpochBatchSampler,
     all_agree_max,
@@ -60,12 +67,14 @@ from utils.log import RunLog, progress
 from utils.losses import MaskedCrossEntropyLoss
 from utils.metrics import ConfusionMatrix, metrics_table, segmentation_metrics
 from utils.params import layerwise_groups
-from utils.render import label_colors, palette, pca_colors, render_mesh, viewer_html
+from utils.render import label_colors, palette, pca_colors, render_mesh
 from utils.schedule import SCHEDULES, build_scheduler
 from utils.seed import rng_state, seed_everything, seed_worker, set_rng_state
+from utils.training import EpochTotals, check_same_run, write_run_files
 from utils.weights import load_weights, sha256_file
 
 SCRIPT = Path(__file__).name
+MONITOR_NAMES = {"mean_f1": "F1", "miou": "mIoU", "overall_accuracy": "accuracy"}
 
 DEFAULTS = {
     "paths": {
@@ -137,7 +146,7 @@ DEFAULTS = {
     "evaluation": {
         "views": 1,                                         # predictions averaged over that many rotations and clusterings
         "interval": 1,                                      # epochs
-        "monitor": Setting("mean_f1", (str,), ("mean_f1", "miou", "overall_accuracy")),
+        "monitor": Setting("mean_f1", (str,), tuple(MONITOR_NAMES)),
         "batch_size": 8,
     },
     "checkpointing": {"save_interval": 5, "save_top_k": 0},
@@ -201,24 +210,6 @@ def class_names(config: Config) -> list[str]:
     return list(config.data.class_names) or [f"class {c}" for c in range(config.model.n_classes)]
 
 
-def split_files(config: Config) -> tuple[list[Path], list[Path]]:
-    """Training and validation meshes: two folders, or mesh_dir divided by data.val_split. Raises ValueError for an empty part."""
-    paths, files = config.paths, list_meshes(config.paths.mesh_dir)
-    if paths.val_mesh_dir is not None:
-        return files, list_meshes(paths.val_mesh_dir)
-    split = config.data.val_split
-    if len(split) == 1 and isinstance(split[0], float):
-        every = max(2, round(1 / split[0]))
-        val = files[every - 1::every]
-    else:
-        val = [file for file in files if any(fnmatch.fnmatch(file.stem, str(pattern)) for pattern in split)]
-    train = [file for file in files if file not in val]
-    if not val or not train:
-        raise ValueError(f"data.val_split={split} leaves {len(train)} training and {len(val)} validation meshes of {len(files)} in "
-                         f"{paths.mesh_dir}; set it to name patterns or a share such as [0.15], or set paths.val_mesh_dir")
-    return train, val
-
-
 def build_dataset(config: Config, split: str, seed: int = 0, data_dir: str | None = None, label_dir: str | None = None) -> MeshDataset:
     """split train | val | test, or the meshes of `data_dir`. Everything but "train" is evaluated: every face exactly once a view."""
     paths, augmentation = config.paths, {**config.augmentation}
@@ -229,10 +220,11 @@ def build_dataset(config: Config, split: str, seed: int = 0, data_dir: str | Non
             raise ValueError("there is no test split: set paths.test_mesh_dir (and paths.test_label_dir)")
         files, label_dir = list_meshes(paths.test_mesh_dir), paths.test_label_dir or paths.test_mesh_dir
     else:
-        files = split_files(config)[0 if split == "train" else 1]
-        label_dir = paths.label_dir or paths.mesh_dir
-        if split == "val" and paths.val_mesh_dir is not None:
-            label_dir = paths.val_label_dir or paths.val_mesh_dir
+        files, label_dir = list_meshes(paths.mesh_dir), paths.label_dir or paths.mesh_dir
+        if paths.val_mesh_dir is None:
+            files = split_meshes(files, config.data.val_split)[0 if split == "train" else 1]
+        elif split == "val":
+            files, label_dir = list_meshes(paths.val_mesh_dir), paths.val_label_dir or paths.val_mesh_dir
     augmentation.update({key: tuple(augmentation[key]) for key in ("rotation_range", "scale_range")})
     ignore = [*config.data.ignore_labels, *([] if config.training.ignore_index is None else [config.training.ignore_index])]
     return MeshDataset(files, label_dir, mesh_spec(config), config.model.n_classes, Augmentation(**augmentation),
@@ -309,7 +301,7 @@ def train_one_epoch(model, loader, criterion, optimizer, scheduler, scaler, ema,
             loss, _ = criterion.sum_and_weight(logits, batch["label"], batch["mask"])
             scaler.scale(loss * world / weight.clamp(min=1e-12)).backward()      # DistributedDataParallel takes the mean over ranks
             loss_sum += loss.detach()
-            totals["matrix"].update(logits.argmax(-1), batch["label"])
+            totals.matrix.update(logits.argmax(-1), batch["label"])
         scaler.unscale_(optimizer)
         if config.training.gradient_clip_val:
             nn.utils.clip_grad_norm_(model.parameters(), config.training.gradient_clip_val)
@@ -319,8 +311,7 @@ def train_one_epoch(model, loader, criterion, optimizer, scheduler, scaler, ema,
         optimizer.zero_grad(set_to_none=True)
         if ema is not None:
             ema.update(model)
-        totals["loss"] += loss_sum.double()
-        totals["weight"] += weight.double()
+        totals.add(loss_sum, weight)
         state["step"] += 1
         state["batch"] += len(micro_batches)
         micro_batches = []
@@ -440,26 +431,11 @@ def predict(model: DownstreamClassifier, path: str | Path, amp_dtype=None) -> di
 
 
 def write_prediction(model: DownstreamClassifier, path: Path, prediction: dict, stem: Path, options) -> list[Path]:
-    """Write what predict.py's options ask for under the name `stem`; returns the files. Labels are in the convention of the label
-    files the network was trained on (data.label_offset undone)."""
-    color = label_colors(prediction["face_label"], model.palette)                # (F, 3)
-    written = [stem.with_name(f"{stem.name}.{options.labels}")]
-    label = prediction["label"] - model.config.data.label_offset
-    write_labels(written[0], label)
-    if options.picture == "ply":
-        written.append(stem.with_name(f"{stem.name}.ply"))
-        write_ply(written[-1], prediction["vertices"], prediction["faces"], color,
-                  prediction["face_label"] - model.config.data.label_offset)
-    elif options.picture == "glb":
-        written.append(stem.with_name(f"{stem.name}.glb"))
-        write_glb(written[-1], prediction["vertices"], prediction["faces"], color)
-    if options.html:
-        written.append(stem.with_name(f"{stem.name}.html"))
-        written[-1].write_text(viewer_html(prediction["vertices"], prediction["faces"], color), encoding="utf-8")
+    """Write what predict.py's options ask for under the name `stem`, labels in the numbers of the training labels' files."""
+    colors = {"": label_colors(prediction["face_label"], model.palette)}
     if options.pca:
-        written.append(stem.with_name(f"{stem.name}_pca.ply"))
-        write_ply(written[-1], prediction["vertices"], prediction["faces"], pca_colors(embed(model, path)))
-    return written
+        colors["_pca"] = pca_colors(embed_mesh(model, path))
+    return write_mesh_result(stem, prediction, colors, options.labels, options.picture, options.html, model.config.data.label_offset)
 
 
 def example_pictures(model: DownstreamClassifier, dataset: MeshDataset, index: int, pred: np.ndarray):
@@ -471,7 +447,7 @@ def example_pictures(model: DownstreamClassifier, dataset: MeshDataset, index: i
 
 
 @torch.no_grad()
-def embed(model: DownstreamClassifier, path: str | Path) -> np.ndarray:
+def embed_mesh(model: DownstreamClassifier, path: str | Path) -> np.ndarray:
     """The encoder's embedding (F, E) float32 of every face of a mesh file, in file order."""
     dataset = MeshDataset([path], None, model.spec, views=1, cache_dir=model.config.paths.cache_dir)
     out = np.zeros((dataset.num_faces[0], model.encoder.embed_dim), np.float32)
@@ -511,40 +487,6 @@ def cache_features(config, model, train_set, val_set, messages):
     messages.append(f"cached features: {sum(map(len, cached))} items {'read' if cached[0].was_stored else 'embedded'} in "
                     f"{time.monotonic() - started:.1f} s; the encoder does not run again")
     return cached
-
-
-def new_totals(config, device) -> dict:
-    return {"loss": torch.zeros((), dtype=torch.float64, device=device), "weight": torch.zeros((), dtype=torch.float64, device=device),
-            "matrix": ConfusionMatrix(config.model.n_classes, device=device)}
-
-
-def plain_totals(totals) -> dict:
-    return {"loss": totals["loss"].item(), "weight": totals["weight"].item(), "counts": totals["matrix"].counts}
-
-
-def restore_totals(saved, totals) -> dict:
-    totals["loss"] += saved["loss"] if is_main() else 0.0   # one process carries what all had before
-    totals["weight"] += saved["weight"]
-    if saved["counts"] is not None and is_main():
-        totals["matrix"].counts = saved["counts"].to(totals["loss"].device)
-    return totals
-
-
-def epoch_metrics(totals) -> dict:
-    loss = (all_reduce_sum(totals["loss"]) / totals["weight"].clamp(min=1e-12)).item()
-    return {"loss": loss, **segmentation_metrics(totals["matrix"].all_reduce().matrix())}
-
-
-def check_same_run(checkpoint, config, total_steps) -> None:
-    """A resumed run must be the same run. Raises ValueError."""
-    if checkpoint["total_steps"] != total_steps:
-        raise ValueError(f"the checkpoint is of a run of {checkpoint['total_steps']} steps, this one would have {total_steps}: resume with "
-                         f"the same data, epochs, batch size and number of processes, or start afresh in another --output-dir")
-    for section in ("model", "optimizer", "scheduler", "augmentation"):
-        for key, value in config[section].items():
-            if checkpoint["config"][section].get(key) != value:
-                raise ValueError(f"{section}.{key} is {value!r}, but {checkpoint['config'][section].get(key)!r} in the checkpoint; resume "
-                                 f"with the same config, or start afresh in another --output-dir")
 
 
 def test_only(args, config, resume_path, device, amp_dtype) -> dict:
@@ -616,6 +558,8 @@ def main(argv=None) -> dict:
         network = nn.parallel.DistributedDataParallel(network, [local_rank] if device.type == "cuda" else None)
 
     # optimiser, schedule, average
+    if checkpoint is not None:
+        check_same_run(checkpoint, config, total_steps, ("model", "optimizer", "scheduler", "augmentation"))
     criterion = MaskedCrossEntropyLoss(class_weights(config), label_smoothing=config.training.label_smoothing).to(device)
     optimizer = torch.optim.AdamW(parameter_groups(model, config))
     warmup = min(round(config.scheduler.warmup_epochs * total_steps / config.training.epochs), total_steps - 1)
@@ -625,7 +569,7 @@ def main(argv=None) -> dict:
     keeper = CheckpointKeeper(folder.model, config.checkpointing.save_top_k, config.checkpointing.save_interval)
     stopping = EarlyStopping(config.early_stopping.patience)
     state = {"epoch": 0, "batch": 0, "step": 0}             # finished epochs, batches done in the epoch begun, optimiser steps
-    totals = new_totals(config, device)
+    totals = EpochTotals(config.model.n_classes, device)
 
     # resume
     if checkpoint is not None:
@@ -637,9 +581,8 @@ def main(argv=None) -> dict:
         keeper.load_state_dict(checkpoint["best"])
         stopping.load_state_dict(checkpoint["stopping"])
         state = {key: checkpoint[key] for key in state}
-        totals = restore_totals(checkpoint["totals"], totals)
+        totals.load_state_dict(checkpoint["totals"])
         set_rng_state(checkpoint["rng"])
-        check_same_run(checkpoint, config, total_steps)
 
     def saved_state() -> dict:
         return {"script": SCRIPT, "config": config.to_dict(), "class_names": class_names(config),
@@ -647,13 +590,16 @@ def main(argv=None) -> dict:
                 "ema": None if ema is None else ema.state_dict(), "optimizer": optimizer.state_dict(),
                 "scheduler": scheduler.state_dict(), "scaler": scaler.state_dict(), "stopping": stopping.state_dict(),
                 "rng": rng_state(), "encoder": encoder_entry, "unfrozen_layers": unfrozen, "spec": mesh_spec(config).to_dict(),
-                "total_steps": total_steps, "seed": args.seed, "totals": plain_totals(totals), **state}
+                "total_steps": total_steps, "seed": args.seed, "totals": totals.state_dict(), **state}
+
+    def save(snapshot, epoch=None):
+        if is_main():
+            keeper.save_last(snapshot)
+            if epoch is not None:
+                keeper.save_epoch(epoch, snapshot)
 
     if is_main():
-        folder.create()
-        save_config(config, folder.config / "config.yaml")
-        (folder.config / "environment.json").write_text(json.dumps(
-            {**environment(), "device": describe(device), "seed": args.seed, "processes": world}, indent=2) + "\n")
+        write_run_files(folder, config, device, args.seed)
     log = RunLog(folder.log, rank, config.logging.tensorboard, total_steps=total_steps,
                  resume_step=state["step"] if checkpoint is not None else None,
                  wandb={"project": "segheads", "config": config.to_dict()} if args.wandb else None)
@@ -674,17 +620,14 @@ def main(argv=None) -> dict:
             sampler.set_epoch(state["epoch"], state["batch"])
             if not train_one_epoch(network, loader, criterion, optimizer, scheduler, scaler, ema, totals, state, config, args, device,
                                    amp_dtype, log, stop):
-                if is_main():
-                    keeper.save_last(saved_state())
+                save(saved_state())
                 raise StopRequested(all_agree_max(stop.requested or 0), f"stopped at step {state['step']} of {total_steps}, saved; go on "
                                     f"with: python {SCRIPT} {args.config} --output-dir {args.output_dir} --resume auto")
             state["epoch"], state["batch"] = state["epoch"] + 1, 0
-            train = epoch_metrics(totals)
-            totals = new_totals(config, device)
+            train = totals.metrics()
             last = state["epoch"] == config.training.epochs
             if state["epoch"] % config.evaluation.interval and not last:
-                if is_main():
-                    keeper.save_last(saved_state())
+                save(saved_state())
                 continue
 
             # Evaluation uses the averaged weights; what is saved is both.
@@ -704,13 +647,10 @@ def main(argv=None) -> dict:
                 ("Loss", "loss"), ("F1", "mean_f1"), ("Accuracy", "overall_accuracy")) for split, values in (
                 ("train", train[key]), ("val", result["loss"] if key == "loss" else val[key]))})
             score, finished = val[config.evaluation.monitor], stopping.update(val[config.evaluation.monitor])
-            if is_main():
-                snapshot = saved_state()
-                if keeper.save_best_if(score, snapshot):
-                    log.info(f"New best {'F1' if config.evaluation.monitor == 'mean_f1' else config.evaluation.monitor}: {score:.4f}. "
-                             f"Checkpoint saved.")
-                keeper.save_last(snapshot)
-                keeper.save_epoch(state["epoch"], snapshot)
+            snapshot = saved_state()                        # in every process: it sums the totals
+            if is_main() and keeper.save_best_if(score, snapshot):
+                log.info(f"New best {MONITOR_NAMES[config.evaluation.monitor]}: {score:.4f}. Checkpoint saved.")
+            save(snapshot, state["epoch"])
             if finished:
                 log.info(f"No better {config.evaluation.monitor} for {config.early_stopping.patience} evaluations: stopped early.")
                 break

@@ -1,7 +1,7 @@
 """Labelled meshes as batches of clustered faces: preparing, caching, augmenting, collating.
 
 One mesh file goes this way:
-    read_mesh (faces in file order) -> weld, normalise, neighbours, heat-kernel signature: `prepare_mesh`, cached on disk
+    read_mesh (faces in file order) -> weld, normalise, neighbours, heat-kernel signature: `prepare_mesh`, with a cache
     -> augment the vertices (training) -> face_features -> clusters: `MeshDataset.__getitem__`
     -> pad to the longest: `custom_collate_fn`; `face_index` says which face of the file every slot holds.
 Shapes: B meshes, N clusters, F face slots of a cluster, Dg features of a face.
@@ -9,6 +9,7 @@ Shapes: B meshes, N clusters, F face slots of a cluster, Dg features of a face.
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
 import os
@@ -39,20 +40,30 @@ from utils.log import progress
 from utils.losses import IGNORE_INDEX
 from utils.seed import derived_seed
 
-CACHE_VERSION = 1                   # raise it when prepare_mesh computes something else
+CACHE_VERSION = 2                   # raise it when prepare_mesh computes something else
 FACES_IN_MEMORY = 20_000_000        # prepared meshes beyond this are read again from the cache
 
 
 @dataclass(frozen=True)
 class MeshSpec:
-    """How meshes become tokens. It travels in every checkpoint, so that prediction prepares a mesh as training did."""
+    """How meshes become tokens. It travels in every checkpoint, so that prediction prepares a mesh as training did.
+
+    Raises ValueError for features that are unknown, none or named twice, and for sizes that are not above 0.
+    """
 
     features: tuple[str, ...] = ("corners", "normal", "area", "angles", "curvature", "dihedral")
     faces_per_cluster: int = 32
     n_clusters: int | None = None           # a fixed number of clusters instead
     clustering: str = "bisection"           # bisection | fps
-    clusters_per_batch: int | None = None   # train on crops of that many neighbouring clusters (large meshes); None = whole
+    clusters_per_batch: int | None = None   # crops of that many neighbouring clusters (large meshes); None = whole
     unit: float | None = None               # metres that make one length unit; None = every mesh by its own size
+
+    def __post_init__(self) -> None:
+        if not feature_width(self.features) or len(set(self.features)) < len(self.features):
+            raise ValueError(f"model.features={list(self.features)}: expected one feature or more, each named once")
+        for name in ("faces_per_cluster", "n_clusters", "clusters_per_batch", "unit"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"{name}={value}: expected a number above 0")
 
     @property
     def feature_dim(self) -> int:
@@ -84,8 +95,8 @@ class Augmentation:
 
 
 class PreparedMesh(NamedTuple):
-    """vertices (V, 3) float32 normalised, faces (F, 3) int64 in file order, neighbors (F, 3), area (F,) of the faces in squared
-    length units, hks (F, 16) or None."""
+    """vertices (V, 3) float32 normalised, faces (F, 3) int64 in file order, neighbors (F, 3) or None, area (F,) of the
+    faces in squared length units, hks (F, 16) or None."""
 
     vertices: np.ndarray
     faces: np.ndarray
@@ -104,8 +115,8 @@ def prepare_mesh(path: str | Path, spec: MeshSpec, cache_dir: str | Path | None 
     entry = None
     if cache_dir is not None:
         key = hashlib.sha256(Path(path).read_bytes())
-        key.update(json.dumps([CACHE_VERSION, Path(path).suffix.lower(), spec.unit, HKS_EIGENPAIRS if "hks" in spec.features
-                               else 0, _wants_neighbors(spec)]).encode())
+        key.update(json.dumps([CACHE_VERSION, Path(path).suffix.lower(), spec.unit, _wants_neighbors(spec),
+                               HKS_EIGENPAIRS if "hks" in spec.features else 0]).encode())
         entry = Path(cache_dir) / f"{key.hexdigest()[:32]}.npz"
         prepared = _read_cache(entry)
         if prepared is not None:
@@ -147,6 +158,22 @@ def _write_cache(entry, prepared):
     os.replace(temporary, entry)
 
 
+def split_meshes(files: Sequence[Path], val_split: Sequence[str] | Sequence[float]) -> tuple[list[Path], list[Path]]:
+    """(training, validation) files. val_split: patterns of names without suffix ("faust_08*"), or one number, a share:
+    [0.15] takes every seventh file. Raises ValueError where either part would be empty."""
+    if len(val_split) == 1 and isinstance(val_split[0], float) and 0 < val_split[0] < 1:
+        every = max(2, round(1 / val_split[0]))
+        val = list(files[every - 1::every])
+    else:
+        val = [file for file in files if any(fnmatch.fnmatchcase(file.stem, str(pattern)) for pattern in val_split)]
+    train = [file for file in files if file not in val]
+    if not val or not train:
+        raise ValueError(f"data.val_split={list(val_split)} leaves {len(train)} training and {len(val)} validation "
+                         f"meshes of {len(files)}; set it to name patterns or a share such as [0.15], or set "
+                         f"paths.val_mesh_dir")
+    return train, val
+
+
 # -- augmentation ------------------------------------------------------------------------------------------------------
 
 def random_rotation(rng: np.random.Generator) -> np.ndarray:
@@ -163,8 +190,8 @@ def rotation_about_z(degrees: float) -> np.ndarray:
 
 
 def augment(mesh: PreparedMesh, settings: Augmentation, unit: float | None, rng: np.random.Generator) -> PreparedMesh:
-    """A randomly scaled, mirrored, jittered and rotated copy. The heat-kernel signature is kept: it is exact under rotation and
-    mirroring, and taken as a good approximation under the small other changes."""
+    """A randomly scaled, mirrored, jittered and rotated copy. The heat-kernel signature is kept: it is exact under
+    rotation and mirroring, and taken as a good approximation under the small other changes."""
     vertices, faces, neighbors = mesh.vertices.astype(np.float64), mesh.faces, mesh.neighbors
     vertices = vertices * rng.uniform(*settings.scale_range, size=3)
     if rng.random() < settings.flip_probability:
@@ -189,10 +216,10 @@ class MeshDataset(Dataset):
     """Meshes with one label a face.
 
     files: mesh files in a fixed order; label_dir: where find_label_file looks, None = no labels (all IGNORE_INDEX).
-    Item of a training set (augmentation set, views 0): one mesh, or a crop of clusters_per_batch clusters; a mesh of N clusters
-    gives max(1, N // clusters_per_batch) items an epoch. Item of an evaluation set (views >= 1): one (mesh, view, part), in order;
-    view 0 is the mesh as it is, others are turned as `augmentation.mode` says and clustered anew, always the same way; the parts
-    of a view hold every face exactly once.
+    Item of a training set (augmentation set, views 0): one mesh, or a crop of clusters_per_batch clusters; a mesh of N
+    clusters gives max(1, N // clusters_per_batch) items an epoch. Item of an evaluation set (views >= 1): one (mesh,
+    view, part), in order; view 0 is the mesh as it is, others are turned as the augmentation's mode and rotation_range
+    say and clustered anew, always the same way; the parts of a view hold every face exactly once.
     Randomness depends on (seed, epoch, item) alone: not on workers, batch size or what ran before.
     All files are read, checked and cached at construction, so that wrong data is found before training.
     """
@@ -241,7 +268,9 @@ class MeshDataset(Dataset):
                            self.ignore_labels, self.label_kind)
 
     def _num_clusters(self, num_faces):
-        return min(num_faces, self.spec.n_clusters) if self.spec.n_clusters else -(-num_faces // self.spec.faces_per_cluster)
+        if self.spec.n_clusters:
+            return min(num_faces, self.spec.n_clusters)
+        return -(-num_faces // self.spec.faces_per_cluster)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the random numbers of an epoch; evaluation sets ignore it."""
@@ -257,8 +286,8 @@ class MeshDataset(Dataset):
         return self._prepared[index]
 
     def __getitem__(self, item: int) -> dict:
-        """features (N, F, Dg) float32, label (N, F) int64, mask (N, F) bool, face_index (N, F) int64 (-1 = padding), centroid
-        (N, F, 3) and area (N, F) float32, index of the mesh in `files`."""
+        """features (N, F, Dg) float32, label (N, F) int64, mask (N, F) bool, face_index (N, F) int64 (-1 = padding),
+        centroid (N, F, 3) and area (N, F; of the mesh before augmentation) float32, index of the mesh in `files`."""
         index, view, part = self.items[item]
         mesh = self.mesh(index)
         if self.views == 0:
@@ -266,7 +295,8 @@ class MeshDataset(Dataset):
             settings, recluster = self.augmentation, self.augmentation.recluster
         else:
             rng = np.random.default_rng(derived_seed(view))
-            settings, recluster = Augmentation(mode=self.augmentation.mode), view > 0
+            settings = Augmentation(self.augmentation.mode, self.augmentation.rotation_range)
+            recluster = view > 0
         if view > 0 or (self.views == 0 and settings.active):
             mesh = augment(mesh, settings, self.spec.unit, rng)
         centroid = mesh.vertices[mesh.faces].mean(1)                             # (F, 3)
@@ -282,21 +312,19 @@ class MeshDataset(Dataset):
         pick = lambda values, empty: torch.where(                                # noqa: E731 (the same line five times)
             mask.view(mask.shape + (1,) * (values.ndim - 1)), torch.from_numpy(values)[gather], empty)
         return {"features": pick(features, 0.0), "label": pick(self.labels[index], IGNORE_INDEX), "mask": mask,
-                "face_index": torch.from_numpy(face_index), "centroid": pick(centroid, 0.0), "area": pick(mesh.area, 0.0),
-                "index": index}
+                "face_index": torch.from_numpy(face_index), "centroid": pick(centroid, 0.0),
+                "area": pick(mesh.area, 0.0), "index": index}
 
     def _clusters(self, centroid, neighbors, rng):
-        size = self.spec.faces_per_cluster
-        if self.spec.n_clusters:
-            size = -(-len(centroid) // min(len(centroid), self.spec.n_clusters))
+        size, count = self.spec.faces_per_cluster, self._num_clusters(len(centroid))
         if self.spec.clustering == "fps":
-            return fps_bfs(centroid, neighbors, size, rng)
-        return recursive_bisection(centroid, size, rng)
+            return fps_bfs(centroid, neighbors, size, rng, count)
+        return recursive_bisection(centroid, size, rng, count)
 
     def _part(self, face_index, centroid, part, rng):
         limit = self.spec.clusters_per_batch
         if not limit or len(face_index) <= limit:
-            return face_index if part == 0 else face_index[:0]
+            return face_index
         if self.views:
             return face_index[part * limit:(part + 1) * limit]                   # neighbours are consecutive
         center = np.stack([centroid[row[row >= 0]].mean(0) for row in face_index])
@@ -307,34 +335,44 @@ class MeshDataset(Dataset):
 class CachedFeatures(Dataset):
     """A data set of fixed views with the embeddings of a frozen encoder in place of its features.
 
-    embed maps one item's batch of one to (1, N, F, E). All items are embedded once, into a memory-mapped array; key names what
-    they depend on besides the meshes (the encoder's weights), and with it the file in folder (None: kept in memory). Items:
-    embedding (N, F, E), label, mask, face_index, index. Raises ValueError for a data set that changes from epoch to epoch.
+    embed maps one item's batch of one to (1, N, F, E). All items are embedded once, into a memory-mapped array; key
+    names what they depend on besides the meshes (the encoder's weights), and with it the file in folder (None: kept in
+    memory). Items: embedding (N, F, E), label, mask, face_index, index. Raises ValueError for a data set that changes
+    from epoch to epoch.
     """
 
-    def __init__(self, dataset: MeshDataset, embed: Callable[[dict], torch.Tensor], key: str, folder: str | Path | None) -> None:
+    def __init__(self, dataset: MeshDataset, embed: Callable[[dict], torch.Tensor], key: str,
+                 folder: str | Path | None) -> None:
         if not dataset.views and (dataset.augmentation.active or dataset.spec.clusters_per_batch):
-            raise ValueError("training.cache_features needs inputs that never change: switch the augmentation off and leave "
-                             "training.clusters_per_batch empty, or train without the cache")
+            raise ValueError("training.cache_features needs inputs that never change: switch the augmentation off and "
+                             "leave training.clusters_per_batch empty, or train without the cache")
         self.dataset = dataset
-        samples = [dataset[item] for item in range(len(dataset))]
-        self._rest = [{name: sample[name] for name in ("label", "mask", "face_index", "index")} for sample in samples]
-        self._bounds = np.cumsum([0] + [sample["mask"].numel() for sample in samples])
-        digest = hashlib.sha256(key.encode())
-        for sample in samples:
-            digest.update(sample["features"].numpy().tobytes())
-            digest.update(sample["centroid"].numpy().tobytes())
-            digest.update(sample["face_index"].numpy().tobytes())
+        self._rest, digest = [], hashlib.sha256(key.encode())
+        for item in range(len(dataset)):
+            sample = dataset[item]
+            self._rest.append({name: sample[name] for name in ("label", "mask", "face_index", "index")})
+            digest.update(str(sample["features"].shape).encode())
+            for name in ("features", "centroid", "face_index"):
+                digest.update(sample[name].numpy().tobytes())
+        self._bounds = np.cumsum([0] + [rest["mask"].numel() for rest in self._rest])
         path = None if folder is None else Path(folder) / f"embedding_{digest.hexdigest()[:32]}.npy"
-        self.was_stored = path is not None and path.is_file()
+        self._embedding = self._load(path)
+        self.was_stored = self._embedding is not None
         if not self.was_stored:
-            path = self._store(samples, embed, path)
-        self._embedding = path if isinstance(path, np.ndarray) else np.load(path, mmap_mode="r")
+            self._embedding = self._compute(embed, path)
 
-    def _store(self, samples, embed, path):
+    def _load(self, path):
+        try:
+            stored = None if path is None else np.load(path, mmap_mode="r")
+        except (FileNotFoundError, ValueError, EOFError):
+            return None                                                          # absent or cut short: computed again
+        return stored if stored is not None and len(stored) == self._bounds[-1] else None
+
+    def _compute(self, embed, path):
         out = None
-        for item, sample in enumerate(progress(samples, "embedding")):
-            embedding = embed(custom_collate_fn([sample]))[0].flatten(0, 1).float().cpu().numpy()      # (N F, E)
+        for item in progress(range(len(self)), "embedding"):
+            batch = custom_collate_fn([self.dataset[item]])
+            embedding = embed(batch)[0].flatten(0, 1).float().cpu().numpy()      # (N F, E)
             if out is None:
                 shape = (int(self._bounds[-1]), embedding.shape[1])
                 if path is None:
@@ -348,12 +386,12 @@ class CachedFeatures(Dataset):
             return out
         out.flush()
         os.replace(temporary, path)
-        return path
+        return np.load(path, mmap_mode="r")
 
     def __getattr__(self, name: str):
-        if name == "dataset":                                                    # not there yet: while a worker unpickles
+        if name == "dataset":                                                    # not there while a worker unpickles
             raise AttributeError(name)
-        return getattr(self.dataset, name)                                       # files, items, labels, mesh(), set_epoch() ...
+        return getattr(self.dataset, name)                                       # files, items, labels, mesh() ...
 
     def __len__(self) -> int:
         return len(self._rest)
@@ -364,13 +402,14 @@ class CachedFeatures(Dataset):
         return {"embedding": flat.view(*rest["mask"].shape, -1), **rest}
 
 
-PADDING = {"features": 0.0, "embedding": 0.0, "label": IGNORE_INDEX, "mask": False, "face_index": -1, "centroid": 0.0, "area": 0.0}
+PADDING = {"features": 0.0, "embedding": 0.0, "centroid": 0.0, "area": 0.0, "label": IGNORE_INDEX, "mask": False,
+           "face_index": -1}
 
 
 def custom_collate_fn(batch: Sequence[dict]) -> dict:
-    """Pad the items to the longest: features [B,N,F,Dg], label [B,N,F] (padding IGNORE_INDEX), mask [B,N,F] (True = a face),
-    face_index [B,N,F] (padding -1), centroid [B,N,F,3], area [B,N,F], index [B]; embedding [B,N,F,E] in place of features,
-    centroid and area where it is cached."""
+    """Pad the items to the longest: features [B,N,F,Dg], label [B,N,F] (padding IGNORE_INDEX), mask [B,N,F] (True = a
+    face), face_index [B,N,F] (padding -1), centroid [B,N,F,3], area [B,N,F], index [B]; embedding [B,N,F,E] in place of
+    features, centroid and area where it is cached."""
     N, slots = (max(item["mask"].shape[axis] for item in batch) for axis in (0, 1))
     out = {"index": torch.tensor([item["index"] for item in batch])}
     for name in batch[0].keys() - {"index"}:
@@ -382,11 +421,10 @@ def custom_collate_fn(batch: Sequence[dict]) -> dict:
 
 
 def feature_statistics(dataset: MeshDataset, max_items: int = 200) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation (Dg,) of the features over faces of up to 200 evenly spaced items, as training sees them.
-
-    A constant feature gets 1 for its deviation."""
+    """Mean and standard deviation (Dg,) of the features over the faces of up to max_items evenly spaced items, as
+    training sees them. A constant feature gets 1 for its deviation."""
     total = square = count = 0
-    for item in range(0, len(dataset), max(1, len(dataset) // max_items)):
+    for item in range(0, len(dataset), max(1, -(-len(dataset) // max_items))):
         sample = dataset[item]
         values = sample["features"][sample["mask"]].double()                     # (faces, Dg)
         total, square, count = total + values.sum(0), square + (values**2).sum(0), count + len(values)

@@ -83,12 +83,16 @@ class Layer(nn.Module):
 
 
 class Block(nn.Module):
-    """One local and one global step. faces (B, N, F, E), summary (B, N, E) -> the same."""
+    """One local and one global step; the last block has no global one, whose result nobody would read.
 
-    def __init__(self, embed_dim: int, num_heads: int, mlp_ratio: float, dropout: float, drop_path: float) -> None:
+    faces (B, N, F, E), summary (B, N, E) -> the same.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, mlp_ratio: float, dropout: float, drop_path: float,
+                 is_last: bool = False) -> None:
         super().__init__()
         self.local_layer = Layer(embed_dim, num_heads, mlp_ratio, dropout, drop_path)
-        self.global_layer = Layer(embed_dim, num_heads, mlp_ratio, dropout, drop_path)
+        self.global_layer = None if is_last else Layer(embed_dim, num_heads, mlp_ratio, dropout, drop_path)
 
     def forward(self, faces: Tensor, summary: Tensor, valid_face: Tensor, valid_cluster: Tensor) -> tuple[Tensor, Tensor]:
         B, N, slots, E = faces.shape
@@ -96,7 +100,8 @@ class Block(nn.Module):
         # The summary token is always a valid key, so that an empty cluster cannot make a softmax over nothing (NaN).
         valid = F.pad(valid_face, (1, 0), value=True).view(B * N, slots + 1)
         tokens = self.local_layer(tokens, valid).view(B, N, slots + 1, E)
-        return tokens[:, :, 1:], self.global_layer(tokens[:, :, 0], valid_cluster)
+        faces, summary = tokens[:, :, 1:], tokens[:, :, 0]
+        return faces, summary if self.global_layer is None else self.global_layer(summary, valid_cluster)
 
 
 class Nomeformer(nn.Module):
@@ -122,7 +127,9 @@ class Nomeformer(nn.Module):
             self.face_position = PositionCode(embed_dim)
             self.cluster_position = PositionCode(embed_dim)
         self.summary_token = nn.Parameter(torch.zeros(embed_dim))
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, dropout, drop_path) for _ in range(num_attention_blocks))
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_ratio, dropout, drop_path, is_last=i == num_attention_blocks - 1)
+            for i in range(num_attention_blocks))
         self.norm = nn.LayerNorm(embed_dim)
         self.apply(init_weights)
 

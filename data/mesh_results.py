@@ -1,0 +1,38 @@
+"""Predictions on meshes as files: labels in file order, coloured meshes, a page to turn them in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from data.mesh_io import write_glb, write_labels, write_ply
+from utils.render import viewer_html
+
+
+def write_mesh_result(stem: Path, prediction: Mapping, colors: Mapping[str, np.ndarray], labels: str = "txt", picture: str = "ply",
+                      html: bool = False, label_offset: int = 0) -> list[Path]:
+    """Write STEM.txt (or .npy) and, for each ending in colors ("" for the classes, "_pca" ...), STEM + ending .ply or .glb, .html.
+
+    prediction: label (P,) one a face line of the input, vertices (V, 3), faces (F, 3), face_label (F,). colors {ending: (F, 3) uint8}.
+    picture ply | glb | none. label_offset is taken off again, so that the numbers are those of the training labels' files.
+    Returns the paths.
+    """
+    def path(ending):
+        return stem.with_name(stem.name + ending)                                # not with_suffix: names may have dots
+
+    written = [path(f".{labels}")]
+    write_labels(written[0], prediction["label"] - label_offset)
+    vertices, faces = prediction["vertices"], prediction["faces"]
+    for ending, color in colors.items():
+        if picture == "ply":
+            written.append(path(f"{ending}.ply"))
+            write_ply(written[-1], vertices, faces, color, None if ending else prediction["face_label"] - label_offset)
+        elif picture == "glb":
+            written.append(path(f"{ending}.glb"))
+            write_glb(written[-1], vertices, faces, color)
+        if html:
+            written.append(path(f"{ending}.html"))
+            written[-1].write_text(viewer_html(vertices, faces, color), encoding="utf-8")
+    return written

@@ -1,0 +1,332 @@
+"""train_downstream.py, evaluate.py and predict.py run whole, on tiny meshes: they learn, resume exactly, agree on every number."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import evaluate
+import predict
+import train_downstream
+from data.mesh_io import read_mesh
+from tests.tiny_meshes import tiny_mesh, write_obj, write_set
+from utils.checkpoint import load_checkpoint
+from utils.cli import StopRequested
+from utils.log import read_log
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# The keys of the original's configurations (paths, training, model ...), as its users have them in their files.
+DOCUMENT = """
+paths: {mesh_dir: M, label_dir: M, val_mesh_dir: V, val_label_dir: V, log_dir: OUT/logs, checkpoint_dir: OUT/weights}
+training: {epochs: 1, batch_size: 2, clusters_per_batch: 2, accumulation_steps: 2, resume: false, use_pretrained: false,
+           num_unfrozen_encoder_layers: all, weight_decay: 0.01, ema_decay: 0.99, use_ema: true, ignore_index: 0,
+           layer_wise_lr_decay: [10, 2]}
+model: {feature_dim: 16, embedding_dim: 16, num_heads: 2, num_attention_blocks: 2, n_classes: 3, faces_per_cluster: 16,
+        use_pe: true, dropout: 0.1, features: [corners, normal, area, angles]}
+augmentation: {rotation_range: [-180, 180], scale_range: [0.9, 1.1], noise_std: 0.01, flip_probability: 0.5, mode: z}
+optimizer: {type: adamw, learning_rate: 0.001}
+scheduler: {name: half_cosine}
+class_weights: {class_percentages: [50, 30, 20]}
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("meshes")
+    write_set(folder / "train", 6)
+    write_set(folder / "val", 3, first_seed=100)
+    write_set(folder / "test", 2, first_seed=200)
+    return folder
+
+
+@pytest.fixture
+def config(data, tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump({
+        "paths": {"mesh_dir": str(data / "train"), "val_mesh_dir": str(data / "val"), "test_mesh_dir": str(data / "test"),
+                  "cache_dir": str(data / "cache")},
+        "data": {"class_names": ["low", "high", "cap"]},
+        "model": {"n_classes": 3, "features": ["centroid", "normal", "area"], "embedding_dim": 16, "num_heads": 2,
+                  "num_attention_blocks": 2, "faces_per_cluster": 16, "encoder_dropout": 0.1},
+        "training": {"epochs": 2, "batch_size": 2},
+        "optimizer": {"learning_rate": 0.01},
+        "augmentation": {"mode": "z", "scale_range": [0.9, 1.1], "recluster": True},
+        "logging": {"tensorboard": False, "log_interval": 1}}))
+    return str(path)
+
+
+def train(config, output, *more):
+    return train_downstream.main([config, "--output-dir", str(output), "--device", "cpu", "--num-workers", "0", *map(str, more)])
+
+
+def weights(output, name="model_last.pth"):
+    return load_checkpoint(Path(output) / "model" / name)
+
+
+def assert_same_run(first, second):
+    for section in ("model", "ema", "optimizer"):
+        assert_equal(first[section], second[section], section)
+    assert (first["epoch"], first["step"], first["best"]) == (second["epoch"], second["step"], second["best"])
+
+
+def assert_equal(first, second, where):
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second), where
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys(), where
+        for key in first:
+            assert_equal(first[key], second[key], f"{where}.{key}")
+    elif isinstance(first, list | tuple):
+        for index, pair in enumerate(zip(first, second, strict=True)):
+            assert_equal(*pair, f"{where}[{index}]")
+    else:
+        assert first == second, where
+
+
+def sigterm_in_step(patch, step):
+    """A real SIGTERM while the given optimiser step runs."""
+    update, count = train_downstream.EMA.update, []
+
+    def update_and_kill(self, model):
+        count.append(1)
+        if len(count) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        update(self, model)
+
+    patch.setattr(train_downstream.EMA, "update", update_and_kill)
+
+
+@pytest.fixture(scope="module")
+def encoder_file(data, tmp_path_factory):
+    """An encoder trained from scratch for two epochs, in a downstream checkpoint."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump({
+        "paths": {"mesh_dir": str(data / "train"), "val_mesh_dir": str(data / "val"), "cache_dir": str(data / "cache")},
+        "model": {"n_classes": 3, "features": ["centroid", "normal", "area"], "embedding_dim": 16, "num_heads": 2,
+                  "num_attention_blocks": 2, "faces_per_cluster": 16},
+        "training": {"epochs": 2, "batch_size": 2}, "logging": {"tensorboard": False}}))
+    train(str(path), folder / "run")
+    return folder / "run" / "model" / "model_last.pth"
+
+
+def test_learns_and_every_reader_agrees(config, data, tmp_path, capsys):
+    final = train(config, tmp_path / "run", "training.epochs=25", "checkpointing.save_top_k=2")
+    out = capsys.readouterr().out
+    assert final["overall_accuracy"] > 0.85 and final["miou"] > 0.7                 # the majority class has 0.5 and 0.17
+    assert "Epoch 1: Train Loss: " in out and ", Train F1: " in out and "          Val Loss: " in out and "New best F1: " in out
+
+    folder = tmp_path / "run"
+    assert {p.name for p in (folder / "model").iterdir()} >= {"model_best.pth", "model_last.pth", "checkpoint_epoch_5.pth",
+                                                              "checkpoint_epoch_25.pth"}
+    assert len(list((folder / "model").glob("checkpoint_top_*.pth"))) == 2
+    assert (folder / "config" / "config.yaml").is_file() and (folder / "config" / "environment.json").is_file()
+    records = [r for r in read_log(folder / "log" / "log.jsonl") if r["split"] == "val"]
+    assert [r["epoch"] for r in records] == list(range(1, 26))
+
+    # the best checkpoint scores what the log says, by --test-only (no test split: on validation) and by evaluate.py
+    best = str(folder / "model" / "model_best.pth")
+    said = max(r["mean_f1"] for r in records)
+    again = train(config, folder, "--resume", best, "--test-only", "paths.test_mesh_dir=null")
+    assert again["mean_f1"] == said == final["best"]
+    scored = evaluate.main([best, "--split", "val", "--device", "cpu", "--output-dir", str(tmp_path / "evaluation")])
+    assert scored["mean_f1"] == said and scored["miou"] == again["miou"]
+    assert (tmp_path / "evaluation" / "metrics.json").is_file()
+    assert "<svg" in (tmp_path / "evaluation" / "report.html").read_text()
+
+    # prediction: one label per face, whatever is done to order, place and size
+    vertices, faces, label = tiny_mesh(301)
+    order = np.random.default_rng(0).permutation(len(faces))
+    write_obj(tmp_path / "plain.obj", vertices, faces)
+    write_obj(tmp_path / "permuted.obj", vertices, faces[order])
+    write_obj(tmp_path / "moved.obj", vertices * 1000 + 100_000, faces)
+    labels = predict.main([best, str(tmp_path / "plain.obj"), str(tmp_path / "permuted.obj"), str(tmp_path / "moved.obj"),
+                           "--output", str(tmp_path / "out"), "--device", "cpu", "--html", "--pca"])
+    plain, permuted, moved = labels.values()
+    assert len(plain) == len(faces) and (plain == label).mean() > 0.7
+    assert (plain[order] == permuted).mean() > 0.995                               # clusters may differ where centres tie
+    assert (plain == moved).mean() > 0.995                                         # the file has 9 digits of the coordinates
+    assert np.array_equal(np.loadtxt(tmp_path / "out" / "plain.txt", dtype=int), plain)
+    assert np.array_equal(read_mesh(tmp_path / "out" / "plain.ply").label, plain)
+    assert np.allclose(read_mesh(tmp_path / "out" / "plain.ply").vertices[faces], vertices[faces])
+    assert (tmp_path / "out" / "plain.html").stat().st_size > 10_000 and (tmp_path / "out" / "plain_pca.ply").is_file()
+
+
+def test_quads_get_one_label_a_line(config, tmp_path):
+    train(config, tmp_path / "run", "training.epochs=1")
+    (tmp_path / "quads.obj").write_text("v 0 0 0\nv 1 0 0\nv 1 1 0\nv 0 1 0\nv 2 0 0\nv 2 1 0\nf 1 2 3 4\nf 2 5 6 3\n")
+    labels = predict.main([str(tmp_path / "run/model/model_last.pth"), str(tmp_path / "quads.obj"), "--output", str(tmp_path / "out"),
+                           "--picture", "glb", "--labels", "npy"])
+    assert [len(label) for label in labels.values()] == [2] == [len(np.load(tmp_path / "out" / "quads.npy"))]
+    assert (tmp_path / "out" / "quads.glb").is_file()
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 5])
+def test_resume_is_exact_wherever_it_stopped(config, tmp_path, monkeypatch, step):
+    """3 steps an epoch, 2 epochs: stopped in the middle of either and at the border; dropout, EMA and augmentation included."""
+    train(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        sigterm_in_step(patch, step)
+        with pytest.raises(StopRequested, match="--resume auto"):
+            train(config, tmp_path / "broken")
+    assert weights(tmp_path / "broken")["step"] == step
+    train(config, tmp_path / "broken", "--resume", "auto")
+    assert_same_run(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
+    losses = [[(r["split"], r["epoch"], r["loss"]) for r in read_log(tmp_path / name / "log" / "log.jsonl")]
+              for name in ("whole", "broken")]
+    assert losses[0] == losses[1]
+
+
+def test_resume_is_exact_with_workers_and_accumulation(config, tmp_path, monkeypatch):
+    more = ("training.accumulation_steps=2", "training.batch_size=1", "--num-workers", "1")
+    train(config, tmp_path / "whole", *more)
+    with monkeypatch.context() as patch:
+        sigterm_in_step(patch, 2)
+        with pytest.raises(StopRequested):
+            train(config, tmp_path / "broken", *more)
+    train(config, tmp_path / "broken", *more, "--resume", "auto")
+    assert_same_run(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
+
+
+def assert_close(first, second, tolerance):
+    """Equal to rounding, but for attention biases: that of the keys has no gradient (a softmax does not feel it), so there AdamW
+    blows rounding up to whole steps."""
+    for name, tensor in first.items():
+        assert name.endswith("qkv.bias") or torch.allclose(tensor, second[name], atol=tolerance), name
+
+
+def test_accumulated_steps_equal_the_big_batch(config, tmp_path):
+    """To rounding: the meshes have different sizes, so a mean of means would be off in the second digit."""
+    more = ("model.encoder_dropout=0", "model.dropout=0", "model.drop_path=0", "training.epochs=1")
+    train(config, tmp_path / "big", "training.batch_size=4", *more)
+    train(config, tmp_path / "small", "training.batch_size=2", "training.accumulation_steps=2", *more)
+    assert_close(weights(tmp_path / "big")["model"], weights(tmp_path / "small")["model"], 2e-4)
+
+
+def test_frozen_encoder_is_the_files_and_stays_so(config, tmp_path, encoder_file):
+    train(config, tmp_path / "run", "--pretrained_path", encoder_file)
+    run, source = weights(tmp_path / "run"), load_checkpoint(encoder_file)
+    names = [name for name in run["model"] if name.startswith("encoder.")]
+    assert len(names) > 20
+    assert all(torch.equal(run["model"][name], source["model"][name]) for name in names)
+    assert not any(name.startswith("encoder.") for name in run["ema"]["shadow"])
+    assert run["encoder"]["file"] == str(encoder_file) and len(run["encoder"]["sha256"]) == 64
+    head = sum(1 for name in run["model"] if name.startswith("head."))
+    assert len(run["optimizer"]["state"]) == head
+
+
+def test_unfreezing_moves_exactly_the_last_blocks(config, tmp_path, encoder_file):
+    train(config, tmp_path / "run", "--pretrained_path", encoder_file, "training.num_unfrozen_encoder_layers=1",
+          "training.layer_wise_lr_decay=[10,2]")
+    run, source = weights(tmp_path / "run")["model"], load_checkpoint(encoder_file)["model"]
+    moved = {name.split(".")[1] + "." + name.split(".")[2] for name in run
+             if name.startswith("encoder.") and not torch.equal(run[name], source[name])}
+    assert all(name.startswith(("blocks.1", "norm.")) for name in moved) and any(name.startswith("blocks.1") for name in moved)
+
+
+def test_cached_features_give_the_same_run_bit_for_bit(config, tmp_path, encoder_file):
+    still = ("--pretrained_path", encoder_file, "augmentation.mode=none", "augmentation.scale_range=[1.0,1.0]",
+             "augmentation.recluster=false")
+    train(config, tmp_path / "plain", *still)
+    train(config, tmp_path / "cached", *still, "training.cache_features=true")
+    train(config, tmp_path / "read", *still, "training.cache_features=true")        # now from the file
+    assert_same_run(weights(tmp_path / "plain"), weights(tmp_path / "cached"))
+    assert_same_run(weights(tmp_path / "plain"), weights(tmp_path / "read"))
+    with pytest.raises(ValueError, match="augmentation"):
+        train(config, tmp_path / "moving", "--pretrained_path", encoder_file, "training.cache_features=true")
+    with pytest.raises(ValueError, match="frozen"):
+        train(config, tmp_path / "scratch", *still[2:], "training.cache_features=true")
+
+
+def test_early_stopping(config, tmp_path, capsys):
+    train(config, tmp_path / "run", "training.epochs=30", "early_stopping.patience=1", "optimizer.learning_rate=1e-5")
+    assert "stopped early" in capsys.readouterr().out
+
+
+def test_the_documents_keys_are_understood(data, tmp_path):
+    path = tmp_path / "document.yaml"
+    path.write_text(DOCUMENT.replace(": M", f": {data / 'train'}").replace(": V", f": {data / 'val'}").replace("OUT", str(tmp_path)))
+    train(str(path), tmp_path / "run", f"paths.cache_dir={data / 'cache'}", "logging.tensorboard=true")
+    assert (tmp_path / "weights" / "model_best.pth").is_file() and (tmp_path / "logs" / "log.jsonl").is_file()
+    assert list((tmp_path / "logs").glob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize("more, message", [
+    (["training.epoch=3"], "epochs"),
+    (["model.feature_dim=64"], "feature_dim=64"),
+    (["--resume", "missing.pth"], "missing.pth"),
+    (["--pretrained_path", "missing.pth"], "missing.pth"),
+    (["--test-only"], "--resume"),
+    (["training.use_pretrained=true"], "--pretrained_path"),
+    (["data.class_names=[a, b]"], "2 entries"),
+    (["class_weights.class_percentages=[1, 0, 3]"], "above 0"),
+    (["model.n_classes=2", "data.class_names=[]"], "label 2"),
+    (["training.num_unfrozen_encoder_layers=some"], "num_unfrozen"),
+    (["model.features=[centroid, normals]"], "normals"),
+])
+def test_user_errors_name_the_place(config, tmp_path, more, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train(config, tmp_path / "run", *more)
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_one_label_short_is_refused_with_both_counts(config, data, tmp_path):
+    write_set(tmp_path / "short", 2)
+    lines = (tmp_path / "short" / "mesh_01.txt").read_text().split()
+    (tmp_path / "short" / "mesh_01.txt").write_text("\n".join(lines[:-1]))
+    with pytest.raises(ValueError, match=rf"mesh_01.*{len(lines) - 1} labels.*{len(lines)}"):
+        train(config, tmp_path / "run", f"paths.mesh_dir={tmp_path / 'short'}")
+
+
+def test_resume_of_another_run_is_refused(config, tmp_path):
+    train(config, tmp_path / "run", "training.epochs=1")
+    with pytest.raises(ValueError, match="steps"):
+        train(config, tmp_path / "run", "--resume", "auto")
+    with pytest.raises(ValueError, match="learning_rate"):
+        train(config, tmp_path / "run", "--resume", "auto", "training.epochs=1", "optimizer.learning_rate=0.5")
+
+
+def test_diverging_run_keeps_the_last_good_checkpoint(config, tmp_path):
+    train(config, tmp_path / "run", "training.epochs=1")
+    before = (tmp_path / "run" / "model" / "model_last.pth").read_bytes()
+    with pytest.raises(FloatingPointError, match="learning rate"):
+        train(config, tmp_path / "run", "optimizer.learning_rate=1e30", "training.gradient_clip_val=0", "scheduler.warmup_epochs=0")
+    assert (tmp_path / "run" / "model" / "model_last.pth").read_bytes() == before
+
+
+def test_command_line(config, tmp_path):
+    def call(*command):
+        return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    for script in ("train_downstream.py", "evaluate.py", "predict.py"):
+        done = call(script, "--help")
+        assert done.returncode == 0 and "usage:" in done.stdout
+    done = call("train_downstream.py", config, "--ouput-dir", tmp_path / "run")
+    assert done.returncode == 2 and "--output-dir" in done.stderr and done.stderr.count("\n") == 1
+    done = call("train_downstream.py", config, "--output_dir", tmp_path / "run", "modle.n_classes=3")
+    assert done.returncode == 2 and "model" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("meshes", [6, 7])
+def test_two_processes_equal_one_with_the_double_batch(config, data, tmp_path, meshes):
+    """Same batches, the mean over the global batch: weights equal to rounding; evaluation sums uneven shards (3 meshes on 2)."""
+    write_set(tmp_path / "train", meshes)
+    more = ["model.encoder_dropout=0", "model.dropout=0", "model.drop_path=0", f"paths.mesh_dir={tmp_path / 'train'}"]
+    one = train(config, tmp_path / "one", "training.batch_size=4", *more)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_downstream.py",
+                           config, "--output-dir", str(tmp_path / "two"), "--device", "cpu", "--num-workers", "0",
+                           "training.batch_size=2", *more], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert_close(weights(tmp_path / "one")["model"], weights(tmp_path / "two")["model"], 2e-3)
+    records = [[r for r in read_log(tmp_path / name / "log" / "log.jsonl") if r["split"] == "val"] for name in ("one", "two")]
+    assert len(records[0]) == len(records[1]) == 2
+    assert abs(records[0][0]["loss"] - records[1][0]["loss"]) < 1e-3 and one["overall_accuracy"] > 0

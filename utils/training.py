@@ -1,0 +1,71 @@
+"""What every training script keeps track of besides the network: the running totals of an epoch, and that a resumed run is the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from utils.checkpoint import RunFolder
+from utils.config import save_config
+from utils.device import describe, environment
+from utils.distributed import all_reduce_sum, is_main, world_size
+from utils.metrics import ConfusionMatrix, segmentation_metrics
+
+
+class EpochTotals:
+    """Loss and confusion matrix of the epoch so far, over all processes; saved with a checkpoint in the middle of an epoch."""
+
+    def __init__(self, num_classes: int, device: torch.device) -> None:
+        self.loss = torch.zeros((), dtype=torch.float64, device=device)
+        self.weight = torch.zeros((), dtype=torch.float64, device=device)
+        self.matrix = ConfusionMatrix(num_classes, device=device)
+
+    def add(self, loss_sum: Tensor, weight: Tensor) -> None:
+        """loss_sum of this process, weight of all processes together."""
+        self.loss += loss_sum.double()
+        self.weight += weight.double()
+
+    def metrics(self) -> dict:
+        """loss (mean) and segmentation_metrics; then everything starts again at 0."""
+        loss = (all_reduce_sum(self.loss) / self.weight.clamp(min=1e-12)).item()
+        metrics = {"loss": loss, **segmentation_metrics(self.matrix.all_reduce().matrix())}
+        self.__init__(self.matrix.num_classes, self.loss.device)
+        return metrics
+
+    def state_dict(self) -> dict:
+        """Plain types, summed over the processes: every process has to call it."""
+        counts = self.matrix.counts
+        if counts is None:
+            counts = torch.zeros(self.matrix.num_classes, self.matrix.num_classes, dtype=torch.int64, device=self.loss.device)
+        return {"loss": all_reduce_sum(self.loss).item(), "weight": self.weight.item(), "counts": all_reduce_sum(counts).cpu()}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """The first process carries on what all had; the number of processes may have changed."""
+        self.weight += state["weight"]
+        if is_main():
+            self.loss += state["loss"]
+            self.matrix.counts = state["counts"].to(self.loss.device)
+
+
+def check_same_run(checkpoint: Mapping, config: Mapping, total_steps: int, sections: Sequence[str]) -> None:
+    """A resumed run must be the same run: ValueError where `sections` of the config or the number of steps differ."""
+    advice = "resume with the same config and data, or start afresh in another --output-dir"
+    for section in sections:
+        for key, value in config[section].items():
+            before = checkpoint["config"][section].get(key)
+            if before != value:
+                raise ValueError(f"{section}.{key} is {value!r}, but {before!r} in the checkpoint; {advice}")
+    if checkpoint["total_steps"] != total_steps:
+        raise ValueError(f"this run has {total_steps} steps, that of the checkpoint {checkpoint['total_steps']} (epochs, batch size, "
+                         f"processes, number of files); {advice}")
+
+
+def write_run_files(folder: RunFolder, config: Mapping, device: torch.device, seed: int) -> None:
+    """Make the run folder with config/config.yaml (resolved) and config/environment.json (versions, commit, device, seed)."""
+    folder.create()
+    save_config(config, folder.config / "config.yaml")
+    (folder.config / "environment.json").write_text(json.dumps(
+        {**environment(), "device": describe(device), "seed": seed, "processes": world_size()}, indent=2) + "\n")
