@@ -84,7 +84,9 @@ class Augmentation:
     mode: str = "none"                                      # rotation: none | z (about the up axis) | so3 (any)
     rotation_range: tuple[float, float] = (-180.0, 180.0)   # degrees, mode z
     scale_range: tuple[float, float] = (1.0, 1.0)           # factor per axis, before the rotation
+    deformation: float = 0.0                                # smooth displacement: amplitude of 4 random sine waves, in length units
     noise_std: float = 0.0                                  # vertex jitter in mean edge lengths
+    hks_noise: float = 0.0                                  # of the (log) signature: a common offset, and half of it per time
     flip_probability: float = 0.0                           # mirror, with the winding turned round
     recluster: bool = False                                 # other cluster borders every time
     cluster_dropout: float = 0.0                            # hide up to this share of the clusters (labels too)
@@ -194,6 +196,9 @@ def augment(mesh: PreparedMesh, settings: Augmentation, unit: float | None, rng:
     rotation and mirroring, and taken as a good approximation under the small other changes."""
     vertices, faces, neighbors = mesh.vertices.astype(np.float64), mesh.faces, mesh.neighbors
     vertices = vertices * rng.uniform(*settings.scale_range, size=3)
+    if settings.deformation:
+        wave, phase = rng.normal(size=(4, 3)) * 2, rng.uniform(0, 2 * np.pi, size=4)
+        vertices = vertices + np.sin(vertices @ wave.T + phase) @ (rng.normal(size=(4, 3)) * settings.deformation)
     if rng.random() < settings.flip_probability:
         vertices = vertices * (-1, 1, 1)
         faces = faces[:, ::-1]                              # corners 2, 1, 0: edges 2-1, 1-0, 0-2 are the old 1, 0, 2
@@ -206,7 +211,11 @@ def augment(mesh: PreparedMesh, settings: Augmentation, unit: float | None, rng:
     elif settings.mode == "z":
         vertices = vertices @ rotation_about_z(rng.uniform(*settings.rotation_range)).T
     vertices = normalize_vertices(vertices, faces, None) if unit is None else vertices
-    return mesh._replace(vertices=vertices.astype(np.float32), faces=faces, neighbors=neighbors)
+    hks = mesh.hks
+    if settings.hks_noise and hks is not None:
+        offset = rng.normal() + 0.5 * rng.normal(size=hks.shape[1])
+        hks = hks + (settings.hks_noise * offset).astype(np.float32)
+    return mesh._replace(vertices=vertices.astype(np.float32), faces=faces, neighbors=neighbors, hks=hks)
 
 
 # -- data set ----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Partition the faces of a mesh into clusters: the tokens of the encoder's global attention.
 
-Both functions return face_index (N, F) int64, -1 where a cluster is shorter than the longest; every face occurs exactly once.
+Both functions return face_index (N, F) int64, -1 where a cluster is shorter than the longest; every face occurs exactly
+once.
 """
 
 from __future__ import annotations
@@ -11,14 +12,18 @@ from scipy.spatial import cKDTree
 FPS_POOL = 20_000       # farthest-point sampling over a random pool of this size costs the same for every mesh
 
 
-def recursive_bisection(centroid: np.ndarray, faces_per_cluster: int, rng: np.random.Generator | None = None) -> np.ndarray:
-    """Split along the longest axis until every part has at most faces_per_cluster faces: O(F log N), no padding to speak of.
+def recursive_bisection(centroid: np.ndarray, faces_per_cluster: int, rng: np.random.Generator | None = None,
+                        num_clusters: int | None = None) -> np.ndarray:
+    """Halve along the longest axis until the parts are small enough: O(F log N), no padding to speak of.
 
-    centroid (F, 3) -> (N, F') with N = ceil(F / faces_per_cluster); consecutive clusters are neighbours in space.
-    Works on triangle soup. With `rng` each cut is moved at random by up to half a cluster (re-clustering as augmentation).
+    centroid (F, 3) -> (N, F') with N = ceil(F / faces_per_cluster), or num_clusters (1..F) instead; no cluster is
+    larger than ceil(F / N), consecutive clusters are neighbours in space. Works on triangle soup. With `rng` the axes
+    are turned at random, so that the borders run elsewhere every time (re-clustering as augmentation).
     """
     num_faces = len(centroid)
-    num_clusters = max(1, -(-num_faces // faces_per_cluster))
+    num_clusters = num_clusters or max(1, -(-num_faces // faces_per_cluster))
+    if rng is not None:
+        centroid = centroid @ np.linalg.qr(rng.normal(size=(3, 3)))[0]
     centroid = np.ascontiguousarray(centroid.T)                            # (3, F): columns are read axis by axis
     parts: list[np.ndarray] = [np.empty(0, np.int64)] * num_clusters
     stack = [(np.arange(num_faces), 0, num_clusters)]
@@ -28,31 +33,25 @@ def recursive_bisection(centroid: np.ndarray, faces_per_cluster: int, rng: np.ra
             parts[first] = np.sort(member)
             continue
         left = count // 2
-        cut = round(len(member) * left / count)
-        if rng is not None:                                                # stay within what the clusters of a side can hold
-            slack_right = (count - left) * faces_per_cluster - (len(member) - cut)
-            slack_left = left * faces_per_cluster - cut
-            shift = int(rng.integers(-faces_per_cluster // 2, faces_per_cluster // 2 + 1))
-            cut += int(np.clip(shift, -max(0, min(slack_right, cut - left)),
-                               max(0, min(slack_left, len(member) - cut - (count - left)))))
+        cut = round(len(member) * left / count)                            # within what `left` clusters can hold
         extent = [np.ptp(axis[member]) for axis in centroid]
-        along = centroid[int(np.argmax(extent))][member]
-        order = np.argpartition(along, cut) if 0 < cut < len(member) else np.arange(len(member))
+        order = np.argpartition(centroid[int(np.argmax(extent))][member], cut)
         stack += [(member[order[:cut]], first, left), (member[order[cut:]], first + left, count - left)]
     return _pad(parts)
 
 
 def fps_bfs(centroid: np.ndarray, neighbors: np.ndarray, faces_per_cluster: int,
-            rng: np.random.Generator | None = None) -> np.ndarray:
+            rng: np.random.Generator | None = None, num_clusters: int | None = None) -> np.ndarray:
     """Grow connected clusters from farthest-point seeds, breadth first over shared edges, all at the same pace.
 
-    centroid (F, 3), neighbors (F, 3) from `face_neighbors` -> (N, F'). Clusters are connected, but of unequal size (F' is 1.6 to
-    2.3 times the mean, and padding costs attention). Faces that no seed reaches join the cluster of the nearest reached face.
+    centroid (F, 3), neighbors (F, 3) from `face_neighbors` -> (N, F'), N as in recursive_bisection; here too,
+    consecutive clusters are neighbours in space. Clusters are connected, but of unequal size: F' is 1.6 to 2.3 times
+    the mean, and padding costs attention. Faces that no seed reaches join the cluster of the nearest reached face.
     """
     num_faces = len(centroid)
-    num_clusters = max(1, -(-num_faces // faces_per_cluster))
-    rng = rng or np.random.default_rng(0)
-    seeds = _farthest_points(centroid, num_clusters, rng)
+    num_clusters = num_clusters or max(1, -(-num_faces // faces_per_cluster))
+    seeds = _farthest_points(centroid, num_clusters, rng or np.random.default_rng(0))
+    seeds = seeds[recursive_bisection(centroid[seeds], 1)[:, 0]]           # far from one another until here
     owner = np.full(num_faces, -1, np.int64)
     owner[seeds] = np.arange(len(seeds))
     front = seeds

@@ -1,7 +1,7 @@
 """Per-face features of a triangle mesh: what the encoder sees of every face.
 
-All features survive degenerate, duplicate and non-manifold faces (finite values, never NaN) and, on vertices normalised by
-`normalize_vertices`, do not change when the mesh is moved or scaled. Notation: V vertices, F faces, Dg feature width.
+All features survive degenerate, duplicate and non-manifold faces (finite values, never NaN) and, on vertices normalised
+by `normalize_vertices`, do not change when the mesh is moved or scaled. V vertices, F faces, Dg feature width.
 """
 
 from __future__ import annotations
@@ -11,14 +11,18 @@ import scipy.sparse as sp
 from scipy.linalg import eigh
 from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import eigsh
+from threadpoolctl import threadpool_limits
 
 HKS_TIMES = 16
 HKS_EIGENPAIRS = 128
 HKS_DENSE_BELOW = 1000          # vertices; a dense solve is faster and exact here
-HKS_LARGEST = 60_000            # vertices; beyond that eigsh takes minutes a mesh (docs/meshes.md has the measured times)
+HKS_LARGEST = 60_000            # vertices; beyond that eigsh takes minutes a mesh (docs/meshes.md has the times)
+MAX_COTANGENT = 20.0            # of an angle of 2.9 degrees
+GROUND_BELOW, GROUND_ABOVE = 0.99, 0.01     # pull on the ground plane of what lies below it and above it
+GROUND_CELL = 0.05              # roughness: cell of the grid, as a share of the mesh's diameter
 TINY = 1e-12
 
-# name -> width; the order here is the order of the columns. All but the last are recomputed from the (augmented) vertices.
+# name -> width; the order here is the order of the columns. All but the last are computed from the augmented vertices.
 FEATURES = {
     "centroid": 3,       # face centre; the only absolute one: leave it out, or rotate in training
     "corners": 9,        # corner - centre, in the file's corner order
@@ -27,7 +31,8 @@ FEATURES = {
     "angles": 3,         # inner angles in units of pi, sorted
     "curvature": 3,      # corner normal . face normal, sorted (the cheap curvature of MeshMAE and SubdivNet)
     "dihedral": 4,       # signed angle to the neighbour over each edge / pi, sorted (convex > 0); share of open edges
-    "hks": HKS_TIMES,    # heat kernel signature, log, 16 times (Sun et al. 2009); intrinsic, so it is computed once a mesh
+    "ground": 3,         # height over the ground, slope, roughness; for meshes whose z axis points up (city models)
+    "hks": HKS_TIMES,    # heat kernel signature, log, 16 times (Sun et al. 2009); intrinsic: computed once a mesh
 }
 
 
@@ -42,26 +47,25 @@ def feature_width(names) -> int:
 def normalize_vertices(vertices: np.ndarray, faces: np.ndarray, unit: float | None = None) -> np.ndarray:
     """Centre the mesh and divide by ONE length. vertices (V, 3) float64 -> (V, 3) float64.
 
-    unit None: area-weighted centre and sqrt(total area), which, unlike a bounding box, neither a rotation nor a pose changes.
-    unit in metres (10 for a house, 50 for a city tile): absolute size is information there; only the centre is taken off.
-    A mesh without area falls back to the mean vertex and the largest radius.
+    unit None: area-weighted centre and sqrt(total area), which, unlike a bounding box, neither a rotation nor a pose
+    changes. unit in metres (10 for a house, 50 for a city tile): absolute size is information there; only the centre is
+    taken off. A mesh without area falls back to its mean corner and its largest coordinate. Vertices that no face uses
+    count for nothing.
     """
-    center_of_mass = vertices.mean(0)
-    vertices = vertices - center_of_mass                       # float64: a UTM offset of 5e6 m costs no digits
+    origin = vertices[faces].reshape(-1, 3).mean(0)            # float64: a UTM offset of 5e6 m costs no digits
+    radius = np.abs(vertices[faces] - origin).max() or 1.0
+    vertices = (vertices - origin) / radius
     corner = vertices[faces]                                   # (F, 3, 3)
     area = np.linalg.norm(np.cross(corner[:, 1] - corner[:, 0], corner[:, 2] - corner[:, 0]), axis=1) / 2
-    total = area.sum()
-    radius = np.linalg.norm(vertices, axis=1).max(initial=0.0)
-    if total > TINY * radius**2 and total > 0:
+    total, scale = area.sum(), 1.0
+    if total > TINY:
         vertices = vertices - (corner.mean(1) * area[:, None]).sum(0) / total
         scale = np.sqrt(total)
-    else:
-        scale = radius or 1.0
-    return vertices / (unit or scale)
+    return vertices * (radius / unit) if unit else vertices / scale
 
 
 def weld(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Merge vertices of exactly equal position (STL, UV seams), so that neighbours are found. Faces keep number and order."""
+    """Merge vertices of exactly equal position (STL, UV seams), so that neighbours are found. Faces stay in order."""
     order = np.lexsort(vertices.T)
     ordered = vertices[order]
     is_new = np.ones(len(vertices), bool)
@@ -74,17 +78,20 @@ def weld(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def face_neighbors(faces: np.ndarray) -> np.ndarray:
-    """The face over each edge (0-1, 1-2, 2-0). faces (F, 3) -> (F, 3) int64, -1 where the edge is not shared by exactly two."""
-    edge = np.sort(faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2), axis=1)         # (3F, 2), rows 3f..3f+2 belong to face f
+    """The face over each edge (0-1, 1-2, 2-0). faces (F, 3) -> (F, 3) int64, -1 unless two faces alone share the edge.
+
+    A face that names a vertex twice has an edge twice; it is not its own neighbour.
+    """
+    edge = np.sort(faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2), axis=1)         # (3F, 2), rows 3f..3f+2 of face f
     key = edge[:, 0] * (int(faces.max(initial=0)) + 1) + edge[:, 1]
     order = np.argsort(key, kind="stable")
     key = key[order]
     start = np.flatnonzero(np.r_[True, key[1:] != key[:-1]])
     count = np.diff(np.r_[start, len(key)])
-    first = order[start[count == 2]]
-    second = order[start[count == 2] + 1]
+    first, second = order[start[count == 2]], order[start[count == 2] + 1]
     neighbor = np.full(len(edge), -1, np.int64)
     neighbor[first], neighbor[second] = second // 3, first // 3
+    neighbor[neighbor == np.arange(len(edge)) // 3] = -1
     return neighbor.reshape(-1, 3)
 
 
@@ -99,9 +106,10 @@ def face_geometry(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, 
 
 def face_features(vertices: np.ndarray, faces: np.ndarray, names, neighbors: np.ndarray | None = None,
                   hks: np.ndarray | None = None) -> np.ndarray:
-    """The columns of `names`, in the order of FEATURES. vertices (V, 3) normalised, faces (F, 3) -> (F, Dg) float32, finite.
+    """The columns of `names`, in the order of FEATURES: vertices (V, 3) normalised, faces (F, 3) -> (F, Dg) float32.
 
     neighbors (F, 3) from `face_neighbors` is needed for "dihedral", hks (F, 16) from `heat_kernel_signature` for "hks".
+    All values are finite. How much of a mesh moved by 1e6 diameters or scaled is left as rounding: tests, about 1e-4.
     """
     vertices = vertices.astype(np.float32, copy=False)
     corner = vertices[faces]                                                    # (F, 3, 3)
@@ -117,11 +125,13 @@ def face_features(vertices: np.ndarray, faces: np.ndarray, names, neighbors: np.
         mean = area.mean() if len(area) else 0.0
         columns.append(np.log(np.maximum(area, TINY) / max(mean, TINY)).clip(-10, 10)[:, None])
     if "angles" in names:
-        columns.append(np.sort(_inner_angles(corner), axis=1) / np.pi)
+        columns.append(np.sort(_inner_angles(corner, area), axis=1) / np.pi)
     if "curvature" in names:
         columns.append(np.sort(_corner_curvature(faces, normal, area, len(vertices)), axis=1))
     if "dihedral" in names:
         columns.append(_dihedral(corner, normal, centroid, neighbors))
+    if "ground" in names:
+        columns.append(_ground(centroid, normal, area))
     if "hks" in names:
         columns.append(hks)
     features = np.concatenate(columns, axis=1, dtype=np.float32)
@@ -129,11 +139,10 @@ def face_features(vertices: np.ndarray, faces: np.ndarray, names, neighbors: np.
     return features
 
 
-def _inner_angles(corner):
+def _inner_angles(corner, area):
     edge = np.roll(corner, -1, axis=1) - corner                                 # (F, 3, 3): 0->1, 1->2, 2->0
-    length = np.linalg.norm(edge, axis=2)
-    cosine = -(edge * np.roll(edge, 1, axis=1)).sum(2) / np.maximum(length * np.roll(length, 1, axis=1), TINY)
-    return np.arccos(cosine.clip(-1, 1))                                        # (F, 3), pi/2 at a collapsed edge
+    cosine = -(edge * np.roll(edge, 1, axis=1)).sum(2)                          # times both lengths, as the sine
+    return np.arctan2(2 * area[:, None], cosine)                                # (F, 3), 0 at a collapsed edge
 
 
 def _corner_curvature(faces, normal, area, num_vertices):
@@ -147,49 +156,89 @@ def _corner_curvature(faces, normal, area, num_vertices):
 def _dihedral(corner, normal, centroid, neighbors):
     open_edge = neighbors < 0                                                   # (F, 3): boundary or non-manifold
     other = np.where(open_edge, 0, neighbors)
-    cosine = np.einsum("fd,fkd->fk", normal, normal[other]).clip(-1, 1)
+    own, across = normal[:, None], normal[other]                                # (F, 1, 3), (F, 3, 3)
+    angle = 2 * np.arctan2(np.linalg.norm(own - across, axis=2), np.linalg.norm(own + across, axis=2))  # exact near 0
     middle = (corner + np.roll(corner, -1, axis=1)) / 2                         # (F, 3, 3) middle of each edge
-    convex = -np.sign(np.einsum("fd,fkd->fk", normal, centroid[other] - middle))
-    angle = np.where(open_edge, 0.0, convex * np.arccos(cosine)) / np.pi        # (F, 3) in [-1, 1]
+    concave = np.einsum("fd,fkd->fk", normal, centroid[other] - middle) > 0
+    flat = open_edge | ~normal.any(1, keepdims=True) | ~across.any(2)           # a face without area has no normal
+    angle = np.where(flat, 0.0, np.where(concave, -angle, angle)) / np.pi       # (F, 3) in [-1, 1]
     return np.concatenate([np.sort(angle, axis=1), open_edge.mean(1, keepdims=True)], axis=1)
+
+
+def _ground(centroid, normal, area):
+    """Height over the ground, slope (0 up, 1/2 a wall, 1 down) and roughness of the faces, (F, 3); lengths as vertices.
+
+    The ground is the plane of an asymmetric least-squares fit to the face centres, weighted by area: what lies above
+    pulls with 1/99 of the force of what lies below (expectiles, Newey and Powell 1987), so roofs hardly lift it.
+    Roughness is the standard deviation of the heights around a face. Deviation from the usual search of a kd-tree (all
+    faces within 5 % of the diagonal): neighbours count with the bilinear weights of an x-y grid of that spacing, which
+    costs O(F) whatever the density of the mesh. A turn about z changes neither height nor slope, roughness a little.
+    """
+    centroid = centroid.astype(np.float64) - centroid.mean(0, dtype=np.float64)
+    extent = np.sqrt((centroid**2).sum(1).max(initial=0.0)) or 1.0
+    x, y, z = centroid.T / extent                                               # (F,) each, in [-1, 1]
+    design = np.stack([x, y, np.ones_like(z)], axis=1)
+    weight = area / area.sum() if area.any() else np.full(len(area), 1 / max(len(area), 1))
+    above = np.zeros(len(z), bool)
+    for _ in range(50):                                                         # ends after about 5
+        weighted = design * (weight * np.where(above, GROUND_ABOVE, GROUND_BELOW))[:, None]
+        # The 1e-4 keeps the plane of a single wall, or of a line, level across it.
+        plane = np.linalg.solve(weighted.T @ design + np.diag([1e-4, 1e-4, TINY]), weighted.T @ z)
+        height = z - design @ plane
+        if np.array_equal(above, height > 0):
+            break
+        above = height > 0
+
+    u, v = x / (2 * GROUND_CELL), y / (2 * GROUND_CELL)
+    cells = int(np.ceil(0.5 / GROUND_CELL)) + 1                                 # on each side of the middle
+    nodes, shares = [], []
+    for i in (0, 1):
+        for j in (0, 1):
+            nodes.append(((np.floor(u) + i + cells) * (2 * cells + 1) + np.floor(v) + j + cells).astype(np.int64))
+            shares.append(np.abs(1 - i - u % 1) * np.abs(1 - j - v % 1))
+    moments = [np.bincount(np.concatenate(nodes), np.concatenate([s * m for s in shares]), (2 * cells + 1) ** 2)
+               for m in (np.ones_like(z), z, z**2)]
+    count, mean, square = (sum(s * m[n] for n, s in zip(nodes, shares, strict=True)) for m in moments)
+    roughness = np.sqrt(np.maximum(square / count - (mean / count) ** 2, 0))
+    slope = np.arctan2(np.hypot(normal[:, 0], normal[:, 1]), normal[:, 2]) / np.pi
+    return np.stack([height * extent, slope, roughness * extent], axis=1)
 
 
 # -- heat kernel signature ---------------------------------------------------------------------------------------------
 
 def cotangent_laplacian(vertices: np.ndarray, faces: np.ndarray) -> tuple[sp.csr_matrix, np.ndarray]:
-    """Positive semi-definite cotangent stiffness matrix (V, V) and lumped vertex areas (V,) (Pinkall and Polthier 1993).
+    """Positive semi-definite cotangent stiffness matrix (V, V), lumped vertex areas (V,) (Pinkall and Polthier 1993).
 
-    Deviation: cotangents are clamped to [-20, 20], so that a needle triangle cannot swallow the spectrum.
+    Deviation: a cotangent above 20 becomes 20, so that a needle triangle cannot swallow the spectrum, and the smallest
+    of that face what cot A cot B + cot B cot C + cot C cot A = 1 then gives, so that the matrix stays semi-definite.
     """
     num_vertices, corner = len(vertices), vertices[faces]
-    rows, columns, weights = [], [], []
-    for k in range(3):
-        a, b = corner[:, (k + 1) % 3] - corner[:, k], corner[:, (k + 2) % 3] - corner[:, k]
-        doubled_area = np.linalg.norm(np.cross(a, b), axis=1)
-        cotangent = ((a * b).sum(1) / np.maximum(doubled_area, TINY)).clip(-20, 20) / 2
-        i, j = faces[:, (k + 1) % 3], faces[:, (k + 2) % 3]
-        rows += [i, j]
-        columns += [j, i]
-        weights += [cotangent, cotangent]
-    adjacency = sp.coo_matrix((np.concatenate(weights), (np.concatenate(rows), np.concatenate(columns))),
-                              shape=(num_vertices, num_vertices)).tocsr()
+    along = [(corner[:, (k + 1) % 3] - corner[:, k], corner[:, (k + 2) % 3] - corner[:, k]) for k in range(3)]
+    doubled_area = np.linalg.norm(np.cross(*along[0]), axis=1)
+    exact = np.stack([(a * b).sum(1) for a, b in along], axis=1) / np.maximum(doubled_area, 1e-30)[:, None]
+    cotangent = np.minimum(exact, MAX_COTANGENT)                                # (F, 3) at the three corners
+    needle = (exact > MAX_COTANGENT).any(1)
+    larger = np.sort(cotangent[needle], axis=1)[:, 1:]
+    cotangent[needle, exact[needle].argmin(1)] = (1 - larger.prod(1)) / larger.sum(1)
+    i, j = faces[:, [1, 2, 0]].T.ravel(), faces[:, [2, 0, 1]].T.ravel()         # the edge opposite of each corner
+    weight = cotangent.T.ravel() / 2
+    adjacency = sp.coo_matrix((np.r_[weight, weight], (np.r_[i, j], np.r_[j, i])), (num_vertices,) * 2).tocsr()
     adjacency.setdiag(0)                                                        # a face that names a vertex twice
     stiffness = sp.diags(np.asarray(adjacency.sum(1)).ravel()) - adjacency
-    area = doubled_area / 2
-    mass = np.bincount(faces.ravel(), np.repeat(area / 3, 3), num_vertices)
+    mass = np.bincount(faces.ravel(), np.repeat(doubled_area / 6, 3), num_vertices)
     return stiffness.tocsr(), mass
 
 
 def heat_kernel_signature(vertices: np.ndarray, faces: np.ndarray, num_eigenpairs: int = HKS_EIGENPAIRS) -> np.ndarray:
     """log of the scale-invariant heat kernel signature (Sun, Ovsjanikov, Guibas 2009), mean of the three corners.
 
-    vertices (V, 3), faces (F, 3) -> (F, 16) float32. Every connected component is solved on its own, scaled to area 1; the 16
-    times are log-spaced from 4 ln 10 / lambda_max to 4 ln 10 / lambda_min; each time is divided by the heat trace. Components of
-    fewer than 8 vertices, or where the solver fails, get 0 (the value of a constant signature). Raises ValueError for a mesh of
-    more than 60,000 vertices.
+    vertices (V, 3), faces (F, 3) -> (F, 16) float32. Every connected component is solved on its own, scaled to area 1;
+    the 16 times are log-spaced from 4 ln 10 / lambda_max to 4 ln 10 / lambda_min; each time is divided by the heat
+    trace. Components of fewer than 8 vertices, or where the solver fails, get 0 (the value of a constant signature).
+    Raises ValueError for a mesh of more than 60,000 vertices.
     """
     if len(vertices) > HKS_LARGEST:
-        raise ValueError(f"heat-kernel signatures of {len(vertices)} vertices would take minutes (limit {HKS_LARGEST}); "
+        raise ValueError(f"heat-kernel signatures of {len(vertices)} vertices take minutes (limit {HKS_LARGEST}); "
                          f"take \"hks\" out of model.features or simplify the mesh")
     signature = np.zeros((len(vertices), HKS_TIMES))
     edges = faces[:, [0, 1, 1, 2]].reshape(-1, 2)
@@ -213,22 +262,22 @@ def _component_signature(vertices, faces, num_eigenpairs):
     total = mass.sum()
     if total <= 0:
         return 0.0
-    stiffness, mass = stiffness, np.maximum(mass / total, 1e-9)                 # area 1; stiffness has no unit
-    inverse_root = 1 / np.sqrt(mass)
+    inverse_root = 1 / np.sqrt(np.maximum(mass / total, 1e-9))                  # area 1; stiffness has no unit
     symmetric = sp.diags(inverse_root) @ stiffness @ sp.diags(inverse_root)
     k = min(num_eigenpairs, len(vertices) - 1)
     try:
         if len(vertices) < HKS_DENSE_BELOW:
-            value, vector = eigh(symmetric.toarray(), subset_by_index=[0, k - 1])
+            with threadpool_limits(1):                          # too small for threads; loaders run beside one another
+                value, vector = eigh(symmetric.toarray(), subset_by_index=[0, k - 1])
         else:
-            start = np.cos(np.arange(len(vertices)))                            # fixed start vector: same result every time
+            start = np.cos(np.arange(len(vertices)))                            # fixed: the same result every time
             value, vector = eigsh(symmetric.tocsc(), k=k, sigma=-1e-3, which="LM", v0=start)
     except (np.linalg.LinAlgError, RuntimeError):                               # ARPACK errors are RuntimeErrors
         return 0.0
     keep = value > 1e-6
     if keep.sum() < 4:
         return 0.0
-    value, squared = value[keep], (vector[:, keep] * inverse_root[:, None]) ** 2      # (K,), (V, K)
+    value, squared = value[keep], (vector[:, keep] * inverse_root[:, None]) ** 2            # (K,), (V, K)
     times = np.geomspace(4 * np.log(10) / value.max(), 4 * np.log(10) / value.min(), HKS_TIMES)
     decay = np.exp(-value[:, None] * times)                                     # (K, 16)
     return np.log(np.maximum(squared @ decay / decay.sum(0), 1e-6))

@@ -6,15 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from models.nomeformer import Nomeformer, init_weights
-from utils.params import freeze, unfreeze_last
+from utils.params import unfreeze_last
 
 
 class DownstreamClassifier(nn.Module):
     """Encoder + head: features (B, N, F, Dg), masks (B, N, F), centroid (B, N, F, 3) -> logits (B, N, F, C).
 
-    head "mlp": E -> E/2 -> E/4 -> C with LayerNorm, GELU and dropout between, as the downstream document draws it; "linear": one
-    layer, the usual probe. unfrozen_layers: 0 freezes the encoder, k trains its last k blocks and the final norm, "all" trains
-    everything. What is frozen stays in eval mode whatever train() says. Raises ValueError for a k the encoder does not have.
+    head "mlp": E -> E/2 -> E/4 -> C with LayerNorm, GELU and dropout between, as the downstream document draws it;
+    "linear": one layer, the usual probe. unfrozen_layers: 0 freezes the encoder, k trains its last k blocks and the
+    final norm, "all" trains everything. What is frozen stays in eval mode whatever train() says. Raises ValueError for
+    a k the encoder does not have.
     """
 
     def __init__(self, encoder: Nomeformer, num_classes: int, head: str = "mlp", dropout: float = 0.1,
@@ -29,10 +30,9 @@ class DownstreamClassifier(nn.Module):
                                       nn.Linear(E // 2, E // 4), nn.LayerNorm(E // 4), nn.GELU(), nn.Dropout(dropout),
                                       nn.Linear(E // 4, num_classes))
         self.head.apply(init_weights)
+        encoder.requires_grad_(unfrozen_layers == "all")
         if unfrozen_layers != "all":
-            freeze(encoder)
-            if unfrozen_layers:
-                unfreeze_last(encoder.blocks, unfrozen_layers, encoder.norm)
+            unfreeze_last(encoder.blocks, unfrozen_layers, encoder.norm)
         self.train()
 
     @property
@@ -53,20 +53,24 @@ class DownstreamClassifier(nn.Module):
     def embed(self, features: Tensor, masks: Tensor, centroid: Tensor) -> Tensor:
         """(B, N, F, E) embeddings of the faces.
 
-        A frozen encoder runs without gradient, and on each mesh alone, without its padding: then an embedding depends on nothing
-        but its mesh, and one that was computed once and kept (training.cache_features) is the same to the last bit.
+        A frozen encoder runs without gradient, and on each mesh alone, without the padding behind its last cluster and
+        face: then an embedding depends on nothing but its mesh, and one that was computed once and kept
+        (training.cache_features) is the same to the last bit.
         """
         if not self.encoder_is_frozen:
             return self.encoder(features, masks, centroid)
         embedding = features.new_zeros(*features.shape[:3], self.encoder.embed_dim)
         with torch.no_grad():
             for b in range(len(features)):
-                N, slots = int(masks[b].any(1).sum()), int(masks[b].any(0).sum())
-                one = (slice(b, b + 1), slice(N), slice(slots))
-                embedding[one] = self.encoder(features[one], masks[one], centroid[one]).to(embedding.dtype)
+                used = masks[b].nonzero()                                        # (faces, 2)
+                if len(used):
+                    N, slots = (used.amax(0) + 1).tolist()
+                    one = (slice(b, b + 1), slice(N), slice(slots))
+                    embedding[one] = self.encoder(features[one], masks[one], centroid[one]).to(embedding.dtype)
         return embedding
 
     def forward(self, features: Tensor | None, masks: Tensor | None, centroid: Tensor | None,
                 embedding: Tensor | None = None) -> Tensor:
-        """Logits (B, N, F, C); with `embedding` (B, N, F, E), the result of an earlier embed, the encoder is not run."""
+        """Logits (B, N, F, C); with `embedding` (B, N, F, E), the result of an earlier embed, the encoder is not
+        run."""
         return self.head(self.embed(features, masks, centroid) if embedding is None else embedding)
