@@ -1,0 +1,68 @@
+"""Raw per-face features and multinomial logistic regression: what a config's data and features give without any network.
+
+    python benchmarks/linear_baseline.py configs/mesh_humanbody.yaml                  # scored on the validation meshes
+    python benchmarks/linear_baseline.py configs/mesh_humanbody.yaml --split test
+
+Same meshes, features, augmentation and metrics as train_downstream.py; the majority class is printed beside it.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from train_downstream import DEFAULTS, build_dataset, class_names  # noqa: E402
+from utils.cli import ArgumentParser, run  # noqa: E402
+from utils.config import load_config  # noqa: E402
+from utils.metrics import metrics_table, segmentation_metrics  # noqa: E402
+
+
+def parse_args(argv=None):
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--split", choices=("val", "test"), default="val")
+    parser.add_argument("--faces", type=int, default=120_000, help="training faces, drawn at random")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser.parse_args(argv)
+
+
+def faces_of(dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Features (P, Dg) and labels (P,) of all labelled faces of a data set."""
+    items = [dataset[item] for item in range(len(dataset))]
+    keep = [item["mask"] & (item["label"] >= 0) for item in items]
+    return (np.concatenate([item["features"][k].numpy() for item, k in zip(items, keep, strict=True)]),
+            np.concatenate([item["label"][k].numpy() for item, k in zip(items, keep, strict=True)]))
+
+
+def main(argv=None) -> dict:
+    args = parse_args(argv)
+    config = load_config(args.config, DEFAULTS, args.overrides)
+    started = time.perf_counter()
+    features, label = faces_of(build_dataset(config, "train", args.seed))
+    test_features, test_label = faces_of(build_dataset(config, args.split))
+    chosen = np.random.default_rng(args.seed).permutation(len(label))[:args.faces]
+    mean, std = features.mean(0), features.std(0) + 1e-6
+    model = LogisticRegression(max_iter=500).fit((features[chosen] - mean) / std, label[chosen])
+    pred = model.predict((test_features - mean) / std)
+
+    C = config.model.n_classes
+    majority = np.full_like(test_label, np.bincount(label).argmax())
+    result = {}
+    for name, guess in (("majority class", majority), ("logistic regression", pred)):
+        matrix = np.bincount(test_label * C + guess, minlength=C * C).reshape(C, C)
+        metrics = result[name] = segmentation_metrics(matrix)
+        print(f"{name}: accuracy {100 * metrics['overall_accuracy']:.2f}, mIoU {100 * metrics['miou']:.2f}")
+    print(f"\n{metrics_table(result['logistic regression'], class_names(config))}\n\n{len(chosen)} of {len(label)} training faces, "
+          f"{features.shape[1]} features, {args.split} split, seed {args.seed}, {time.perf_counter() - started:.0f} s")
+    return result
+
+
+if __name__ == "__main__":
+    run(main)
