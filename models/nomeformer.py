@@ -4,12 +4,14 @@ A mesh is cut into N clusters of up to F faces (data/mesh_clusters.py). Every bl
   local    the faces of a cluster and its summary token attend to one another,
   global   the summary tokens of all clusters attend to one another,
   and the summary token, which now knows of the other clusters, enters the next block's local step.
+With a single block there is no global step, and clusters cannot communicate: take two or more.
 The cost is N F^2 + N^2, memory is linear in the number of faces (no score matrix is ever held).
 
-After the per-face encoder that the downstream document calls `nomeformer` ("local attention with a summary token, then a
-hierarchical global step"). Deviations: pre-norm and GELU instead of post-norm and ReLU; the summary tokens always exchange
-information (the original's default never mixes clusters); dropout obeys eval(); position codes are sines of the face and cluster
-centres in a normalised frame. Shapes: B meshes, N clusters, F face slots of a cluster, Dg features, E embedding width.
+After the per-face encoder that the downstream document calls `nomeformer` ("local attention with a summary token, then
+a hierarchical global step"). Deviations: pre-norm and GELU instead of post-norm and ReLU; the summary tokens always
+exchange information (the original's default never mixes clusters); dropout obeys eval(); position codes are sines of
+the face and cluster centres in a normalised frame. Shapes: B meshes, N clusters, F face slots of a cluster, Dg
+features, E embedding width.
 """
 
 from __future__ import annotations
@@ -47,8 +49,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, valid: Tensor) -> Tensor:
         G, T, E = x.shape
-        query, key, value = self.qkv(x).view(G, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)     # (G, heads, T, E/heads)
-        x = F.scaled_dot_product_attention(query, key, value, attn_mask=valid[:, None, None, :],
+        query, key, value = self.qkv(x).view(G, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(query, key, value, attn_mask=valid[:, None, None, :],     # (G, heads, T, -1)
                                            dropout_p=self.dropout if self.training else 0.0)
         return self.proj(x.transpose(1, 2).reshape(G, T, E))
 
@@ -74,7 +76,8 @@ class Layer(nn.Module):
         hidden = int(embed_dim * mlp_ratio)
         self.norm1, self.norm2 = nn.LayerNorm(embed_dim), nn.LayerNorm(embed_dim)
         self.attn = Attention(embed_dim, num_heads, dropout)
-        self.mlp = nn.Sequential(nn.Linear(embed_dim, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, embed_dim))
+        self.mlp = nn.Sequential(nn.Linear(embed_dim, hidden), nn.GELU(), nn.Dropout(dropout),
+                                 nn.Linear(hidden, embed_dim))
         self.drop, self.drop_path = nn.Dropout(dropout), DropPath(drop_path)
 
     def forward(self, x: Tensor, valid: Tensor) -> Tensor:
@@ -94,7 +97,8 @@ class Block(nn.Module):
         self.local_layer = Layer(embed_dim, num_heads, mlp_ratio, dropout, drop_path)
         self.global_layer = None if is_last else Layer(embed_dim, num_heads, mlp_ratio, dropout, drop_path)
 
-    def forward(self, faces: Tensor, summary: Tensor, valid_face: Tensor, valid_cluster: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, faces: Tensor, summary: Tensor, valid_face: Tensor,
+                valid_cluster: Tensor) -> tuple[Tensor, Tensor]:
         B, N, slots, E = faces.shape
         tokens = torch.cat([summary[:, :, None], faces], dim=2).view(B * N, slots + 1, E)
         # The summary token is always a valid key, so that an empty cluster cannot make a softmax over nothing (NaN).
@@ -107,9 +111,9 @@ class Block(nn.Module):
 class Nomeformer(nn.Module):
     """Per-face encoder: features (B, N, F, Dg) -> embedding (B, N, F, E); padded slots come out as 0.
 
-    feature_dim Dg; embed_dim E, a multiple of num_heads; num_attention_blocks local + global steps; dropout and drop_path
-    (stochastic depth) inside the layers; use_position False leaves the position codes out.
-    The features are standardised with `feature_mean` and `feature_std`, which travel in the state dict.
+    feature_dim Dg; embed_dim E, a multiple of num_heads; num_attention_blocks local steps, with a global one between
+    any two; dropout and drop_path (stochastic depth) inside the layers; use_position False leaves the position codes
+    out. The features are standardised with `feature_mean` and `feature_std`, which travel in the state dict.
     """
 
     def __init__(self, feature_dim: int, embed_dim: int = 96, num_heads: int = 4, num_attention_blocks: int = 6,
@@ -118,6 +122,9 @@ class Nomeformer(nn.Module):
         super().__init__()
         if embed_dim % num_heads:
             raise ValueError(f"model.embedding_dim={embed_dim} is not a multiple of model.num_heads={num_heads}")
+        if num_attention_blocks < 1 or not 0 <= drop_path < 1:
+            raise ValueError(f"model.num_attention_blocks={num_attention_blocks} must be at least 1, "
+                             f"model.drop_path={drop_path} in [0, 1)")
         self.embed_dim, self.feature_dim = embed_dim, feature_dim
         self.use_position = use_position
         self.register_buffer("feature_mean", torch.zeros(feature_dim))
@@ -136,20 +143,20 @@ class Nomeformer(nn.Module):
     def forward(self, features: Tensor, masks: Tensor, centroid: Tensor, visible: Tensor | None = None) -> Tensor:
         """masks (B, N, F) bool, True = a face; centroid (B, N, F, 3) face centres in the normalised frame.
 
-        visible (B, N) bool hides the other clusters: their features are zeroed, and no token ever attends to them (I-JEPA's
-        context). Their own output slots are 0. Returns (B, N, F, E).
+        visible (B, N) bool hides the other clusters: their features are zeroed, and no token ever attends to them
+        (I-JEPA's context). Their own output slots are 0. Returns (B, N, F, E).
         """
         if visible is not None:
             masks = masks & visible[:, :, None]
-        valid_cluster = masks.any(-1)                                                               # (B, N)
+        valid_cluster = masks.any(-1)                                                            # (B, N)
         features = torch.where(masks[..., None], (features - self.feature_mean) / self.feature_std, 0.0)
         centroid = torch.where(masks[..., None], centroid, 0.0)
-        center = centroid.sum(2) / masks.sum(2, keepdim=True).clamp(min=1)                          # (B, N, 3)
-        faces = self.embed(features)                                                                # (B, N, F, E)
-        summary = self.summary_token.expand(*center.shape[:2], -1)                                        # (B, N, E)
+        center = centroid.sum(2) / masks.sum(2, keepdim=True).clamp(min=1)                       # (B, N, 3)
+        faces = self.embed(features)                                                             # (B, N, F, E)
+        summary = self.summary_token.expand(*center.shape[:2], -1)                               # (B, N, E)
         if self.use_position:
             faces, summary = faces + self.face_position(centroid), summary + self.cluster_position(center)
-        # Keys of the global step: a mesh with no visible cluster at all keeps its (empty) summary tokens rather than NaN.
+        # Keys of the global step: a mesh with no visible cluster keeps its (empty) summary tokens rather than NaN.
         keys = valid_cluster | ~valid_cluster.any(1, keepdim=True)
         for block in self.blocks:
             faces, summary = block(faces, summary, masks, keys)
