@@ -69,7 +69,7 @@ from utils.metrics import ConfusionMatrix, metrics_table, segmentation_metrics
 from utils.params import layerwise_groups
 from utils.render import label_colors, palette, pca_colors, render_mesh
 from utils.schedule import SCHEDULES, build_scheduler
-from utils.seed import rng_state, seed_everything, seed_worker, set_rng_state
+from utils.seed import derived_seed, rng_state, seed_everything, seed_worker, set_rng_state
 from utils.training import EpochTotals, check_same_run, write_run_files
 from utils.weights import load_weights, sha256_file
 
@@ -85,6 +85,10 @@ DEFAULTS = {
         "test_mesh_dir": Setting(None, (str,)),             # read by --test-only and evaluate.py alone
         "test_label_dir": Setting(None, (str,)),
         "checkpoint_pretrain": Setting(None, (str,)),       # the same as --pretrained_path
+        "json_dir": Setting(None, (str,)),                  # not needed: clusters are computed, not read
+        "val_json_dir": Setting(None, (str,)),
+        "texture_dir": Setting(None, (str,)),               # textures: not yet
+        "val_texture_dir": Setting(None, (str,)),
         "checkpoint_dir": Setting(None, (str,)),            # default OUTPUT_DIR/model
         "log_dir": Setting(None, (str,)),                   # default OUTPUT_DIR/log
         "cache_dir": Setting(".cache/meshes", (str,)),      # prepared meshes; null switches the cache off
@@ -113,7 +117,18 @@ DEFAULTS = {
         "n_clusters": Setting(None, (int,)),
         "clustering": Setting("bisection", (str,), ("bisection", "fps")),
         "unit": Setting(None, (float,)),                    # metres per length unit (10 for houses); None: by the mesh's size
+        "gradient_checkpointing": False,                    # less memory, a third more time
+        "include_normals": Setting(None, (bool,)),          # true | false: with or without "normal", whatever features says
+        "additional_geometrical_features": Setting(None, (bool,)),      # the same for "ground"
+        "num_attention_blocks_predictor": Setting(None, (int,)),        # train_jepa.py's
+        "use_texture": False,                               # textures: not yet
+        "texture_embed_dim": Setting(None, (int,)),
+        "fusion_method": Setting(None, (str,), ("gated", "concat", "add")),
+        "max_texture_pixels": Setting(None, (int,)),
+        "texture_patch_size": Setting(None, (int,)),
     },
+    "masking": {},                                          # train_jepa.py's, so that one file can serve both scripts
+    "loss": {},
     "training": {
         "epochs": 50,
         "batch_size": 8,                                    # meshes (or crops) per process and micro-step
@@ -131,7 +146,12 @@ DEFAULTS = {
         "ignore_index": Setting(None, (int,)),              # one more value of data.ignore_labels
         "cache_features": False,                            # frozen encoder without augmentation: embed every face once
     },
-    "optimizer": {"type": Setting("adamw", (str,), ("adamw",)), "learning_rate": 1e-3},
+    "optimizer": {
+        "type": Setting("adamw", (str,), ("adamw",)),
+        "learning_rate": 1e-3,
+        "warmup": Setting(None, (float,)),                  # epochs; the same as scheduler.warmup_epochs
+        "start_lr": Setting(None, (float,)),                # rate at the first step; None: a hundredth
+    },
     "scheduler": {"name": Setting("cosine", (str,), SCHEDULES), "warmup_epochs": 2.0, "min_lr": 1e-6},
     "class_weights": {"class_percentages": []},             # per cent of the faces per class: weights 1 / percentage, mean 1
     "augmentation": {
@@ -184,6 +204,8 @@ def parse_args(argv=None):
 
 def check_config(config: Config) -> None:
     """Errors that need more than one key to see. Raises ValueError."""
+    if config.model.use_texture:
+        raise ValueError("model.use_texture: textures cannot be used yet; set it to false to train on geometry alone")
     spec = mesh_spec(config)
     if config.model.feature_dim not in (None, spec.feature_dim):
         raise ValueError(f"model.feature_dim={config.model.feature_dim}, but model.features {list(spec.features)} are "
@@ -203,8 +225,11 @@ def check_config(config: Config) -> None:
 
 
 def mesh_spec(config: Config) -> MeshSpec:
-    model = config.model
-    return MeshSpec(features=tuple(model.features), faces_per_cluster=model.faces_per_cluster, n_clusters=model.n_clusters,
+    model, features = config.model, list(config.model.features)
+    for name, wanted in (("normal", model.include_normals), ("ground", model.additional_geometrical_features)):
+        if wanted is not None:
+            features = [feature for feature in features if feature != name] + [name] * wanted
+    return MeshSpec(features=tuple(features), faces_per_cluster=model.faces_per_cluster, n_clusters=model.n_clusters,
                     clustering=model.clustering, clusters_per_batch=config.training.clusters_per_batch, unit=model.unit)
 
 
@@ -238,7 +263,8 @@ def build_dataset(config: Config, split: str, seed: int = 0, data_dir: str | Non
 def build_model(config: Config, unfrozen_layers: int | str) -> DownstreamClassifier:
     model = config.model
     encoder = Nomeformer(mesh_spec(config).feature_dim, model.embedding_dim, model.num_heads, model.num_attention_blocks,
-                         model.mlp_ratio, model.encoder_dropout, model.drop_path, model.use_pe)
+                         model.mlp_ratio, model.encoder_dropout, model.drop_path, model.use_pe,
+                         model.gradient_checkpointing)
     return DownstreamClassifier(encoder, model.n_classes, model.head, model.dropout, unfrozen_layers)
 
 
@@ -262,6 +288,14 @@ def parameter_groups(model: DownstreamClassifier, config: Config) -> list[dict]:
 
     return layerwise_groups(model, config.optimizer.learning_rate, config.training.weight_decay, layer_id, depth + 2,
                             layer_decay=1 / decay, head_lr_mult=head_multiplier)
+
+
+def make_scheduler(optimizer, config: Config, total_steps: int):
+    warmup_epochs = config.scheduler.warmup_epochs if config.optimizer.warmup is None else config.optimizer.warmup
+    warmup = min(round(warmup_epochs * total_steps / config.training.epochs), total_steps - 1)
+    start = 0.01 if config.optimizer.start_lr is None else config.optimizer.start_lr / config.optimizer.learning_rate
+    return build_scheduler(optimizer, config.scheduler.name, total_steps, 0 if config.scheduler.name == "onecycle" else warmup,
+                           config.scheduler.min_lr, start_factor=start)
 
 
 def class_weights(config: Config) -> torch.Tensor | None:
@@ -395,6 +429,21 @@ def evaluate(model, dataset, device=None, amp_dtype=None, batch_size=8, num_work
     return {"metrics": segmentation_metrics(matrix.matrix()), "tables": {"by area": segmentation_metrics(area_matrix.matrix())},
             "loss": all_reduce_sum(loss) / max(all_reduce_sum(weight), 1e-12), "matrix": matrix.matrix(), "examples": examples,
             "predictions": predictions, "seconds": time.monotonic() - started}
+
+
+def log_epoch(log: RunLog, state: dict, train: dict, result: dict, seconds: float) -> None:
+    """An epoch on the console, in log.jsonl and in TensorBoard."""
+    val, area = result["metrics"], result["tables"]["by area"]
+    log.info(f"Epoch {state['epoch']}: Train Loss: {train['loss']:.4f}, Train Acc: {train['overall_accuracy']:.4f}, "
+             f"Train F1: {train['mean_f1']:.4f}\n          Val Loss: {result['loss']:.4f}, "
+             f"Val Acc: {val['overall_accuracy']:.4f}, Val F1: {val['mean_f1']:.4f}, Val mIoU: {val['miou']:.4f}, by area: "
+             f"Acc {area['overall_accuracy']:.4f}, mIoU {area['miou']:.4f} ({seconds:.1f} s, evaluation {result['seconds']:.1f} s)")
+    log.evaluation(state["epoch"], state["step"], "train", train)
+    log.evaluation(state["epoch"], state["step"], "val", {
+        "loss": result["loss"], **val, **{f"area_{key}": value for key, value in area.items()}})
+    for split, metrics in (("train", train), ("val", {**val, "loss": result["loss"]})):
+        log.scalars(state["step"], {f"{name}/{split}": metrics[key] for name, key in (
+            ("Loss", "loss"), ("F1", "mean_f1"), ("Accuracy", "overall_accuracy"))})
 
 
 # -- what evaluate.py and predict.py call -------------------------------------------------------------------------------
@@ -564,9 +613,7 @@ def main(argv=None) -> dict:
         check_same_run(checkpoint, config, total_steps, ("model", "optimizer", "scheduler", "augmentation"))
     criterion = MaskedCrossEntropyLoss(class_weights(config), label_smoothing=config.training.label_smoothing).to(device)
     optimizer = torch.optim.AdamW(parameter_groups(model, config))
-    warmup = min(round(config.scheduler.warmup_epochs * total_steps / config.training.epochs), total_steps - 1)
-    scheduler = build_scheduler(optimizer, config.scheduler.name, total_steps,
-                                0 if config.scheduler.name == "onecycle" else warmup, config.scheduler.min_lr)
+    scheduler = make_scheduler(optimizer, config, total_steps)
     ema = EMA(model, config.training.ema_decay) if config.training.use_ema else None
     keeper = CheckpointKeeper(folder.model, config.checkpointing.save_top_k, config.checkpointing.save_interval)
     stopping = EarlyStopping(config.early_stopping.patience)
@@ -585,6 +632,8 @@ def main(argv=None) -> dict:
         state = {key: checkpoint[key] for key in state}
         totals.load_state_dict(checkpoint["totals"])
         set_rng_state(checkpoint["rng"])
+    if rank > 0:                                            # one process goes on exactly; the others draw their own dropout
+        torch.manual_seed(derived_seed(args.seed, rank, state["step"]))
 
     def saved_state() -> dict:
         return {"script": SCRIPT, "config": config.to_dict(), "class_names": class_names(config),
@@ -616,7 +665,8 @@ def main(argv=None) -> dict:
                         worker_init_fn=seed_worker, pin_memory=device.type == "cuda", generator=torch.Generator())
     result = {}
     with StopSignal() as stop, log:
-        while state["epoch"] < config.training.epochs:
+        finished = 0 < stopping.patience <= stopping.waited
+        while state["epoch"] < config.training.epochs and not finished:
             started = time.monotonic()
             train_set.set_epoch(state["epoch"])
             sampler.set_epoch(state["epoch"], state["batch"])
@@ -636,27 +686,16 @@ def main(argv=None) -> dict:
             with ema.applied(model) if ema is not None else torch.no_grad():
                 result = evaluate(network, val_set, device, amp_dtype, config.evaluation.batch_size, args.num_workers,
                                   args.limit_batches, criterion)
-            val, area = result["metrics"], result["tables"]["by area"]
-            log.info(f"Epoch {state['epoch']}: Train Loss: {train['loss']:.4f}, Train Acc: {train['overall_accuracy']:.4f}, "
-                     f"Train F1: {train['mean_f1']:.4f}\n          Val Loss: {result['loss']:.4f}, "
-                     f"Val Acc: {val['overall_accuracy']:.4f}, Val F1: {val['mean_f1']:.4f}, Val mIoU: {val['miou']:.4f}, "
-                     f"by area: Acc {area['overall_accuracy']:.4f}, mIoU {area['miou']:.4f} "
-                     f"({time.monotonic() - started:.1f} s, evaluation {result['seconds']:.1f} s)")
-            log.evaluation(state["epoch"], state["step"], "train", train)
-            log.evaluation(state["epoch"], state["step"], "val", {"loss": result["loss"], **val, **{
-                f"area_{key}": value for key, value in area.items()}})
-            log.scalars(state["step"], {f"{name}/{split}": values for name, key in (
-                ("Loss", "loss"), ("F1", "mean_f1"), ("Accuracy", "overall_accuracy")) for split, values in (
-                ("train", train[key]), ("val", result["loss"] if key == "loss" else val[key]))})
-            score, finished = val[config.evaluation.monitor], stopping.update(val[config.evaluation.monitor])
+            log_epoch(log, state, train, result, time.monotonic() - started)
+            score = result["metrics"][config.evaluation.monitor]
+            finished = stopping.update(score)
             snapshot = saved_state()                        # in every process: it sums the totals
             if is_main() and keeper.save_best_if(score, snapshot):
                 log.info(f"New best {MONITOR_NAMES[config.evaluation.monitor]}: {score:.4f}. Checkpoint saved.")
             save(snapshot, state["epoch"])
             if finished:
                 log.info(f"No better {config.evaluation.monitor} for {config.early_stopping.patience} evaluations: stopped early.")
-                break
-            if all_agree_max(stop.requested or 0) and not last:
+            if all_agree_max(stop.requested or 0) and not last and not finished:
                 raise StopRequested(all_agree_max(stop.requested or 0), f"stopped after epoch {state['epoch']}, saved; go on with: "
                                     f"python {SCRIPT} {args.config} --output-dir {args.output_dir} --resume auto")
         log.info(f"Best {config.evaluation.monitor}: {keeper.best_score or float('nan'):.4f} (epoch {keeper.best_epoch}); "

@@ -21,6 +21,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 POSITION_OCTAVES = 6            # wavelengths 4, 2, ... 1/8 of the mesh's length unit, sqrt(area)
 
@@ -113,12 +114,13 @@ class Nomeformer(nn.Module):
 
     feature_dim Dg; embed_dim E, a multiple of num_heads; num_attention_blocks local steps, with a global one between
     any two; dropout and drop_path (stochastic depth) inside the layers; use_position False leaves the position codes
-    out. The features are standardised with `feature_mean` and `feature_std`, which travel in the state dict.
+    out; gradient_checkpointing computes the blocks again in the backward pass instead of keeping what is in them. The
+    features are standardised with `feature_mean` and `feature_std`, which travel in the state dict.
     """
 
     def __init__(self, feature_dim: int, embed_dim: int = 96, num_heads: int = 4, num_attention_blocks: int = 6,
                  mlp_ratio: float = 2.0, dropout: float = 0.0, drop_path: float = 0.0,
-                 use_position: bool = True) -> None:
+                 use_position: bool = True, gradient_checkpointing: bool = False) -> None:
         super().__init__()
         if embed_dim % num_heads:
             raise ValueError(f"model.embedding_dim={embed_dim} is not a multiple of model.num_heads={num_heads}")
@@ -126,7 +128,7 @@ class Nomeformer(nn.Module):
             raise ValueError(f"model.num_attention_blocks={num_attention_blocks} must be at least 1, "
                              f"model.drop_path={drop_path} in [0, 1)")
         self.embed_dim, self.feature_dim = embed_dim, feature_dim
-        self.use_position = use_position
+        self.use_position, self.gradient_checkpointing = use_position, gradient_checkpointing
         self.register_buffer("feature_mean", torch.zeros(feature_dim))
         self.register_buffer("feature_std", torch.ones(feature_dim))
         self.embed = nn.Linear(feature_dim, embed_dim)
@@ -159,7 +161,10 @@ class Nomeformer(nn.Module):
         # Keys of the global step: a mesh with no visible cluster keeps its (empty) summary tokens rather than NaN.
         keys = valid_cluster | ~valid_cluster.any(1, keepdim=True)
         for block in self.blocks:
-            faces, summary = block(faces, summary, masks, keys)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                faces, summary = checkpoint(block, faces, summary, masks, keys, use_reentrant=False)
+            else:
+                faces, summary = block(faces, summary, masks, keys)
         return torch.where(masks[..., None], self.norm(faces), 0.0)
 
 

@@ -24,14 +24,18 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # The keys of the original's configurations (paths, training, model ...), as its users have them in their files.
 DOCUMENT = """
-paths: {mesh_dir: M, label_dir: M, val_mesh_dir: V, val_label_dir: V, log_dir: OUT/logs, checkpoint_dir: OUT/weights}
+paths: {mesh_dir: M, label_dir: M, val_mesh_dir: V, val_label_dir: V, json_dir: J, val_json_dir: J,
+        texture_dir: T, val_texture_dir: T, log_dir: OUT/logs, checkpoint_dir: OUT/weights}
 training: {epochs: 1, batch_size: 2, clusters_per_batch: 2, accumulation_steps: 2, resume: false, use_pretrained: false,
            num_unfrozen_encoder_layers: all, weight_decay: 0.01, ema_decay: 0.99, use_ema: true, ignore_index: 0,
            layer_wise_lr_decay: [10, 2]}
-model: {feature_dim: 16, embedding_dim: 16, num_heads: 2, num_attention_blocks: 2, n_classes: 3, faces_per_cluster: 16,
-        use_pe: true, dropout: 0.1, features: [corners, normal, area, angles]}
+masking: {ratio_range: [0.3, 0.7], num_mask_blocks: 4, clusters_to_select: 2}
+loss: {alpha: 1, beta: 0, gamma: 0}
+model: {feature_dim: 19, include_normals: true, additional_geometrical_features: true, use_texture: false, fusion_method: gated,
+        texture_embed_dim: 8, max_texture_pixels: 64, texture_patch_size: 4, num_attention_blocks_predictor: 2, n_clusters: 6, embedding_dim: 16, num_heads: 2, num_attention_blocks: 2, n_classes: 3, faces_per_cluster: 16,
+        use_pe: true, dropout: 0.1, features: [corners, area, angles]}
 augmentation: {rotation_range: [-180, 180], scale_range: [0.9, 1.1], noise_std: 0.01, flip_probability: 0.5, mode: z}
-optimizer: {type: adamw, learning_rate: 0.001}
+optimizer: {type: adamw, learning_rate: 0.001, warmup: 1, start_lr: 0.0001}
 scheduler: {name: half_cosine}
 class_weights: {class_percentages: [50, 30, 20]}
 """
@@ -265,6 +269,8 @@ def test_the_documents_keys_are_understood(data, tmp_path):
     (["--pretrained_path", "missing.pth"], "missing.pth"),
     (["--test-only"], "--resume"),
     (["training.use_pretrained=true"], "--pretrained_path"),
+    (["model.use_texture=true"], "textures"),
+    (["paths.checkpoint_pertrain=x"], "checkpoint_pretrain"),
     (["data.class_names=[a, b]"], "2 entries"),
     (["class_weights.class_percentages=[1, 0, 3]"], "above 0"),
     (["model.n_classes=2", "data.class_names=[]"], "label 2"),
