@@ -524,6 +524,13 @@ def test_keeper_scores_one_epoch_twice(tmp_path):
     assert keeper.top == [[0.45, 3]] and names_in(tmp_path) == ["checkpoint_top_3.pth", "model_best.pth"]
 
 
+@pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf])
+def test_keeper_never_keeps_a_score_that_is_not_finite(tmp_path, score):
+    keeper = CheckpointKeeper(tmp_path, keep_top_k=3)
+    assert not keeper.save_best_if(score, make_state(epoch=1))
+    assert keeper.state_dict() == {"score": None, "epoch": None, "top": []} and names_in(tmp_path) == []
+
+
 def test_keeper_errors(tmp_path):
     with pytest.raises(ValueError, match="mode 'best'"):
         CheckpointKeeper(tmp_path, mode="best")

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from utils.weights import load_weights, read_torch_file, read_weights, sha256_file, strip_prefixes
+from utils.weights import _one_line, load_weights, read_torch_file, read_weights, sha256_file, strip_prefixes
 
 
 def small_net():
@@ -68,6 +68,19 @@ def test_flipped_bit(tmp_path):
     path.write_bytes(content)
     assert torch.load(path, weights_only=True)["a"].any()       # torch does not notice
     assert "damaged" in refused(path) and "data/0" in refused(path)
+
+
+def test_damaged_pickle_is_one_line_without_torchs_advice(tmp_path):
+    """torch answers with a paragraph that explains how to switch the protection off; the cause is at its end."""
+    path = tmp_path / "w.pth"
+    torch.save({"a": torch.zeros(3)}, path, _use_new_zipfile_serialization=False)
+    content = bytearray(path.read_bytes())
+    place = content.find(b"ctorch._utils")         # an opcode
+    content[place] = 0xFF
+    path.write_bytes(content)
+    message = refused(path)
+    assert "UnpicklingError: Unsupported operand 255" in message and "weights_only" not in message
+    assert _one_line(ValueError("a\x1b[2J\nb")) == "ValueError: a [2J b"
 
 
 @pytest.mark.parametrize("old", [False, True])
