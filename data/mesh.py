@@ -84,9 +84,9 @@ class Augmentation:
     mode: str = "none"                                      # rotation: none | z (about the up axis) | so3 (any)
     rotation_range: tuple[float, float] = (-180.0, 180.0)   # degrees, mode z
     scale_range: tuple[float, float] = (1.0, 1.0)           # factor per axis, before the rotation
-    deformation: float = 0.0                                # smooth displacement: amplitude of 4 random sine waves, in length units
+    deformation: float = 0.0                                # smooth: amplitude of 4 random sine waves, in length units
     noise_std: float = 0.0                                  # vertex jitter in mean edge lengths
-    hks_noise: float = 0.0                                  # of the (log) signature: a common offset, and half of it per time
+    hks_noise: float = 0.0                                  # of the log signature: an offset, and half as much per time
     flip_probability: float = 0.0                           # mirror, with the winding turned round
     recluster: bool = False                                 # other cluster borders every time
     cluster_dropout: float = 0.0                            # hide up to this share of the clusters (labels too)
