@@ -437,7 +437,7 @@ def log_epoch(log: RunLog, state: dict, train: dict, result: dict, seconds: floa
     log.info(f"Epoch {state['epoch']}: Train Loss: {train['loss']:.4f}, Train Acc: {train['overall_accuracy']:.4f}, "
              f"Train F1: {train['mean_f1']:.4f}\n          Val Loss: {result['loss']:.4f}, "
              f"Val Acc: {val['overall_accuracy']:.4f}, Val F1: {val['mean_f1']:.4f}, Val mIoU: {val['miou']:.4f}, by area: "
-             f"Acc {area['overall_accuracy']:.4f}, mIoU {area['miou']:.4f} ({seconds:.1f} s, evaluation {result['seconds']:.1f} s)")
+             f"Acc {area['overall_accuracy']:.4f}, mIoU {area['miou']:.4f} ({seconds:.2f} s, evaluation {result['seconds']:.2f} s)")
     log.evaluation(state["epoch"], state["step"], "train", train)
     log.evaluation(state["epoch"], state["step"], "val", {
         "loss": result["loss"], **val, **{f"area_{key}": value for key, value in area.items()}})

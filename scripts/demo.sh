@@ -6,14 +6,14 @@ out=${1:-exp/demo}
 started=$SECONDS
 
 echo "== 1/6 made-up data: labelled figures in datasets/demo"
-python -m data.synthetic mesh datasets/demo --num-train 40 --num-val 8 --num-test 10 --seed 0
+python -m data.synthetic mesh datasets/demo --num-train 60 --num-val 8 --num-test 10 --seed 0
 
 echo "== 2/6 I-JEPA pre-training without labels"
 python train_jepa.py configs/jepa_demo.yaml --output-dir "$out/jepa" --device cpu
 
 echo "== 3/6 a head on the frozen pre-trained encoder"
 python train_downstream.py configs/mesh_demo.yaml --pretrained_path "$out/jepa/model/model_last.pth" \
-    --output-dir "$out/frozen" --device cpu training.epochs=10
+    --output-dir "$out/frozen" --device cpu training.epochs=12
 
 echo "== 4/6 the same network trained whole"
 python train_downstream.py configs/mesh_demo.yaml --output-dir "$out/scratch" --device cpu
