@@ -67,6 +67,12 @@ def test_several_types_keep_the_given_one(tmp_path):
     assert kinds == [int, float, type(None)]
 
 
+def test_null_is_allowed_by_a_none_default_or_by_its_type_whatever_the_choices(tmp_path):
+    defaults = {"a": Setting(None, str, ("x",)), "b": Setting("x", (str, type(None)), ("x",)), "c": Setting("x", str)}
+    assert load(tmp_path, "{a: null, b: null}", defaults=defaults).to_dict() == {"a": None, "b": None, "c": "x"}
+    assert message(tmp_path, "c: null", defaults=defaults) == "FILE: c: expected text, got null"
+
+
 def test_a_free_mapping_takes_anything_and_overrides_merge_into_it(tmp_path):
     overrides = ["encoder_args.init.mode=x", "encoder_args.a.b=1"]
     config = load(tmp_path, "encoder_args: {depth: 2, init: {scale: 1e-5}}", overrides)

@@ -64,8 +64,9 @@ def test_an_empty_file_is_an_empty_mapping(tmp_path, name, text):
     assert read_mapping(write(tmp_path, text, name)) == {}
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path):
-    assert read_mapping(write(tmp_path, "\ufeffa: 1")) == {"a": 1}
+@pytest.mark.parametrize("name, text", [("a.yaml", "a: 1"), ("a.toml", "a = 1"), ("a.json", '{"a": 1}')])
+def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path, name, text):
+    assert read_mapping(write(tmp_path, "\ufeff" + text, name)) == {"a": 1}
 
 
 @pytest.mark.parametrize("name, text, message", [
@@ -86,7 +87,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path):
     ("a.toml", "a = 1\na = 2\n", "Cannot overwrite a value"),
     ("a.toml", "a = 2024-01-31\n", "(date) is no setting"),
     ("a.txt", "a: 1", "expected a .yaml, .yml, .toml or .json file, got suffix '.txt'"),
-    ("a.yaml", "a: " + "[" * 1200, "nested too deep"),
+    ("a.yaml", "a: " + "[" * 600, "nested too deep"),
     ("a.json", "[" * 100_000, "nested too deep"),
 ])
 def test_a_file_that_cannot_be_read_is_named_in_one_line(tmp_path, name, text, message):
@@ -122,10 +123,10 @@ def test_alias_bombs_are_refused_quickly(tmp_path):
     flat = "a: &a [" + "1, " * 5000 + "]\nb: [" + "*a, " * 5000 + "]\n"                          # 25 million
     merged = "a: &a {k: &k [1]}\nb: &b {c: *a, d: *b}\n"                                         # holds itself
     for text in (nested, flat, merged):
-        start = time.monotonic()
+        start = time.process_time()
         with pytest.raises(ValueError, match="more than 100000 values once aliases"):
             read_mapping(write(tmp_path, text))
-        assert time.monotonic() - start < 5
+        assert time.process_time() - start < 5
 
 
 # -- writing -------------------------------------------------------------------

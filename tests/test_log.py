@@ -43,6 +43,13 @@ def test_info_prints_and_keeps_the_time_in_the_file_only(tmp_path, capsys):
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d device cpu\n", text)
 
 
+def test_a_printed_line_leaves_at_once_also_into_a_file(tmp_path, monkeypatch):
+    file = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(file))
+    RunLog(tmp_path, tensorboard=False).info("step 1")
+    assert file.getvalue() == b"step 1\n"
+
+
 def test_a_train_step_line(tmp_path, capsys, clock):
     log = RunLog(tmp_path, tensorboard=False, total_steps=3000)
     clock(25.2)
