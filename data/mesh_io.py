@@ -114,7 +114,7 @@ def _numbers(text: bytes, dtype: type) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def _read_obj(path: Path) -> Parsed:
-    text = path.read_bytes().removeprefix(BOM).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    text = path.read_bytes().removeprefix(BOM).replace(b"\r\n", b"\n").replace(b"\r", b"\n") + b"\n"
     parsed = _parse_obj(text)
     return parsed if parsed is not None else _parse_obj_by_line(text, path)
 
@@ -313,7 +313,6 @@ def _read_with_trimesh(path: Path) -> Parsed:
                          f"({type(error).__name__}: {error}); is it cut short or damaged?") from error
     vertices, faces = np.concatenate(vertices), np.concatenate(faces)
     if path.suffix.lower() == ".stl" and len(vertices):
-        vertices = vertices + 0.0                   # -0.0 becomes 0.0
         order = np.lexsort(vertices.T)
         new = np.append(True, (vertices[order[1:]] != vertices[order[:-1]]).any(1))
         merged = np.empty(len(vertices), np.int64)

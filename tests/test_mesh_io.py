@@ -66,6 +66,7 @@ def test_permuted_face_lines_permute_the_faces(tmp_path):
      [0, 1, 1, 1, 2, 2]),
     ("f 1 1 2\nf 1 2 3\nf 1 2 3\nf 3 2 1", [[0, 0, 1], [0, 1, 2], [0, 1, 2], [2, 1, 0]], None),   # kept, all of them
     ("f 1 2 \\\n 3\n", [[0, 1, 2]], None),
+    ("f 1 2 3 \\\n", [[0, 1, 2]], None),
     ("# f 9 9 9\n  f 1 2 3 # f 1 2 4\n\n \t\n\tf\t2 3 4", [[0, 1, 2], [1, 2, 3]], None),
     ("f 1 2 5\nv 9 9 9\nf -1 1 2", [[0, 1, 4], [4, 0, 1]], None),              # a vertex below the face; -1 counts back
     ("fancy 1 2 3\nf 1 2 3\nvp 1 2\nvn 0 0 1\nl 1 2\np 1", [[0, 1, 2]], None),
@@ -117,6 +118,7 @@ def test_obj_fast_parser_equals_the_one_by_line(tmp_path, monkeypatch):
     ("f 1 2", "line 5: a face of 2 corners"),
     ("f 1 2 \\\n x", "line 6 cannot be read"),
     ("f 1 2 3.5", "line 5 cannot be read: 'f 1 2 3.5'"),
+    ("f 1 2 3\nf 0 1 2 \\", "line 7: face index 0"),                       # ends in a continuation
     ("f 1 2 /3", "line 5 cannot be read"),
     ("v 1 2\nf 1 2 3", "line 5 cannot be read: 'v 1 2'"),
     ("v 1 2 3-4\nf 1 2 3", "line 5 cannot be read"),
