@@ -223,7 +223,6 @@ def cotangent_laplacian(vertices: np.ndarray, faces: np.ndarray) -> tuple[sp.csr
     i, j = faces[:, [1, 2, 0]].T.ravel(), faces[:, [2, 0, 1]].T.ravel()         # the edge opposite of each corner
     weight = cotangent.T.ravel() / 2
     adjacency = sp.coo_matrix((np.r_[weight, weight], (np.r_[i, j], np.r_[j, i])), (num_vertices,) * 2).tocsr()
-    adjacency.setdiag(0)                                                        # a face that names a vertex twice
     stiffness = sp.diags(np.asarray(adjacency.sum(1)).ravel()) - adjacency
     mass = np.bincount(faces.ravel(), np.repeat(doubled_area / 6, 3), num_vertices)
     return stiffness.tocsr(), mass

@@ -427,6 +427,16 @@ def test_height_over_the_ground(slope):
     assert np.abs(height[kind == 2] - 6).max() < 0.5 and np.abs(height[kind == 3] - 15).max() < 0.5
 
 
+def test_ground_under_a_block_of_many_faces_and_more_than_half_the_area():
+    terrain = shape(trimesh.creation.box((100, 100, 0)).subdivide())
+    block = trimesh.creation.box((80, 80, 10))
+    for _ in range(4):
+        block = block.subdivide()
+    vertices = np.r_[terrain[0], block.vertices + (0, 0, 5)]
+    height = feature("ground", (vertices, np.r_[terrain[1], block.faces + len(terrain[0])]), unit=1.0)[:, 0]
+    assert np.abs(height[:len(terrain[1])]).max() < 0.1 and height.max() == pytest.approx(10, abs=0.1)
+
+
 def test_slope_and_roughness():
     vertices, faces, kind = town()
     _, slope, roughness = feature("ground", (vertices, faces), unit=1.0).T
@@ -470,8 +480,11 @@ def test_ground_moves_with_the_mesh():
 
 
 def test_ground_of_a_single_wall_is_level_across():
-    wall = trimesh.Trimesh(SQUARE[0][:, [0, 2, 1]] * (5, 1, 4) + (7, 0.1, 2), SQUARE[1]).subdivide().subdivide()
-    height, slope, _ = feature("ground", shape(wall), unit=1.0).T
+    """A wall that leans by a millimetre a metre: a plane through it would make every height 0."""
+    vertices = SQUARE[0][:, [0, 2, 1]] * (5, 1, 4) + (7, 0, 2)
+    vertices[:, 1] = 1e-3 * vertices[:, 2]
+    wall = trimesh.Trimesh(vertices, SQUARE[1]).subdivide().subdivide()
+    height = feature("ground", shape(wall), unit=1.0)[:, 0]
     centroid = wall.triangles_center[:, 2]
-    np.testing.assert_allclose(height - height.mean(), centroid - centroid.mean(), atol=0.05)
-    assert height.min() < 0.5 and np.allclose(slope, 0.5)
+    np.testing.assert_allclose(height - height.mean(), centroid - centroid.mean(), atol=0.1)
+    assert height.min() < 0.5
