@@ -1,20 +1,22 @@
 """Per-face semantic segmentation of triangle meshes: a head on a pre-trained (I-JEPA) mesh encoder.
 
-    python train_downstream.py config.yaml --pretrained_path exp/jepa/model/model_last.pth     # frozen encoder + head
-    python train_downstream.py config.yaml                                                     # the same network from scratch
+    python train_downstream.py config.yaml --pretrained_path exp/jepa/model/model_last.pth   # frozen encoder + head
+    python train_downstream.py config.yaml                                               # the same network from scratch
     python train_downstream.py config.yaml --device cpu --limit-batches 2 training.epochs=1    # smoke run
     torchrun --nproc_per_node=4 train_downstream.py config.yaml --pretrained_path P            # several GPUs
     python train_downstream.py config.yaml --resume auto                                       # go on, bit for bit
     python train_downstream.py config.yaml --resume exp/downstream/model/model_best.pth --test-only
 
-One config file holds the experiment (configs/mesh_*.yaml; every key is in DEFAULTS below), `section.key=value` changes it.
+One config file holds the experiment (configs/mesh_*.yaml; all keys are in DEFAULTS), `section.key=value` changes it.
 The encoder is frozen unless training.num_unfrozen_encoder_layers says otherwise, or there is no pre-trained file.
-What to expect: README, row "meshes"; docs/meshes.md explains every number logged and every deviation from the documents.
+What to expect, every number logged and every deviation from the documents: docs/meshes.md.
 """
 
 from __future__ import annotations
 
 import hashlib
+import shlex
+import sys
 import time
 from pathlib import Path
 
@@ -80,7 +82,7 @@ DEFAULTS = {
     "paths": {
         "mesh_dir": Required((str,)),
         "label_dir": Setting(None, (str,)),                 # None: beside the meshes
-        "val_mesh_dir": Setting(None, (str,)),              # None: validation meshes are taken out of mesh_dir, see data.val_split
+        "val_mesh_dir": Setting(None, (str,)),              # None: taken out of mesh_dir, see data.val_split
         "val_label_dir": Setting(None, (str,)),
         "test_mesh_dir": Setting(None, (str,)),             # read by --test-only and evaluate.py alone
         "test_label_dir": Setting(None, (str,)),
@@ -94,7 +96,7 @@ DEFAULTS = {
         "cache_dir": Setting(".cache/meshes", (str,)),      # prepared meshes; null switches the cache off
     },
     "data": {
-        "val_split": [],                                    # name patterns ("faust_08*") or one number: that share of mesh_dir
+        "val_split": [],                                    # name patterns ("faust_08*") or one number, a share
         "class_names": [],
         "label_offset": 0,                                  # added to the files' values: -1 for files that count from 1
         "ignore_labels": [],                                # the files' values for "not labelled", such as 255
@@ -116,9 +118,9 @@ DEFAULTS = {
         "faces_per_cluster": 32,
         "n_clusters": Setting(None, (int,)),
         "clustering": Setting("bisection", (str,), ("bisection", "fps")),
-        "unit": Setting(None, (float,)),                    # metres per length unit (10 for houses); None: by the mesh's size
+        "unit": Setting(None, (float,)),                    # metres per length unit (10 for houses)
         "gradient_checkpointing": False,                    # less memory, a third more time
-        "include_normals": Setting(None, (bool,)),          # true | false: with or without "normal", whatever features says
+        "include_normals": Setting(None, (bool,)),          # with or without "normal", whatever features says
         "additional_geometrical_features": Setting(None, (bool,)),      # the same for "ground"
         "num_attention_blocks_predictor": Setting(None, (int,)),        # train_jepa.py's
         "use_texture": False,                               # textures: not yet
@@ -134,8 +136,8 @@ DEFAULTS = {
         "batch_size": 8,                                    # meshes (or crops) per process and micro-step
         "clusters_per_batch": Setting(None, (int,)),        # crops of that many clusters, for large meshes
         "accumulation_steps": 1,
-        "num_unfrozen_encoder_layers": Setting(0, (int, str)),          # 0 | k | all; without a pre-trained file always all
-        "use_pretrained": Setting(None, (bool,)),           # true: refuse to start without a pre-trained file; false: ignore it
+        "num_unfrozen_encoder_layers": Setting(0, (int, str)),      # 0 | k | all; without a pre-trained file: all
+        "use_pretrained": Setting(None, (bool,)),           # true: refuse to start without a file; false: ignore it
         "resume": False,                                    # the same as --resume auto
         "weight_decay": 0.05,
         "layer_wise_lr_decay": [1.0, 1.0],                  # head rate x first, each block nearer the input / second
@@ -153,7 +155,7 @@ DEFAULTS = {
         "start_lr": Setting(None, (float,)),                # rate at the first step; None: a hundredth
     },
     "scheduler": {"name": Setting("cosine", (str,), SCHEDULES), "warmup_epochs": 2.0, "min_lr": 1e-6},
-    "class_weights": {"class_percentages": []},             # per cent of the faces per class: weights 1 / percentage, mean 1
+    "class_weights": {"class_percentages": []},             # share of each class; weights 1 / share, mean 1
     "augmentation": {
         "mode": Setting("none", (str,), ("none", "z", "so3")),
         "rotation_range": [-180.0, 180.0],
@@ -166,7 +168,7 @@ DEFAULTS = {
         "cluster_dropout": 0.0,
     },
     "evaluation": {
-        "views": 1,                                         # predictions averaged over that many rotations and clusterings
+        "views": 1,                                         # average over that many rotations and clusterings
         "interval": 1,                                      # epochs
         "monitor": Setting("mean_f1", (str,), tuple(MONITOR_NAMES)),
         "batch_size": 8,
@@ -184,17 +186,18 @@ def parse_args(argv=None):
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the config")
     parser.add_argument("--num-workers", type=int, default=2, help="loader processes; 0 loads in the main process")
     # model
-    parser.add_argument("--pretrained_path", help="encoder file: train_jepa.py's, a plain state dict, or a downstream checkpoint")
+    parser.add_argument("--pretrained_path", help="encoder: train_jepa.py's, a state dict, or a downstream checkpoint")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network")
     # run                                                                         # same in all scripts
     parser.add_argument("--output-dir", default=f"exp/{Path(SCRIPT).stem.removeprefix('train_')}", help="run folder")
-    parser.add_argument("--resume", metavar="PATH|auto", help="go on from a checkpoint; auto: the newest of the run folder")
+    parser.add_argument("--resume", metavar="PATH|auto", help="go on from a checkpoint; auto: the run folder's newest")
     parser.add_argument("--test-only", action="store_true", help="score the --resume checkpoint and stop")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--deterministic", action="store_true", help="deterministic GPU kernels, slower")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: the best there is")
-    parser.add_argument("--amp-dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on CUDA, else float32")
-    parser.add_argument("--limit-batches", type=int, default=0, metavar="N", help="only N batches per epoch and evaluation")
+    parser.add_argument("--amp-dtype", choices=("float32", "bfloat16", "float16"),
+                        help="default: bfloat16 on CUDA, else float32")
+    parser.add_argument("--limit-batches", type=int, default=0, metavar="N", help="only N batches per epoch or evaluation")
     parser.add_argument("--wandb", action="store_true", help="also log to Weights & Biases")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
@@ -213,15 +216,17 @@ def check_config(config: Config) -> None:
     names, weights = config.data.class_names, config.class_weights.class_percentages
     for key, values in (("data.class_names", names), ("class_weights.class_percentages", weights)):
         if values and len(values) != config.model.n_classes:
-            raise ValueError(f"{key} has {len(values)} entries for model.n_classes={config.model.n_classes}; give one per class")
+            raise ValueError(f"{key} has {len(values)} entries for model.n_classes={config.model.n_classes}; "
+                             f"give one per class")
     if weights and min(weights) <= 0:
-        raise ValueError(f"class_weights.class_percentages: {min(weights)} is not above 0; leave classes without faces at a small value")
+        raise ValueError(f"class_weights.class_percentages: {min(weights)} is not above 0; give classes without faces "
+                         f"a small value")
     unfrozen = config.training.num_unfrozen_encoder_layers
     if isinstance(unfrozen, str) and unfrozen != "all":
         raise ValueError(f"training.num_unfrozen_encoder_layers={unfrozen!r}: expected a number of blocks or all")
-    if len(config.training.layer_wise_lr_decay) != 2 or min(config.training.layer_wise_lr_decay) <= 0:
-        raise ValueError(f"training.layer_wise_lr_decay={config.training.layer_wise_lr_decay}: expected [head multiplier, decay per "
-                         f"block], such as [10, 2]")
+    rates = config.training.layer_wise_lr_decay
+    if len(rates) != 2 or min(rates) <= 0:
+        raise ValueError(f"training.layer_wise_lr_decay={rates}: expected [head factor, decay per block], as [10, 2]")
 
 
 def mesh_spec(config: Config) -> MeshSpec:
@@ -230,15 +235,17 @@ def mesh_spec(config: Config) -> MeshSpec:
         if wanted is not None:
             features = [feature for feature in features if feature != name] + [name] * wanted
     return MeshSpec(features=tuple(features), faces_per_cluster=model.faces_per_cluster, n_clusters=model.n_clusters,
-                    clustering=model.clustering, clusters_per_batch=config.training.clusters_per_batch, unit=model.unit)
+                    clustering=model.clustering, clusters_per_batch=config.training.clusters_per_batch,
+                    unit=model.unit)
 
 
 def class_names(config: Config) -> list[str]:
     return list(config.data.class_names) or [f"class {c}" for c in range(config.model.n_classes)]
 
 
-def build_dataset(config: Config, split: str, seed: int = 0, data_dir: str | None = None, label_dir: str | None = None) -> MeshDataset:
-    """split train | val | test, or the meshes of `data_dir`. Everything but "train" is evaluated: every face exactly once a view."""
+def build_dataset(config: Config, split: str, seed: int = 0, data_dir: str | None = None,
+                  label_dir: str | None = None) -> MeshDataset:
+    """split train | val | test, or the meshes of `data_dir`. All but "train" give every face exactly once a view."""
     paths, augmentation = config.paths, {**config.augmentation}
     if data_dir is not None:
         files, label_dir = list_meshes(data_dir), label_dir or data_dir
@@ -253,7 +260,9 @@ def build_dataset(config: Config, split: str, seed: int = 0, data_dir: str | Non
         elif split == "val":
             files, label_dir = list_meshes(paths.val_mesh_dir), paths.val_label_dir or paths.val_mesh_dir
     augmentation.update({key: tuple(augmentation[key]) for key in ("rotation_range", "scale_range")})
-    ignore = [*config.data.ignore_labels, *([] if config.training.ignore_index is None else [config.training.ignore_index])]
+    ignore = list(config.data.ignore_labels)
+    if config.training.ignore_index is not None:
+        ignore.append(config.training.ignore_index)
     return MeshDataset(files, label_dir, mesh_spec(config), config.model.n_classes, Augmentation(**augmentation),
                        views=0 if split == "train" else config.evaluation.views, label_offset=config.data.label_offset,
                        ignore_labels=ignore, label_kind=config.data.label_kind, cache_dir=paths.cache_dir, seed=seed,
@@ -262,14 +271,14 @@ def build_dataset(config: Config, split: str, seed: int = 0, data_dir: str | Non
 
 def build_model(config: Config, unfrozen_layers: int | str) -> DownstreamClassifier:
     model = config.model
-    encoder = Nomeformer(mesh_spec(config).feature_dim, model.embedding_dim, model.num_heads, model.num_attention_blocks,
-                         model.mlp_ratio, model.encoder_dropout, model.drop_path, model.use_pe,
-                         model.gradient_checkpointing)
+    encoder = Nomeformer(mesh_spec(config).feature_dim, model.embedding_dim, model.num_heads,
+                         model.num_attention_blocks, model.mlp_ratio, model.encoder_dropout, model.drop_path,
+                         model.use_pe, model.gradient_checkpointing)
     return DownstreamClassifier(encoder, model.n_classes, model.head, model.dropout, unfrozen_layers)
 
 
 def load_pretrained(model: DownstreamClassifier, path: str, spec: MeshSpec) -> tuple[dict, str]:
-    """Fill the encoder from a file, completely or not at all. Returns the checkpoint's `encoder` entry and a line for the log."""
+    """Fill the encoder from a file, whole or not at all. Returns the checkpoint's `encoder` entry and a log line."""
     state, layout, feature_spec = read_encoder(path)
     check_features(feature_spec, spec.features, path)
     line = load_weights(model.encoder, state, path, layout=layout)
@@ -294,8 +303,9 @@ def make_scheduler(optimizer, config: Config, total_steps: int):
     warmup_epochs = config.scheduler.warmup_epochs if config.optimizer.warmup is None else config.optimizer.warmup
     warmup = min(round(warmup_epochs * total_steps / config.training.epochs), total_steps - 1)
     start = 0.01 if config.optimizer.start_lr is None else config.optimizer.start_lr / config.optimizer.learning_rate
-    return build_scheduler(optimizer, config.scheduler.name, total_steps, 0 if config.scheduler.name == "onecycle" else warmup,
-                           config.scheduler.min_lr, start_factor=start)
+    return build_scheduler(optimizer, config.scheduler.name, total_steps,
+                           0 if config.scheduler.name == "onecycle" else warmup, config.scheduler.min_lr,
+                           start_factor=start)
 
 
 def class_weights(config: Config) -> torch.Tensor | None:
@@ -316,9 +326,9 @@ def to_device(batch: dict, device: torch.device) -> dict:
 
 # -- one epoch, one evaluation -----------------------------------------------------------------------------------------
 
-def train_one_epoch(model, loader, criterion, optimizer, scheduler, scaler, ema, totals, state, config, args, device, amp_dtype, log,
-                    stop):
-    """Steps of one epoch from state["batch"] on. totals collects loss and predictions of the epoch; returns False if stopped."""
+def train_one_epoch(model, loader, criterion, optimizer, scheduler, scaler, ema, totals, state, config, args, device,
+                    amp_dtype, log, stop):
+    """Steps of one epoch from state["batch"] on. totals collects loss and predictions; returns False if stopped."""
     model.train()
     world, accumulate, micro_batches = world_size(), config.training.accumulation_steps, []
     remaining = len(loader.batch_sampler) - state["batch"]
@@ -335,7 +345,7 @@ def train_one_epoch(model, loader, criterion, optimizer, scheduler, scaler, ema,
             with autocast(device, amp_dtype):
                 logits = forward(model, batch)                                   # (B, N, F, C)
             loss, _ = criterion.sum_and_weight(logits, batch["label"], batch["mask"])
-            scaler.scale(loss * world / weight.clamp(min=1e-12)).backward()      # DistributedDataParallel takes the mean over ranks
+            scaler.scale(loss * world / weight.clamp(min=1e-12)).backward()      # DDP takes the mean over the ranks
             loss_sum += loss.detach()
             totals.matrix.update(logits.argmax(-1), batch["label"])
         scaler.unscale_(optimizer)
@@ -354,9 +364,9 @@ def train_one_epoch(model, loader, criterion, optimizer, scheduler, scaler, ema,
         if state["step"] % config.logging.log_interval == 0:                     # the only place that waits for the GPU
             mean = (all_reduce_sum(loss_sum) / weight.clamp(min=1e-12)).item()
             if not np.isfinite(mean):
-                raise FloatingPointError(f"the loss is {mean} at step {state['step']} (learning rate {scheduler.get_last_lr()[-1]:.2e}); "
-                                         f"lower optimizer.learning_rate or use --amp-dtype float32, then --resume auto goes on from "
-                                         f"the last good checkpoint in {args.output_dir}")
+                raise FloatingPointError(f"the loss is {mean} at step {state['step']} (learning rate "
+                                         f"{scheduler.get_last_lr()[-1]:.2e}); lower optimizer.learning_rate or use "
+                                         f"--amp-dtype float32; {args.output_dir} holds the last good checkpoint")
             log.train_step(state["step"], loss=mean, lr=scheduler.get_last_lr()[-1])
         if all_agree_max(stop.requested or 0):
             return False
@@ -366,7 +376,8 @@ def train_one_epoch(model, loader, criterion, optimizer, scheduler, scaler, ema,
 
 
 @torch.no_grad()
-def mesh_probabilities(model, dataset, device, amp_dtype=None, batch_size=8, num_workers=0, limit_batches=0, criterion=None):
+def mesh_probabilities(model, dataset, device, amp_dtype=None, batch_size=8, num_workers=0, limit_batches=0,
+                       criterion=None):
     """Yield (index, probability (F, C) in file order, loss sum, loss weight) of every mesh of this process's share.
 
     The probability is the mean over the views of the mesh; the loss is that of the first view.
@@ -389,7 +400,7 @@ def mesh_probabilities(model, dataset, device, amp_dtype=None, batch_size=8, num
                 if current is not None:
                     yield finished(current)
                 current = [index, torch.zeros(dataset.num_faces[index], model.num_classes), 0.0, 0.0]
-            current[1][face_index[b][mask[b]]] += probabilities[b][mask[b]]      # the items of a mesh follow one another
+            current[1][face_index[b][mask[b]]] += probabilities[b][mask[b]]      # a mesh's items are consecutive
             if criterion is not None and dataset.items[items[done]][1] == 0:
                 part = criterion.sum_and_weight(logits[b], batch["label"][b], batch["mask"][b])
                 current[2], current[3] = current[2] + part[0].item(), current[3] + part[1].item()
@@ -403,20 +414,22 @@ def finished(current):
     return index, total / total.sum(1, keepdim=True).clamp(min=1e-12), loss, weight
 
 
-def evaluate(model, dataset, device=None, amp_dtype=None, batch_size=8, num_workers=0, limit_batches=0, criterion=None) -> dict:
+def evaluate(model, dataset, device=None, amp_dtype=None, batch_size=8, num_workers=0, limit_batches=0,
+             criterion=None) -> dict:
     """Score every face of a data set exactly once; used in training, by --test-only and by evaluate.py.
 
-    Returns metrics (by number of faces, the headline), tables {"by area": metrics by surface}, loss (per face, first view), matrix,
-    examples [(index, name, mIoU)] and predictions {index: (F,) int64 in file order} of this process, and seconds.
+    Returns metrics (by number of faces, the headline), tables {"by area": metrics by surface}, loss (per face, first
+    view), matrix, examples [(index, name, mIoU)] and predictions {index: (F,) int64 in file order} of this process,
+    and seconds.
     """
     started, model = time.monotonic(), unwrap(model)
     device = device or next(model.parameters()).device
     criterion = criterion or MaskedCrossEntropyLoss().to(device)
     matrix, area_matrix = ConfusionMatrix(model.num_classes), ConfusionMatrix(model.num_classes)
     loss, weight, examples, predictions = 0.0, 0.0, [], {}
-    for index, probability, loss_sum, loss_weight in mesh_probabilities(model, dataset, device, amp_dtype, batch_size, num_workers,
-                                                                        limit_batches, criterion):
-        pred, label = probability.argmax(1), torch.from_numpy(dataset.labels[index])                 # (F,), (F,)
+    for index, probability, loss_sum, loss_weight in mesh_probabilities(model, dataset, device, amp_dtype, batch_size,
+                                                                        num_workers, limit_batches, criterion):
+        pred, label = probability.argmax(1), torch.from_numpy(dataset.labels[index])         # (F,), (F,)
         matrix.update(pred, label)
         area_matrix.update(pred, label, torch.from_numpy(dataset.mesh(index).area))
         loss, weight = loss + loss_sum, weight + loss_weight
@@ -426,9 +439,10 @@ def evaluate(model, dataset, device=None, amp_dtype=None, batch_size=8, num_work
         predictions[index] = pred.numpy()
     matrix.all_reduce()
     area_matrix.all_reduce()
-    return {"metrics": segmentation_metrics(matrix.matrix()), "tables": {"by area": segmentation_metrics(area_matrix.matrix())},
-            "loss": all_reduce_sum(loss) / max(all_reduce_sum(weight), 1e-12), "matrix": matrix.matrix(), "examples": examples,
-            "predictions": predictions, "seconds": time.monotonic() - started}
+    return {"metrics": segmentation_metrics(matrix.matrix()),
+            "tables": {"by area": segmentation_metrics(area_matrix.matrix())},
+            "loss": all_reduce_sum(loss) / max(all_reduce_sum(weight), 1e-12), "matrix": matrix.matrix(),
+            "examples": examples, "predictions": predictions, "seconds": time.monotonic() - started}
 
 
 def log_epoch(log: RunLog, state: dict, train: dict, result: dict, seconds: float) -> None:
@@ -436,8 +450,9 @@ def log_epoch(log: RunLog, state: dict, train: dict, result: dict, seconds: floa
     val, area = result["metrics"], result["tables"]["by area"]
     log.info(f"Epoch {state['epoch']}: Train Loss: {train['loss']:.4f}, Train Acc: {train['overall_accuracy']:.4f}, "
              f"Train F1: {train['mean_f1']:.4f}\n          Val Loss: {result['loss']:.4f}, "
-             f"Val Acc: {val['overall_accuracy']:.4f}, Val F1: {val['mean_f1']:.4f}, Val mIoU: {val['miou']:.4f}, by area: "
-             f"Acc {area['overall_accuracy']:.4f}, mIoU {area['miou']:.4f} ({seconds:.2f} s, evaluation {result['seconds']:.2f} s)")
+             f"Val Acc: {val['overall_accuracy']:.4f}, Val F1: {val['mean_f1']:.4f}, Val mIoU: {val['miou']:.4f}, "
+             f"by area: Acc {area['overall_accuracy']:.4f}, mIoU {area['miou']:.4f} "
+             f"({seconds:.2f} s, evaluation {result['seconds']:.2f} s)")
     log.evaluation(state["epoch"], state["step"], "train", train)
     log.evaluation(state["epoch"], state["step"], "val", {
         "loss": result["loss"], **val, **{f"area_{key}": value for key, value in area.items()}})
@@ -446,7 +461,7 @@ def log_epoch(log: RunLog, state: dict, train: dict, result: dict, seconds: floa
             ("Loss", "loss"), ("F1", "mean_f1"), ("Accuracy", "overall_accuracy"))})
 
 
-# -- what evaluate.py and predict.py call -------------------------------------------------------------------------------
+# -- what evaluate.py and predict.py call ------------------------------------------------------------------------------
 
 list_inputs = list_meshes                                   # the files of a folder that predict can read
 
@@ -468,8 +483,8 @@ def load_model(checkpoint: dict, device: torch.device) -> DownstreamClassifier:
 
 
 def predict(model: DownstreamClassifier, path: str | Path, amp_dtype=None) -> dict:
-    """Label a mesh file: label and confidence (P,) for the face lines of the file, in its order (a quad has one label, that of its
-    triangles together), and for drawing vertices (V, 3), faces (F, 3) and face_label (F,) of the triangles."""
+    """Label a mesh file: label and confidence (P,) for the face lines of the file, in its order (a quad has one label,
+    that of its triangles together), and for drawing vertices (V, 3), faces (F, 3) and their face_label (F,)."""
     device, mesh = next(model.parameters()).device, read_mesh(path)
     dataset = MeshDataset([path], None, model.spec, augmentation=Augmentation(mode=model.config.augmentation.mode),
                           views=model.config.evaluation.views, cache_dir=model.config.paths.cache_dir)
@@ -482,18 +497,20 @@ def predict(model: DownstreamClassifier, path: str | Path, amp_dtype=None) -> di
 
 
 def write_prediction(model: DownstreamClassifier, path: Path, prediction: dict, stem: Path, options) -> list[Path]:
-    """Write what predict.py's options ask for under the name `stem`, labels in the numbers of the training labels' files."""
+    """Write what predict.py's options ask for as STEM.*, labels in the numbers of the training labels' files."""
     colors = {"": label_colors(prediction["face_label"], model.palette)}
     if options.pca:
         colors["_pca"] = pca_colors(embed_mesh(model, path))
-    return write_mesh_result(stem, prediction, colors, options.labels, options.picture, options.html, model.config.data.label_offset)
+    return write_mesh_result(stem, prediction, colors, options.labels, options.picture, options.html,
+                             model.config.data.label_offset)
 
 
 def example_pictures(model: DownstreamClassifier, dataset: MeshDataset, index: int, pred: np.ndarray):
-    """Two pictures for the report: the truth (None without labels) and the prediction (F,), of one mesh of a data set."""
+    """Two pictures for the report: the truth (None without labels) and the prediction (F,), of one mesh."""
     mesh, label = dataset.mesh(index), dataset.labels[index]
     up = "z" if model.spec.unit else "auto"
-    truth, drawn = (render_mesh(mesh.vertices, mesh.faces, label_colors(values, model.palette), up=up) for values in (label, pred))
+    truth, drawn = (render_mesh(mesh.vertices, mesh.faces, label_colors(values, model.palette), up=up)
+                    for values in (label, pred))
     return (truth if (label >= 0).any() else None), drawn
 
 
@@ -524,36 +541,38 @@ def cache_features(config, model, train_set, val_set, messages):
     if not config.training.cache_features:
         return train_set, val_set
     if not model.encoder_is_frozen:
-        raise ValueError("training.cache_features needs a frozen encoder: set training.num_unfrozen_encoder_layers=0 and give a "
-                         "--pretrained_path")
-    device = next(model.parameters()).device
-    key = hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in model.encoder.state_dict().values())).hexdigest()
+        raise ValueError("training.cache_features needs a frozen encoder: set training.num_unfrozen_encoder_layers=0 "
+                         "and give a --pretrained_path")
+    device, names = next(model.parameters()).device, ("features", "mask", "centroid")
+    weights = b"".join(tensor.cpu().numpy().tobytes() for tensor in model.encoder.state_dict().values())
+    key = hashlib.sha256(weights).hexdigest()
     started, cached = time.monotonic(), []
     for turn in (True, False):                              # rank 0 computes, the others read
         if is_main() == turn:
             for dataset in (train_set, val_set):
-                cached.append(CachedFeatures(dataset, lambda batch: model.embed(
-                    *(batch[name].to(device) for name in ("features", "mask", "centroid"))), key, config.paths.cache_dir))
+                cached.append(CachedFeatures(dataset, lambda batch: model.embed(*(batch[n].to(device) for n in names)),
+                                             key, config.paths.cache_dir))
         barrier()
-    messages.append(f"cached features: {sum(map(len, cached))} items {'read' if cached[0].was_stored else 'embedded'} in "
-                    f"{time.monotonic() - started:.1f} s; the encoder does not run again")
+    how = "read" if cached[0].was_stored else "embedded"
+    messages.append(f"cached features: {sum(map(len, cached))} items {how} in {time.monotonic() - started:.1f} s; the "
+                    f"encoder does not run again")
     return cached
 
 
-def test_only(args, config, resume_path, device, amp_dtype) -> dict:
+def test_only(args, config, checkpoint, path, device, amp_dtype) -> dict:
     """Score a checkpoint on the test split, or the validation split where there is none."""
-    if resume_path is None:
-        raise ValueError("--test-only needs --resume PATH|auto: a network that was never trained has no score")
-    model = load_model(load_checkpoint(resume_path, SCRIPT), device)
+    model = load_model(checkpoint, device)
     split = "val" if config.paths.test_mesh_dir is None else "test"
-    result = evaluate(model, build_dataset(config, split), device, amp_dtype, config.evaluation.batch_size, args.num_workers,
-                      args.limit_batches)
+    result = evaluate(model, build_dataset(config, split), device, amp_dtype, config.evaluation.batch_size,
+                      args.num_workers, args.limit_batches)
     if is_main():
-        print(f"{resume_path} on the {split} split, by number of faces:\n{metrics_table(result['metrics'], model.class_names)}\n"
-              f"by area: accuracy {100 * result['tables']['by area']['overall_accuracy']:.2f}, mIoU "
-              f"{100 * result['tables']['by area']['miou']:.2f}", flush=True)
+        area = result["tables"]["by area"]
+        print(f"{path} on the {split} split, by number of faces:\n"
+              f"{metrics_table(result['metrics'], model.class_names)}\n"
+              f"by area: accuracy {100 * area['overall_accuracy']:.2f}, mIoU {100 * area['miou']:.2f}", flush=True)
     cleanup()
-    return {**{key: value for key, value in result["metrics"].items() if isinstance(value, float)}, "loss": result["loss"]}
+    return {**{key: value for key, value in result["metrics"].items() if isinstance(value, float)},
+            "loss": result["loss"]}
 
 
 # -- main --------------------------------------------------------------------------------------------------------------
@@ -570,10 +589,13 @@ def main(argv=None) -> dict:
     amp_dtype, scaler = amp_settings(device, args.amp_dtype)
     seed_everything(args.seed, args.deterministic)
     folder = RunFolder(args.output_dir, config.paths.checkpoint_dir, config.paths.log_dir)
-    resume_path, messages = find_resume(args.resume or ("auto" if config.training.resume else None), folder.model, SCRIPT)
-    if args.test_only:
-        return test_only(args, config, resume_path, device, amp_dtype)
+    resume = args.resume or ("auto" if config.training.resume else None)
+    resume_path, messages = find_resume(resume, folder.model, SCRIPT)
+    if args.test_only and resume_path is None:
+        raise ValueError("--test-only needs --resume PATH|auto: a network that was never trained has no score")
     checkpoint = load_checkpoint(resume_path, SCRIPT) if resume_path else None
+    if args.test_only:
+        return test_only(args, config, checkpoint, resume_path, device, amp_dtype)
 
     # data: rank 0 fills the cache of prepared meshes, the others read it
     for turn in (True, False):
@@ -585,7 +607,8 @@ def main(argv=None) -> dict:
     # model
     pretrained = args.pretrained_path or config.paths.checkpoint_pretrain
     if config.training.use_pretrained and not pretrained:
-        raise ValueError("training.use_pretrained is true, but there is no --pretrained_path and no paths.checkpoint_pretrain")
+        raise ValueError("training.use_pretrained is true, but there is neither --pretrained_path nor "
+                         "paths.checkpoint_pretrain")
     if config.training.use_pretrained is False:
         pretrained = None
     unfrozen = config.training.num_unfrozen_encoder_layers if pretrained else "all"
@@ -611,13 +634,14 @@ def main(argv=None) -> dict:
     # optimiser, schedule, average
     if checkpoint is not None:
         check_same_run(checkpoint, config, total_steps, ("model", "optimizer", "scheduler", "augmentation"))
-    criterion = MaskedCrossEntropyLoss(class_weights(config), label_smoothing=config.training.label_smoothing).to(device)
+    criterion = MaskedCrossEntropyLoss(class_weights(config), label_smoothing=config.training.label_smoothing)
+    criterion.to(device)
     optimizer = torch.optim.AdamW(parameter_groups(model, config))
     scheduler = make_scheduler(optimizer, config, total_steps)
     ema = EMA(model, config.training.ema_decay) if config.training.use_ema else None
     keeper = CheckpointKeeper(folder.model, config.checkpointing.save_top_k, config.checkpointing.save_interval)
     stopping = EarlyStopping(config.early_stopping.patience)
-    state = {"epoch": 0, "batch": 0, "step": 0}             # finished epochs, batches done in the epoch begun, optimiser steps
+    state = {"epoch": 0, "batch": 0, "step": 0}             # epochs finished, batches of the next one, optimiser steps
     totals = EpochTotals(config.model.n_classes, device)
 
     # resume
@@ -632,7 +656,7 @@ def main(argv=None) -> dict:
         state = {key: checkpoint[key] for key in state}
         totals.load_state_dict(checkpoint["totals"])
         set_rng_state(checkpoint["rng"])
-    if rank > 0:                                            # one process goes on exactly; the others draw their own dropout
+    if rank > 0:                                            # rank 0 goes on exactly; the others draw their own
         torch.manual_seed(derived_seed(args.seed, rank, state["step"]))
 
     def saved_state() -> dict:
@@ -640,8 +664,9 @@ def main(argv=None) -> dict:
                 "palette": palette(config.model.n_classes).tolist(), "model": model.state_dict(),
                 "ema": None if ema is None else ema.state_dict(), "optimizer": optimizer.state_dict(),
                 "scheduler": scheduler.state_dict(), "scaler": scaler.state_dict(), "stopping": stopping.state_dict(),
-                "rng": rng_state(), "encoder": encoder_entry, "unfrozen_layers": unfrozen, "spec": mesh_spec(config).to_dict(),
-                "total_steps": total_steps, "seed": args.seed, "totals": totals.state_dict(), **state}
+                "rng": rng_state(), "encoder": encoder_entry, "unfrozen_layers": unfrozen,
+                "spec": mesh_spec(config).to_dict(), "total_steps": total_steps, "seed": args.seed,
+                "totals": totals.state_dict(), **state}
 
     def save(snapshot, epoch=None):
         if is_main():
@@ -658,11 +683,13 @@ def main(argv=None) -> dict:
                  f"{sum(train_set.num_faces):,} and {sum(val_set.num_faces):,} faces",
                  f"{sum(p.numel() for p in model.parameters()):,} parameters, "
                  f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} trained; effective batch "
-                 f"{config.training.batch_size * config.training.accumulation_steps * world} on {describe(device)}, seed {args.seed}"):
+                 f"{config.training.batch_size * config.training.accumulation_steps * world} on {describe(device)}, "
+                 f"seed {args.seed}"):
         log.info(line)
 
     loader = DataLoader(train_set, batch_sampler=sampler, collate_fn=custom_collate_fn, num_workers=args.num_workers,
                         worker_init_fn=seed_worker, pin_memory=device.type == "cuda", generator=torch.Generator())
+    go_on = f"go on with: {shlex.join(['python', *sys.argv, '--resume', 'auto'])}"
     result = {}
     with StopSignal() as stop, log:
         finished = 0 < stopping.patience <= stopping.waited
@@ -670,11 +697,11 @@ def main(argv=None) -> dict:
             started = time.monotonic()
             train_set.set_epoch(state["epoch"])
             sampler.set_epoch(state["epoch"], state["batch"])
-            if not train_one_epoch(network, loader, criterion, optimizer, scheduler, scaler, ema, totals, state, config, args, device,
-                                   amp_dtype, log, stop):
+            if not train_one_epoch(network, loader, criterion, optimizer, scheduler, scaler, ema, totals, state, config,
+                                   args, device, amp_dtype, log, stop):
                 save(saved_state())
-                raise StopRequested(all_agree_max(stop.requested or 0), f"stopped at step {state['step']} of {total_steps}, saved; go on "
-                                    f"with: python {SCRIPT} {args.config} --output-dir {args.output_dir} --resume auto")
+                raise StopRequested(all_agree_max(stop.requested or 0),
+                                    f"stopped at step {state['step']} of {total_steps}, saved; {go_on}")
             state["epoch"], state["batch"] = state["epoch"] + 1, 0
             train = totals.metrics()
             last = state["epoch"] == config.training.epochs
@@ -694,17 +721,17 @@ def main(argv=None) -> dict:
                 log.info(f"New best {MONITOR_NAMES[config.evaluation.monitor]}: {score:.4f}. Checkpoint saved.")
             save(snapshot, state["epoch"])
             if finished:
-                log.info(f"No better {config.evaluation.monitor} for {config.early_stopping.patience} evaluations: stopped early.")
+                log.info(f"No better {config.evaluation.monitor} for {stopping.patience} evaluations: stopped early.")
             if all_agree_max(stop.requested or 0) and not last and not finished:
-                raise StopRequested(all_agree_max(stop.requested or 0), f"stopped after epoch {state['epoch']}, saved; go on with: "
-                                    f"python {SCRIPT} {args.config} --output-dir {args.output_dir} --resume auto")
-        log.info(f"Best {config.evaluation.monitor}: {keeper.best_score or float('nan'):.4f} (epoch {keeper.best_epoch}); "
-                 f"checkpoints in {folder.model}")
+                raise StopRequested(all_agree_max(stop.requested or 0),
+                                    f"stopped after epoch {state['epoch']}, saved; {go_on}")
+        log.info(f"Best {config.evaluation.monitor}: {keeper.best_score or float('nan'):.4f} "
+                 f"(epoch {keeper.best_epoch}); checkpoints in {folder.model}")
     cleanup()
     if not result:
         return {"best": keeper.best_score, "best_epoch": keeper.best_epoch}
-    return {**{key: value for key, value in result["metrics"].items() if isinstance(value, float)}, "loss": result["loss"],
-            "best": keeper.best_score, "best_epoch": keeper.best_epoch}
+    return {**{key: value for key, value in result["metrics"].items() if isinstance(value, float)},
+            "loss": result["loss"], "best": keeper.best_score, "best_epoch": keeper.best_epoch}
 
 
 if __name__ == "__main__":

@@ -167,7 +167,7 @@ def parse_args(argv=None):
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: the best there is")
     parser.add_argument("--amp-dtype", choices=("float32", "bfloat16", "float16"),
                         help="default: bfloat16 on CUDA, else float32")
-    parser.add_argument("--limit-batches", type=int, default=0, metavar="N", help="only N batches per epoch")
+    parser.add_argument("--limit-batches", type=int, default=0, metavar="N", help="only N batches per epoch or evaluation")
     parser.add_argument("--wandb", action="store_true", help="also log to Weights & Biases")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
@@ -449,10 +449,10 @@ def main(argv=None) -> dict:
             getattr(start, name).copy_(checkpoint["encoder"][name])
     else:
         start.feature_mean[:], start.feature_std[:] = feature_statistics(meshes)
-    model = build_model(config, start)
+    model = build_model(config, start).to(device)
+    untrained = measure(model, start, watched, args.seed)
     if checkpoint is not None:
         messages.append(load_weights(model, checkpoint["model"], resume_path, what="model"))
-    model.to(device)
     prober = None
     if config.probe.interval and is_main():
         prober = Probe(config, train_files, val_files, meshes.num_faces)
@@ -507,14 +507,13 @@ def main(argv=None) -> dict:
                  f"{sum(p.numel() for p in model.encoder.parameters()):,} parameters in the encoder, "
                  f"{sum(p.numel() for p in model.predictor.parameters()):,} in the predictor; effective batch "
                  f"{config.training.batch_size * world} on {describe(device)}, seed {args.seed}",
-                 momentum_advice(start_momentum(config.ema.momentum, total_steps), total_steps)):
+                 momentum_advice(start_momentum(config.ema.momentum, total_steps), total_steps),
+                 f"untrained: {monitor_line(untrained)}"):
         log.info(line)
     if prober is not None:
         prober.baselines = checkpoint["baselines"] if checkpoint is not None else {}
         if not prober.baselines:
             prober.prepare(start, device)
-    if checkpoint is None:
-        log.info(f"untrained: {monitor_line(measure(model, start, watched, args.seed))}")
 
     loader = DataLoader(train_set, batch_sampler=sampler, collate_fn=masked_collate_fn, num_workers=args.num_workers,
                         worker_init_fn=seed_worker, pin_memory=device.type == "cuda", generator=torch.Generator())
@@ -547,7 +546,7 @@ def main(argv=None) -> dict:
                 log.info(f"          {monitor_line(values)}")
                 log.evaluation(state["epoch"], state["step"], "monitor", values)
                 if state["epoch"] > min(config.monitor.warmup_epochs, config.training.epochs / 5):
-                    beyond = check_monitors(values, config.monitor)
+                    beyond = check_monitors(values, config.monitor, untrained)
             score = float("nan")
             if prober is not None and (state["epoch"] % config.probe.interval == 0 or last):
                 scores = prober.score(model.target_encoder)
