@@ -223,6 +223,7 @@ def test_wandb_gets_the_scalars(tmp_path, monkeypatch):
     with RunLog(tmp_path, tensorboard=False, wandb={"project": "segheads"}) as log:
         log.train_step(1, loss=torch.tensor(0.5))
         log.evaluation(1, 2, "val", {"miou": 0.75})
+        log.close()                                            # and once more at the end of the block
     assert calls == [{"project": "segheads"}, (1, {"train/loss": 0.5}), (2, {"val/miou": 0.75}), "finish"]
 
 

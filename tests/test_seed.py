@@ -181,10 +181,12 @@ def test_workers_repeat_with_the_loader_and_differ_from_each_other():
 
 
 def test_seed_worker_seeds_python_and_numpy_from_torch(monkeypatch):
-    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
     torch.manual_seed(2**40 + 7)
     random.seed(0)
     np.random.seed(0)
     seed_worker(0)
+    assert threads == [1]
     assert random.random() == random.Random(2**40 + 7).random()
     assert np.random.rand() == np.random.RandomState(7).rand()

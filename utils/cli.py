@@ -122,7 +122,7 @@ class StopSignal:
         if self.requested is not None:
             self.__exit__()
             raise KeyboardInterrupt
-        self.requested = int(signum)
+        self.requested = signum
         # os.write: print() may not be entered again from a handler that interrupted it.
         os.write(2, f"{signal.Signals(signum).name}: finishing the step, then saving; again to abort\n".encode())
 
