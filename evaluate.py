@@ -1,13 +1,13 @@
 """Score a checkpoint of any train_*.py on a labelled split: a table, metrics.json and a report to look at.
 
-    python evaluate.py exp/downstream/model/model_best.pth                                # the test split, or validation without one
+    python evaluate.py exp/downstream/model/model_best.pth           # the test split, or validation without one
     python evaluate.py CHECKPOINT --split val
-    python evaluate.py CHECKPOINT --data-dir MESHES --label-dir LABELS                    # any other labelled data of the kind
+    python evaluate.py CHECKPOINT --data-dir MESHES --label-dir LABELS           # any other labelled data of the kind
     python evaluate.py CHECKPOINT paths.test_mesh_dir=datasets/new/test evaluation.views=8
     torchrun --nproc_per_node=4 evaluate.py CHECKPOINT
 
-A checkpoint names the script that wrote it. That script, which must lie in this folder as train_*.py, does the scoring with the same
-`evaluate` as in training, so the numbers cannot differ. This file knows no method.
+A checkpoint names the script that wrote it. That script, which must lie in this folder as train_*.py, does the scoring
+with the same `evaluate` as in training, so the numbers cannot differ. This file knows no method.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def parse_args(argv=None):
     parser = ArgumentParser(description=__doc__)
     # data
     parser.add_argument("checkpoint", help="file written by a train_*.py of this folder")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the config in the checkpoint")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value",
+                        help="changes to the config in the checkpoint")
     parser.add_argument("--split", choices=("val", "test"), help="default: test where the config names one, else val")
     parser.add_argument("--data-dir", help="score this folder instead of a split of the config")
     parser.add_argument("--label-dir", help="labels of --data-dir; default: beside the data")
@@ -44,20 +45,23 @@ def parse_args(argv=None):
     # evaluation
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--limit-batches", type=int, default=0, metavar="N", help="only N batches")
-    parser.add_argument("--examples", type=int, default=6, metavar="N", help="pictures of the N worst and N best in the report")
+    parser.add_argument("--examples", type=int, default=6, metavar="N",
+                        help="pictures of the N worst and N best in the report")
     # run
     parser.add_argument("--output-dir", help="default: the folder `evaluation` of the run")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: the best there is")
-    parser.add_argument("--amp-dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on CUDA, else float32")
+    parser.add_argument("--amp-dtype", choices=("float32", "bfloat16", "float16"),
+                        help="default: bfloat16 on CUDA, else float32")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 
 
 def script_of(checkpoint: dict, path: str | Path) -> ModuleType:
-    """The module train_*.py that wrote a checkpoint. Nothing else can be named: ValueError for other names, and if it is gone."""
+    """The module train_*.py that wrote a checkpoint. ValueError for every other name, and where that script is gone."""
     name = str(checkpoint["script"])
     if not re.fullmatch(r"train_[A-Za-z0-9_]+\.py", name) or not (Path(__file__).resolve().parent / name).is_file():
-        raise ValueError(f"{path}: written by {name!r}, and there is no such train_*.py beside {Path(__file__).name}; put the script there")
+        raise ValueError(f"{path}: written by {name!r}, and there is no such train_*.py beside {Path(__file__).name}; "
+                         f"put the script there")
     return importlib.import_module(name.removesuffix(".py"))
 
 
@@ -82,7 +86,8 @@ def gather_examples(model, script, dataset, result, count) -> list[dict]:
     examples = []
     for index, name, score in chosen:
         truth, pred = script.example_pictures(model, dataset, index, result["predictions"][index])
-        examples.append({"name": name, "score": score, "truth": truth, "pred": pred, "caption": f"mIoU {100 * score:.1f}"})
+        examples.append({"name": name, "score": score, "truth": truth, "pred": pred,
+                         "caption": f"mIoU {100 * score:.1f}"})
     return examples
 
 
@@ -94,7 +99,8 @@ def main(argv=None) -> dict:
         device = torch.device("cuda", local_rank)
     amp_dtype, _ = amp_settings(device, args.amp_dtype)
     script, model, checkpoint = load(args.checkpoint, args.overrides, device)
-    split = args.split or ("test" if model.config.paths.get("test_mesh_dir") or model.config.paths.get("test_dir") else "val")
+    paths = model.config.paths
+    split = args.split or ("test" if paths.get("test_mesh_dir") or paths.get("test_dir") else "val")
     dataset = script.build_dataset(model.config, split, data_dir=args.data_dir, label_dir=args.label_dir)
     result = script.evaluate(model, dataset, device, amp_dtype, args.batch_size, args.num_workers, args.limit_batches)
     metrics = headline(result["metrics"])
@@ -103,25 +109,28 @@ def main(argv=None) -> dict:
         return metrics
 
     what = args.data_dir or f"{split} split"
-    print(f"{args.checkpoint} on {what}: {len(dataset.files)} files\n\n{metrics_table(result['metrics'], model.class_names)}")
+    print(f"{args.checkpoint} on {what}: {len(dataset.files)} files\n\n"
+          f"{metrics_table(result['metrics'], model.class_names)}")
     for name, other in result["tables"].items():
-        print(f"\n{name}: overall accuracy {100 * other['overall_accuracy']:.2f}, mIoU {100 * other['miou']:.2f}, mean F1 "
-              f"{100 * other['mean_f1']:.2f}")
+        print(f"\n{name}: overall accuracy {100 * other['overall_accuracy']:.2f}, mIoU {100 * other['miou']:.2f}, "
+              f"mean F1 {100 * other['mean_f1']:.2f}")
 
     checkpoint_path = Path(args.checkpoint).resolve()
     output = Path(args.output_dir) if args.output_dir else checkpoint_path.parent.parent / "evaluation"
     output.mkdir(parents=True, exist_ok=True)
-    record = {"checkpoint": str(args.checkpoint), "sha256": sha256_file(args.checkpoint), "script": checkpoint["script"],
-              "epoch": checkpoint.get("epoch"), "step": checkpoint.get("step"), "data": str(what), "files": len(dataset.files),
-              "seconds": result["seconds"], "device": describe(device), "loss": result["loss"], **metrics,
+    record = {"checkpoint": str(args.checkpoint), "sha256": sha256_file(args.checkpoint),
+              "script": checkpoint["script"], "epoch": checkpoint.get("epoch"), "step": checkpoint.get("step"),
+              "data": str(what), "files": len(dataset.files), "seconds": result["seconds"],
+              "device": describe(device), "loss": result["loss"], **metrics,
               "per_class": {name: {key: float(result["metrics"][key][c]) for key in ("iou", "f1", "accuracy")}
                             for c, name in enumerate(model.class_names)},
               **{name: headline(other) for name, other in result["tables"].items()},
-              "confusion_matrix": result["matrix"].tolist(), "config": checkpoint["config"], "environment": environment()}
+              "confusion_matrix": result["matrix"].tolist(), "config": checkpoint["config"],
+              "environment": environment()}
     (output / "metrics.json").write_text(json.dumps(without_nan(record), indent=1) + "\n", encoding="utf-8")
     log_path = checkpoint_path.parent.parent / "log" / "log.jsonl"
-    write_report(output / "report.html", f"{checkpoint['script']} on {what}", model.class_names, model.palette, result["metrics"],
-                 result["matrix"], read_log(log_path) if log_path.is_file() else [],
+    write_report(output / "report.html", f"{checkpoint['script']} on {what}", model.class_names, model.palette,
+                 result["metrics"], result["matrix"], read_log(log_path) if log_path.is_file() else [],
                  gather_examples(model, script, dataset, result, args.examples),
                  [("checkpoint", args.checkpoint), ("sha256", record["sha256"][:16]), ("epoch", record["epoch"]),
                   ("encoder", (checkpoint.get("encoder") or {}).get("file", "trained with the head")), ("data", what),

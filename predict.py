@@ -3,9 +3,10 @@
     python predict.py exp/downstream/model/model_best.pth scan.obj houses/ --output exp/predictions
     python predict.py CHECKPOINT scan.ply --output OUT --labels npy --picture glb --html --pca
 
-Every input file NAME.* gives OUT/NAME.txt (or .npy): one label per face, in the order of the file, in the numbers of the label files
-the network was trained on; and OUT/NAME.ply, coloured by class (NAME.glb with --picture glb, for Blender and viewers). --html adds a
-page in which the result can be turned, --pca a picture of the encoder's features. This file knows no method.
+Every input file NAME.* gives OUT/NAME.txt (or .npy): one label per face, in the order of the file, in the numbers of
+the label files the network was trained on; and OUT/NAME.ply, coloured by class (NAME.glb with --picture glb, for
+Blender and viewers). --html adds a page in which the result can be turned, --pca a picture of the encoder's features.
+This file knows no method.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ def parse_args(argv=None):
     parser = ArgumentParser(description=__doc__)
     # data
     parser.add_argument("checkpoint", help="file written by a train_*.py of this folder")
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files, or folders of files; section.key=value changes the config")
+    parser.add_argument("inputs", nargs="+", metavar="INPUT",
+                        help="files, or folders of files; section.key=value changes the config")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results")
     # results
     parser.add_argument("--labels", choices=("txt", "npy"), default="txt", help="format of the label files")
@@ -31,7 +33,8 @@ def parse_args(argv=None):
     parser.add_argument("--pca", action="store_true", help="also the encoder's features as colours")
     # run
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: the best there is")
-    parser.add_argument("--amp-dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on CUDA, else float32")
+    parser.add_argument("--amp-dtype", choices=("float32", "bfloat16", "float16"),
+                        help="default: bfloat16 on CUDA, else float32")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 
@@ -46,7 +49,8 @@ def input_files(script, inputs) -> list[Path]:
     names = {}
     for path in files:
         if names.setdefault(path.stem, path) != path:
-            raise ValueError(f"{names[path.stem]} and {path} would both write {path.stem}.*; predict them into two folders")
+            raise ValueError(f"{names[path.stem]} and {path} would both write {path.stem}.*; predict them into two "
+                             f"folders")
     return list(names.values())
 
 
@@ -61,7 +65,8 @@ def main(argv=None) -> dict:
         raise ValueError("no input: name files or folders behind the checkpoint")
     output = Path(args.output)
     if any(path.resolve().parent == output.resolve() for path in files):
-        raise ValueError(f"--output {output} holds the input, whose files (or labels) could be replaced; use another folder")
+        raise ValueError(f"--output {output} holds the input, whose files (or labels) could be replaced; use another "
+                         f"folder")
     output.mkdir(parents=True, exist_ok=True)
     labels = {}
     for path in progress(files, "predicting"):

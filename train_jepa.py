@@ -167,7 +167,8 @@ def parse_args(argv=None):
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: the best there is")
     parser.add_argument("--amp-dtype", choices=("float32", "bfloat16", "float16"),
                         help="default: bfloat16 on CUDA, else float32")
-    parser.add_argument("--limit-batches", type=int, default=0, metavar="N", help="only N batches per epoch or evaluation")
+    parser.add_argument("--limit-batches", type=int, default=0, metavar="N",
+                        help="only N batches per epoch or evaluation")
     parser.add_argument("--wandb", action="store_true", help="also log to Weights & Biases")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)

@@ -1,6 +1,6 @@
-"""Epoch time of a head on a frozen encoder: with the embeddings computed once (training.cache_features) and without, in one run.
+"""Epoch time of a head on a frozen encoder, with the embeddings computed once (training.cache_features) and without.
 
-    python benchmarks/bench_cached_features.py configs/mesh_humanbody.yaml                # random encoder: the time is the same
+    python benchmarks/bench_cached_features.py configs/mesh_humanbody.yaml       # random encoder: the time is the same
     python benchmarks/bench_cached_features.py configs/mesh_demo.yaml --epochs 5
 
 Both runs see the same inputs (augmentation off) and end with the same weights, bit for bit, which is checked.
@@ -40,8 +40,9 @@ def parse_args(argv=None):
 
 def epoch_times(folder: Path) -> tuple[list[float], list[float]]:
     """(training, evaluation) seconds of every epoch but the first, from train.log."""
-    found = re.findall(r"\(([\d.]+) s, evaluation ([\d.]+) s\)", (folder / "log" / "train.log").read_text())[1:]
-    return [float(total) - float(evaluation) for total, evaluation in found], [float(evaluation) for _, evaluation in found]
+    text = (folder / "log" / "train.log").read_text()
+    found = re.findall(r"\(([\d.]+) s, evaluation ([\d.]+) s\)", text)[1:]
+    return [float(total) - float(part) for total, part in found], [float(part) for _, part in found]
 
 
 def main(argv=None) -> dict:
@@ -50,8 +51,9 @@ def main(argv=None) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         for name in ("uncached", "cached"):
             train_downstream.main([
-                args.config, "--output-dir", f"{folder}/{name}", "--num-workers", "0", *(["--device", args.device] if args.device else []),
-                *FIXED, f"training.epochs={args.epochs}", "scheduler.warmup_epochs=0", f"training.cache_features={name == 'cached'}",
+                args.config, "--output-dir", f"{folder}/{name}", "--num-workers", "0",
+                *(["--device", args.device] if args.device else []), *FIXED, f"training.epochs={args.epochs}",
+                "scheduler.warmup_epochs=0", f"training.cache_features={name == 'cached'}",
                 f"paths.cache_dir={folder}/cache", *args.overrides])
             times[name] = epoch_times(Path(folder) / name)
             weights[name] = load_checkpoint(f"{folder}/{name}/model/model_last.pth")["model"]
@@ -62,8 +64,8 @@ def main(argv=None) -> dict:
     for name, (train, evaluation) in median.items():
         print(f"{name:<22}{train:>12.2f}{evaluation:>12.2f}")
     speedup = sum(median["uncached"]) / max(sum(median["cached"]), 1e-9)
-    print(f"{'uncached / cached':<22}{speedup:>12.1f} x\nembedding everything once: {embedding} s; final weights identical: {same}; "
-          f"{describe(pick_device(args.device))}")
+    print(f"{'uncached / cached':<22}{speedup:>12.1f} x\nembedding everything once: {embedding} s; "
+          f"final weights identical: {same}; {describe(pick_device(args.device))}")
     return {"speedup": speedup, "identical": same}
 
 

@@ -1,4 +1,4 @@
-"""Raw per-face features and multinomial logistic regression: what a config's data and features give without any network.
+"""Raw per-face features and multinomial logistic regression: what a config's data and features give without a network.
 
     python benchmarks/linear_baseline.py configs/mesh_humanbody.yaml                  # scored on the validation meshes
     python benchmarks/linear_baseline.py configs/mesh_humanbody.yaml --split test
@@ -59,8 +59,9 @@ def main(argv=None) -> dict:
         matrix = np.bincount(test_label * C + guess, minlength=C * C).reshape(C, C)
         metrics = result[name] = segmentation_metrics(matrix)
         print(f"{name}: accuracy {100 * metrics['overall_accuracy']:.2f}, mIoU {100 * metrics['miou']:.2f}")
-    print(f"\n{metrics_table(result['logistic regression'], class_names(config))}\n\n{len(chosen)} of {len(label)} training faces, "
-          f"{features.shape[1]} features, {args.split} split, seed {args.seed}, {time.perf_counter() - started:.0f} s")
+    print(f"\n{metrics_table(result['logistic regression'], class_names(config))}\n\n{len(chosen)} of {len(label)} "
+          f"training faces, {features.shape[1]} features, {args.split} split, seed {args.seed}, "
+          f"{time.perf_counter() - started:.0f} s")
     return result
 
 

@@ -11,13 +11,14 @@ from data.mesh_io import write_glb, write_labels, write_ply
 from utils.render import viewer_html
 
 
-def write_mesh_result(stem: Path, prediction: Mapping, colors: Mapping[str, np.ndarray], labels: str = "txt", picture: str = "ply",
-                      html: bool = False, label_offset: int = 0) -> list[Path]:
-    """Write STEM.txt (or .npy) and, for each ending in colors ("" for the classes, "_pca" ...), STEM + ending .ply or .glb, .html.
+def write_mesh_result(stem: Path, prediction: Mapping, colors: Mapping[str, np.ndarray], labels: str = "txt",
+                      picture: str = "ply", html: bool = False, label_offset: int = 0) -> list[Path]:
+    """Write STEM.txt (or .npy) and, for each ending in colors ("" for the classes, "_pca" ...), STEM + ending .ply or
+    .glb, and .html. Returns the paths.
 
-    prediction: label (P,) one a face line of the input, vertices (V, 3), faces (F, 3), face_label (F,). colors {ending: (F, 3) uint8}.
-    picture ply | glb | none. label_offset is taken off again, so that the numbers are those of the training labels' files.
-    Returns the paths.
+    prediction: label (P,) one a face line of the input, vertices (V, 3), faces (F, 3), face_label (F,). colors
+    {ending: (F, 3) uint8}. picture ply | glb | none. label_offset is taken off again, so that the numbers are those of
+    the training labels' files.
     """
     def path(ending):
         return stem.with_name(stem.name + ending)                                # not with_suffix: names may have dots

@@ -192,9 +192,11 @@ def render_mesh(vertices: np.ndarray, faces: np.ndarray, face_color: np.ndarray,
 
 
 def pca_colors(embedding: np.ndarray) -> np.ndarray:
-    """Colours (N, 3) uint8 of feature vectors (N, E): their first three principal components, each from its 2nd to 98th percentile.
+    """Colours (N, 3) uint8 of feature vectors (N, E): their first three principal components, each from its 2nd to its
+    98th percentile.
 
-    A usual look into an encoder: elements of one colour are alike to it. Fewer than three components leave channels at 127.
+    A usual look into an encoder: elements of one colour are alike to it. Fewer than three components leave channels at
+    127.
     """
     centered = embedding.astype(np.float64) - embedding.mean(0)
     direction = np.linalg.eigh(centered.T @ centered)[1][:, ::-1][:, :3]                      # (E, 3)
@@ -208,13 +210,16 @@ def pca_colors(embedding: np.ndarray) -> np.ndarray:
 
 
 def viewer_html(vertices: np.ndarray, faces: np.ndarray, face_color: np.ndarray) -> str:
-    """One HTML page in which the mesh can be turned: trimesh's own viewer with the geometry in it. Arguments as render_mesh."""
+    """One HTML page in which the mesh can be turned: trimesh's own viewer with the geometry in it.
+
+    Arguments as for render_mesh.
+    """
     import trimesh
     from trimesh.viewer.notebook import scene_to_html
 
-    corners = np.asarray(vertices, float)[faces].reshape(-1, 3)                               # a colour a face: no shared vertices
+    corners = np.asarray(vertices, float)[faces].reshape(-1, 3)           # a colour a face: no shared vertices
     if len(corners):
-        corners = corners - (corners.min(0) + corners.max(0)) / 2                             # glTF has 32-bit coordinates
-    mesh = trimesh.Trimesh(corners, np.arange(len(corners)).reshape(-1, 3), vertex_colors=np.repeat(face_color, 3, axis=0),
-                           process=False)
+        corners = corners - (corners.min(0) + corners.max(0)) / 2         # glTF has 32-bit coordinates
+    mesh = trimesh.Trimesh(corners, np.arange(len(corners)).reshape(-1, 3),
+                           vertex_colors=np.repeat(face_color, 3, axis=0), process=False)
     return scene_to_html(trimesh.Scene(mesh))

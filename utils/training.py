@@ -1,4 +1,4 @@
-"""What every training script keeps track of besides the network: the running totals of an epoch, and that a resumed run is the same."""
+"""What every training script keeps track of besides the network: an epoch's totals; that a resumed run is the same."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from utils.metrics import ConfusionMatrix, segmentation_metrics
 
 
 class EpochTotals:
-    """Loss and confusion matrix of the epoch so far, over all processes; saved with a checkpoint in the middle of an epoch."""
+    """Loss and confusion matrix of the epoch so far; saved with a checkpoint in the middle of an epoch."""
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
         self.loss = torch.zeros((), dtype=torch.float64, device=device)
@@ -39,8 +39,10 @@ class EpochTotals:
         """Plain types, summed over the processes: every process has to call it."""
         counts = self.matrix.counts
         if counts is None:
-            counts = torch.zeros(self.matrix.num_classes, self.matrix.num_classes, dtype=torch.int64, device=self.loss.device)
-        return {"loss": all_reduce_sum(self.loss).item(), "weight": self.weight.item(), "counts": all_reduce_sum(counts).cpu()}
+            C = self.matrix.num_classes
+            counts = torch.zeros(C, C, dtype=torch.int64, device=self.loss.device)
+        return {"loss": all_reduce_sum(self.loss).item(), "weight": self.weight.item(),
+                "counts": all_reduce_sum(counts).cpu()}
 
     def load_state_dict(self, state: Mapping) -> None:
         """The first process carries on what all had; the number of processes may have changed."""
@@ -59,12 +61,13 @@ def check_same_run(checkpoint: Mapping, config: Mapping, total_steps: int, secti
             if before != value:
                 raise ValueError(f"{section}.{key} is {value!r}, but {before!r} in the checkpoint; {advice}")
     if checkpoint["total_steps"] != total_steps:
-        raise ValueError(f"this run has {total_steps} steps, that of the checkpoint {checkpoint['total_steps']} (epochs, batch size, "
-                         f"processes, number of files); {advice}")
+        raise ValueError(f"this run has {total_steps} steps, that of the checkpoint {checkpoint['total_steps']} "
+                         f"(epochs, batch size, processes, number of files); {advice}")
 
 
 def write_run_files(folder: RunFolder, config: Mapping, device: torch.device, seed: int) -> None:
-    """Make the run folder with config/config.yaml (resolved) and config/environment.json (versions, commit, device, seed)."""
+    """Make the run folder with config/config.yaml (resolved) and config/environment.json (versions, commit, device,
+    seed)."""
     folder.create()
     save_config(config, folder.config / "config.yaml")
     (folder.config / "environment.json").write_text(json.dumps(
