@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from utils.config import REQUIRED, Config, Required, Setting, check_choice, load_config, save_config
+from utils.config import REQUIRED, Config, Required, Setting, check_choice, load_config, override_config, save_config
 
 DEFAULTS = {
     "data": {"root": "datasets/mesh", "num_points": 4096, "scale": [0.8, 1.2], "files": [], "flip": True},
@@ -189,6 +189,29 @@ def test_mistakes_in_the_defaults_are_the_scripts_own(tmp_path):
         load(tmp_path, "a: 1", defaults={"a": None})
     with pytest.raises(AssertionError, match="data.items would hide a method of dict"):
         load(tmp_path, defaults={"data": {"items": 3}})
+
+
+# -- settings from a checkpoint ------------------------------------------------
+
+
+def test_settings_loaded_before_are_changed_in_a_copy_and_completed(tmp_path):
+    saved = {"data": {"num_points": 7, "files": ["a"]}, "encoder_args": {"depth": 2}}        # an older version's
+    config = override_config(saved, DEFAULTS, ["optim.lr=2", "encoder_args.width=3"])
+    assert config == load(tmp_path, "data: {num_points: 7, files: [a]}\noptim: {lr: 2}\nencoder_args: {depth: 2, width: 3}")
+    config.data.files.append("b")
+    assert saved == {"data": {"num_points": 7, "files": ["a"]}, "encoder_args": {"depth": 2}}
+    assert override_config(config, DEFAULTS, []) == config
+
+
+@pytest.mark.parametrize("saved, overrides, expected", [
+    ({"optim": {"lrr": 1}}, [], "the settings in the checkpoint: unknown key optim.lrr; did you mean optim.lr?"),
+    ({}, ["seed=x"], "override 'seed=x': seed: expected an integer, got 'x'"),
+    ({}, [], "the settings in the checkpoint: required but not given: train; add them to the file or as KEY=VALUE"),
+])
+def test_errors_in_settings_from_a_checkpoint(saved, overrides, expected):
+    with pytest.raises(ValueError) as error:
+        override_config(saved, {**DEFAULTS, "train": Required(str)}, overrides)
+    assert str(error.value) == expected
 
 
 # -- Config --------------------------------------------------------------------

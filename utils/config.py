@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 from utils.checks import check_choice, check_range, did_you_mean, nearest, show
 from utils.config_file import read_mapping, read_yaml, to_plain, write_yaml
 
-__all__ = ["REQUIRED", "Config", "Required", "Setting", "check_choice", "check_range", "load_config", "save_config"]
+__all__ = ["REQUIRED", "Config", "Required", "Setting", "check_choice", "check_range", "load_config", "override_config",
+           "save_config"]
 
 TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "text", list: "a list",
               dict: "a mapping"}
@@ -89,15 +90,7 @@ def load_config(path: str | os.PathLike, defaults: Mapping, overrides: Sequence[
     type, a bad choice, a bad override, and for missing required keys, all in one message. The message names the file or
     override, the dotted key, the value, what is expected, and the nearest names.
     """
-    known = list(_dotted_names(defaults))
-    config = Config(_defaults(defaults))
-    _lay_over(config, read_mapping(path), defaults, str(path), "", known)
-    for text in overrides:
-        _lay_over(config, _parse_override(text), defaults, f"override {text!r}", "", known)
-    missing = [name for name in known if isinstance(_look_up(config, name), Required)]
-    if missing:
-        raise ValueError(f"{path}: required but not given: {', '.join(missing)}; add them to the file or as KEY=VALUE")
-    return config
+    return _resolve(read_mapping(path), str(path), defaults, overrides)
 
 
 def override_config(config: Mapping, defaults: Mapping, overrides: Sequence[str]) -> Config:
@@ -105,17 +98,25 @@ def override_config(config: Mapping, defaults: Mapping, overrides: Sequence[str]
 
     Keys that the defaults have and the settings lack, because an older version wrote them, get their defaults.
     """
-    known = list(_dotted_names(defaults))
-    result = Config(_defaults(defaults))
-    _lay_over(result, config, defaults, "the settings in the checkpoint", "", known)
-    for text in overrides:
-        _lay_over(result, _parse_override(text), defaults, f"override {text!r}", "", known)
-    return result
+    return _resolve(to_plain(config), "the settings in the checkpoint", defaults, overrides)
 
 
 def save_config(config: Mapping, path: str | os.PathLike) -> None:
     """Write settings as YAML that load_config reads back the same. An old file stays until the new one is complete."""
     write_yaml(config, path)
+
+
+def _resolve(given: Mapping, where: str, defaults: Mapping, overrides: Sequence[str]) -> Config:
+    """`defaults` under `given` (read from `where`) under `overrides`, complete."""
+    known = list(_dotted_names(defaults))
+    config = Config(_defaults(defaults))
+    _lay_over(config, given, defaults, where, "", known)
+    for text in overrides:
+        _lay_over(config, _parse_override(text), defaults, f"override {text!r}", "", known)
+    missing = [name for name in known if isinstance(_look_up(config, name), Required)]
+    if missing:
+        raise ValueError(f"{where}: required but not given: {', '.join(missing)}; add them to the file or as KEY=VALUE")
+    return config
 
 
 def _dotted_names(defaults: Mapping, prefix: str = "") -> Iterator[str]:
