@@ -74,8 +74,8 @@ figure header { border-bottom: 1px solid var(--line); } figcaption { padding: 7p
   .tiles, dl { grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); } .two { grid-template-columns: minmax(0, 1fr); }
   .tiles div { padding: 12px 16px; border-top: 1px solid var(--line); } .tiles div:nth-child(2n) { border-left: 0; }
   .tiles div:first-child { grid-column: 1 / -1; border-top: 0; } .tiles b { font-size: 22px; }
-  th, td { padding-right: 12px; } td.name { min-width: 7em; } td.f1 { width: 0; min-width: 0; padding: 0; }
-  td.f1 svg { display: none; } .keys span { white-space: normal; } }
+  th, td { padding-right: 10px; } td.name { min-width: 7em; } td.bar { min-width: 40px; }
+  td.f1 { width: 0; min-width: 0; padding: 0; } td.f1 svg { display: none; } .keys span { white-space: normal; } }
 @media print {
   :root { color-scheme: light; --page: #fff; --card: #f5f6f8; --ink: #000; --soft: #444; --line: #ccc;
     --one: #1b66b0; --two: #c2610a; --three: #12805f; --tint: #a9c8e8; --on: #fff; }
@@ -184,9 +184,10 @@ def _confusion(names: Sequence[str], matrix: np.ndarray) -> str:
     side = min(max(560 / C, 4), 46)
     short = [name if len(name) <= 18 else name[:17] + "…" for name in names]
     labelled = side >= 11
+    angle = 45 if side >= 18 else 90                       # of the column names
     left = 7.2 * max(map(len, short)) + 14 if labelled else 4
-    top = 0.72 * left + 6 if labelled else 4
-    width, height = left + C * side + (0.72 * left if labelled else 4), top + C * side + 4
+    top = left * math.sin(math.radians(angle)) + 6 if labelled else 4
+    width, height = left + C * side + (top if labelled and angle < 90 else 8), top + C * side + 4
     total = matrix.sum(1)
     share = matrix / np.maximum(total, 1e-30)[:, None]
     parts = [f'<rect x="{left}" y="{top}" width="{C * side}" height="{C * side}" fill="var(--card)"/>']
@@ -194,7 +195,7 @@ def _confusion(names: Sequence[str], matrix: np.ndarray) -> str:
         middle = top + (row + 0.5) * side
         parts.append(f'<text x="{left - 8}" y="{middle + 4:.1f}" text-anchor="end">{escape(short[row])}</text>')
         x = left + (row + 0.5) * side
-        parts.append(f'<text transform="translate({x + 3:.1f} {top - 7}) rotate(-45)">{escape(short[row])}</text>')
+        parts.append(f'<text transform="translate({x + 3:.1f} {top - 7}) rotate(-{angle})">{escape(short[row])}</text>')
     for row, column in np.argwhere(matrix > 0):
         x, y, value = left + column * side, top + row * side, share[row, column]
         hint = f"{names[row]} taken for {names[column]}" if row != column else f"{names[row]} found"
