@@ -98,6 +98,7 @@ def test_frozen_encoder_gives_the_same_twice_and_as_in_eval():
     first = model.embed(*inputs)
     assert torch.equal(first, model.embed(*inputs)) and not first.requires_grad
     assert torch.equal(first, model.eval().embed(*inputs))
+    assert not model.embed(inputs[0].requires_grad_(), *inputs[1:]).requires_grad        # no graph is kept
     trainable = classifier("all", dropout=0.5, drop_path=0.5)
     assert not torch.equal(trainable.embed(*inputs), trainable.embed(*inputs))
 

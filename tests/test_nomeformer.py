@@ -245,7 +245,7 @@ def test_memory_is_linear_in_the_faces():
     largest = []
     for slots in (64, 1024):
         sizes = []
-        handles = [m.register_forward_hook(lambda module, args, out: sizes.append(out.numel()))
+        handles = [m.register_forward_hook(lambda module, args, out, sizes=sizes: sizes.append(out.numel()))
                    for m in model.modules() if isinstance(m, nn.Linear | nn.LayerNorm | Attention)]
         model(*mesh(clusters=2, slots=slots))
         largest.append(max(sizes))
