@@ -71,9 +71,9 @@ def test_closed_form(warmup):
         for name, tensor in model.state_dict().items():
             live = tensor.clone()
             expected[name] = decay * expected[name] + (1 - decay) * live if live.is_floating_point() else live
+        for name, shadow in ema.shadow.items():
+            torch.testing.assert_close(shadow, expected[name])
     assert ema.updates == 12 and ema.shadow.keys() == HEAD
-    for name, shadow in ema.shadow.items():
-        torch.testing.assert_close(shadow, expected[name])
     assert ema.shadow["head.1.num_batches_tracked"] == 12                        # copied, not averaged
     assert not torch.equal(ema.shadow["head.4.weight"], model.head[4].weight)
 
@@ -187,7 +187,9 @@ def test_wrapped_model_has_the_same_names():
     compiled._orig_mod = model                               # what torch.compile returns, without its slow import
     ema = EMA(compiled)
     assert ema.shadow.keys() == HEAD
-    ema.update(model)
+    ema.update(compiled)
+    with ema.applied(model):                                 # either way
+        pass
 
 
 def test_errors():

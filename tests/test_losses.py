@@ -122,10 +122,11 @@ def test_half_precision_is_computed_in_float32(loss, dtype):
 
 @every_loss
 def test_narrow_labels(loss):
-    """In uint8, 156 == -100 is true: class 156 must not count as ignored."""
+    """In uint8, 156 == -100 is true: class 156 must not count as ignored. In int8, 1 >= 200 is true."""
     logits = torch.randn(3, 200) if loss not in (smoothed, weighted) else torch.randn(3, 4)
     label = torch.tensor([156, 1, 7]) % logits.shape[1]
     torch.testing.assert_close(loss(logits, label.to(torch.uint8)), loss(logits, label))
+    torch.testing.assert_close(loss(logits, label.fmod(100).to(torch.int8)), loss(logits, label.fmod(100)))
     assert loss is not ce or ce(logits, torch.full((3,), 156, dtype=torch.uint8)) > 0
 
 

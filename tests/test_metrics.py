@@ -69,7 +69,7 @@ def test_predictions_under_ignored_labels_do_not_matter(ignore_index):
     label = torch.where(label == IGNORE_INDEX, ignore_index, label)
     keep = label != ignore_index                             # with 0 or 3, a class of its own is ignored
     expected = confusion_matrix(label[keep], pred[keep], labels=range(7))
-    pred[~keep] = 99
+    pred[~keep & (torch.arange(len(pred)) % 2 == 0)] = 99    # half of them in range, half not
     np.testing.assert_array_equal(counted(pred, label, 7, ignore_index=ignore_index), expected)
 
 

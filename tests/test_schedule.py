@@ -100,6 +100,7 @@ def test_resume_in_the_middle(name, tmp_path):
     optimizer = make_optimizer(1e-3, 1e-4)
     optimizer.load_state_dict(state["optimizer"])
     scheduler = build_scheduler(optimizer, name, 20, warmup_steps=0 if name == "onecycle" else 4)
+    assert name != "onecycle" or [group["max_lr"] for group in optimizer.param_groups] == pytest.approx([1e-3, 1e-4])
     optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])
     assert rates_of(optimizer, scheduler, 9) == [pytest.approx(pair) for pair in whole[11:]]

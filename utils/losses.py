@@ -65,10 +65,6 @@ def _flat(logits: Tensor, label: Tensor, mask: Tensor | None, class_dim: int, ig
     return logits, label.long().masked_fill(~keep, IGNORE_INDEX), keep
 
 
-def _no_autocast(tensor: Tensor) -> torch.autocast:
-    return torch.autocast(tensor.device.type, enabled=False)
-
-
 def _divide(total: Tensor, weight: Tensor) -> Tensor:
     """total / weight; 0 with zero gradient where nothing counts (weight 0)."""
     return total / torch.where(weight > 0, weight, torch.ones_like(weight))
@@ -111,19 +107,18 @@ class MaskedCrossEntropyLoss(nn.Module):
         weights = self.class_weights
         if weights is not None and len(weights) != logits.shape[self.class_dim]:
             raise ValueError(f"{len(weights)} class weights for {logits.shape[self.class_dim]} classes; one per class")
-        with _no_autocast(logits):
-            logits, label, keep = _flat(logits, label, mask, self.class_dim, self.ignore_index)
-            weights = None if weights is None else weights.to(logits)
-            element_weight = self._element_weight(label, keep, weights)
-            # reduction="none" and a sum: "sum" itself has no deterministic CUDA kernel for images.
-            if self.gamma == 0:
-                element = F.cross_entropy(logits, label, weights, reduction="none",
-                                          label_smoothing=self.label_smoothing)
-            else:
-                nll = F.cross_entropy(logits, label, reduction="none")
-                # 1 - p by expm1 keeps its digits near p = 1; the floor keeps the gradient finite there for gamma < 1.
-                element = element_weight * (-torch.expm1(-nll)).clamp_min(1e-12) ** self.gamma * nll
-            return element.sum(), element_weight.sum().to(element.dtype)
+        logits, label, keep = _flat(logits, label, mask, self.class_dim, self.ignore_index)
+        weights = None if weights is None else weights.to(logits)
+        element_weight = self._element_weight(label, keep, weights)
+        # reduction="none" and a sum: "sum" itself has no deterministic CUDA kernel for images.
+        if self.gamma == 0:
+            element = F.cross_entropy(logits, label, weights, reduction="none",
+                                      label_smoothing=self.label_smoothing)
+        else:
+            nll = F.cross_entropy(logits, label, reduction="none")
+            # 1 - p by expm1 keeps its digits near p = 1; the floor keeps the gradient finite there for gamma < 1.
+            element = element_weight * (-torch.expm1(-nll)).clamp_min(1e-12) ** self.gamma * nll
+        return element.sum(), element_weight.sum().to(element.dtype)
 
     def label_weight(self, label: Tensor, mask: Tensor | None = None) -> Tensor:
         """The weight sum_and_weight will return for these labels (*) and mask (*): float32 scalar, no logits needed."""
@@ -158,15 +153,14 @@ def soft_dice_loss(logits: Tensor, label: Tensor, mask: Tensor | None = None, cl
     """
     if classes not in ("present", "all"):
         raise ValueError(f"classes must be 'present' or 'all', got {classes!r}")
-    with _no_autocast(logits):
-        logits, label, keep = _flat(logits, label, mask, class_dim, ignore_index)
-        prob = logits.softmax(1) * keep.unsqueeze(1)                             # (P, C) or (B, C, P)
-        ids = torch.arange(prob.shape[1], device=label.device).view(-1, *[1] * (label.ndim - 1))
-        truth = (label.unsqueeze(1) == ids).to(prob.dtype)                       # as prob; 0 everywhere where ignored
-        dims = [d for d in range(prob.ndim) if d != 1]
-        overlap, size, count = (prob * truth).sum(dims), (prob + truth).sum(dims), truth.sum(dims)       # (C,) each
-        loss = 1 - (2 * overlap + eps) / (size + eps)
-        return loss.mean() if classes == "all" else _divide(loss[count > 0].sum(), (count > 0).sum())
+    logits, label, keep = _flat(logits, label, mask, class_dim, ignore_index)
+    prob = logits.softmax(1) * keep.unsqueeze(1)                             # (P, C) or (B, C, P)
+    ids = torch.arange(prob.shape[1], device=label.device).view(-1, *[1] * (label.ndim - 1))
+    truth = (label.unsqueeze(1) == ids).to(prob.dtype)                       # as prob; 0 everywhere where ignored
+    dims = [d for d in range(prob.ndim) if d != 1]
+    overlap, size, count = (prob * truth).sum(dims), (prob + truth).sum(dims), truth.sum(dims)       # (C,) each
+    loss = 1 - (2 * overlap + eps) / (size + eps)
+    return loss.mean() if classes == "all" else _divide(loss[count > 0].sum(), (count > 0).sum())
 
 
 def lovasz_softmax_loss(logits: Tensor, label: Tensor, mask: Tensor | None = None, class_dim: int = -1,
@@ -175,16 +169,15 @@ def lovasz_softmax_loss(logits: Tensor, label: Tensor, mask: Tensor | None = Non
 
     Shapes as above -> scalar in [0, 1]. The whole batch is one set, not each image, as in Sonata's recipe.
     """
-    with _no_autocast(logits):
-        logits, label, keep = _flat(logits, label, mask, class_dim, ignore_index)
-        prob, label = logits.softmax(1).movedim(1, -1)[keep], label[keep]        # (P, C), (P,): counting elements only
-        present = label.unique().tolist()
-        total = prob.sum() * 0                                                   # keeps a graph if no class is present
-        for c in present:
-            truth = label == c                                                   # (P,)
-            error = torch.where(truth, 1 - prob[:, c], prob[:, c])               # (P,)
-            total = total + (error * _lovasz_slope(error.detach(), truth)).sum()
-        return total / max(len(present), 1)
+    logits, label, keep = _flat(logits, label, mask, class_dim, ignore_index)
+    prob, label = logits.softmax(1).movedim(1, -1)[keep], label[keep]        # (P, C), (P,): counting elements only
+    present = label.unique().tolist()
+    total = prob.sum() * 0                                                   # keeps a graph if no class is present
+    for c in present:
+        truth = label == c                                                   # (P,)
+        error = torch.where(truth, 1 - prob[:, c], prob[:, c])               # (P,)
+        total = total + (error * _lovasz_slope(error.detach(), truth)).sum()
+    return total / max(len(present), 1)
 
 
 def _lovasz_slope(error: Tensor, truth: Tensor) -> Tensor:
