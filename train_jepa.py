@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-import json
 import math
 import shlex
+import sys
 import time
 from pathlib import Path
 
@@ -37,8 +37,8 @@ from models.jepa_monitors import check_monitors, measure
 from models.nomeformer import Nomeformer
 from utils.checkpoint import CheckpointKeeper, RunFolder, find_resume, load_checkpoint
 from utils.cli import ArgumentParser, StopRequested, StopSignal, run
-from utils.config import Config, Required, Setting, load_config, save_config
-from utils.device import amp_settings, autocast, describe, environment, pick_device
+from utils.config import Config, Required, Setting, load_config
+from utils.device import amp_settings, autocast, describe, pick_device
 from utils.distributed import (
     EpochBatchSampler,
     all_agree_max,
@@ -54,6 +54,7 @@ from utils.params import split_decay
 from utils.probe import METHODS, majority, probe, probe_table
 from utils.schedule import SCHEDULES, build_scheduler
 from utils.seed import derived_seed, rng_state, seed_everything, seed_worker, set_rng_state
+from utils.training import check_same_run, write_run_files
 from utils.weights import load_weights
 
 SCRIPT = Path(__file__).name
@@ -67,7 +68,7 @@ DEFAULTS = {
         "val_label_dir": Setting(None, (str,)),
         "checkpoint_dir": Setting(None, (str,)),            # default OUTPUT_DIR/model
         "log_dir": Setting(None, (str,)),                   # default OUTPUT_DIR/log
-        "cache_dir": Setting(".cache/meshes", (str,)),      # prepared meshes; null switches the cache off
+        "cache_dir": Setting(".cache/meshes", (str, type(None))),      # prepared meshes; null: no cache
     },
     "data": {
         "val_split": [],                                    # as in train_downstream.py; [] and no probe: none
@@ -118,7 +119,9 @@ DEFAULTS = {
         "mode": Setting("none", (str,), ("none", "z", "so3")),
         "rotation_range": [-180.0, 180.0],
         "scale_range": [1.0, 1.0],
+        "deformation": 0.0,
         "noise_std": 0.0,
+        "hks_noise": 0.0,
         "flip_probability": 0.0,
         "recluster": True,
     },
@@ -127,18 +130,18 @@ DEFAULTS = {
         "meshes": 16,
         "stop": True,                                       # stop the run beyond a bound, or only say so
         "warmup_epochs": 20.0,                              # bounds hold after these, or a fifth of a short run
-        "min_target_std": Setting(0.1, (float,)),           # null: not checked
-        "min_target_std_ratio": Setting(0.2, (float,)),
-        "min_prediction_std": Setting(0.01, (float,)),
-        "min_prediction_ratio": Setting(0.2, (float,)),
-        "max_share_mesh": Setting(0.5, (float,)),
-        "min_share_face": Setting(0.03, (float,)),
-        "max_position_r2": Setting(0.7, (float,)),
-        "min_content": Setting(0.05, (float,)),
-        "min_effective_rank": Setting(4.0, (float,)),
-        "min_teacher_moved": Setting(0.01, (float,)),
-        "min_teacher_follow": Setting(0.2, (float,)),
-        "max_teacher_student": Setting(1.0, (float,)),
+        "min_target_std": Setting(0.1, (float, type(None))),    # null: not checked
+        "min_target_std_ratio": Setting(0.2, (float, type(None))),
+        "min_prediction_std": Setting(0.01, (float, type(None))),
+        "min_prediction_ratio": Setting(0.2, (float, type(None))),
+        "max_share_mesh": Setting(0.5, (float, type(None))),
+        "min_share_face": Setting(0.03, (float, type(None))),
+        "max_position_r2": Setting(0.7, (float, type(None))),
+        "min_content": Setting(0.05, (float, type(None))),
+        "min_effective_rank": Setting(4.0, (float, type(None))),
+        "min_teacher_moved": Setting(0.01, (float, type(None))),
+        "min_teacher_follow": Setting(0.2, (float, type(None))),
+        "max_teacher_student": Setting(1.0, (float, type(None))),
     },
     "probe": {
         "interval": 0,                                      # epochs; 0 = no probe, no labels
@@ -273,16 +276,16 @@ def compute_loss(out, config: Config, batch: dict) -> dict:
 
 # -- one epoch ---------------------------------------------------------------------------------------------------------
 
-def train_one_epoch(network, model, loader, optimizer, scheduler, scaler, totals, state, config, args, device,
-                    amp_dtype, log, stop):
+def train_one_epoch(network, model, loader, optimizer, scheduler, scaler, totals, state, total_steps, config, args,
+                    device, amp_dtype, log, stop):
     """Steps of one epoch from state["batch"] on. totals sums the losses of the epoch; returns False if stopped."""
     network.train()
-    steps, momentum = state["total_steps"], start_momentum(config.ema.momentum, state["total_steps"])
+    momentum = start_momentum(config.ema.momentum, total_steps)
     for batch in loader:
         batch = to_device(batch, device)
         for group in optimizer.param_groups:
             if group["name"] == "decay":
-                group["weight_decay"] = weight_decay_at(state["step"], steps, *config.training.weight_decay)
+                group["weight_decay"] = weight_decay_at(state["step"], total_steps, *config.training.weight_decay)
         with autocast(device, amp_dtype):
             out = forward(network, batch)
         parts = compute_loss(out, config, batch)
@@ -294,7 +297,7 @@ def train_one_epoch(network, model, loader, optimizer, scheduler, scaler, totals
         scaler.update()
         scheduler.step()
         optimizer.zero_grad(set_to_none=True)
-        model.update_target(momentum_at(state["step"], steps, momentum))         # after the optimiser's step
+        model.update_target(momentum_at(state["step"], total_steps, momentum))   # after the optimiser's step
         for name, value in parts.items():
             totals[name] = totals.get(name, 0.0) + value.detach().double()
         totals["steps"] += 1
@@ -400,21 +403,6 @@ def mean_totals(totals: dict) -> dict:
     return {name: value if name == "steps" else all_reduce_sum(value) / world_size() for name, value in totals.items()}
 
 
-def check_same_run(checkpoint, config, args, total_steps) -> None:
-    """A resumed run must be the same run. Raises ValueError."""
-    if checkpoint["total_steps"] != total_steps:
-        raise ValueError(f"the checkpoint is of a run of {checkpoint['total_steps']} steps, this one would have "
-                         f"{total_steps}: resume with the same data, epochs, batch size and number of processes, or "
-                         f"start afresh in another --output-dir")
-    if checkpoint["seed"] != args.seed:
-        raise ValueError(f"--seed {args.seed}, but {checkpoint['seed']} in the checkpoint; resume with the same seed")
-    for section in ("model", "masking", "loss", "ema", "optimizer", "scheduler", "augmentation"):
-        for key, value in config[section].items():
-            if checkpoint["config"][section].get(key) != value:
-                raise ValueError(f"{section}.{key} is {value!r}, but {checkpoint['config'][section].get(key)!r} in the "
-                                 f"checkpoint; resume with the same config, or start afresh in another --output-dir")
-
-
 def main(argv=None) -> dict:
     args = parse_args(argv)
     config = load_config(args.config, DEFAULTS, args.overrides)
@@ -464,19 +452,22 @@ def main(argv=None) -> dict:
         network = nn.parallel.DistributedDataParallel(network, [local_rank] if device.type == "cuda" else None)
 
     # optimiser, schedule
+    if checkpoint is not None:
+        check_same_run(checkpoint, config, total_steps, ("model", "masking", "loss", "ema", "optimizer", "scheduler",
+                                                         "augmentation"))
+        if checkpoint["seed"] != args.seed:
+            raise ValueError(f"--seed {args.seed}, but {checkpoint['seed']} in the checkpoint; resume with that")
     optimizer = torch.optim.AdamW(split_decay(model.named_parameters(), config.training.weight_decay[0]),
                                   config.optimizer.learning_rate)
     warmup = min(round(config.scheduler.warmup_epochs * total_steps / config.training.epochs), total_steps - 1)
     scheduler = build_scheduler(optimizer, config.scheduler.name, total_steps,
                                 0 if config.scheduler.name == "onecycle" else warmup, config.scheduler.min_lr)
     keeper = CheckpointKeeper(folder.model, 0, config.checkpointing.save_interval)
-    # finished epochs, batches done in the epoch begun, optimiser steps
-    state = {"epoch": 0, "batch": 0, "step": 0, "total_steps": total_steps}
+    state = {"epoch": 0, "batch": 0, "step": 0}             # epochs finished, batches of the next one, optimiser steps
     totals, loss = {"steps": 0}, None
 
     # resume
     if checkpoint is not None:
-        check_same_run(checkpoint, config, args, total_steps)
         optimizer.load_state_dict(checkpoint["optimizer"])
         scheduler.load_state_dict(checkpoint["scheduler"])
         scaler.load_state_dict(checkpoint["scaler"])
@@ -484,6 +475,8 @@ def main(argv=None) -> dict:
         state = {key: checkpoint[key] for key in state}
         totals, loss = {**checkpoint["totals"]}, checkpoint["loss"]
         set_rng_state(checkpoint["rng"])
+    if rank > 0:                                            # rank 0 goes on exactly; the others draw their own
+        torch.manual_seed(derived_seed(args.seed, rank, state["step"]))
 
     def saved_state() -> dict:
         # `model` is everything; encoder, target_encoder and predictor are the same tensors again, by the names that
@@ -493,13 +486,11 @@ def main(argv=None) -> dict:
                 "model": model.state_dict(), **parts, **describe_input(model, config), "version": LAYOUT_VERSION,
                 "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
                 "scaler": scaler.state_dict(), "rng": rng_state(), "totals": {**totals}, "loss": loss,
-                "seed": args.seed, "baselines": prober.baselines if prober else {}, **state}
+                "total_steps": total_steps, "seed": args.seed, "baselines": prober.baselines if prober else {},
+                **state}
 
     if is_main():
-        folder.create()
-        save_config(config, folder.config / "config.yaml")
-        (folder.config / "environment.json").write_text(json.dumps(
-            {**environment(), "device": describe(device), "seed": args.seed, "processes": world}, indent=2) + "\n")
+        write_run_files(folder, config, device, args.seed)
     log = RunLog(folder.log, rank, config.logging.tensorboard, total_steps=total_steps,
                  resume_step=state["step"] if checkpoint is not None else None,
                  wandb={"project": "segheads", "config": config.to_dict()} if args.wandb else None)
@@ -518,21 +509,20 @@ def main(argv=None) -> dict:
 
     loader = DataLoader(train_set, batch_sampler=sampler, collate_fn=masked_collate_fn, num_workers=args.num_workers,
                         worker_init_fn=seed_worker, pin_memory=device.type == "cuda", generator=torch.Generator())
+    go_on = f"go on with: {shlex.join(['python', *sys.argv, '--resume', 'auto'])}"
     values, scores = {}, {}
-    go_on = shlex.join(["python", SCRIPT, args.config, *args.overrides, "--output-dir", args.output_dir, "--resume",
-                        "auto"])
     with StopSignal() as stop, log:
         while state["epoch"] < config.training.epochs:
             started = time.monotonic()
             train_set.set_epoch(state["epoch"])
             sampler.set_epoch(state["epoch"], state["batch"])
-            if not train_one_epoch(network, model, loader, optimizer, scheduler, scaler, totals, state, config, args,
-                                   device, amp_dtype, log, stop):
+            if not train_one_epoch(network, model, loader, optimizer, scheduler, scaler, totals, state, total_steps,
+                                   config, args, device, amp_dtype, log, stop):
                 totals = mean_totals(totals)
                 if is_main():
                     keeper.save_last(saved_state())
-                raise StopRequested(all_agree_max(stop.requested or 0), f"stopped at step {state['step']} of "
-                                    f"{total_steps}, saved; go on with: {go_on}")
+                raise StopRequested(all_agree_max(stop.requested or 0),
+                                    f"stopped at step {state['step']} of {total_steps}, saved; {go_on}")
             state["epoch"], state["batch"] = state["epoch"] + 1, 0
             steps, totals = totals["steps"], mean_totals(totals)
             train = {name: float(value) / steps for name, value in totals.items() if name != "steps"}
@@ -564,11 +554,11 @@ def main(argv=None) -> dict:
                 log.info(line)
             if all_agree_max(bool(beyond)) and config.monitor.stop:
                 raise FloatingPointError(f"{beyond[0] if beyond else 'another process stopped'} (epoch "
-                                         f"{state['epoch']}). docs/jepa.md says what helps; to go on regardless: "
-                                         f"{go_on} monitor.stop=false")
+                                         f"{state['epoch']}). docs/jepa.md says what helps; monitor.stop=false with "
+                                         f"--resume auto goes on regardless")
             if all_agree_max(stop.requested or 0) and not last:
-                raise StopRequested(all_agree_max(stop.requested or 0), f"stopped after epoch {state['epoch']}, saved; "
-                                    f"go on with: {go_on}")
+                raise StopRequested(all_agree_max(stop.requested or 0),
+                                    f"stopped after epoch {state['epoch']}, saved; {go_on}")
         log.info(f"checkpoints in {folder.model}; next: python train_downstream.py CONFIG --pretrained_path "
                  f"{folder.model / 'model_last.pth'}")
     cleanup()

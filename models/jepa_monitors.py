@@ -17,6 +17,10 @@ from models.nomeformer import Nomeformer, PositionCode
 
 FACES_PER_INPUT = 10        # fewer faces for each input of the linear map, and its R^2 would be overfitting
 
+# A random encoder can be beyond these bounds already (on a sphere, normals are positions); then its own value, with a
+# tenth to spare, is the bound.
+RELATIVE = ("share_mesh", "share_face", "position_r2")
+
 # name: (config key of its bound, which side is wrong, what it means)
 MONITORS = {
     "target_std": ("min_target_std", "below", "the teacher embeds all faces (almost) alike: constant collapse"),
@@ -137,17 +141,22 @@ def parameter_distance(first: nn.Module, second: nn.Module) -> float:
     return math.sqrt(difference / max(sum(float(a.square().sum()) for a, _ in pairs), 1e-30))
 
 
-def check_monitors(values: Mapping[str, float], bounds: Mapping[str, float | None]) -> list[str]:
+def check_monitors(values: Mapping[str, float], bounds: Mapping[str, float | None],
+                   untrained: Mapping[str, float]) -> list[str]:
     """One line for every value beyond its bound (`bounds`: the config's section `monitor`; None: not checked).
 
-    It names the value, the bound and what it means. NaN is beyond every bound, except for position_r2, which cannot be
-    measured on few faces.
+    It names the value, the bound and what it means. untrained: the values before training, see RELATIVE. NaN is beyond
+    every bound, except for position_r2, which cannot be measured on few faces.
     """
     lines = []
     for name, (key, side, meaning) in MONITORS.items():
         value, bound = values.get(name), bounds.get(key)
         if value is None or bound is None or (name == "position_r2" and math.isnan(value)):
             continue
-        if not (value >= bound if side == "below" else value <= bound):
-            lines.append(f"monitor {name} = {value:.3g} is {side} its bound monitor.{key} = {bound:g}: {meaning}")
+        limit, shown = bound, f"{bound:g}"
+        if name in RELATIVE and name in untrained:
+            limit = min(bound, 0.9 * untrained[name]) if side == "below" else max(bound, 1.1 * untrained[name])
+            shown += "" if limit == bound else f" (here {limit:.3g}, as it was {untrained[name]:.3g} before training)"
+        if not (value >= limit if side == "below" else value <= limit):
+            lines.append(f"monitor {name} = {value:.3g} is {side} its bound monitor.{key} = {shown}: {meaning}")
     return lines

@@ -305,7 +305,7 @@ def grid(B=3, N=6, slots=30, E=8, seed=0):
 
 
 def fired(values):
-    return {line.split()[1] for line in check_monitors(values, BOUNDS)}
+    return {line.split()[1] for line in check_monitors(values, BOUNDS, {})}
 
 
 def test_healthy_outputs_pass_and_the_shares_agree_with_loops():
@@ -353,12 +353,20 @@ def test_few_faces_leave_position_unmeasured_and_nan_elsewhere_fires():
 
 def test_messages_name_monitor_value_bound_and_meaning():
     values = {name: (-1.0 if side == "below" else 9.0) for name, (_, side, _) in MONITORS.items()}
-    lines = check_monitors(values, BOUNDS)
+    lines = check_monitors(values, BOUNDS, {})
     assert len(lines) == len(MONITORS)
     assert lines[0] == ("monitor target_std = -1 is below its bound monitor.min_target_std = 0.1: the teacher embeds "
                         "all faces (almost) alike: constant collapse")
     assert not any("\n" in line for line in lines)
-    assert not check_monitors(values, dict.fromkeys(BOUNDS))             # null switches a monitor off
+    assert not check_monitors(values, dict.fromkeys(BOUNDS), {})             # null switches a monitor off
+
+
+def test_a_bound_that_the_untrained_encoder_breaks_moves_with_it():
+    untrained = {"position_r2": 0.8, "share_face": 0.02, "content": 0.01}
+    assert not check_monitors({"position_r2": 0.87, "share_face": 0.019}, BOUNDS, untrained)
+    lines = check_monitors({"position_r2": 0.9, "share_face": 0.017, "content": 0.01}, BOUNDS, untrained)
+    assert [line.split()[1] for line in lines] == ["share_face", "position_r2", "content"]
+    assert "(here 0.88, as it was 0.8 before training)" in lines[1]
 
 
 def test_parameter_distance():
