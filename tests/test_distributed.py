@@ -49,15 +49,16 @@ def worker(folder):
     rank, local_rank, world = distributed.init_distributed("cpu")
     again = distributed.init_distributed("cpu")    # joining twice is no error
     steps, tensor = [], torch.tensor([rank, 1])
+    half = torch.arange(6, dtype=torch.float16).reshape(2, 3).T + rank
     result = {
         "started": [rank, local_rank, world, *again, distributed.rank(), distributed.world_size()],
         "main": distributed.is_main(),
         "int": all_reduce_sum(2**53 + rank), "float": all_reduce_sum(0.1 * (rank + 1)), "bool": all_reduce_sum(True),
         "tensor": all_reduce_sum(tensor), "unchanged": tensor,
-        "half": all_reduce_sum(torch.full((2, 3), 1.5, dtype=torch.float16).T),
+        "half": all_reduce_sum(half.contiguous() if rank else half),      # another layout on each rank
         "double": all_reduce_sum(torch.tensor(1e-17 + rank, dtype=torch.float64)),
         "gradient": all_reduce_sum(torch.ones(2, requires_grad=True)).requires_grad,
-        "flag": distributed.all_agree_max(15 * rank),
+        "flag": distributed.all_agree_max(2 + 13 * rank),
         "gathered": distributed.all_gather({"rank": rank}),
         "shard": list(shard_indices(7, rank, world)),
         "weights": train(2, 2, steps), "steps": steps,
@@ -79,7 +80,7 @@ def two(tmp_path_factory):
     environment = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*torchrun, __file__, folder], env=environment, capture_output=True, text=True, timeout=180)
+    done = subprocess.run([*torchrun, __file__, folder], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(folder / f"{rank}.pth", weights_only=True) for rank in range(2)]
 
@@ -96,7 +97,7 @@ def test_sums_over_processes(two):
         assert result["bool"] == 2
         assert result["tensor"].tolist() == [1, 2] and result["tensor"].dtype == torch.int64
         assert result["unchanged"].tolist() == [rank, 1]
-        assert result["half"].dtype == torch.float16 and result["half"].tolist() == [[3.0] * 2] * 3
+        assert result["half"].dtype == torch.float16 and result["half"].tolist() == [[1, 7], [3, 9], [5, 11]]
         assert result["double"].dtype == torch.float64 and result["double"].shape == ()
         assert not result["gradient"]
 
