@@ -12,6 +12,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
+import math
 import os
 import tempfile
 import zipfile
@@ -36,6 +37,7 @@ from data.mesh_features import (
     weld,
 )
 from data.mesh_io import find_label_file, read_labels, read_mesh
+from utils.checks import check_range
 from utils.log import progress
 from utils.losses import IGNORE_INDEX
 from utils.seed import derived_seed
@@ -79,7 +81,10 @@ class MeshSpec:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random changes of the vertices, before any feature is computed. The defaults leave the mesh as it is."""
+    """Random changes of the vertices, before any feature is computed. The defaults leave the mesh as it is.
+
+    Raises ValueError for amounts that are negative, shares above 1 and ranges that are not (lowest, highest).
+    """
 
     mode: str = "none"                                      # rotation: none | z (about the up axis) | so3 (any)
     rotation_range: tuple[float, float] = (-180.0, 180.0)   # degrees, mode z
@@ -90,6 +95,16 @@ class Augmentation:
     flip_probability: float = 0.0                           # mirror, with the winding turned round
     recluster: bool = False                                 # other cluster borders every time
     cluster_dropout: float = 0.0                            # hide up to this share of the clusters (labels too)
+
+    def __post_init__(self) -> None:
+        for name in ("rotation_range", "scale_range"):
+            ends = getattr(self, name)
+            if len(ends) != 2 or ends[0] > ends[1] or (name == "scale_range" and ends[0] <= 0):
+                raise ValueError(f"augmentation.{name}={list(ends)}: expected [lowest, highest]"
+                                 f"{', both above 0' * (name == 'scale_range')}")
+        for name in ("deformation", "noise_std", "hks_noise", "flip_probability", "cluster_dropout"):
+            most = 1 if name in ("flip_probability", "cluster_dropout") else math.inf
+            check_range(f"augmentation.{name}", getattr(self, name), 0, most)
 
     @property
     def active(self) -> bool:
@@ -120,7 +135,7 @@ def prepare_mesh(path: str | Path, spec: MeshSpec, cache_dir: str | Path | None 
         key.update(json.dumps([CACHE_VERSION, Path(path).suffix.lower(), spec.unit, _wants_neighbors(spec),
                                HKS_EIGENPAIRS if "hks" in spec.features else 0]).encode())
         entry = Path(cache_dir) / f"{key.hexdigest()[:32]}.npz"
-        prepared = _read_cache(entry)
+        prepared = _read_cache(entry, spec)
         if prepared is not None:
             return prepared
     prepared = _prepare(read_mesh(path), spec, path)
@@ -144,20 +159,26 @@ def _prepare(mesh, spec, path):
                         face_geometry(vertices, faces)[2].astype(np.float32), hks)
 
 
-def _read_cache(entry):
+def _read_cache(entry, spec):
+    names = {"vertices", "faces", "area", *(["neighbors"] if _wants_neighbors(spec) else []),
+             *(["hks"] if "hks" in spec.features else [])}
     try:
         with np.load(entry, allow_pickle=False) as stored:
-            return PreparedMesh(**{name: stored[name] if name in stored else None for name in PreparedMesh._fields})
-    except (FileNotFoundError, zipfile.BadZipFile, ValueError, KeyError, EOFError, OSError):
+            return PreparedMesh(**{name: stored[name] if name in names else None for name in PreparedMesh._fields})
+    except (OSError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile):
         return None                                         # absent or damaged: prepared again, and written over
 
 
 def _write_cache(entry, prepared):
     entry.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=entry.parent, suffix=".tmp")
-    with os.fdopen(handle, "wb") as file:
-        np.savez(file, **{name: value for name, value in prepared._asdict().items() if value is not None})
-    os.replace(temporary, entry)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez(file, **{name: value for name, value in prepared._asdict().items() if value is not None})
+        os.replace(temporary, entry)
+    except BaseException:                                   # Ctrl-C too: leave nothing half written
+        os.unlink(temporary)
+        raise
 
 
 def split_meshes(files: Sequence[Path], val_split: Sequence[str] | Sequence[float]) -> tuple[list[Path], list[Path]]:
@@ -378,24 +399,27 @@ class CachedFeatures(Dataset):
         return stored if stored is not None and len(stored) == self._bounds[-1] else None
 
     def _compute(self, embed, path):
+        if path is None:
+            return self._fill(embed, lambda shape: np.empty(shape, np.float32))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            self._fill(embed, lambda shape: np.lib.format.open_memmap(temporary, "w+", np.float32, shape)).flush()
+            os.replace(temporary, path)
+        except BaseException:                               # Ctrl-C too: leave nothing half written
+            temporary.unlink(missing_ok=True)
+            raise
+        return np.load(path, mmap_mode="r")
+
+    def _fill(self, embed, allocate):
         out = None
         for item in progress(range(len(self)), "embedding"):
             batch = custom_collate_fn([self.dataset[item]])
             embedding = embed(batch)[0].flatten(0, 1).float().cpu().numpy()      # (N F, E)
             if out is None:
-                shape = (int(self._bounds[-1]), embedding.shape[1])
-                if path is None:
-                    out = np.empty(shape, np.float32)
-                else:
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-                    out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
+                out = allocate((int(self._bounds[-1]), embedding.shape[1]))
             out[self._bounds[item]:self._bounds[item + 1]] = embedding
-        if path is None:
-            return out
-        out.flush()
-        os.replace(temporary, path)
-        return np.load(path, mmap_mode="r")
+        return out
 
     def __getattr__(self, name: str):
         if name == "dataset":                                                    # not there while a worker unpickles
