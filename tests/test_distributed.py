@@ -129,7 +129,8 @@ def test_one_process_is_the_identity(monkeypatch):
     assert distributed.init_distributed("cpu") == (0, 0, 1)
     assert distributed.is_main() and distributed.rank() == 0 and distributed.world_size() == 1
     assert all_reduce_sum(3) == 3 and type(all_reduce_sum(3)) is int and all_reduce_sum(0.25) == 0.25
-    assert all_reduce_sum(torch.ones(2)).tolist() == [1, 1]
+    ones = torch.ones(2)
+    assert all_reduce_sum(ones).add_(1).tolist() == [2, 2] and ones.tolist() == [1, 1]
     assert distributed.all_agree_max(2) == 2 and distributed.all_gather("x") == ["x"]
     distributed.barrier()
     distributed.cleanup()

@@ -81,7 +81,8 @@ def all_reduce_sum(value: Tensor | float) -> Tensor | float:
     Tensors keep dtype and device (shapes must agree); a float is summed in float64, an int in int64. No gradient.
     """
     if isinstance(value, Tensor):
-        return _reduced(value.detach().clone(), dist.ReduceOp.SUM) if _active() else value.detach()
+        own = value.detach().clone()
+        return _reduced(own, dist.ReduceOp.SUM) if _active() else own
     if not _active():
         return value
     dtype = torch.int64 if isinstance(value, int) else torch.float64
@@ -94,8 +95,7 @@ def all_agree_max(flag: int) -> int:
 
 
 def all_gather(value: Any) -> list:
-    """`value` of every process, by rank, in all of them; any picklable value, such as a random state for the
-    checkpoint."""
+    """The picklable `value` (such as a random state for the checkpoint) of every process, by rank, in all of them."""
     if not _active():
         return [value]
     values = [None] * world_size()
