@@ -1,6 +1,6 @@
 """What one evaluated element costs in the confusion matrix: ours, torchmetrics, and scikit-learn given every pixel.
 
-    python benchmarks/bench_metrics.py                       # the table below, in half a minute on a CPU
+    python benchmarks/bench_metrics.py                       # half a minute on an idle CPU
     python benchmarks/bench_metrics.py --device cuda --repeats 20
 
 Every method counts the same predictions and labels (int64, as argmax makes them; 10 % ignored) and must arrive at the

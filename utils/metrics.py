@@ -13,7 +13,7 @@ from torch import Tensor
 from utils.distributed import all_agree_max, all_reduce_sum
 from utils.losses import IGNORE_INDEX
 
-CHUNK = 1 << 16              # elements counted at once on a CPU: temporary tensors stay in its cache (3 times faster)
+CHUNK = 1 << 16    # elements counted at once on a CPU: temporary tensors stay in its cache (up to twice as fast)
 
 
 class ConfusionMatrix:
