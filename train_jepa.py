@@ -16,7 +16,6 @@ Differs from train_downstream.py: masks, teacher and predictor for labels and he
 from __future__ import annotations
 
 import copy
-import fnmatch
 import math
 import shlex
 import sys
@@ -28,16 +27,16 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from data.mesh import Augmentation, MeshDataset, MeshSpec, custom_collate_fn, feature_statistics
+from data.mesh import Augmentation, MeshDataset, MeshSpec, custom_collate_fn, feature_statistics, split_meshes
 from data.mesh_features import FEATURES
-from data.mesh_io import list_meshes
+from data.mesh_io import list_meshes, read_mesh
 from data.mesh_masks import MaskedMeshes, MaskSpec, masked_collate_fn
 from models.jepa import Jepa, momentum_at, prediction_loss, start_momentum, variance_covariance, weight_decay_at
 from models.jepa_monitors import check_monitors, measure
 from models.nomeformer import Nomeformer
-from utils.checkpoint import CheckpointKeeper, RunFolder, find_resume, load_checkpoint
+from utils.checkpoint import CheckpointKeeper, RunFolder, check_writable, find_resume, load_checkpoint
 from utils.cli import ArgumentParser, StopRequested, StopSignal, run
-from utils.config import Config, Required, Setting, load_config
+from utils.config import Config, Required, Setting, check_range, load_config
 from utils.device import amp_settings, autocast, describe, pick_device
 from utils.distributed import (
     EpochBatchSampler,
@@ -53,12 +52,18 @@ from utils.log import RunLog
 from utils.params import split_decay
 from utils.probe import METHODS, majority, probe, probe_table
 from utils.schedule import SCHEDULES, build_scheduler
-from utils.seed import derived_seed, rng_state, seed_everything, seed_worker, set_rng_state
-from utils.training import check_same_run, write_run_files
+from utils.seed import derived_seed, seed_everything, seed_worker
+from utils.training import check_same_run, restore_rng, rng_entries, write_run_files
 from utils.weights import load_weights
 
 SCRIPT = Path(__file__).name
 LAYOUT_VERSION = 1                                          # of what a checkpoint holds beside the common entries
+AT_LEAST = {1: ("model.embedding_dim", "model.num_heads", "model.num_attention_blocks",
+                "model.num_attention_blocks_predictor", "training.epochs", "training.batch_size", "monitor.meshes",
+                "probe.max_faces", "logging.log_interval"),
+            0: ("loss.alpha", "loss.beta", "loss.gamma", "training.gradient_clip_val", "scheduler.warmup_epochs",
+                "monitor.interval", "monitor.warmup_epochs", "probe.interval", "checkpointing.save_interval")}
+FREE_ON_RESUME = ("training.batch_size", "training.resume")            # steps are compared as well
 
 DEFAULTS = {
     "paths": {
@@ -91,7 +96,8 @@ DEFAULTS = {
         "faces_per_cluster": 32,
         "n_clusters": Setting(None, (int,)),
         "clustering": Setting("bisection", (str,), ("bisection", "fps")),
-        "unit": Setting(None, (float,)),                    # metres per length unit (10 for houses); None: by size
+        "unit": Setting(None, (float,)),                    # metres per length unit (10 for houses)
+        "gradient_checkpointing": False,                    # less memory, a third more time
     },
     "masking": {
         "num_mask_blocks": 4,                               # target blocks of a mesh
@@ -181,6 +187,12 @@ def parse_args(argv=None):
 
 def check_config(config: Config) -> None:
     """Errors that need more than one key to see. Raises ValueError."""
+    for lowest, keys in AT_LEAST.items():
+        for section, key in (name.split(".") for name in keys):
+            check_range(f"{section}.{key}", config[section][key], lowest)
+    if config.model.n_classes is not None:
+        check_range("model.n_classes", config.model.n_classes, 2)
+    augmentation(config)
     spec = mesh_spec(config)
     if config.model.feature_dim not in (None, spec.feature_dim):
         raise ValueError(f"model.feature_dim={config.model.feature_dim}, but model.features {list(spec.features)} are "
@@ -200,6 +212,11 @@ def mesh_spec(config: Config) -> MeshSpec:
                     config.training.clusters_per_batch, model.unit)
 
 
+def augmentation(config: Config) -> Augmentation:
+    return Augmentation(**{key: tuple(value) if isinstance(value, list) else value
+                           for key, value in config.augmentation.items()})
+
+
 def mask_spec(config: Config) -> MaskSpec:
     masking = config.masking
     for key in ("target_scale", "context_scale"):
@@ -216,36 +233,30 @@ def split_files(config: Config) -> tuple[list[Path], list[Path]]:
     split = config.data.val_split
     if not split and not config.probe.interval:
         return files, []
-    if len(split) == 1 and isinstance(split[0], float):
-        every = max(2, round(1 / split[0]))
-        val = files[every - 1::every]
-    else:
-        val = [file for file in files if any(fnmatch.fnmatch(file.stem, str(pattern)) for pattern in split)]
-    train = [file for file in files if file not in val]
-    if not val or not train:
-        raise ValueError(f"data.val_split={split} leaves {len(train)} training and {len(val)} validation meshes of "
-                         f"{len(files)} in {paths.mesh_dir}; set it to name patterns or a share such as [0.15], or set "
-                         f"paths.val_mesh_dir, or probe.interval=0")
-    return train, val
+    return split_meshes(files, split)
 
 
 def build_dataset(config: Config, files: list[Path], label_dir: str | None, views: int, seed: int = 0) -> MeshDataset:
     """views 0: training, augmented; views 1: every mesh as it is. label_dir None: labels are not read."""
-    augmentation = Augmentation(**{key: tuple(value) if isinstance(value, list) else value
-                                   for key, value in config.augmentation.items()})
-    return MeshDataset(files, label_dir, mesh_spec(config), config.model.n_classes, augmentation, views,
+    return MeshDataset(files, label_dir, mesh_spec(config), config.model.n_classes, augmentation(config), views,
                        config.data.label_offset, config.data.ignore_labels, config.data.label_kind,
                        config.paths.cache_dir, seed)
 
 
-def random_encoder(config: Config, seed: int) -> Nomeformer:
-    """The encoder as it starts, the same for the same seed: what the student begins with, and the probe's baseline."""
+def random_encoder(config: Config, seed: int, trained: Nomeformer | None = None) -> Nomeformer:
+    """The encoder as it starts, the same for the same seed: what the student begins with, and the probe's baseline.
+
+    trained: take the mean and deviation of the features from this one."""
     model = config.model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(seed))
-        return Nomeformer(mesh_spec(config).feature_dim, model.embedding_dim, model.num_heads,
-                          model.num_attention_blocks, model.mlp_ratio, model.encoder_dropout, model.drop_path,
-                          model.use_pe)
+        encoder = Nomeformer(mesh_spec(config).feature_dim, model.embedding_dim, model.num_heads,
+                             model.num_attention_blocks, model.mlp_ratio, model.encoder_dropout, model.drop_path,
+                             model.use_pe, model.gradient_checkpointing)
+    if trained is not None:
+        encoder.feature_mean.copy_(trained.feature_mean)
+        encoder.feature_std.copy_(trained.feature_std)
+    return encoder
 
 
 def build_model(config: Config, encoder: Nomeformer) -> Jepa:
@@ -331,11 +342,12 @@ def monitor_batch(config: Config, files: list[Path], seed: int) -> dict:
 class Probe:
     """Scores encoders by a classifier on frozen embeddings, fitted on training and scored on validation meshes."""
 
-    def __init__(self, config: Config, train_files: list[Path], val_files: list[Path], num_faces: list[int]) -> None:
+    def __init__(self, config: Config, train_files: list[Path], val_files: list[Path]) -> None:
         paths, self.config = config.paths, config
         label_dir = paths.label_dir or paths.mesh_dir
         val_label_dir = label_dir if paths.val_mesh_dir is None else paths.val_label_dir or paths.val_mesh_dir
-        every = max(1, -(-sum(num_faces) // config.probe.max_faces))
+        faces = sum(len(read_mesh(path).faces) for path in train_files)
+        every = -(-faces // config.probe.max_faces)
         self.train = build_dataset(config, train_files[::every], label_dir, views=1)
         self.val = build_dataset(config, val_files, val_label_dir, views=1)
         self.baselines: dict[str, dict] = {}
@@ -391,11 +403,49 @@ def count_steps(config, args, train_set) -> tuple[int, EpochBatchSampler]:
 def momentum_advice(momentum: float, steps: int) -> str:
     constant = 1 / (1 - momentum)
     text = f"momentum {momentum:.5g} -> 1: a time constant of {constant:.0f} of {steps} steps"
-    if constant > steps / 5:
+    if momentum and constant > steps / 5:
         text += "; slower than steps / 5, the teacher will hardly leave its start"
     elif constant < steps / 20:
         text += "; faster than steps / 20, which may collapse"
     return text + ("; so few steps rarely teach anything, some thousand are the least" if steps < 2000 else "")
+
+
+def describe_input(model: Jepa, config: Config) -> dict:
+    """What the encoder was trained on: feature_spec and cluster_spec of a checkpoint."""
+    spec = mesh_spec(config)
+    names = [name for name in FEATURES if name in spec.features]                 # the order of the columns
+    return {"feature_spec": {"names": names, "widths": [FEATURES[name] for name in names],
+                             "mean": model.encoder.feature_mean.tolist(), "std": model.encoder.feature_std.tolist(),
+                             "num_heads": config.model.num_heads},
+            "cluster_spec": {"method": spec.clustering, "N": spec.n_clusters, "F": spec.faces_per_cluster,
+                             "clusters_per_batch": spec.clusters_per_batch, "unit": spec.unit}}
+
+
+def monitor_line(values: dict) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+
+
+def results(loss, values: dict, scores: dict) -> dict:
+    """What main returns."""
+    return {"loss": loss, **{f"monitor_{name}": value for name, value in values.items()},
+            **{f"probe_{name}": value for name, value in scores.items()}}
+
+
+def test_only(args, config, checkpoint, path, device, amp_dtype) -> dict:
+    """Monitors and probe of a checkpoint."""
+    model = load_model(checkpoint, device)
+    start = random_encoder(config, checkpoint["seed"], model.encoder)
+    train_files, val_files = split_files(config)
+    values, scores = measure(model, start, monitor_batch(config, val_files or train_files, args.seed), args.seed), {}
+    if is_main():
+        print(f"{path}: {monitor_line(values)}", flush=True)
+    if config.probe.interval and is_main():
+        prober = Probe(config, train_files, val_files)
+        prober.prepare(start, device)
+        scores = prober.score(model.target_encoder)
+        print(prober.report(scores, checkpoint["epoch"]), flush=True)
+    cleanup()
+    return results(checkpoint["loss"], values, scores)
 
 
 def mean_totals(totals: dict) -> dict:
@@ -405,6 +455,8 @@ def mean_totals(totals: dict) -> dict:
 
 def main(argv=None) -> dict:
     args = parse_args(argv)
+    check_range("--limit-batches", args.limit_batches, 0)
+    check_range("--num-workers", args.num_workers, 0)
     config = load_config(args.config, DEFAULTS, args.overrides)
     check_config(config)
     # device and processes                                                        # same in all scripts
@@ -420,6 +472,9 @@ def main(argv=None) -> dict:
     if args.test_only and resume_path is None:
         raise ValueError("--test-only needs --resume PATH|auto: a network that was never trained has no score")
     checkpoint = load_checkpoint(resume_path, SCRIPT) if resume_path else None
+    if args.test_only:
+        return test_only(args, config, checkpoint, resume_path, device, amp_dtype)
+    check_writable(folder.model, folder.log, folder.config)
 
     # data: rank 0 fills the cache of prepared meshes, the others read it
     for turn in (True, False):
@@ -432,11 +487,8 @@ def main(argv=None) -> dict:
     total_steps, sampler = count_steps(config, args, train_set)
 
     # model
-    start = random_encoder(config, args.seed)
-    if checkpoint is not None:
-        for name in ("feature_mean", "feature_std"):
-            getattr(start, name).copy_(checkpoint["encoder"][name])
-    else:
+    start = random_encoder(config, args.seed, None if checkpoint is None else load_model(checkpoint, device).encoder)
+    if checkpoint is None:
         start.feature_mean[:], start.feature_std[:] = feature_statistics(meshes)
     model = build_model(config, start).to(device)
     untrained = measure(model, start, watched, args.seed)
@@ -444,19 +496,16 @@ def main(argv=None) -> dict:
         messages.append(load_weights(model, checkpoint["model"], resume_path, what="model"))
     prober = None
     if config.probe.interval and is_main():
-        prober = Probe(config, train_files, val_files, meshes.num_faces)
-    if args.test_only:
-        return test_only(model, start, watched, prober, checkpoint, device, resume_path)
+        prober = Probe(config, train_files, val_files)
     network = torch.compile(model) if args.compile else model
     if world > 1:
         network = nn.parallel.DistributedDataParallel(network, [local_rank] if device.type == "cuda" else None)
 
     # optimiser, schedule
     if checkpoint is not None:
-        check_same_run(checkpoint, config, total_steps, ("model", "masking", "loss", "ema", "optimizer", "scheduler",
-                                                         "augmentation"))
-        if checkpoint["seed"] != args.seed:
-            raise ValueError(f"--seed {args.seed}, but {checkpoint['seed']} in the checkpoint; resume with that")
+        check_same_run(checkpoint, config, total_steps, ("data", "model", "masking", "loss", "ema", "training",
+                                                         "optimizer", "scheduler", "augmentation"), args.seed,
+                       FREE_ON_RESUME)
     optimizer = torch.optim.AdamW(split_decay(model.named_parameters(), config.training.weight_decay[0]),
                                   config.optimizer.learning_rate)
     warmup = min(round(config.scheduler.warmup_epochs * total_steps / config.training.epochs), total_steps - 1)
@@ -474,9 +523,7 @@ def main(argv=None) -> dict:
         keeper.load_state_dict(checkpoint["best"])
         state = {key: checkpoint[key] for key in state}
         totals, loss = {**checkpoint["totals"]}, checkpoint["loss"]
-        set_rng_state(checkpoint["rng"])
-    if rank > 0:                                            # rank 0 goes on exactly; the others draw their own
-        torch.manual_seed(derived_seed(args.seed, rank, state["step"]))
+    restore_rng(checkpoint, args.seed, state["step"])
 
     def saved_state() -> dict:
         # `model` is everything; encoder, target_encoder and predictor are the same tensors again, by the names that
@@ -485,9 +532,15 @@ def main(argv=None) -> dict:
         return {"script": SCRIPT, "config": config.to_dict(), "class_names": None, "palette": None,
                 "model": model.state_dict(), **parts, **describe_input(model, config), "version": LAYOUT_VERSION,
                 "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
-                "scaler": scaler.state_dict(), "rng": rng_state(), "totals": {**totals}, "loss": loss,
+                "scaler": scaler.state_dict(), **rng_entries(), "totals": mean_totals(totals), "loss": loss,
                 "total_steps": total_steps, "seed": args.seed, "baselines": prober.baselines if prober else {},
                 **state}
+
+    def save(snapshot, epoch=None):
+        if is_main():
+            keeper.save_last(snapshot)
+            if epoch is not None:
+                keeper.save_epoch(epoch, snapshot)
 
     if is_main():
         write_run_files(folder, config, device, args.seed)
@@ -518,9 +571,7 @@ def main(argv=None) -> dict:
             sampler.set_epoch(state["epoch"], state["batch"])
             if not train_one_epoch(network, model, loader, optimizer, scheduler, scaler, totals, state, total_steps,
                                    config, args, device, amp_dtype, log, stop):
-                totals = mean_totals(totals)
-                if is_main():
-                    keeper.save_last(saved_state())
+                save(saved_state())
                 raise StopRequested(all_agree_max(stop.requested or 0),
                                     f"stopped at step {state['step']} of {total_steps}, saved; {go_on}")
             state["epoch"], state["batch"] = state["epoch"] + 1, 0
@@ -544,12 +595,10 @@ def main(argv=None) -> dict:
                 score = scores["miou"]
                 log.info(prober.report(scores, state["epoch"]))
                 log.evaluation(state["epoch"], state["step"], "probe", {**scores, **prober.baselines})
-            barrier()
+            snapshot = saved_state()                        # in every process: it gathers what they have
             if is_main():
-                snapshot = saved_state()
                 keeper.save_best_if(score, snapshot)        # by the probe: the lowest loss is a collapsed network's
-                keeper.save_last(snapshot)
-                keeper.save_epoch(state["epoch"], snapshot)
+            save(snapshot, state["epoch"])
             for line in beyond:
                 log.info(line)
             if all_agree_max(bool(beyond)) and config.monitor.stop:
@@ -562,37 +611,7 @@ def main(argv=None) -> dict:
         log.info(f"checkpoints in {folder.model}; next: python train_downstream.py CONFIG --pretrained_path "
                  f"{folder.model / 'model_last.pth'}")
     cleanup()
-    return {"loss": loss, **{f"monitor_{name}": value for name, value in values.items()},
-            **{f"probe_{name}": value for name, value in scores.items()}}
-
-
-def describe_input(model: Jepa, config: Config) -> dict:
-    """What the encoder was trained on: feature_spec and cluster_spec of a checkpoint."""
-    spec = mesh_spec(config)
-    names = [name for name in FEATURES if name in spec.features]                 # the order of the columns
-    return {"feature_spec": {"names": names, "widths": [FEATURES[name] for name in names],
-                             "mean": model.encoder.feature_mean.tolist(), "std": model.encoder.feature_std.tolist(),
-                             "num_heads": config.model.num_heads},
-            "cluster_spec": {"method": spec.clustering, "N": spec.n_clusters, "F": spec.faces_per_cluster,
-                             "clusters_per_batch": spec.clusters_per_batch, "unit": spec.unit}}
-
-
-def monitor_line(values: dict) -> str:
-    return ", ".join(f"{name} {value:.3f}" for name, value in values.items())
-
-
-def test_only(model, start, watched, prober, checkpoint, device, path) -> dict:
-    """Monitors and probe of a checkpoint."""
-    values, scores = measure(model, start, watched, checkpoint["seed"]), {}
-    if is_main():
-        print(f"{path}: {monitor_line(values)}", flush=True)
-    if prober is not None:
-        prober.prepare(start, device)
-        scores = prober.score(model.target_encoder)
-        print(prober.report(scores, checkpoint["epoch"]), flush=True)
-    cleanup()
-    return {**{f"monitor_{name}": value for name, value in values.items()},
-            **{f"probe_{name}": value for name, value in scores.items()}}
+    return results(loss, values, scores)
 
 
 if __name__ == "__main__":

@@ -199,8 +199,8 @@ def test_resumes_bit_for_bit_after_sigterm(config, whole, tmp_path, monkeypatch,
 
 def test_resume_refuses_another_run(config, tmp_path):
     train(config, tmp_path / "run", "training.epochs=1")
-    for change, message in (("training.epochs=2", "steps"), ("ema.momentum=0.5", "ema.momentum"),
-                            ("masking.num_mask_blocks=2", "num_mask_blocks")):
+    for change, message in (("training.epochs=2", "training.epochs"), ("ema.momentum=0.5", "ema.momentum"),
+                            ("masking.num_mask_blocks=2", "num_mask_blocks"), ("training.batch_size=3", "steps")):
         with pytest.raises(ValueError, match=message):
             train(config, tmp_path / "run", "--resume", "auto", "training.epochs=1", change)
     with pytest.raises(ValueError, match="--seed 1"):
@@ -283,6 +283,11 @@ def test_weight_decay_grows_and_momentum_rises(config, tmp_path, monkeypatch):
     ("loss.tarjet=face", "did you mean loss.target"),
     ("model.embedding_dim=18", "multiple of"),
     ("model.faces_per_cluster=400", "one cluster"),
+    ("model.num_attention_blocks_predictor=0", "num_attention_blocks_predictor"),
+    ("logging.log_interval=0", "log_interval"),
+    ("probe.max_faces=0", "max_faces"),
+    ("augmentation.flip_probability=3", "flip_probability"),
+    ("training.gradient_clip_val=-1", "gradient_clip_val"),
     ("model.features=[normal,areas]", "areas"),
 ])
 def test_wrong_settings_are_refused_before_training(config, tmp_path, change, message):
