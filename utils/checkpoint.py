@@ -16,11 +16,21 @@ from torch import Tensor
 
 from utils.weights import load_weights, read_torch_file, read_weights, sha256_file, strip_prefixes
 
-__all__ = ["FORMAT", "CheckpointKeeper", "EarlyStopping", "RunFolder", "find_resume", "load_checkpoint", "load_weights",
-           "read_weights", "save_checkpoint", "sha256_file", "strip_prefixes"]
+__all__ = ["FORMAT", "CheckpointKeeper", "EarlyStopping", "RunFolder", "check_writable", "find_resume",
+           "load_checkpoint", "load_weights", "read_weights", "save_checkpoint", "sha256_file", "strip_prefixes"]
 
 FORMAT = "segheads-1"
 FINITE_SECTIONS = ("model", "ema", "optimizer")    # no NaN or infinity in their tensors
+
+
+def check_writable(*folders: str | Path) -> None:
+    """ValueError where a folder (which need not exist yet) cannot be made or written into: before the work, not after
+    it. Nothing is made."""
+    for folder in map(Path, folders):
+        parent = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            what = "may not be written into" if parent.is_dir() else "is a file, not a folder"
+            raise ValueError(f"{folder}: results cannot go there, {parent} {what}; choose another output folder")
 
 
 class RunFolder:

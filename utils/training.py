@@ -11,8 +11,9 @@ from torch import Tensor
 from utils.checkpoint import RunFolder
 from utils.config import save_config
 from utils.device import describe, environment
-from utils.distributed import all_reduce_sum, is_main, world_size
+from utils.distributed import all_gather, all_reduce_sum, is_main, rank, world_size
 from utils.metrics import ConfusionMatrix, segmentation_metrics
+from utils.seed import derived_seed, rng_state, set_rng_state
 
 
 class EpochTotals:
@@ -52,14 +53,36 @@ class EpochTotals:
             self.matrix.counts = state["counts"].to(self.loss.device)
 
 
-def check_same_run(checkpoint: Mapping, config: Mapping, total_steps: int, sections: Sequence[str]) -> None:
-    """A resumed run must be the same run: ValueError where `sections` of the config or the number of steps differ."""
+def rng_entries() -> dict:
+    """The random states of all processes as checkpoint entries: rng of the first, rng_others. All have to call it."""
+    rng, *others = all_gather(rng_state())
+    return {"rng": rng, "rng_others": others}
+
+
+def restore_rng(checkpoint: Mapping | None, seed: int, step: int) -> None:
+    """Every process goes on with the state it had; where it had none (a fresh start, more processes than before), those
+    behind the first draw numbers of their own, so that each drops out different elements."""
+    others = [] if checkpoint is None else checkpoint.get("rng_others", [])
+    if checkpoint is not None and is_main():
+        set_rng_state(checkpoint["rng"])
+    elif len(others) == world_size() - 1 and not is_main():
+        set_rng_state(others[rank() - 1])
+    elif not is_main():
+        torch.manual_seed(derived_seed(seed, rank(), step))
+
+
+def check_same_run(checkpoint: Mapping, config: Mapping, total_steps: int, sections: Sequence[str],
+                   seed: int | None = None, except_keys: Sequence[str] = ()) -> None:
+    """A resumed run must be the same run: ValueError where `sections` of the config (but for except_keys, written as
+    section.key), the seed or the number of steps differ."""
     advice = "resume with the same config and data, or start afresh in another --output-dir"
     for section in sections:
         for key, value in config[section].items():
-            before = checkpoint["config"][section].get(key)
-            if before != value:
+            before = checkpoint["config"].get(section, {}).get(key)
+            if before != value and f"{section}.{key}" not in except_keys:
                 raise ValueError(f"{section}.{key} is {value!r}, but {before!r} in the checkpoint; {advice}")
+    if seed is not None and checkpoint["seed"] != seed:
+        raise ValueError(f"--seed {seed}, but {checkpoint['seed']} in the checkpoint; {advice}")
     if checkpoint["total_steps"] != total_steps:
         raise ValueError(f"this run has {total_steps} steps, that of the checkpoint {checkpoint['total_steps']} "
                          f"(epochs, batch size, processes, number of files); {advice}")
