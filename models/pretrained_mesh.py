@@ -40,15 +40,16 @@ def read_encoder(path: str | Path,
             if bad is not None:
                 raise ValueError(f"{path}: {bad} in {layout} is not finite; that run had diverged. "
                                  f"Use an earlier checkpoint.")
-            spec = content.get("feature_spec")
-            return state, layout, dict(spec) if isinstance(spec, Mapping) and "names" in spec else None
+            return state, layout, _feature_spec(content)
     raise ValueError(f"{path}: no mesh encoder in this file; {_describe(content)}. "
                      f"Expected the tensors of a Nomeformer under target_encoder, encoder or model, or as a plain "
                      f"state dict.")
 
 
-def check_features(feature_spec: Mapping[str, Any] | None, features: Sequence[str], source: str | Path) -> None:
-    """ValueError, with both lists, unless the encoder was trained on exactly these features.
+def check_features(feature_spec: Mapping[str, Any] | None, features: Sequence[str], source: str | Path,
+                   num_heads: int | None = None) -> None:
+    """ValueError, with both lists, unless the encoder was trained on exactly these features, and with num_heads heads
+    (which the shape of no tensor tells).
 
     Their order does not matter, because the columns are always in that of data/mesh_features.FEATURES. A file that does
     not say (None) passes.
@@ -56,6 +57,20 @@ def check_features(feature_spec: Mapping[str, Any] | None, features: Sequence[st
     if feature_spec is not None and sorted(feature_spec["names"]) != sorted(features):
         raise ValueError(f"{source}: trained on the features {list(feature_spec['names'])}, but model.features is "
                          f"{list(features)}. Set model.features to the list of the file, or pre-train with yours.")
+    heads = None if feature_spec is None else feature_spec.get("num_heads")
+    if None not in (heads, num_heads) and heads != num_heads:
+        raise ValueError(f"{source}: trained with {heads} attention heads; set model.num_heads={heads} instead of "
+                         f"{num_heads}")
+
+
+def _feature_spec(content: Mapping[str, Any]) -> dict[str, Any] | None:
+    """feature_spec of a train_jepa.py file, or the same out of what train_downstream.py saves."""
+    spec, own = content.get("feature_spec"), content.get("spec")
+    if isinstance(spec, Mapping) and "names" in spec:
+        return dict(spec)
+    if isinstance(own, Mapping) and "features" in own:
+        return {"names": list(own["features"]), "num_heads": content["config"]["model"]["num_heads"]}
+    return None
 
 
 def _candidates(content: Mapping[str, Any], which: str):
