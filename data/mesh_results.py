@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,20 +21,19 @@ def write_mesh_result(stem: Path, prediction: Mapping, colors: Mapping[str, np.n
     {ending: (F, 3) uint8}. picture ply | glb | none. label_offset is taken off again, so that the numbers are those of
     the training labels' files.
     """
-    def path(ending):
-        return stem.with_name(stem.name + ending)                                # not with_suffix: names may have dots
-
-    written = [path(f".{labels}")]
-    write_labels(written[0], prediction["label"] - label_offset)
     vertices, faces = prediction["vertices"], prediction["faces"]
-    for ending, color in colors.items():
-        if picture == "ply":
-            written.append(path(f"{ending}.ply"))
-            write_ply(written[-1], vertices, faces, color, None if ending else prediction["face_label"] - label_offset)
-        elif picture == "glb":
-            written.append(path(f"{ending}.glb"))
-            write_glb(written[-1], vertices, faces, color)
-        if html:
-            written.append(path(f"{ending}.html"))
-            written[-1].write_text(viewer_html(vertices, faces, color), encoding="utf-8")
-    return written
+    with tempfile.TemporaryDirectory(prefix=".writing_", dir=stem.parent) as folder:     # whole files, or none
+        written = [Path(folder, f"{stem.name}.{labels}")]                        # not with_suffix: names may have dots
+        write_labels(written[0], prediction["label"] - label_offset)
+        for ending, color in colors.items():
+            if picture == "ply":
+                written.append(Path(folder, f"{stem.name}{ending}.ply"))
+                write_ply(written[-1], vertices, faces, color,
+                          None if ending else prediction["face_label"] - label_offset)
+            elif picture == "glb":
+                written.append(Path(folder, f"{stem.name}{ending}.glb"))
+                write_glb(written[-1], vertices, faces, color)
+            if html:
+                written.append(Path(folder, f"{stem.name}{ending}.html"))
+                written[-1].write_text(viewer_html(vertices, faces, color), encoding="utf-8")
+        return [path.replace(stem.parent / path.name) for path in written]
