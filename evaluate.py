@@ -21,7 +21,8 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import check_writable, load_checkpoint
+from utils.checks import check_range
 from utils.cli import ArgumentParser, run
 from utils.config import override_config
 from utils.device import amp_settings, describe, environment, pick_device
@@ -71,7 +72,9 @@ def load(path: str, overrides, device: torch.device):
     script = script_of(checkpoint, path)
     if not hasattr(script, "predict"):
         raise ValueError(f"{path}: {checkpoint['script']} trains an encoder; it has no classes to score or predict")
-    checkpoint["config"] = override_config(checkpoint["config"], script.DEFAULTS, overrides).to_dict()
+    config = override_config(checkpoint["config"], script.DEFAULTS, overrides)
+    script.check_config(config)
+    checkpoint["config"] = config.to_dict()
     return script, script.load_model(checkpoint, device), checkpoint
 
 
@@ -93,6 +96,13 @@ def gather_examples(model, script, dataset, result, count) -> list[dict]:
 
 def main(argv=None) -> dict:
     args = parse_args(argv)
+    if args.data_dir and args.split:
+        raise ValueError("--split and --data-dir: name one of them, a split of the config or other data")
+    if args.label_dir and not args.data_dir:
+        raise ValueError("--label-dir names the labels of --data-dir; for a split override paths.test_label_dir=... "
+                         "or paths.val_label_dir=...")
+    for name, lowest in (("batch_size", 1), ("examples", 0), ("limit_batches", 0), ("num_workers", 0)):
+        check_range(f"--{name.replace('_', '-')}", getattr(args, name), lowest)
     device = pick_device(args.device)
     rank, local_rank, world = init_distributed(device.type)
     if device.type == "cuda" and world > 1:
@@ -101,6 +111,9 @@ def main(argv=None) -> dict:
     script, model, checkpoint = load(args.checkpoint, args.overrides, device)
     paths = model.config.paths
     split = args.split or ("test" if paths.get("test_mesh_dir") or paths.get("test_dir") else "val")
+    checkpoint_path = Path(args.checkpoint).resolve()
+    output = Path(args.output_dir) if args.output_dir else checkpoint_path.parent.parent / "evaluation"
+    check_writable(output)
     dataset = script.build_dataset(model.config, split, data_dir=args.data_dir, label_dir=args.label_dir)
     result = script.evaluate(model, dataset, device, amp_dtype, args.batch_size, args.num_workers, args.limit_batches)
     metrics = headline(result["metrics"])
@@ -115,8 +128,7 @@ def main(argv=None) -> dict:
         print(f"\n{name}: overall accuracy {100 * other['overall_accuracy']:.2f}, mIoU {100 * other['miou']:.2f}, "
               f"mean F1 {100 * other['mean_f1']:.2f}")
 
-    checkpoint_path = Path(args.checkpoint).resolve()
-    output = Path(args.output_dir) if args.output_dir else checkpoint_path.parent.parent / "evaluation"
+    examples = gather_examples(model, script, dataset, result, args.examples)
     output.mkdir(parents=True, exist_ok=True)
     record = {"checkpoint": str(args.checkpoint), "sha256": sha256_file(args.checkpoint),
               "script": checkpoint["script"], "epoch": checkpoint.get("epoch"), "step": checkpoint.get("step"),
@@ -131,7 +143,7 @@ def main(argv=None) -> dict:
     log_path = checkpoint_path.parent.parent / "log" / "log.jsonl"
     write_report(output / "report.html", f"{checkpoint['script']} on {what}", model.class_names, model.palette,
                  result["metrics"], result["matrix"], read_log(log_path) if log_path.is_file() else [],
-                 gather_examples(model, script, dataset, result, args.examples),
+                 examples,
                  [("checkpoint", args.checkpoint), ("sha256", record["sha256"][:16]), ("epoch", record["epoch"]),
                   ("encoder", (checkpoint.get("encoder") or {}).get("file", "trained with the head")), ("data", what),
                   ("files", len(dataset.files)), ("elements", int(result["matrix"].sum())),

@@ -14,6 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from evaluate import load
+from utils.checkpoint import check_writable
 from utils.cli import ArgumentParser, run
 from utils.device import amp_settings, pick_device
 from utils.log import progress
@@ -67,6 +68,7 @@ def main(argv=None) -> dict:
     if any(path.resolve().parent == output.resolve() for path in files):
         raise ValueError(f"--output {output} holds the input, whose files (or labels) could be replaced; use another "
                          f"folder")
+    check_writable(output)
     output.mkdir(parents=True, exist_ok=True)
     labels = {}
     for path in progress(files, "predicting"):

@@ -43,11 +43,12 @@ from utils.checkpoint import (
     CheckpointKeeper,
     EarlyStopping,
     RunFolder,
+    check_writable,
     find_resume,
     load_checkpoint,
 )
 from utils.cli import ArgumentParser, StopRequested, StopSignal, run
-from utils.config import Config, Required, Setting, load_config
+from utils.config import Config, Required, Setting, check_range, load_config
 from utils.device import amp_settings, autocast, describe, pick_device
 from utils.distributed import (
     EpochBatchSampler,
@@ -71,11 +72,16 @@ from utils.metrics import ConfusionMatrix, metrics_table, segmentation_metrics
 from utils.params import layerwise_groups
 from utils.render import label_colors, palette, pca_colors, render_mesh
 from utils.schedule import SCHEDULES, build_scheduler
-from utils.seed import derived_seed, rng_state, seed_everything, seed_worker, set_rng_state
-from utils.training import EpochTotals, check_same_run, write_run_files
+from utils.seed import seed_everything, seed_worker
+from utils.training import EpochTotals, check_same_run, restore_rng, rng_entries, write_run_files
 from utils.weights import load_weights, sha256_file
 
 SCRIPT = Path(__file__).name
+AT_LEAST = {1: ("model.n_classes", "model.embedding_dim", "training.epochs", "training.batch_size", "evaluation.views",
+                "training.accumulation_steps", "evaluation.interval", "evaluation.batch_size", "logging.log_interval"),
+            0: ("training.weight_decay", "training.gradient_clip_val", "early_stopping.patience",
+                "checkpointing.save_interval", "checkpointing.save_top_k")}
+FREE_ON_RESUME = ("training.batch_size", "training.resume", "training.cache_features")     # steps are compared as well
 MONITOR_NAMES = {"mean_f1": "F1", "miou": "mIoU", "overall_accuracy": "accuracy"}
 
 DEFAULTS = {
@@ -93,7 +99,7 @@ DEFAULTS = {
         "val_texture_dir": Setting(None, (str,)),
         "checkpoint_dir": Setting(None, (str,)),            # default OUTPUT_DIR/model
         "log_dir": Setting(None, (str,)),                   # default OUTPUT_DIR/log
-        "cache_dir": Setting(".cache/meshes", (str,)),      # prepared meshes; null switches the cache off
+        "cache_dir": Setting(".cache/meshes", (str, type(None))),      # prepared meshes; null switches the cache off
     },
     "data": {
         "val_split": [],                                    # name patterns ("faust_08*") or one number, a share
@@ -210,6 +216,11 @@ def check_config(config: Config) -> None:
     """Errors that need more than one key to see. Raises ValueError."""
     if config.model.use_texture:
         raise ValueError("model.use_texture: textures cannot be used yet; set it to false to train on geometry alone")
+    for lowest, keys in AT_LEAST.items():
+        for section, key in (name.split(".") for name in keys):
+            check_range(f"{section}.{key}", config[section][key], lowest)
+    check_range("model.dropout", config.model.dropout, 0, 1)
+    augmentation(config)
     spec = mesh_spec(config)
     if config.model.feature_dim not in (None, spec.feature_dim):
         raise ValueError(f"model.feature_dim={config.model.feature_dim}, but model.features {list(spec.features)} are "
@@ -240,6 +251,11 @@ def mesh_spec(config: Config) -> MeshSpec:
                     unit=model.unit)
 
 
+def augmentation(config: Config) -> Augmentation:
+    return Augmentation(**{key: tuple(value) if isinstance(value, list) else value
+                           for key, value in config.augmentation.items()})
+
+
 def class_names(config: Config) -> list[str]:
     return list(config.data.class_names) or [f"class {c}" for c in range(config.model.n_classes)]
 
@@ -247,7 +263,7 @@ def class_names(config: Config) -> list[str]:
 def build_dataset(config: Config, split: str, seed: int = 0, data_dir: str | None = None,
                   label_dir: str | None = None) -> MeshDataset:
     """split train | val | test, or the meshes of `data_dir`. All but "train" give every face exactly once a view."""
-    paths, augmentation = config.paths, {**config.augmentation}
+    paths = config.paths
     if data_dir is not None:
         files, label_dir = list_meshes(data_dir), label_dir or data_dir
     elif split == "test":
@@ -260,11 +276,10 @@ def build_dataset(config: Config, split: str, seed: int = 0, data_dir: str | Non
             files = split_meshes(files, config.data.val_split)[0 if split == "train" else 1]
         elif split == "val":
             files, label_dir = list_meshes(paths.val_mesh_dir), paths.val_label_dir or paths.val_mesh_dir
-    augmentation.update({key: tuple(augmentation[key]) for key in ("rotation_range", "scale_range")})
     ignore = list(config.data.ignore_labels)
     if config.training.ignore_index is not None:
         ignore.append(config.training.ignore_index)
-    return MeshDataset(files, label_dir, mesh_spec(config), config.model.n_classes, Augmentation(**augmentation),
+    return MeshDataset(files, label_dir, mesh_spec(config), config.model.n_classes, augmentation(config),
                        views=0 if split == "train" else config.evaluation.views, label_offset=config.data.label_offset,
                        ignore_labels=ignore, label_kind=config.data.label_kind, cache_dir=paths.cache_dir, seed=seed,
                        description=f"{split} meshes")
@@ -281,7 +296,7 @@ def build_model(config: Config, unfrozen_layers: int | str) -> DownstreamClassif
 def load_pretrained(model: DownstreamClassifier, path: str, spec: MeshSpec) -> tuple[dict, str]:
     """Fill the encoder from a file, whole or not at all. Returns the checkpoint's `encoder` entry and a log line."""
     state, layout, feature_spec = read_encoder(path)
-    check_features(feature_spec, spec.features, path)
+    check_features(feature_spec, spec.features, path, model.encoder.blocks[0].local_layer.attn.num_heads)
     line = load_weights(model.encoder, state, path, layout=layout)
     return {"name": type(model.encoder).__name__, "file": str(path), "sha256": sha256_file(path)}, line
 
@@ -309,11 +324,12 @@ def make_scheduler(optimizer, config: Config, total_steps: int):
                            start_factor=start)
 
 
-def class_weights(config: Config) -> torch.Tensor | None:
-    if not config.class_weights.class_percentages:
-        return None
-    weight = 1 / torch.tensor(config.class_weights.class_percentages, dtype=torch.float32)
-    return weight / weight.mean()
+def make_criterion(config: Config, device: torch.device) -> MaskedCrossEntropyLoss:
+    weight = None
+    if config.class_weights.class_percentages:
+        weight = 1 / torch.tensor(config.class_weights.class_percentages, dtype=torch.float32)
+        weight = weight / weight.mean()
+    return MaskedCrossEntropyLoss(weight, label_smoothing=config.training.label_smoothing).to(device)
 
 
 def forward(model: nn.Module, batch: dict) -> torch.Tensor:
@@ -333,6 +349,8 @@ def train_one_epoch(model, loader, criterion, optimizer, scheduler, scaler, ema,
     model.train()
     world, accumulate, micro_batches = world_size(), config.training.accumulation_steps, []
     remaining = len(loader.batch_sampler) - state["batch"]
+    if args.limit_batches and state["batch"] >= args.limit_batches:              # stopped right there, and resumed
+        return True
     for batch in loader:
         remaining -= 1
         micro_batches.append(batch)
@@ -425,7 +443,7 @@ def evaluate(model, dataset, device=None, amp_dtype=None, batch_size=8, num_work
     """
     started, model = time.monotonic(), unwrap(model)
     device = device or next(model.parameters()).device
-    criterion = criterion or MaskedCrossEntropyLoss().to(device)
+    criterion = criterion or make_criterion(model.config, device)
     matrix, area_matrix = ConfusionMatrix(model.num_classes), ConfusionMatrix(model.num_classes)
     loss, weight, examples, predictions = 0.0, 0.0, [], {}
     for index, probability, loss_sum, loss_weight in mesh_probabilities(model, dataset, device, amp_dtype, batch_size,
@@ -446,18 +464,24 @@ def evaluate(model, dataset, device=None, amp_dtype=None, batch_size=8, num_work
             "examples": examples, "predictions": predictions, "seconds": time.monotonic() - started}
 
 
-def log_epoch(log: RunLog, state: dict, train: dict, result: dict, seconds: float) -> None:
-    """An epoch on the console, in log.jsonl and in TensorBoard."""
-    val, area = result["metrics"], result["tables"]["by area"]
-    log.info(f"Epoch {state['epoch']}: Train Loss: {train['loss']:.4f}, Train Acc: {train['overall_accuracy']:.4f}, "
-             f"Train F1: {train['mean_f1']:.4f}\n          Val Loss: {result['loss']:.4f}, "
-             f"Val Acc: {val['overall_accuracy']:.4f}, Val F1: {val['mean_f1']:.4f}, Val mIoU: {val['miou']:.4f}, "
-             f"by area: Acc {area['overall_accuracy']:.4f}, mIoU {area['miou']:.4f} "
-             f"({seconds:.2f} s, evaluation {result['seconds']:.2f} s)")
+def log_epoch(log: RunLog, state: dict, train: dict, result: dict | None, seconds: float) -> None:
+    """An epoch on the console, in log.jsonl and in TensorBoard; result None: an epoch without evaluation."""
+    line = (f"Epoch {state['epoch']}: Train Loss: {train['loss']:.4f}, Train Acc: {train['overall_accuracy']:.4f}, "
+            f"Train F1: {train['mean_f1']:.4f}")
     log.evaluation(state["epoch"], state["step"], "train", train)
-    log.evaluation(state["epoch"], state["step"], "val", {
-        "loss": result["loss"], **val, **{f"area_{key}": value for key, value in area.items()}})
-    for split, metrics in (("train", train), ("val", {**val, "loss": result["loss"]})):
+    splits = {"train": train}
+    if result is None:
+        log.info(f"{line} ({seconds:.2f} s)")
+    else:
+        val, area = result["metrics"], result["tables"]["by area"]
+        log.info(f"{line}\n          Val Loss: {result['loss']:.4f}, Val Acc: {val['overall_accuracy']:.4f}, "
+                 f"Val F1: {val['mean_f1']:.4f}, Val mIoU: {val['miou']:.4f}, by area: Acc "
+                 f"{area['overall_accuracy']:.4f}, mIoU {area['miou']:.4f} ({seconds:.2f} s, evaluation "
+                 f"{result['seconds']:.2f} s)")
+        splits["val"] = {**val, "loss": result["loss"]}
+        log.evaluation(state["epoch"], state["step"], "val", {
+            **splits["val"], **{f"area_{key}": value for key, value in area.items()}})
+    for split, metrics in splits.items():
         log.scalars(state["step"], {f"{name}/{split}": metrics[key] for name, key in (
             ("Loss", "loss"), ("F1", "mean_f1"), ("Accuracy", "overall_accuracy"))})
 
@@ -478,7 +502,10 @@ def load_model(checkpoint: dict, device: torch.device) -> DownstreamClassifier:
         average = EMA(model)
         average.load_state_dict(checkpoint["ema"])
         average.copy_to(model)
-    model.config, model.spec = config, MeshSpec.from_dict(checkpoint["spec"])
+    model.config, model.spec, trained_on = config, mesh_spec(config), checkpoint["spec"]["features"]
+    if sorted(model.spec.features) != sorted(trained_on):
+        raise ValueError(f"model.features is {list(model.spec.features)}, but the network was trained on "
+                         f"{list(trained_on)}; use those")
     model.class_names, model.palette = checkpoint["class_names"], np.array(checkpoint["palette"], np.uint8)
     return model.to(device).eval()
 
@@ -487,7 +514,7 @@ def predict(model: DownstreamClassifier, path: str | Path, amp_dtype=None) -> di
     """Label a mesh file: label and confidence (P,) for the face lines of the file, in its order (a quad has one label,
     that of its triangles together), and for drawing vertices (V, 3), faces (F, 3) and their face_label (F,)."""
     device, mesh = next(model.parameters()).device, read_mesh(path)
-    dataset = MeshDataset([path], None, model.spec, augmentation=Augmentation(mode=model.config.augmentation.mode),
+    dataset = MeshDataset([path], None, model.spec, augmentation=augmentation(model.config),
                           views=model.config.evaluation.views, cache_dir=model.config.paths.cache_dir)
     (_, probability, _, _), = mesh_probabilities(model, dataset, device, amp_dtype, batch_size=1)
     line = torch.arange(len(mesh.faces)) if mesh.polygon is None else torch.from_numpy(mesh.polygon)
@@ -537,31 +564,80 @@ def count_steps(config, args, train_set) -> tuple[int, EpochBatchSampler]:
     return config.training.epochs * -(-batches // accumulate), sampler
 
 
-def cache_features(config, model, train_set, val_set, messages):
+def prepare_model(args, config, checkpoint, resume_path, train_set, messages):
+    """(model, its `encoder` entry in checkpoints, unfrozen layers): filled from the resumed checkpoint, with the
+    pre-trained encoder, or as it starts from scratch."""
+    pretrained = args.pretrained_path or config.paths.checkpoint_pretrain
+    if config.training.use_pretrained and not pretrained:
+        raise ValueError("training.use_pretrained is true, but there is neither --pretrained_path nor "
+                         "paths.checkpoint_pretrain")
+    if config.training.use_pretrained is False:
+        pretrained = None
+    unfrozen = config.training.num_unfrozen_encoder_layers if pretrained else "all"
+    if config.training.use_pretrained is False and config.training.num_unfrozen_encoder_layers == 0:
+        unfrozen = 0                                        # the frozen random encoder, the baseline of every probe
+    if checkpoint is not None:
+        unfrozen = checkpoint["unfrozen_layers"]
+    model, encoder_entry = build_model(config, unfrozen), None
+    if checkpoint is not None:
+        messages.append(load_weights(model, checkpoint["model"], resume_path, what="model"))
+        encoder_entry = checkpoint["encoder"]
+    elif pretrained:
+        encoder_entry, line = load_pretrained(model, pretrained, train_set.spec)
+        messages.append(line)
+    else:
+        model.encoder.feature_mean[:], model.encoder.feature_std[:] = feature_statistics(train_set)
+    return model, encoder_entry, unfrozen
+
+
+def cache_features(config, model, train_set, val_set, amp_dtype, messages):
     """Replace both data sets by their embeddings where training.cache_features asks for it."""
     if not config.training.cache_features:
         return train_set, val_set
     if not model.encoder_is_frozen:
         raise ValueError("training.cache_features needs a frozen encoder: set training.num_unfrozen_encoder_layers=0 "
                          "and give a --pretrained_path")
-    device, names = next(model.parameters()).device, ("features", "mask", "centroid")
+    device = next(model.parameters()).device
     weights = b"".join(tensor.cpu().numpy().tobytes() for tensor in model.encoder.state_dict().values())
-    key = hashlib.sha256(weights).hexdigest()
+    heads = model.encoder.blocks[0].local_layer.attn.num_heads
+    key = hashlib.sha256(weights + f"{heads} {device.type} {amp_dtype}".encode()).hexdigest()
+
+    def embed(batch):
+        with autocast(device, amp_dtype):                   # as in training: the embeddings are the same to the bit
+            return model.embed(*(batch[name].to(device) for name in ("features", "mask", "centroid")))
+
     started, cached = time.monotonic(), []
     for turn in (True, False):                              # rank 0 computes, the others read
         if is_main() == turn:
             for dataset in (train_set, val_set):
-                cached.append(CachedFeatures(dataset, lambda batch: model.embed(*(batch[n].to(device) for n in names)),
-                                             key, config.paths.cache_dir))
+                cached.append(CachedFeatures(dataset, embed, key, config.paths.cache_dir))
         barrier()
-    how = "read" if cached[0].was_stored else "embedded"
-    messages.append(f"cached features: {sum(map(len, cached))} items {how} in {time.monotonic() - started:.1f} s; the "
-                    f"encoder does not run again")
+    seconds, stored = time.monotonic() - started, cached[0].was_stored
+    messages.append(f"cached features: {sum(map(len, cached))} items {'read' if stored else 'embedded'} in "
+                    f"{seconds:.1f} s{'' if stored else ', about what every epoch saves'}; the encoder "
+                    f"does not run again")
     return cached
+
+
+def describe_run(config, args, model, train_set, val_set, device) -> tuple[str, str]:
+    sizes = [[parameter.numel() for parameter in model.parameters() if parameter.requires_grad >= wanted]
+             for wanted in (False, True)]
+    batch = config.training.batch_size * config.training.accumulation_steps * world_size()
+    return (f"{len(train_set.files)} training and {len(val_set.files)} validation meshes, "
+            f"{sum(train_set.num_faces):,} and {sum(val_set.num_faces):,} faces",
+            f"{sum(sizes[0]):,} parameters, {sum(sizes[1]):,} trained; effective batch {batch} on {describe(device)}, "
+            f"seed {args.seed}")
+
+
+def headline(result: dict) -> dict:
+    """What main returns of an evaluation: the single numbers by count of faces, and the loss."""
+    return {**{key: value for key, value in result["metrics"].items() if isinstance(value, float)},
+            "loss": result["loss"]}
 
 
 def test_only(args, config, checkpoint, path, device, amp_dtype) -> dict:
     """Score a checkpoint on the test split, or the validation split where there is none."""
+    check_same_run(checkpoint, config, checkpoint["total_steps"], ("model",))
     model = load_model(checkpoint, device)
     split = "val" if config.paths.test_mesh_dir is None else "test"
     result = evaluate(model, build_dataset(config, split), device, amp_dtype, config.evaluation.batch_size,
@@ -572,14 +648,15 @@ def test_only(args, config, checkpoint, path, device, amp_dtype) -> dict:
               f"{metrics_table(result['metrics'], model.class_names)}\n"
               f"by area: accuracy {100 * area['overall_accuracy']:.2f}, mIoU {100 * area['miou']:.2f}", flush=True)
     cleanup()
-    return {**{key: value for key, value in result["metrics"].items() if isinstance(value, float)},
-            "loss": result["loss"]}
+    return headline(result)
 
 
 # -- main --------------------------------------------------------------------------------------------------------------
 
 def main(argv=None) -> dict:
     args = parse_args(argv)
+    check_range("--limit-batches", args.limit_batches, 0)
+    check_range("--num-workers", args.num_workers, 0)
     config = load_config(args.config, DEFAULTS, args.overrides)
     check_config(config)
     # device and processes                                                        # same in all scripts
@@ -597,6 +674,7 @@ def main(argv=None) -> dict:
     checkpoint = load_checkpoint(resume_path, SCRIPT) if resume_path else None
     if args.test_only:
         return test_only(args, config, checkpoint, resume_path, device, amp_dtype)
+    check_writable(folder.model, folder.log, folder.config)
 
     # data: rank 0 fills the cache of prepared meshes, the others read it
     for turn in (True, False):
@@ -604,39 +682,20 @@ def main(argv=None) -> dict:
             train_set, val_set = build_dataset(config, "train", args.seed), build_dataset(config, "val")
         barrier()
     total_steps, sampler = count_steps(config, args, train_set)
+    if checkpoint is not None:
+        check_same_run(checkpoint, config, total_steps, ("model", "training", "optimizer", "scheduler",
+                       "class_weights", "augmentation"), args.seed, FREE_ON_RESUME)
 
     # model
-    pretrained = args.pretrained_path or config.paths.checkpoint_pretrain
-    if config.training.use_pretrained and not pretrained:
-        raise ValueError("training.use_pretrained is true, but there is neither --pretrained_path nor "
-                         "paths.checkpoint_pretrain")
-    if config.training.use_pretrained is False:
-        pretrained = None
-    unfrozen = config.training.num_unfrozen_encoder_layers if pretrained else "all"
-    if not pretrained and config.training.use_pretrained is False and config.training.num_unfrozen_encoder_layers == 0:
-        unfrozen = 0                                        # the frozen random encoder, the baseline of every probe
-    if checkpoint is not None:
-        unfrozen = checkpoint["unfrozen_layers"]
-    model, encoder_entry = build_model(config, unfrozen), None
-    if checkpoint is not None:
-        messages.append(load_weights(model, checkpoint["model"], resume_path, what="model"))
-        encoder_entry = checkpoint["encoder"]
-    elif pretrained:
-        encoder_entry, line = load_pretrained(model, pretrained, train_set.spec)
-        messages.append(line)
-    else:
-        model.encoder.feature_mean[:], model.encoder.feature_std[:] = feature_statistics(train_set)
+    model, encoder_entry, unfrozen = prepare_model(args, config, checkpoint, resume_path, train_set, messages)
     model.to(device)
-    train_set, val_set = cache_features(config, model, train_set, val_set, messages)
+    train_set, val_set = cache_features(config, model, train_set, val_set, amp_dtype, messages)
     network = torch.compile(model) if args.compile else model
     if world > 1:
         network = nn.parallel.DistributedDataParallel(network, [local_rank] if device.type == "cuda" else None)
 
     # optimiser, schedule, average
-    if checkpoint is not None:
-        check_same_run(checkpoint, config, total_steps, ("model", "optimizer", "scheduler", "augmentation"))
-    criterion = MaskedCrossEntropyLoss(class_weights(config), label_smoothing=config.training.label_smoothing)
-    criterion.to(device)
+    criterion = make_criterion(config, device)
     optimizer = torch.optim.AdamW(parameter_groups(model, config))
     scheduler = make_scheduler(optimizer, config, total_steps)
     ema = EMA(model, config.training.ema_decay) if config.training.use_ema else None
@@ -656,18 +715,15 @@ def main(argv=None) -> dict:
         stopping.load_state_dict(checkpoint["stopping"])
         state = {key: checkpoint[key] for key in state}
         totals.load_state_dict(checkpoint["totals"])
-        set_rng_state(checkpoint["rng"])
-    if rank > 0:                                            # rank 0 goes on exactly; the others draw their own
-        torch.manual_seed(derived_seed(args.seed, rank, state["step"]))
+    restore_rng(checkpoint, args.seed, state["step"])
 
     def saved_state() -> dict:
         return {"script": SCRIPT, "config": config.to_dict(), "class_names": class_names(config),
                 "palette": palette(config.model.n_classes).tolist(), "model": model.state_dict(),
                 "ema": None if ema is None else ema.state_dict(), "optimizer": optimizer.state_dict(),
                 "scheduler": scheduler.state_dict(), "scaler": scaler.state_dict(), "stopping": stopping.state_dict(),
-                "rng": rng_state(), "encoder": encoder_entry, "unfrozen_layers": unfrozen,
-                "spec": mesh_spec(config).to_dict(), "total_steps": total_steps, "seed": args.seed,
-                "totals": totals.state_dict(), **state}
+                "encoder": encoder_entry, "unfrozen_layers": unfrozen, "spec": mesh_spec(config).to_dict(),
+                "total_steps": total_steps, "seed": args.seed, "totals": totals.state_dict(), **rng_entries(), **state}
 
     def save(snapshot, epoch=None):
         if is_main():
@@ -680,12 +736,7 @@ def main(argv=None) -> dict:
     log = RunLog(folder.log, rank, config.logging.tensorboard, total_steps=total_steps,
                  resume_step=state["step"] if checkpoint is not None else None,
                  wandb={"project": "segheads", "config": config.to_dict()} if args.wandb else None)
-    for line in (*messages, f"{len(train_set.files)} training and {len(val_set.files)} validation meshes, "
-                 f"{sum(train_set.num_faces):,} and {sum(val_set.num_faces):,} faces",
-                 f"{sum(p.numel() for p in model.parameters()):,} parameters, "
-                 f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} trained; effective batch "
-                 f"{config.training.batch_size * config.training.accumulation_steps * world} on {describe(device)}, "
-                 f"seed {args.seed}"):
+    for line in (*messages, *describe_run(config, args, model, train_set, val_set, device)):
         log.info(line)
 
     loader = DataLoader(train_set, batch_sampler=sampler, collate_fn=custom_collate_fn, num_workers=args.num_workers,
@@ -707,7 +758,8 @@ def main(argv=None) -> dict:
             train = totals.metrics()
             last = state["epoch"] == config.training.epochs
             if state["epoch"] % config.evaluation.interval and not last:
-                save(saved_state())
+                log_epoch(log, state, train, None, time.monotonic() - started)
+                save(saved_state(), state["epoch"])
                 continue
 
             # Evaluation uses the averaged weights; what is saved is both.
@@ -717,7 +769,7 @@ def main(argv=None) -> dict:
             log_epoch(log, state, train, result, time.monotonic() - started)
             score = result["metrics"][config.evaluation.monitor]
             finished = stopping.update(score)
-            snapshot = saved_state()                        # in every process: it sums the totals
+            snapshot = saved_state()                        # in every process: it gathers what they have
             if is_main() and keeper.save_best_if(score, snapshot):
                 log.info(f"New best {MONITOR_NAMES[config.evaluation.monitor]}: {score:.4f}. Checkpoint saved.")
             save(snapshot, state["epoch"])
@@ -726,13 +778,10 @@ def main(argv=None) -> dict:
             if all_agree_max(stop.requested or 0) and not last and not finished:
                 raise StopRequested(all_agree_max(stop.requested or 0),
                                     f"stopped after epoch {state['epoch']}, saved; {go_on}")
-        log.info(f"Best {config.evaluation.monitor}: {keeper.best_score or float('nan'):.4f} "
-                 f"(epoch {keeper.best_epoch}); checkpoints in {folder.model}")
+        best = "none" if keeper.best_score is None else f"{keeper.best_score:.4f} (epoch {keeper.best_epoch})"
+        log.info(f"Best {config.evaluation.monitor}: {best}; checkpoints in {folder.model}")
     cleanup()
-    if not result:
-        return {"best": keeper.best_score, "best_epoch": keeper.best_epoch}
-    return {**{key: value for key, value in result["metrics"].items() if isinstance(value, float)},
-            "loss": result["loss"], "best": keeper.best_score, "best_epoch": keeper.best_epoch}
+    return {**(headline(result) if result else {}), "best": keeper.best_score, "best_epoch": keeper.best_epoch}
 
 
 if __name__ == "__main__":

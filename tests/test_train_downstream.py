@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+import data.mesh_results as data_mesh_results
 import evaluate
 import predict
 import train_downstream
@@ -188,6 +189,18 @@ def test_resume_is_exact_wherever_it_stopped(config, tmp_path, monkeypatch, step
     assert losses[0] == losses[1]
 
 
+def test_resume_is_exact_with_limited_batches(config, tmp_path, monkeypatch):
+    """Stopped in the last of the steps that --limit-batches allows: the epoch is over."""
+    more = ("--limit-batches", "2")
+    train(config, tmp_path / "whole", *more)
+    with monkeypatch.context() as patch:
+        sigterm_in_step(patch, 2)
+        with pytest.raises(StopRequested):
+            train(config, tmp_path / "broken", *more)
+    train(config, tmp_path / "broken", *more, "--resume", "auto")
+    assert_same_run(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
+
+
 def test_resume_is_exact_with_workers_and_accumulation(config, tmp_path, monkeypatch):
     more = ("training.accumulation_steps=2", "training.batch_size=1", "--num-workers", "1")
     train(config, tmp_path / "whole", *more)
@@ -249,6 +262,73 @@ def test_cached_features_give_the_same_run_bit_for_bit(config, tmp_path, encoder
         train(config, tmp_path / "scratch", *still[2:], "training.cache_features=true")
 
 
+def test_cached_features_are_those_of_the_number_format(config, tmp_path, encoder_file):
+    """bfloat16: embedded under the same autocast, and not read from what float32 left in the cache."""
+    still = ("--pretrained_path", encoder_file, "augmentation.mode=none", "augmentation.scale_range=[1.0,1.0]",
+             "augmentation.recluster=false", "training.epochs=1")
+    train(config, tmp_path / "plain", *still, "--amp-dtype", "bfloat16")
+    train(config, tmp_path / "float", *still, "training.cache_features=true")
+    train(config, tmp_path / "cached", *still, "training.cache_features=true", "--amp-dtype", "bfloat16")
+    assert_same_run(weights(tmp_path / "plain"), weights(tmp_path / "cached"))
+
+
+def test_an_encoder_of_other_features_or_heads_is_refused(config, tmp_path, encoder_file):
+    """Of the same width, so that every tensor would fit."""
+    with pytest.raises(ValueError, match="trained on the features"):
+        train(config, tmp_path / "run", "--pretrained_path", encoder_file, "model.features=[centroid, curvature, area]")
+    with pytest.raises(ValueError, match="2 attention heads"):
+        train(config, tmp_path / "run", "--pretrained_path", encoder_file, "model.num_heads=4")
+
+
+def test_every_reader_has_the_same_loss_and_views(config, data, tmp_path):
+    """The loss of --test-only is the logged one, class weights included; predict turns the mesh as evaluate does."""
+    more = ("training.epochs=1", "class_weights.class_percentages=[70, 20, 10]", "training.label_smoothing=0.1",
+            "augmentation.rotation_range=[0, 40]", "evaluation.views=3", "paths.test_mesh_dir=null")
+    final = train(config, tmp_path / "run", *more)
+    checkpoint = tmp_path / "run" / "model" / "model_last.pth"
+    assert train(config, tmp_path / "run", *more, "--resume", checkpoint, "--test-only")["loss"] == final["loss"]
+    script, model, _ = evaluate.load(str(checkpoint), [], torch.device("cpu"))
+    result = script.evaluate(model, script.build_dataset(model.config, "val"), batch_size=1)
+    for index, path in enumerate(sorted((data / "val").glob("*.obj"))):
+        assert np.array_equal(script.predict(model, path)["label"], result["predictions"][index])
+    assert evaluate.load(str(checkpoint), ["model.faces_per_cluster=64"], torch.device("cpu"))[1].spec.faces_per_cluster == 64
+    with pytest.raises(ValueError, match="model.features"):
+        evaluate.load(str(checkpoint), ["model.features=[centroid, curvature, area]"], torch.device("cpu"))
+    with pytest.raises(ValueError, match="--data-dir"):
+        evaluate.main([str(checkpoint), "--label-dir", str(data / "val"), "--device", "cpu"])
+    with pytest.raises(ValueError, match="is a file"):
+        evaluate.main([str(checkpoint), "--device", "cpu", "--output-dir", str(checkpoint / "below")])
+
+
+def test_epochs_without_evaluation_are_logged_and_saved(config, tmp_path):
+    train(config, tmp_path / "run", "training.epochs=3", "evaluation.interval=3", "checkpointing.save_interval=1")
+    assert {path.name for path in (tmp_path / "run" / "model").glob("checkpoint_*")} == {f"checkpoint_epoch_{e}.pth" for e in (1, 2, 3)}
+    records = read_log(tmp_path / "run" / "log" / "log.jsonl")
+    assert [(r["split"], r["epoch"]) for r in records] == [("train", 1), ("train", 2), ("train", 3), ("val", 3)]
+
+
+def test_an_interruption_leaves_nothing_half_written(config, data, tmp_path, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    cache = tmp_path / "cache"
+    still = (f"paths.cache_dir={cache}", "training.use_pretrained=false", "training.cache_features=true", "augmentation.mode=none",
+             "augmentation.scale_range=[1.0,1.0]", "augmentation.recluster=false", "training.epochs=1")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):         # while the meshes are prepared
+        patch.setattr(np, "savez", interrupt)
+        train(config, tmp_path / "run", *still)
+    assert list(cache.iterdir()) == []
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):         # while they are embedded
+        patch.setattr(np.memmap, "flush", interrupt)
+        train(config, tmp_path / "run", *still)
+    assert not list(cache.glob("*.tmp")) and not list(cache.glob("embedding_*")) and not (tmp_path / "run").exists()
+    train(config, tmp_path / "run", *still)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):         # while a prediction is written
+        patch.setattr(data_mesh_results, "write_ply", interrupt)
+        predict.main([str(tmp_path / "run/model/model_last.pth"), str(data / "val"), "--output", str(tmp_path / "out"), "--device", "cpu"])
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_early_stopping(config, tmp_path, capsys):
     train(config, tmp_path / "run", "training.epochs=30", "early_stopping.patience=1", "optimizer.learning_rate=1e-5")
     assert "stopped early" in capsys.readouterr().out
@@ -276,6 +356,16 @@ def test_the_documents_keys_are_understood(data, tmp_path):
     (["model.n_classes=2", "data.class_names=[]"], "label 2"),
     (["training.num_unfrozen_encoder_layers=some"], "num_unfrozen"),
     (["model.features=[centroid, normals]"], "normals"),
+    (["evaluation.views=0"], "evaluation.views"),                           # would be a training set: random, not all faces
+    (["evaluation.interval=0"], "evaluation.interval"),
+    (["logging.log_interval=0"], "logging.log_interval"),
+    (["training.epochs=0"], "training.epochs"),
+    (["training.weight_decay=-1"], "training.weight_decay"),
+    (["model.dropout=2"], "model.dropout"),
+    (["augmentation.rotation_range=[1]"], "rotation_range"),
+    (["augmentation.scale_range=[0, 1]"], "scale_range"),
+    (["augmentation.flip_probability=3"], "flip_probability"),
+    (["--limit-batches", "-1"], "--limit-batches"),
 ])
 def test_user_errors_name_the_place(config, tmp_path, more, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
@@ -293,8 +383,14 @@ def test_one_label_short_is_refused_with_both_counts(config, data, tmp_path):
 
 def test_resume_of_another_run_is_refused(config, tmp_path):
     train(config, tmp_path / "run", "training.epochs=1")
-    with pytest.raises(ValueError, match="steps"):
+    with pytest.raises(ValueError, match="training.epochs"):
         train(config, tmp_path / "run", "--resume", "auto")
+    for more, name in ((["--seed", "7"], "--seed"), (["training.weight_decay=0.5"], "weight_decay"), (["training.use_ema=false"], "use_ema"),
+                       (["class_weights.class_percentages=[1, 2, 3]"], "class_percentages"), (["training.batch_size=1"], "steps")):
+        with pytest.raises(ValueError, match=name):
+            train(config, tmp_path / "run", "--resume", "auto", "training.epochs=1", *more)
+    with pytest.raises(ValueError, match="model.features"):                        # the checkpoint's network, other data
+        train(config, tmp_path / "run", "--resume", "auto", "--test-only", "model.features=[centroid, curvature, area]")
     with pytest.raises(ValueError, match="learning_rate"):
         train(config, tmp_path / "run", "--resume", "auto", "training.epochs=1", "optimizer.learning_rate=0.5")
 
@@ -319,6 +415,44 @@ def test_command_line(config, tmp_path):
     assert done.returncode == 2 and "--output-dir" in done.stderr and done.stderr.count("\n") == 1
     done = call("train_downstream.py", config, "--output_dir", tmp_path / "run", "modle.n_classes=3")
     assert done.returncode == 2 and "model" in done.stderr and "Traceback" not in done.stderr
+
+
+RESUME_DRIVER = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import train_downstream
+from utils.cli import StopRequested
+train_downstream.cleanup = lambda: None                                            # three runs in one process group
+update, count = train_downstream.EMA.update, []
+def update_and_kill(self, model):
+    count.append(1)
+    if len(count) == 2 and os.environ["RANK"] == "1":                              # a signal to any process stops all
+        os.kill(os.getpid(), signal.SIGTERM)
+    update(self, model)
+def train(output, *more):
+    train_downstream.main([{config!r}, "--output-dir", output, "--device", "cpu", "--num-workers", "0", "training.batch_size=1", *more])
+train({whole!r})
+train_downstream.EMA.update = update_and_kill
+try:
+    train({broken!r})
+except StopRequested:
+    train_downstream.EMA.update = update
+    train({broken!r}, "--resume", "auto")
+"""
+
+
+def test_resume_of_two_processes_is_exact(config, tmp_path):
+    """Dropout included, which each process draws for itself; one process of the two has no mesh to evaluate."""
+    write_set(tmp_path / "one", 1)
+    text = Path(config).read_text().replace(yaml.safe_load(Path(config).read_text())["paths"]["val_mesh_dir"], str(tmp_path / "one"))
+    Path(config).write_text(text)
+    (tmp_path / "driver.py").write_text(RESUME_DRIVER.format(root=str(ROOT), config=config, whole=str(tmp_path / "whole"),
+                                                             broken=str(tmp_path / "broken")))
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "driver.py")],
+                          cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "SIGTERM" in done.stderr
+    assert_same_run(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
 
 
 @pytest.mark.parametrize("meshes", [6, 7])
