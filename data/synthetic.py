@@ -252,7 +252,8 @@ def decimate(vertices: np.ndarray, faces: np.ndarray, num_faces: int, weight: np
     face. move maps points (N, 3) back on to the surface. -> vertices, faces; more than num_faces if no edge could go.
     """
     frozen = np.zeros(len(vertices))                # grows where a collapse was refused, so that others get a turn
-    while len(faces) > num_faces:
+    idle = 0                                                        # rounds in which no edge could go
+    while len(faces) > num_faces and idle < 10:
         edges, _ = unique_edges(faces)
         n = len(vertices)
         both_ways = np.concatenate([edges, edges[:, ::-1]]).T
@@ -282,10 +283,9 @@ def decimate(vertices: np.ndarray, faces: np.ndarray, num_faces: int, weight: np
         frozen[chosen[~valid].ravel()] += 2
         accepted = np.flatnonzero(valid)[:(len(faces) - num_faces + 1) // 2]
         if not len(accepted):
-            if frozen.max() > 6:
-                break
+            idle += 1
             continue
-        target = np.arange(n)
+        idle, target = 0, np.arange(n)
         target[gone[accepted]] = keep[accepted]
         vertices = vertices.copy()
         vertices[keep[accepted]] = placed[accepted]

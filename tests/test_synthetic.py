@@ -135,6 +135,13 @@ def test_decimate_keeps_the_topology(num_faces):
     assert (outward > 0).all()                                                               # no face was flipped over
 
 
+def test_decimate_refuses_to_turn_faces_over():
+    """Every collapse would throw its vertex to the other side of the ball: none may happen, and the loop must end."""
+    vertices, faces = surface_nets(ball())
+    kept, left = decimate(vertices, faces, 20, np.ones(len(vertices)), lambda p: 16 - p, np.random.default_rng(0))
+    assert len(left) == len(faces) and np.array_equal(kept, vertices)
+
+
 def test_is_closed_sphere_refuses_other_surfaces():
     mesh = trimesh.creation.icosphere(2)
     vertices, faces = np.asarray(mesh.vertices), np.asarray(mesh.faces)
@@ -143,8 +150,10 @@ def test_is_closed_sphere_refuses_other_surfaces():
     assert not is_closed_sphere(vertices, np.concatenate([faces[:1, ::-1], faces[1:]]))      # one face turned over
     two = np.concatenate([vertices, vertices + 9]), np.concatenate([faces, faces + len(vertices)])
     assert not is_closed_sphere(*two)
-    torus = trimesh.creation.torus(1.0, 0.3)
+    torus = trimesh.creation.torus(0.5, 0.2)
     assert not is_closed_sphere(np.asarray(torus.vertices), np.asarray(torus.faces))
+    both = np.concatenate([vertices, torus.vertices]), np.concatenate([faces, torus.faces + len(vertices)])
+    assert not is_closed_sphere(*both)                                    # two pieces with the Euler number of one ball
 
 
 # --- mistakes and the command line -------------------------------------------------------------------------------
