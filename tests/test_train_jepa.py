@@ -340,7 +340,7 @@ def test_two_processes_take_the_same_steps_as_one(config, tmp_path):
 def test_probe_embeds_each_labelled_face_once(config, data):
     settings = train_jepa.load_config(config, train_jepa.DEFAULTS, ["probe.interval=1"])
     files = train_jepa.list_meshes(data / "train")
-    prober = train_jepa.Probe(settings, files, train_jepa.list_meshes(data / "val"), [80] * 6)
+    prober = train_jepa.Probe(settings, files, train_jepa.list_meshes(data / "val"))
     x, label = prober.embed(prober.train, None)
     assert len(x) == len(label) == sum(prober.train.num_faces)
     batch = custom_collate_fn([prober.train[0]])
