@@ -234,6 +234,16 @@ def test_faces_of_a_target_do_not_draw_its_surface(batch):
     assert change[1] > 1e-4 and change[2] > 1e-4 and change[0] < 1e-5 and change[3:].max() < 1e-5
 
 
+def test_target_blocks_are_predicted_apart(batch):
+    """The places of one block tell nothing about another: its mask tokens are no keys there."""
+    model = jepa().eval()
+    other = batch["target"].clone()
+    other[:, 1:] = False
+    whole, alone = forward(model, batch), forward(model, {**batch, "target": other})
+    first = batch["target"].nonzero(as_tuple=True)[1] == 0
+    torch.testing.assert_close(whole.prediction[first], alone.prediction, atol=1e-5, rtol=0)
+
+
 def test_padding_changes_no_prediction(meshes, batch):
     model, data = jepa().eval(), masked(meshes)
     whole = forward(model, batch)
