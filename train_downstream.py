@@ -582,6 +582,12 @@ def prepare_model(args, config, checkpoint, resume_path, train_set, messages):
     if checkpoint is not None:
         messages.append(load_weights(model, checkpoint["model"], resume_path, what="model"))
         encoder_entry = checkpoint["encoder"]
+        before = encoder_entry or {"file": "no file", "sha256": None}
+        if args.pretrained_path and Path(args.pretrained_path).is_file() \
+                and sha256_file(args.pretrained_path) != before["sha256"]:
+            raise ValueError(f"--pretrained_path {args.pretrained_path}: the run in {resume_path} started from "
+                             f"{before['file']} with other content; leave the flag out to go on with that run, or "
+                             f"--resume to start afresh in another --output-dir")
     elif pretrained:
         encoder_entry, line = load_pretrained(model, pretrained, train_set.spec)
         messages.append(line)

@@ -381,7 +381,7 @@ def test_one_label_short_is_refused_with_both_counts(config, data, tmp_path):
         train(config, tmp_path / "run", f"paths.mesh_dir={tmp_path / 'short'}")
 
 
-def test_resume_of_another_run_is_refused(config, tmp_path):
+def test_resume_of_another_run_is_refused(config, tmp_path, encoder_file):
     train(config, tmp_path / "run", "training.epochs=1")
     with pytest.raises(ValueError, match="training.epochs"):
         train(config, tmp_path / "run", "--resume", "auto")
@@ -389,6 +389,8 @@ def test_resume_of_another_run_is_refused(config, tmp_path):
                        (["class_weights.class_percentages=[1, 2, 3]"], "class_percentages"), (["training.batch_size=1"], "steps")):
         with pytest.raises(ValueError, match=name):
             train(config, tmp_path / "run", "--resume", "auto", "training.epochs=1", *more)
+    with pytest.raises(ValueError, match="started from no file"):
+        train(config, tmp_path / "run", "--resume", "auto", "training.epochs=1", "--pretrained_path", encoder_file)
     with pytest.raises(ValueError, match="model.features"):                        # the checkpoint's network, other data
         train(config, tmp_path / "run", "--resume", "auto", "--test-only", "model.features=[centroid, curvature, area]")
     with pytest.raises(ValueError, match="learning_rate"):
