@@ -1,0 +1,146 @@
+"""Time and memory of the mesh path: preparing 1 M faces stage by stage, clustering, the encoder from 1.5 k to 1 M faces.
+
+    python benchmarks/bench_meshes.py                  # all; a few minutes on two cores
+    python benchmarks/bench_meshes.py prepare --faces 200000
+
+The mesh is a subdivided sphere with noise, written as OBJ. Each part runs in a process of its own, so that its peak memory is its own.
+"""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import trimesh
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data.mesh import MeshDataset, MeshSpec, custom_collate_fn  # noqa: E402
+from data.mesh_clusters import fps_bfs, recursive_bisection  # noqa: E402
+from data.mesh_features import face_features, face_neighbors, normalize_vertices, weld  # noqa: E402
+from data.mesh_io import read_mesh  # noqa: E402
+from models.nomeformer import Nomeformer  # noqa: E402
+from utils.cli import ArgumentParser, run  # noqa: E402
+from utils.device import describe, pick_device  # noqa: E402
+
+PARTS = ("prepare", "clusters", "encoder")
+FEATURES = ("corners", "normal", "area", "angles", "curvature", "dihedral")
+SIZES = ((1_500, 24), (100_000, 256), (1_000_000, 512))            # faces, faces per cluster
+
+
+def parse_args(argv=None):
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("part", nargs="?", choices=PARTS, help="default: all, one after another")
+    parser.add_argument("--faces", type=int, default=1_000_000)
+    parser.add_argument("--faces-per-cluster", type=int, default=512)
+    parser.add_argument("--embed-dim", type=int, default=64)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser.parse_args(argv)
+
+
+def noisy_sphere(num_faces: int) -> tuple[np.ndarray, np.ndarray]:
+    """vertices (V, 3), faces (num_faces, 3) in random order: a UV sphere cut to the number of faces."""
+    rng, side = np.random.default_rng(0), int(np.ceil(np.sqrt(num_faces / 2))) + 2
+    mesh = trimesh.creation.uv_sphere(count=(side, side))
+    faces = np.asarray(mesh.faces)[rng.permutation(len(mesh.faces))[:num_faces]]
+    return np.asarray(mesh.vertices) * (1 + 1e-4 * rng.normal(size=(len(mesh.vertices), 1))), faces
+
+
+def write_obj(path: Path, vertices: np.ndarray, faces: np.ndarray) -> None:
+    with open(path, "w") as file:
+        np.savetxt(file, vertices, "v %.7f %.7f %.7f")
+        np.savetxt(file, faces + 1, "f %d %d %d")
+
+
+def peak_gib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20           # kilobytes on Linux
+
+
+def prepare(args) -> None:
+    """Every stage from the file to clustered features, then the whole through MeshDataset with and without its cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "sphere.obj"
+        subprocess.run([sys.executable, "-c", "import sys; from pathlib import Path; from benchmarks.bench_meshes import *; "
+                        f"write_obj(Path({str(path)!r}), *noisy_sphere({args.faces}))"], check=True,
+                       cwd=Path(__file__).resolve().parents[1])
+        base, rows = peak_gib(), []
+
+        def stage(name, function, *arguments, **options):
+            start = time.perf_counter()
+            result = function(*arguments, **options)
+            rows.append((name, time.perf_counter() - start))
+            return result
+
+        mesh = stage("read OBJ", read_mesh, path)
+        vertices, faces = stage("weld", weld, mesh.vertices, mesh.faces)
+        vertices = stage("normalise", normalize_vertices, vertices, faces)
+        neighbors = stage("neighbours", face_neighbors, faces)
+        features = stage("features", face_features, vertices, faces, FEATURES, neighbors)
+        centroid = vertices[faces].mean(1)
+        stage("clusters", recursive_bisection, centroid, args.faces_per_cluster)
+        total = sum(seconds for _, seconds in rows)
+        peak = peak_gib()
+        for name, seconds in rows:
+            print(f"  {name:<28}{seconds:>8.2f} s")
+        print(f"  {'total':<28}{total:>8.2f} s   {len(faces):,} faces, {features.shape[1]} features, peak {peak:.2f} GiB "
+              f"(of which {base:.2f} before)")
+        spec = MeshSpec(FEATURES, faces_per_cluster=args.faces_per_cluster)
+        for name in ("MeshDataset item, cold cache", "MeshDataset item, warm cache"):
+            start = time.perf_counter()
+            custom_collate_fn([MeshDataset([path], None, spec, views=1, cache_dir=folder)[0]])
+            print(f"  {name:<28}{time.perf_counter() - start:>8.2f} s   peak {peak_gib():.2f} GiB")
+
+
+def clusters(args) -> None:
+    for num_faces in sorted({100_000, args.faces}):
+        vertices, faces = noisy_sphere(num_faces)
+        centroid, neighbors = vertices[faces].mean(1), face_neighbors(faces)
+        for name, function in (("bisection", lambda: recursive_bisection(centroid, 400)),
+                               ("fps + breadth first", lambda: fps_bfs(centroid, neighbors, 400))):
+            start = time.perf_counter()
+            face_index = function()
+            seconds = time.perf_counter() - start
+            full = (face_index >= 0).sum(1)
+            print(f"  {name:<22}{num_faces:>10,} faces{seconds:>8.2f} s   longest / mean cluster {full.max() / full.mean():.2f}")
+
+
+def encoder(args) -> None:
+    """Forward passes of one size without gradient; run once per size."""
+    device = pick_device(args.device)
+    torch.manual_seed(0)
+    N, slots = -(-args.faces // args.faces_per_cluster), args.faces_per_cluster
+    model = Nomeformer(26, args.embed_dim, 4, 5).to(device).eval()
+    features, centroid = torch.randn(1, N, slots, 26, device=device), torch.rand(1, N, slots, 3, device=device)
+    masks = torch.ones(1, N, slots, dtype=torch.bool, device=device)
+    before, times = peak_gib(), []
+    with torch.no_grad():
+        for _ in range(max(2, min(20, 200_000 // args.faces))):
+            start = time.perf_counter()
+            model(features, masks, centroid).sum().item()
+            times.append(time.perf_counter() - start)
+    print(f"  {args.faces:>10,} faces, {slots:>3} a cluster{args.faces / min(times):>12,.0f} faces/s   "
+          f"{peak_gib() - before:>6.2f} GiB more at the peak")
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    if args.part is not None:
+        return {"prepare": prepare, "clusters": clusters, "encoder": encoder}[args.part](args)
+    print(describe(pick_device(args.device)), flush=True)
+    for title, part, more in (("Preparing a mesh", "prepare", [[]]), ("Clustering, 400 faces a cluster", "clusters", [[]]),
+                              ("Encoder forward, 5 blocks, E 64", "encoder",
+                               [["--faces", str(faces), "--faces-per-cluster", str(size)] for faces, size in SIZES])):
+        print(title, flush=True)
+        for extra in more:
+            subprocess.run([sys.executable, __file__, part, "--faces", str(args.faces), "--device", args.device,
+                            "--embed-dim", str(args.embed_dim), *extra], check=True)
+
+
+if __name__ == "__main__":
+    run(main)
