@@ -1,9 +1,9 @@
-"""Time and memory of the mesh path: preparing 1 M faces stage by stage, clustering, the encoder from 1.5 k to 1 M faces.
+"""Time and memory of the mesh path: preparing 1 M faces by stages, clustering, the encoder from 1.5 k to 1 M faces.
 
     python benchmarks/bench_meshes.py                  # all; a few minutes on two cores
     python benchmarks/bench_meshes.py prepare --faces 200000
 
-The mesh is a subdivided sphere with noise, written as OBJ. Each part runs in a process of its own, so that its peak memory is its own.
+The mesh is a noisy sphere, written as OBJ. Each part runs in a process of its own, so that its peak memory is its own.
 """
 
 from __future__ import annotations
@@ -63,12 +63,12 @@ def peak_gib() -> float:
 
 
 def prepare(args) -> None:
-    """Every stage from the file to clustered features, then the whole through MeshDataset with and without its cache."""
+    """Every stage from the file to clustered features, then the whole through MeshDataset without and with cache."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "sphere.obj"
-        subprocess.run([sys.executable, "-c", "import sys; from pathlib import Path; from benchmarks.bench_meshes import *; "
-                        f"write_obj(Path({str(path)!r}), *noisy_sphere({args.faces}))"], check=True,
-                       cwd=Path(__file__).resolve().parents[1])
+        writer = ("from pathlib import Path; from benchmarks.bench_meshes import noisy_sphere, write_obj; "
+                  f"write_obj(Path({str(path)!r}), *noisy_sphere({args.faces}))")
+        subprocess.run([sys.executable, "-c", writer], check=True, cwd=Path(__file__).resolve().parents[1])
         base, rows = peak_gib(), []
 
         def stage(name, function, *arguments, **options):
@@ -88,8 +88,8 @@ def prepare(args) -> None:
         peak = peak_gib()
         for name, seconds in rows:
             print(f"  {name:<28}{seconds:>8.2f} s")
-        print(f"  {'total':<28}{total:>8.2f} s   {len(faces):,} faces, {features.shape[1]} features, peak {peak:.2f} GiB "
-              f"(of which {base:.2f} before)")
+        print(f"  {'total':<28}{total:>8.2f} s   {len(faces):,} faces, {features.shape[1]} features, peak "
+              f"{peak:.2f} GiB (of which {base:.2f} before)")
         spec = MeshSpec(FEATURES, faces_per_cluster=args.faces_per_cluster)
         for name in ("MeshDataset item, cold cache", "MeshDataset item, warm cache"):
             start = time.perf_counter()
@@ -101,13 +101,14 @@ def clusters(args) -> None:
     for num_faces in sorted({100_000, args.faces}):
         vertices, faces = noisy_sphere(num_faces)
         centroid, neighbors = vertices[faces].mean(1), face_neighbors(faces)
-        for name, function in (("bisection", lambda: recursive_bisection(centroid, 400)),
-                               ("fps + breadth first", lambda: fps_bfs(centroid, neighbors, 400))):
+        for name, function, inputs in (("bisection", recursive_bisection, (centroid, 400)),
+                                       ("fps + breadth first", fps_bfs, (centroid, neighbors, 400))):
             start = time.perf_counter()
-            face_index = function()
+            face_index = function(*inputs)
             seconds = time.perf_counter() - start
             full = (face_index >= 0).sum(1)
-            print(f"  {name:<22}{num_faces:>10,} faces{seconds:>8.2f} s   longest / mean cluster {full.max() / full.mean():.2f}")
+            print(f"  {name:<22}{num_faces:>10,} faces{seconds:>8.2f} s   longest / mean cluster "
+                  f"{full.max() / full.mean():.2f}")
 
 
 def encoder(args) -> None:
@@ -133,7 +134,8 @@ def main(argv=None) -> None:
     if args.part is not None:
         return {"prepare": prepare, "clusters": clusters, "encoder": encoder}[args.part](args)
     print(describe(pick_device(args.device)), flush=True)
-    for title, part, more in (("Preparing a mesh", "prepare", [[]]), ("Clustering, 400 faces a cluster", "clusters", [[]]),
+    for title, part, more in (("Preparing a mesh", "prepare", [[]]),
+                              ("Clustering, 400 faces a cluster", "clusters", [[]]),
                               ("Encoder forward, 5 blocks, E 64", "encoder",
                                [["--faces", str(faces), "--faces-per-cluster", str(size)] for faces, size in SIZES])):
         print(title, flush=True)
