@@ -23,9 +23,9 @@ humanbody_random() {    # a head on the encoder as it was initialised
     python train_downstream.py configs/mesh_humanbody_frozen.yaml training.use_pretrained=false --output-dir exp/humanbody_random
     score humanbody_random
 }
-humanbody_jepa() {      # pre-training, then a head on the frozen encoder; 20 epochs show the chain, configs/jepa_humanbody.yaml has more
+humanbody_jepa() {      # pre-training, then a head on the frozen encoder; 12 epochs show the chain, configs/jepa_humanbody.yaml has more
     python train_jepa.py configs/jepa_humanbody.yaml --output-dir exp/humanbody_jepa \
-        training.epochs=20 scheduler.warmup_epochs=2 probe.interval=10
+        training.epochs=12 scheduler.warmup_epochs=2 probe.interval=6
     python train_downstream.py configs/mesh_humanbody_frozen.yaml --pretrained_path exp/humanbody_jepa/model/model_last.pth \
         --output-dir exp/humanbody_frozen
     score humanbody_frozen
