@@ -738,7 +738,7 @@ def main(argv=None) -> dict:
                 keeper.save_epoch(epoch, snapshot)
 
     if is_main():
-        write_run_files(folder, config, device, args.seed)
+        write_run_files(folder, config, device, args.seed, resumed=checkpoint is not None)
     log = RunLog(folder.log, rank, config.logging.tensorboard, total_steps=total_steps,
                  resume_step=state["step"] if checkpoint is not None else None,
                  wandb={"project": "segheads", "config": config.to_dict()} if args.wandb else None)

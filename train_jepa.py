@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 
 from data.mesh import Augmentation, MeshDataset, MeshSpec, custom_collate_fn, feature_statistics, split_meshes
 from data.mesh_features import FEATURES
-from data.mesh_io import list_meshes, read_mesh
+from data.mesh_io import list_meshes
 from data.mesh_masks import MaskedMeshes, MaskSpec, masked_collate_fn
 from models.jepa import Jepa, momentum_at, prediction_loss, start_momentum, variance_covariance, weight_decay_at
 from models.jepa_monitors import check_monitors, measure
@@ -63,6 +63,7 @@ AT_LEAST = {1: ("model.embedding_dim", "model.num_heads", "model.num_attention_b
                 "probe.max_faces", "logging.log_interval"),
             0: ("loss.alpha", "loss.beta", "loss.gamma", "training.gradient_clip_val", "scheduler.warmup_epochs",
                 "monitor.interval", "monitor.warmup_epochs", "probe.interval", "checkpointing.save_interval")}
+COMPARED_ON_RESUME = ("data", "model", "masking", "loss", "ema", "training", "optimizer", "scheduler", "augmentation")
 FREE_ON_RESUME = ("training.batch_size", "training.resume")            # steps are compared as well
 
 DEFAULTS = {
@@ -342,12 +343,11 @@ def monitor_batch(config: Config, files: list[Path], seed: int) -> dict:
 class Probe:
     """Scores encoders by a classifier on frozen embeddings, fitted on training and scored on validation meshes."""
 
-    def __init__(self, config: Config, train_files: list[Path], val_files: list[Path]) -> None:
+    def __init__(self, config: Config, train_files: list[Path], val_files: list[Path], num_faces: list[int]) -> None:
         paths, self.config = config.paths, config
         label_dir = paths.label_dir or paths.mesh_dir
         val_label_dir = label_dir if paths.val_mesh_dir is None else paths.val_label_dir or paths.val_mesh_dir
-        faces = sum(len(read_mesh(path).faces) for path in train_files)
-        every = -(-faces // config.probe.max_faces)
+        every = -(-sum(num_faces) // config.probe.max_faces)                     # num_faces of the training meshes
         self.train = build_dataset(config, train_files[::every], label_dir, views=1)
         self.val = build_dataset(config, val_files, val_label_dir, views=1)
         self.baselines: dict[str, dict] = {}
@@ -433,6 +433,7 @@ def results(loss, values: dict, scores: dict) -> dict:
 
 def test_only(args, config, checkpoint, path, device, amp_dtype) -> dict:
     """Monitors and probe of a checkpoint."""
+    check_same_run(checkpoint, config, checkpoint["total_steps"], ("model", "masking", "loss"))
     model = load_model(checkpoint, device)
     start = random_encoder(config, checkpoint["seed"], model.encoder)
     train_files, val_files = split_files(config)
@@ -440,7 +441,7 @@ def test_only(args, config, checkpoint, path, device, amp_dtype) -> dict:
     if is_main():
         print(f"{path}: {monitor_line(values)}", flush=True)
     if config.probe.interval and is_main():
-        prober = Probe(config, train_files, val_files)
+        prober = Probe(config, train_files, val_files, build_dataset(config, train_files, None, views=1).num_faces)
         prober.prepare(start, device)
         scores = prober.score(model.target_encoder)
         print(prober.report(scores, checkpoint["epoch"]), flush=True)
@@ -485,6 +486,8 @@ def main(argv=None) -> dict:
             watched = monitor_batch(config, val_files or train_files, args.seed)
         barrier()
     total_steps, sampler = count_steps(config, args, train_set)
+    if checkpoint is not None:
+        check_same_run(checkpoint, config, total_steps, COMPARED_ON_RESUME, args.seed, FREE_ON_RESUME)
 
     # model
     start = random_encoder(config, args.seed, None if checkpoint is None else load_model(checkpoint, device).encoder)
@@ -496,16 +499,12 @@ def main(argv=None) -> dict:
         messages.append(load_weights(model, checkpoint["model"], resume_path, what="model"))
     prober = None
     if config.probe.interval and is_main():
-        prober = Probe(config, train_files, val_files)
+        prober = Probe(config, train_files, val_files, meshes.num_faces)
     network = torch.compile(model) if args.compile else model
     if world > 1:
         network = nn.parallel.DistributedDataParallel(network, [local_rank] if device.type == "cuda" else None)
 
     # optimiser, schedule
-    if checkpoint is not None:
-        check_same_run(checkpoint, config, total_steps, ("data", "model", "masking", "loss", "ema", "training",
-                                                         "optimizer", "scheduler", "augmentation"), args.seed,
-                       FREE_ON_RESUME)
     optimizer = torch.optim.AdamW(split_decay(model.named_parameters(), config.training.weight_decay[0]),
                                   config.optimizer.learning_rate)
     warmup = min(round(config.scheduler.warmup_epochs * total_steps / config.training.epochs), total_steps - 1)
@@ -543,7 +542,7 @@ def main(argv=None) -> dict:
                 keeper.save_epoch(epoch, snapshot)
 
     if is_main():
-        write_run_files(folder, config, device, args.seed)
+        write_run_files(folder, config, device, args.seed, resumed=checkpoint is not None)
     log = RunLog(folder.log, rank, config.logging.tensorboard, total_steps=total_steps,
                  resume_step=state["step"] if checkpoint is not None else None,
                  wandb={"project": "segheads", "config": config.to_dict()} if args.wandb else None)

@@ -129,7 +129,7 @@ class Jepa(nn.Module):
         prediction, (b, _, n) = self.predictor(context, masks, centroid, visible, target)
         goal, valid = output.float(), masks[b, n]
         if self.predictor.target == "cluster":
-            goal = goal.sum(2) / masks.sum(2, keepdim=True).clamp(min=1)         # (B, N, E), padded slots are 0
+            goal = goal.sum(2)              # (B, N, E): padded slots are 0, and layer_norm takes the count out
             valid = valid.any(-1)
         goal = F.layer_norm(goal, goal.shape[-1:])[b, n]
         return JepaOutput(prediction.float(), goal, valid, context, output)

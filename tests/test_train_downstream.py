@@ -20,6 +20,7 @@ from tests.tiny_meshes import tiny_mesh, write_obj, write_set
 from utils.checkpoint import load_checkpoint
 from utils.cli import StopRequested
 from utils.log import read_log
+from utils.losses import MaskedCrossEntropyLoss
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -397,12 +398,29 @@ def test_resume_of_another_run_is_refused(config, tmp_path, encoder_file):
         train(config, tmp_path / "run", "--resume", "auto", "training.epochs=1", "optimizer.learning_rate=0.5")
 
 
-def test_diverging_run_keeps_the_last_good_checkpoint(config, tmp_path):
-    train(config, tmp_path / "run", "training.epochs=1")
-    before = (tmp_path / "run" / "model" / "model_last.pth").read_bytes()
+def test_diverging_run_keeps_the_last_good_checkpoint(config, tmp_path, monkeypatch):
+    """The loss turns to NaN in the second epoch; the checkpoint of the first stays as it was."""
+    sum_and_weight, calls = MaskedCrossEntropyLoss.sum_and_weight, []
+
+    def breaks(self, logits, label, mask=None):
+        calls.append(logits.requires_grad)
+        total, weight = sum_and_weight(self, logits, label, mask)
+        return total * (float("nan") if sum(calls) > 4 else 1.0), weight             # training steps, not evaluation
+
+    monkeypatch.setattr(MaskedCrossEntropyLoss, "sum_and_weight", breaks)
     with pytest.raises(FloatingPointError, match="learning rate"):
-        train(config, tmp_path / "run", "optimizer.learning_rate=1e30", "training.gradient_clip_val=0", "scheduler.warmup_epochs=0")
-    assert (tmp_path / "run" / "model" / "model_last.pth").read_bytes() == before
+        train(config, tmp_path / "run")
+    checkpoint = weights(tmp_path / "run")
+    assert (checkpoint["epoch"], checkpoint["step"]) == (1, 3)
+    assert all(tensor.isfinite().all() for tensor in checkpoint["model"].values())
+
+
+def test_a_fresh_run_in_a_used_folder_keeps_the_old_checkpoints(config, tmp_path):
+    train(config, tmp_path / "run", "training.epochs=1")
+    before = (tmp_path / "run" / "model" / "model_best.pth").read_bytes()
+    train(config, tmp_path / "run", "training.epochs=1", "--seed", "1")
+    assert (tmp_path / "run" / "model" / "previous_1" / "model_best.pth").read_bytes() == before
+    assert (tmp_path / "run" / "log" / "previous_1" / "log.jsonl").is_file()
 
 
 def test_command_line(config, tmp_path):

@@ -200,9 +200,11 @@ def test_resumes_bit_for_bit_after_sigterm(config, whole, tmp_path, monkeypatch,
 def test_resume_refuses_another_run(config, tmp_path):
     train(config, tmp_path / "run", "training.epochs=1")
     for change, message in (("training.epochs=2", "training.epochs"), ("ema.momentum=0.5", "ema.momentum"),
-                            ("masking.num_mask_blocks=2", "num_mask_blocks"), ("training.batch_size=3", "steps")):
+                            ("masking.num_mask_blocks=2", "num_mask_blocks"), ("training.batch_size=3", "steps"), ("model.features=[area]", "model.features")):
         with pytest.raises(ValueError, match=message):
             train(config, tmp_path / "run", "--resume", "auto", "training.epochs=1", change)
+    with pytest.raises(ValueError, match="model.features"):
+        train(config, tmp_path / "run", "--resume", "auto", "--test-only", "model.features=[area]")
     with pytest.raises(ValueError, match="--seed 1"):
         train(config, tmp_path / "run", "--resume", "auto", "--seed", 1, "training.epochs=1")
 
@@ -340,7 +342,7 @@ def test_two_processes_take_the_same_steps_as_one(config, tmp_path):
 def test_probe_embeds_each_labelled_face_once(config, data):
     settings = train_jepa.load_config(config, train_jepa.DEFAULTS, ["probe.interval=1"])
     files = train_jepa.list_meshes(data / "train")
-    prober = train_jepa.Probe(settings, files, train_jepa.list_meshes(data / "val"))
+    prober = train_jepa.Probe(settings, files, train_jepa.list_meshes(data / "val"), [80] * 6)
     x, label = prober.embed(prober.train, None)
     assert len(x) == len(label) == sum(prober.train.num_faces)
     batch = custom_collate_fn([prober.train[0]])

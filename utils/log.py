@@ -41,7 +41,7 @@ class RunLog:
         if append or resume_step is not None:
             _truncate(self.dir / "log.jsonl", resume_step)
         else:
-            _set_aside(self.dir)
+            set_aside(self.dir, "train.log", "log.jsonl", "events.out.tfevents.*")
         self._text = open(self.dir / "train.log", "a", buffering=1, encoding="utf-8")
         self._records = open(self.dir / "log.jsonl", "a", buffering=1, encoding="utf-8")
         if tensorboard:
@@ -157,16 +157,16 @@ def _truncate(path: Path, last_step: int | None) -> None:
     os.replace(temporary, path)
 
 
-def _set_aside(log_dir: Path) -> None:
-    """Move an earlier run's files into the first free log_dir/previous_N, in case --resume was only forgotten."""
-    found = [*log_dir.glob("train.log"), *log_dir.glob("log.jsonl"), *log_dir.glob("events.out.tfevents.*")]
+def set_aside(folder: Path, *patterns: str) -> None:
+    """Move an earlier run's files into the first free folder/previous_N, in case --resume was only forgotten."""
+    found = [path for pattern in patterns for path in folder.glob(pattern)]
     if found:
         number = 1
-        while (log_dir / f"previous_{number}").exists():
+        while (folder / f"previous_{number}").exists():
             number += 1
-        (log_dir / f"previous_{number}").mkdir()
+        (folder / f"previous_{number}").mkdir()
         for path in found:
-            path.rename(log_dir / f"previous_{number}" / path.name)
+            path.rename(folder / f"previous_{number}" / path.name)
 
 
 def _number(value: Any) -> float:

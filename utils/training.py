@@ -12,6 +12,7 @@ from utils.checkpoint import RunFolder
 from utils.config import save_config
 from utils.device import describe, environment
 from utils.distributed import all_gather, all_reduce_sum, is_main, rank, world_size
+from utils.log import set_aside
 from utils.metrics import ConfusionMatrix, segmentation_metrics
 from utils.seed import derived_seed, rng_state, set_rng_state
 
@@ -88,10 +89,12 @@ def check_same_run(checkpoint: Mapping, config: Mapping, total_steps: int, secti
                          f"(epochs, batch size, processes, number of files); {advice}")
 
 
-def write_run_files(folder: RunFolder, config: Mapping, device: torch.device, seed: int) -> None:
+def write_run_files(folder: RunFolder, config: Mapping, device: torch.device, seed: int, resumed: bool) -> None:
     """Make the run folder with config/config.yaml (resolved) and config/environment.json (versions, commit, device,
-    seed)."""
+    seed). A run that starts afresh moves the checkpoints of an earlier one to model/previous_N."""
     folder.create()
+    if not resumed:
+        set_aside(folder.model, "*.pth")
     save_config(config, folder.config / "config.yaml")
     (folder.config / "environment.json").write_text(json.dumps(
         {**environment(), "device": describe(device), "seed": seed, "processes": world_size()}, indent=2) + "\n")
