@@ -154,7 +154,7 @@ def test_teacher_sees_all_clusters_with_the_valid_mask(meshes, batch):
         alone = custom_collate_fn([data.dataset[b]])
         expected = model.target_encoder(alone["features"], alone["mask"], alone["centroid"])[0]
         clusters, slots = alone["mask"].shape[1:]
-        torch.testing.assert_close(output[b, :clusters, :slots], expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(output[b, :clusters, :slots], expected, atol=1e-4, rtol=0)
         assert not output[b, clusters:].any()
     noisy = batch["features"].clone()
     noisy[1, batch["target"][1, 0].nonzero()[0]] += 5
@@ -177,7 +177,7 @@ def test_targets_are_layer_normed_teacher_outputs(batch, target):
     raw = model.target_encoder(batch["features"], batch["mask"], batch["centroid"])[b, n][batch["mask"][b, n]]
     raw = raw[0] if target == "face" else raw.mean(0)
     expected = (raw - raw.mean()) / (raw.var(unbiased=False) + 1e-5).sqrt()
-    torch.testing.assert_close(out.target[5, 0] if target == "face" else out.target[5], expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(out.target[5, 0] if target == "face" else out.target[5], expected, atol=1e-4, rtol=0)
 
 
 def step(model, batch, optimizer, momentum=0.9):
