@@ -52,10 +52,10 @@ def meshes(tmp_path_factory):
     return sorted(folder.glob("*.obj"))
 
 
-def masked(files, views=0, seed=0, spec=SPEC, masks=None):
-    augmentation = Augmentation("so3", recluster=True)
-    return MaskedMeshes(MeshDataset(files, None, spec, augmentation=augmentation, views=views, seed=seed),
-                        masks or MaskSpec(), seed)
+def masked(files, views=0, seed=0, spec=SPEC, augmented=True):
+    augmentation = Augmentation("so3", recluster=True) if augmented else Augmentation()
+    return MaskedMeshes(MeshDataset(files, None, spec, augmentation=augmentation, views=views, seed=seed), MaskSpec(),
+                        seed)
 
 
 @pytest.fixture(scope="module")
@@ -101,14 +101,16 @@ def test_one_cluster_and_wrong_shares_are_refused():
 
 
 def test_masks_depend_on_seed_epoch_and_item_alone(meshes):
-    data, other = masked(meshes), masked(meshes)
+    data, other = masked(meshes, augmented=False), masked(meshes, augmented=False)      # the clusters stay the same
     other.set_epoch(3)
     _ = [other[i] for i in (1, 0, 1)]                       # what was drawn before does not matter
     data.set_epoch(3)
     assert torch.equal(data[1]["visible"], other[1]["visible"]) and torch.equal(data[1]["target"], other[1]["target"])
     data.set_epoch(4)
     assert not torch.equal(data[1]["target"], other[1]["target"])
-    assert not torch.equal(masked(meshes, seed=1)[1]["target"], masked(meshes)[1]["target"])
+    another = masked(meshes, seed=1, augmented=False)
+    another.set_epoch(4)
+    assert not torch.equal(another[1]["target"], data[1]["target"])
     fixed = masked(meshes, views=1)
     before = fixed[1]["target"]
     fixed.set_epoch(9)
@@ -154,7 +156,7 @@ def test_teacher_sees_all_clusters_with_the_valid_mask(meshes, batch):
         alone = custom_collate_fn([data.dataset[b]])
         expected = model.target_encoder(alone["features"], alone["mask"], alone["centroid"])[0]
         clusters, slots = alone["mask"].shape[1:]
-        torch.testing.assert_close(output[b, :clusters, :slots], expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(output[b, :clusters, :slots], expected, atol=1e-5, rtol=0)
         assert not output[b, clusters:].any()
     noisy = batch["features"].clone()
     noisy[1, batch["target"][1, 0].nonzero()[0]] += 5
