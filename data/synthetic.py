@@ -5,8 +5,9 @@
 Meshes: jointed figures (bipeds, quadrupeds, centaurs, hexapods ...) with random proportions, poses, orientations and
 tessellations. Each is ONE closed connected surface of genus 0: an implicit field around a skeleton of tapered capsules,
 meshed by surface nets, then thinned by random edge collapses. A face carries the part of its nearest bone. Parts look
-alike from nearby (all are tapered tubes), so a linear model on single faces stays near the majority rate; what tells a
-shin from a forearm is where it hangs.
+alike from nearby (all are tapered tubes): a linear model on a face's place, normal, angles and area stays at the
+majority rate (23 % of faces right against 22 %). What tells a shin from a forearm is where it hangs: a random forest
+on heat kernel signatures, which see the surroundings, gets 71 %.
 """
 
 import json
