@@ -123,7 +123,7 @@ DEFAULTS = {
         "head": Setting("mlp", (str,), ("mlp", "linear")),
         "faces_per_cluster": 32,
         "n_clusters": Setting(None, (int,)),
-        "clustering": Setting("bisection", (str,), ("bisection", "fps")),
+        "clustering": Setting("bisection", (str,), ("bisection", "connected")),
         "unit": Setting(None, (float,)),                    # metres per length unit (10 for houses)
         "gradient_checkpointing": False,                    # less memory, a third more time
         "include_normals": Setting(None, (bool,)),          # with or without "normal", whatever features says

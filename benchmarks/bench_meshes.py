@@ -21,7 +21,7 @@ import trimesh
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.mesh import MeshDataset, MeshSpec, custom_collate_fn  # noqa: E402
-from data.mesh_clusters import fps_bfs, recursive_bisection  # noqa: E402
+from data.mesh_clusters import connected_clusters, recursive_bisection  # noqa: E402
 from data.mesh_features import face_features, face_neighbors, normalize_vertices, weld  # noqa: E402
 from data.mesh_io import read_mesh  # noqa: E402
 from models.nomeformer import Nomeformer  # noqa: E402
@@ -45,10 +45,11 @@ def parse_args(argv=None):
 
 
 def noisy_sphere(num_faces: int) -> tuple[np.ndarray, np.ndarray]:
-    """vertices (V, 3), faces (num_faces, 3) in random order: a UV sphere cut to the number of faces."""
-    rng, side = np.random.default_rng(0), int(np.ceil(np.sqrt(num_faces / 2))) + 2
-    mesh = trimesh.creation.uv_sphere(count=(side, side))
-    faces = np.asarray(mesh.faces)[rng.permutation(len(mesh.faces))[:num_faces]]
+    """vertices (V, 3), faces (num_faces, 3) in random order: a subdivided icosahedron, cut to the number of faces."""
+    rng, level = np.random.default_rng(0), int(np.ceil(np.log(num_faces / 20) / np.log(4)))
+    mesh = trimesh.creation.icosphere(subdivisions=level)
+    upper = np.argsort(mesh.vertices[mesh.faces].mean(1)[:, 2])[-num_faces:]
+    faces = np.asarray(mesh.faces)[rng.permutation(upper)]
     return np.asarray(mesh.vertices) * (1 + 1e-4 * rng.normal(size=(len(mesh.vertices), 1))), faces
 
 
@@ -102,7 +103,7 @@ def clusters(args) -> None:
         vertices, faces = noisy_sphere(num_faces)
         centroid, neighbors = vertices[faces].mean(1), face_neighbors(faces)
         for name, function, inputs in (("bisection", recursive_bisection, (centroid, 400)),
-                                       ("fps + breadth first", fps_bfs, (centroid, neighbors, 400))):
+                                       ("connected", connected_clusters, (centroid, neighbors, 400))):
             start = time.perf_counter()
             face_index = function(*inputs)
             seconds = time.perf_counter() - start

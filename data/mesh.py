@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from data.mesh_clusters import fps_bfs, recursive_bisection
+from data.mesh_clusters import connected_clusters, recursive_bisection
 from data.mesh_features import (
     HKS_EIGENPAIRS,
     face_features,
@@ -56,7 +56,7 @@ class MeshSpec:
     features: tuple[str, ...] = ("corners", "normal", "area", "angles", "curvature", "dihedral")
     faces_per_cluster: int = 32
     n_clusters: int | None = None           # a fixed number of clusters instead
-    clustering: str = "bisection"           # bisection | fps
+    clustering: str = "bisection"           # bisection | connected
     clusters_per_batch: int | None = None   # crops of that many neighbouring clusters (large meshes); None = whole
     unit: float | None = None               # metres that make one length unit; None = every mesh by its own size
 
@@ -145,7 +145,7 @@ def prepare_mesh(path: str | Path, spec: MeshSpec, cache_dir: str | Path | None 
 
 
 def _wants_neighbors(spec):
-    return "dihedral" in spec.features or spec.clustering == "fps"
+    return "dihedral" in spec.features or spec.clustering == "connected"
 
 
 def _prepare(mesh, spec, path):
@@ -329,7 +329,7 @@ class MeshDataset(Dataset):
             recluster = view > 0
         if view > 0 or (self.views == 0 and settings.active):
             mesh = augment(mesh, settings, self.spec.unit, rng)
-        centroid = mesh.vertices[mesh.faces].mean(1)                             # (F, 3)
+        centroid = mesh.vertices.take(mesh.faces, 0).mean(1)                             # (F, 3)
         face_index = self._clusters(centroid, mesh.neighbors, rng if recluster else None)
         face_index = self._part(face_index, centroid, part, rng)
         if self.views == 0 and settings.cluster_dropout:
@@ -347,8 +347,8 @@ class MeshDataset(Dataset):
 
     def _clusters(self, centroid, neighbors, rng):
         size, count = self.spec.faces_per_cluster, self._num_clusters(len(centroid))
-        if self.spec.clustering == "fps":
-            return fps_bfs(centroid, neighbors, size, rng, count)
+        if self.spec.clustering == "connected":
+            return connected_clusters(centroid, neighbors, size, rng, count)
         return recursive_bisection(centroid, size, rng, count)
 
     def _part(self, face_index, centroid, part, rng):

@@ -7,9 +7,6 @@ once.
 from __future__ import annotations
 
 import numpy as np
-from scipy.spatial import cKDTree
-
-FPS_POOL = 20_000       # farthest-point sampling over a random pool of this size costs the same for every mesh
 
 
 def recursive_bisection(centroid: np.ndarray, faces_per_cluster: int, rng: np.random.Generator | None = None,
@@ -40,21 +37,25 @@ def recursive_bisection(centroid: np.ndarray, faces_per_cluster: int, rng: np.ra
     return _pad(parts)
 
 
-def fps_bfs(centroid: np.ndarray, neighbors: np.ndarray, faces_per_cluster: int,
-            rng: np.random.Generator | None = None, num_clusters: int | None = None) -> np.ndarray:
-    """Grow connected clusters from farthest-point seeds, breadth first over shared edges, all at the same pace.
+def connected_clusters(centroid: np.ndarray, neighbors: np.ndarray, faces_per_cluster: int,
+                       rng: np.random.Generator | None = None, num_clusters: int | None = None) -> np.ndarray:
+    """Grow clusters from the middles of a recursive bisection, breadth first over shared edges, all at the same pace.
 
-    centroid (F, 3), neighbors (F, 3) from `face_neighbors` -> (N, F'), N as in recursive_bisection; here too,
-    consecutive clusters are neighbours in space. Clusters are connected, but of unequal size: F' is 1.6 to 2.3 times
-    the mean, and padding costs attention. Faces that no seed reaches join the cluster of the nearest reached face.
+    centroid (F, 3), neighbors (F, 3) from `face_neighbors` -> (N, F'), N and order as in recursive_bisection. Clusters
+    are connected, but of unequal size: F' is 1.4 to 2 times the mean, and padding costs attention. Faces that no seed
+    reaches stay with the part they were in. The seeds are not farthest points, which lie evenly in space, not among
+    the faces: a finely meshed tree beside a coarse wall would become one cluster of 200 times the mean.
     """
-    num_faces = len(centroid)
-    num_clusters = num_clusters or max(1, -(-num_faces // faces_per_cluster))
-    seeds = _farthest_points(centroid, num_clusters, rng or np.random.default_rng(0))
-    seeds = seeds[recursive_bisection(centroid[seeds], 1)[:, 0]]           # far from one another until here
-    owner = np.full(num_faces, -1, np.int64)
-    owner[seeds] = np.arange(len(seeds))
-    front = seeds
+    parts = recursive_bisection(centroid, faces_per_cluster, rng, num_clusters)
+    real = parts >= 0
+    point = np.where(real[..., None], centroid[parts], 0)                  # (N, F', 3)
+    middle = point.sum(1, keepdims=True) / real.sum(1)[:, None, None]
+    distance = np.where(real, ((point - middle) ** 2).sum(-1), np.inf)
+    # One seed in every part, any of the quarter nearest its middle: not always on the same side of a thin wall.
+    rank = (rng or np.random.default_rng(0)).integers(0, (real.sum(1) + 3) // 4)
+    front = parts[np.arange(len(parts)), distance.argsort(1)[np.arange(len(parts)), rank]]
+    owner = np.full(len(centroid), -1, np.int64)
+    owner[front] = np.arange(len(parts))
     while len(front):
         reached = neighbors[front]                                         # (front, 3)
         source = np.repeat(owner[front], 3)[reached.ravel() >= 0]
@@ -62,25 +63,11 @@ def fps_bfs(centroid: np.ndarray, neighbors: np.ndarray, faces_per_cluster: int,
         fresh = owner[reached] < 0
         front, first = np.unique(reached[fresh], return_index=True)        # the earliest source wins
         owner[front] = source[fresh][first]
-    lost = np.flatnonzero(owner < 0)
-    if len(lost):
-        found = np.flatnonzero(owner >= 0)
-        owner[lost] = owner[found[cKDTree(centroid[found]).query(centroid[lost])[1]]]
+    home = np.empty(len(centroid), np.int64)
+    home[parts[real]] = np.nonzero(real)[0]
+    owner = np.where(owner < 0, home, owner)
     order = np.argsort(owner, kind="stable")
-    bounds = np.searchsorted(owner[order], np.arange(1, len(seeds)))
-    return _pad(np.split(order, bounds))
-
-
-def _farthest_points(centroid, count, rng):
-    pool = rng.choice(len(centroid), min(len(centroid), max(FPS_POOL, 2 * count)), replace=False)
-    point = centroid[pool]
-    chosen = np.zeros(count, np.int64)
-    distance = np.full(len(pool), np.inf)
-    for i in range(1, count):
-        distance = np.minimum(distance, ((point - point[chosen[i - 1]]) ** 2).sum(1))
-        distance[chosen[i - 1]] = -1                                       # duplicate faces share a centre: never twice
-        chosen[i] = int(np.argmax(distance))
-    return pool[chosen]
+    return _pad(np.split(order, np.searchsorted(owner[order], np.arange(1, len(parts)))))
 
 
 def _pad(parts):

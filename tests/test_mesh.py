@@ -76,7 +76,7 @@ def logits_in_file_order(model, meshes, view=0):
 # --- what a spec may say --------------------------------------------------------------------------------------------
 
 def test_spec_survives_a_checkpoint():
-    spec = MeshSpec(("area", "normal"), 24, 64, "fps", 8, 10.0)
+    spec = MeshSpec(("area", "normal"), 24, 64, "connected", 8, 10.0)
     assert MeshSpec.from_dict(spec.to_dict()) == spec and type(spec.to_dict()["features"]) is list
     assert spec.feature_dim == 4
 
@@ -150,7 +150,7 @@ def test_a_full_disk_leaves_nothing_half_written(folder, tmp_path, monkeypatch):
 
 def test_settings_that_prepare_alike_share_an_entry(folder, tmp_path):
     path, cache = folder / "mesh_00.obj", tmp_path / "cache"
-    for spec in (SPEC, MeshSpec(faces_per_cluster=99), MeshSpec(("dihedral",)), MeshSpec(("area",), clustering="fps")):
+    for spec in (SPEC, MeshSpec(faces_per_cluster=99), MeshSpec(("dihedral",)), MeshSpec(("area",), clustering="connected")):
         prepare_mesh(path, spec, cache)
     assert len(list(cache.iterdir())) == 1
 
@@ -194,7 +194,7 @@ def test_meshes_beyond_the_memory_are_read_again_from_the_cache(folder, tmp_path
 
 # --- items ----------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("clustering", ["bisection", "fps"])
+@pytest.mark.parametrize("clustering", ["bisection", "connected"])
 def test_item_holds_the_mesh_at_its_face_index(folder, clustering):
     spec = MeshSpec(tuple(FEATURES), 16, clustering=clustering)
     meshes = dataset(folder, spec, views=1)
@@ -260,7 +260,7 @@ def strange_meshes(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("clustering", ["bisection", "fps"])
+@pytest.mark.parametrize("clustering", ["bisection", "connected"])
 @pytest.mark.parametrize("sizes", [{"faces_per_cluster": 16}, {"n_clusters": 6}, {"n_clusters": 64},
                                    {"faces_per_cluster": 16, "clusters_per_batch": 2},
                                    {"n_clusters": 7, "clusters_per_batch": 3}, {"clusters_per_batch": 1}])
@@ -279,7 +279,7 @@ def test_every_face_exactly_once_in_every_view(tmp_path, clustering, sizes):
         assert torch.cat(parts).sort().values.tolist() == list(range(meshes.num_faces[index]))
 
 
-@pytest.mark.parametrize("spec", [EVERYTHING, MeshSpec(tuple(FEATURES), n_clusters=5, clustering="fps", unit=10.0)])
+@pytest.mark.parametrize("spec", [EVERYTHING, MeshSpec(tuple(FEATURES), n_clusters=5, clustering="connected", unit=10.0)])
 def test_strange_meshes_give_finite_logits(tmp_path, spec):
     meshes = MeshDataset(strange_meshes(tmp_path), None, spec, augmentation=ROUGH)
     for _ in range(2):
@@ -465,7 +465,7 @@ def test_dropped_clusters(folder):
 
 # --- crops ----------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("clustering", ["bisection", "fps"])
+@pytest.mark.parametrize("clustering", ["bisection", "connected"])
 def test_training_crops_are_neighbouring_clusters(folder, clustering):
     spec = MeshSpec(faces_per_cluster=8, clusters_per_batch=6, clustering=clustering)
     meshes = dataset(folder, spec)
@@ -536,7 +536,7 @@ def test_prediction_does_not_change_when_the_file_is_moved_or_scaled(tmp_path, s
     np.testing.assert_allclose(other, one, atol=1e-3 * np.abs(one).max())
 
 
-@pytest.mark.parametrize("clustering", ["bisection", "fps"])
+@pytest.mark.parametrize("clustering", ["bisection", "connected"])
 def test_prediction_goes_with_the_face_lines_of_the_file(tmp_path, clustering):
     vertices, faces, _ = tiny_mesh(1)
     spec = MeshSpec(tuple(FEATURES), 16 if clustering == "bisection" else 1000, clustering=clustering)
