@@ -259,8 +259,8 @@ def test_without_validation_or_labels(config, data, tmp_path):
     assert {p.name for p in (tmp_path / "run" / "model").iterdir()} == {"model_last.pth"}
 
 
-def test_weight_decay_grows_and_momentum_rises(config, tmp_path, monkeypatch):
-    momenta, decays = [], []
+def test_weight_decay_momentum_and_masks_follow_the_steps(config, tmp_path, monkeypatch):
+    momenta, decays, epochs = [], [], []
     update, step = train_jepa.Jepa.update_target, torch.optim.AdamW.step
     monkeypatch.setattr(train_jepa.Jepa, "update_target", lambda self, m: (momenta.append(m), update(self, m)))
 
@@ -269,7 +269,10 @@ def test_weight_decay_grows_and_momentum_rises(config, tmp_path, monkeypatch):
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+    set_epoch = train_jepa.MaskedMeshes.set_epoch
+    monkeypatch.setattr(train_jepa.MaskedMeshes, "set_epoch", lambda self, e: (epochs.append(e), set_epoch(self, e)))
     train(config, tmp_path / "run", "ema.momentum=0.4")
+    assert epochs == [0, 1]
     assert momenta == pytest.approx([0.4 + 0.6 * t / 6 for t in range(6)])
     assert [d["no_decay"] for d in decays] == [0.0] * 6
     assert decays[0]["decay"] == pytest.approx(0.04) and decays[3]["decay"] == pytest.approx(0.22)
