@@ -119,6 +119,20 @@ def test_grown_clusters_are_connected():
     assert face_index.shape[1] < 2 * 40
 
 
+def test_grown_clusters_are_not_too_unequal():
+    face_index = connected_clusters(*sphere(5), 16)      # from the edges of the parts it would be 2.5
+    assert face_index.shape[1] / (face_index >= 0).sum(1).mean() < 1.9
+
+
+def test_padding_is_never_a_seed():
+    ring = np.array([[1, 0, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0.0]])            # around 0, where padding would be
+    centroid = np.r_[ring, ring + (10, 0, 0), [[10, 0, 0]]]                      # parts of 4 and 5 faces
+    neighbors = np.full((9, 3), -1)
+    neighbors[:4, 0], neighbors[4:, 0] = [1, 2, 3, 0], [5, 6, 7, 8, 4]
+    face_index = connected_clusters(centroid, neighbors, 5)
+    np.testing.assert_array_equal(np.sort(face_index, axis=1), [[-1, 0, 1, 2, 3], [4, 5, 6, 7, 8]])
+
+
 def test_clusters_grow_over_the_surface_not_through_the_air():
     """Two sheets 0.01 apart: by distance they would share clusters, over their edges they cannot."""
     grid = trimesh.creation.box((4, 4, 0))
