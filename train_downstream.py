@@ -123,7 +123,7 @@ DEFAULTS = {
         "head": Setting("mlp", (str,), ("mlp", "linear")),
         "faces_per_cluster": 32,
         "n_clusters": Setting(None, (int,)),
-        "clustering": Setting("bisection", (str,), ("bisection", "connected")),
+        "clustering": Setting("bisection", (str,), ("bisection", "connected", "fps")),
         "unit": Setting(None, (float,)),                    # metres per length unit (10 for houses)
         "gradient_checkpointing": False,                    # less memory, a third more time
         "include_normals": Setting(None, (bool,)),          # with or without "normal", whatever features says
@@ -222,6 +222,8 @@ def check_config(config: Config) -> None:
     check_range("model.dropout", config.model.dropout, 0, 1)
     augmentation(config)
     spec = mesh_spec(config)
+    if "ground" in spec.features and config.augmentation.mode == "so3":
+        raise ValueError("the feature ground needs meshes whose z axis points up: set augmentation.mode to z or none")
     if config.model.feature_dim not in (None, spec.feature_dim):
         raise ValueError(f"model.feature_dim={config.model.feature_dim}, but model.features {list(spec.features)} are "
                          f"{spec.feature_dim} wide; correct one of them (feature_dim may be left out)")

@@ -96,7 +96,7 @@ DEFAULTS = {
         "use_pe": True,                                     # position codes; the predictor has them in any case
         "faces_per_cluster": 32,
         "n_clusters": Setting(None, (int,)),
-        "clustering": Setting("bisection", (str,), ("bisection", "connected")),
+        "clustering": Setting("bisection", (str,), ("bisection", "connected", "fps")),
         "unit": Setting(None, (float,)),                    # metres per length unit (10 for houses)
         "gradient_checkpointing": False,                    # less memory, a third more time
     },

@@ -56,7 +56,7 @@ class MeshSpec:
     features: tuple[str, ...] = ("corners", "normal", "area", "angles", "curvature", "dihedral")
     faces_per_cluster: int = 32
     n_clusters: int | None = None           # a fixed number of clusters instead
-    clustering: str = "bisection"           # bisection | connected
+    clustering: str = "bisection"           # bisection | connected | fps
     clusters_per_batch: int | None = None   # crops of that many neighbouring clusters (large meshes); None = whole
     unit: float | None = None               # metres that make one length unit; None = every mesh by its own size
 
@@ -145,7 +145,7 @@ def prepare_mesh(path: str | Path, spec: MeshSpec, cache_dir: str | Path | None 
 
 
 def _wants_neighbors(spec):
-    return "dihedral" in spec.features or spec.clustering == "connected"
+    return "dihedral" in spec.features or spec.clustering != "bisection"
 
 
 def _prepare(mesh, spec, path):
@@ -347,8 +347,9 @@ class MeshDataset(Dataset):
 
     def _clusters(self, centroid, neighbors, rng):
         size, count = self.spec.faces_per_cluster, self._num_clusters(len(centroid))
-        if self.spec.clustering == "connected":
-            return connected_clusters(centroid, neighbors, size, rng, count)
+        if self.spec.clustering != "bisection":
+            farthest = self.spec.clustering == "fps"
+            return connected_clusters(centroid, neighbors, size, rng, count, farthest_points=farthest)
         return recursive_bisection(centroid, size, rng, count)
 
     def _part(self, face_index, centroid, part, rng):

@@ -1,12 +1,15 @@
 """Partition the faces of a mesh into clusters: the tokens of the encoder's global attention.
 
-Both functions return face_index (N, F) int64, -1 where a cluster is shorter than the longest; every face occurs exactly
+All functions return face_index (N, F) int64, -1 where a cluster is shorter than the longest; every face occurs exactly
 once.
 """
 
 from __future__ import annotations
 
 import numpy as np
+from scipy.spatial import cKDTree
+
+FPS_POOL = 20_000       # farthest-point sampling over a random pool of this size costs the same for every mesh
 
 
 def recursive_bisection(centroid: np.ndarray, faces_per_cluster: int, rng: np.random.Generator | None = None,
@@ -38,13 +41,15 @@ def recursive_bisection(centroid: np.ndarray, faces_per_cluster: int, rng: np.ra
 
 
 def connected_clusters(centroid: np.ndarray, neighbors: np.ndarray, faces_per_cluster: int,
-                       rng: np.random.Generator | None = None, num_clusters: int | None = None) -> np.ndarray:
+                       rng: np.random.Generator | None = None, num_clusters: int | None = None,
+                       farthest_points: bool = False) -> np.ndarray:
     """Grow clusters from the middles of a recursive bisection, breadth first over shared edges, all at the same pace.
 
     centroid (F, 3), neighbors (F, 3) from `face_neighbors` -> (N, F'), N and order as in recursive_bisection. Clusters
     are connected, but of unequal size: F' is 1.4 to 2 times the mean, and padding costs attention. Faces that no seed
-    reaches stay with the part they were in. The seeds are not farthest points, which lie evenly in space, not among
-    the faces: a finely meshed tree beside a coarse wall would become one cluster of 200 times the mean.
+    reaches stay with the part they were in. farthest_points takes the seeds by farthest-point sampling instead; they
+    lie evenly in space, not among the faces, so that a finely meshed tree beside a coarse wall can become one cluster
+    of 200 times the mean: for evenly meshed surfaces only. There, unreached faces join the nearest reached one.
     """
     parts = recursive_bisection(centroid, faces_per_cluster, rng, num_clusters)
     real = parts >= 0
@@ -54,6 +59,11 @@ def connected_clusters(centroid: np.ndarray, neighbors: np.ndarray, faces_per_cl
     # One seed in every part, any of the quarter nearest its middle: not always on the same side of a thin wall.
     rank = (rng or np.random.default_rng(0)).integers(0, (real.sum(1) + 3) // 4)
     front = parts[np.arange(len(parts)), distance.argsort(1)[np.arange(len(parts)), rank]]
+    home = np.empty(len(centroid), np.int64)
+    home[parts[real]] = np.nonzero(real)[0]
+    if farthest_points:
+        front = _farthest_points(centroid, len(parts), rng or np.random.default_rng(0))
+        front = front[home[front].argsort(kind="stable")]                  # consecutive clusters stay neighbours
     owner = np.full(len(centroid), -1, np.int64)
     owner[front] = np.arange(len(parts))
     while len(front):
@@ -63,11 +73,24 @@ def connected_clusters(centroid: np.ndarray, neighbors: np.ndarray, faces_per_cl
         fresh = owner[reached] < 0
         front, first = np.unique(reached[fresh], return_index=True)        # the earliest source wins
         owner[front] = source[fresh][first]
-    home = np.empty(len(centroid), np.int64)
-    home[parts[real]] = np.nonzero(real)[0]
+    if farthest_points and (owner < 0).any():
+        found = np.flatnonzero(owner >= 0)
+        home = owner[found[cKDTree(centroid[found]).query(centroid)[1]]]
     owner = np.where(owner < 0, home, owner)
     order = np.argsort(owner, kind="stable")
     return _pad(np.split(order, np.searchsorted(owner[order], np.arange(1, len(parts)))))
+
+
+def _farthest_points(centroid, count, rng):
+    """Indices (count,) of faces, each the farthest of a random pool from all before it; a face is never taken twice."""
+    pool = rng.choice(len(centroid), min(len(centroid), max(FPS_POOL, 2 * count)), replace=False)
+    point, distance = centroid[pool], np.full(len(pool), np.inf)
+    chosen = np.zeros(count, np.int64)
+    for i in range(1, count):
+        distance = np.minimum(distance, ((point - point[chosen[i - 1]]) ** 2).sum(1))
+        distance[chosen[i - 1]] = -1                                       # duplicate faces share a centre
+        chosen[i] = int(np.argmax(distance))
+    return pool[chosen]
 
 
 def _pad(parts):

@@ -52,14 +52,14 @@ def normalize_vertices(vertices: np.ndarray, faces: np.ndarray, unit: float | No
     taken off. A mesh without area falls back to its mean corner and its largest coordinate. Vertices that no face uses
     count for nothing.
     """
-    origin = vertices[faces].reshape(-1, 3).mean(0)            # float64: a UTM offset of 5e6 m costs no digits
-    radius = np.abs(vertices[faces] - origin).max() or 1.0
+    origin = vertices.take(faces, 0).reshape(-1, 3).mean(0)            # float64: a UTM offset of 5e6 m costs no digits
+    radius = np.abs(vertices.take(faces, 0) - origin).max() or 1.0
     vertices = (vertices - origin) / radius
-    corner = vertices[faces]                                   # (F, 3, 3)
+    corner = vertices.take(faces, 0)                                            # (F, 3, 3)
     area = np.linalg.norm(np.cross(corner[:, 1] - corner[:, 0], corner[:, 2] - corner[:, 0]), axis=1) / 2
     total, scale = area.sum(), 1.0
     if total > TINY:
-        vertices = vertices - (corner.mean(1) * area[:, None]).sum(0) / total
+        vertices = vertices - area @ (corner[:, 0] + corner[:, 1] + corner[:, 2]) / (3 * total)
         scale = np.sqrt(total)
     return vertices * (radius / unit) if unit else vertices / scale
 
@@ -82,26 +82,26 @@ def face_neighbors(faces: np.ndarray) -> np.ndarray:
 
     A face that names a vertex twice has an edge twice; it is not its own neighbour.
     """
-    edge = np.sort(faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2), axis=1)         # (3F, 2), rows 3f..3f+2 of face f
-    key = edge[:, 0] * (int(faces.max(initial=0)) + 1) + edge[:, 1]
+    start, end = faces.ravel(), np.roll(faces, -1, axis=1).ravel()              # (3F,), edges 3f..3f+2 of face f
+    key = np.minimum(start, end) * (int(faces.max(initial=0)) + 1) + np.maximum(start, end)
     order = np.argsort(key, kind="stable")
     key = key[order]
     start = np.flatnonzero(np.r_[True, key[1:] != key[:-1]])
     count = np.diff(np.r_[start, len(key)])
     first, second = order[start[count == 2]], order[start[count == 2] + 1]
-    neighbor = np.full(len(edge), -1, np.int64)
+    neighbor = np.full(faces.size, -1, np.int64)
     neighbor[first], neighbor[second] = second // 3, first // 3
-    neighbor[neighbor == np.arange(len(edge)) // 3] = -1
+    neighbor[neighbor == np.arange(faces.size) // 3] = -1
     return neighbor.reshape(-1, 3)
 
 
 def face_geometry(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Centre (F, 3), unit normal (F, 3; 0 for a face without area) and area (F,) of every face."""
-    corner = vertices[faces]                                                    # (F, 3, 3)
+    corner = vertices.take(faces, 0)                                            # (F, 3, 3)
     normal = np.cross(corner[:, 1] - corner[:, 0], corner[:, 2] - corner[:, 0])
     length = np.linalg.norm(normal, axis=1)
     unit = np.divide(normal, length[:, None], out=np.zeros_like(normal), where=length[:, None] > TINY)
-    return corner.mean(1), unit, length / 2
+    return (corner[:, 0] + corner[:, 1] + corner[:, 2]) / 3, unit, length / 2
 
 
 def face_features(vertices: np.ndarray, faces: np.ndarray, names, neighbors: np.ndarray | None = None,
@@ -112,7 +112,7 @@ def face_features(vertices: np.ndarray, faces: np.ndarray, names, neighbors: np.
     All values are finite. How much of a mesh moved by 1e6 diameters or scaled is left as rounding: tests, about 1e-4.
     """
     vertices = vertices.astype(np.float32, copy=False)
-    corner = vertices[faces]                                                    # (F, 3, 3)
+    corner = vertices.take(faces, 0)                                            # (F, 3, 3)
     centroid, normal, area = face_geometry(vertices, faces)
     columns = []
     if "centroid" in names:
@@ -212,7 +212,7 @@ def cotangent_laplacian(vertices: np.ndarray, faces: np.ndarray) -> tuple[sp.csr
     Deviation: a cotangent above 20 becomes 20, so that a needle triangle cannot swallow the spectrum, and the smallest
     of that face what cot A cot B + cot B cot C + cot C cot A = 1 then gives, so that the matrix stays semi-definite.
     """
-    num_vertices, corner = len(vertices), vertices[faces]
+    num_vertices, corner = len(vertices), vertices.take(faces, 0)
     along = [(corner[:, (k + 1) % 3] - corner[:, k], corner[:, (k + 2) % 3] - corner[:, k]) for k in range(3)]
     doubled_area = np.linalg.norm(np.cross(*along[0]), axis=1)
     exact = np.stack([(a * b).sum(1) for a, b in along], axis=1) / np.maximum(doubled_area, 1e-30)[:, None]

@@ -185,3 +185,27 @@ def test_large_meshes_do_not_take_quadratic_time(method):
     face_index = clusters(method, centroid, neighbors, 256)
     assert time.process_time() - begin < 3
     check(face_index, len(centroid))
+
+
+def test_farthest_points_are_spread_and_their_clusters_whole_and_connected():
+    sphere = trimesh.creation.icosphere(subdivisions=4)
+    centroid, neighbors = sphere.triangles_center, face_neighbors(np.asarray(sphere.faces))
+    face_index = connected_clusters(centroid, neighbors, 64, farthest_points=True)
+    assert np.array_equal(np.sort(face_index[face_index >= 0]), np.arange(len(centroid)))
+    assert len(face_index) == len(centroid) // 64 and (face_index >= 0).sum(1).max() < 2.4 * 64
+    owner = np.empty(len(centroid), int)
+    for cluster, row in enumerate(face_index):
+        owner[row[row >= 0]] = cluster
+    for row in face_index:                                                  # one piece: grow from its first face inside it
+        row = row[row >= 0]
+        seen, front = {int(row[0])}, [int(row[0])]
+        while front:
+            front = [int(n) for f in front for n in neighbors[f] if owner[n] == owner[row[0]] and int(n) not in seen]
+            seen.update(front)
+        assert len(seen) == len(row)
+
+
+def test_farthest_points_on_loose_triangles_and_duplicates_use_every_face_once():
+    centroid = np.repeat(np.random.default_rng(0).normal(size=(30, 3)), 2, axis=0)
+    face_index = connected_clusters(centroid, np.full((60, 3), -1), 7, farthest_points=True)
+    assert np.array_equal(np.sort(face_index[face_index >= 0]), np.arange(60)) and len(face_index) == 9

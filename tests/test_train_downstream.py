@@ -19,6 +19,7 @@ from data.mesh_io import read_mesh
 from tests.tiny_meshes import tiny_mesh, write_obj, write_set
 from utils.checkpoint import load_checkpoint
 from utils.cli import StopRequested
+from utils.config import load_config
 from utils.log import read_log
 from utils.losses import MaskedCrossEntropyLoss
 
@@ -343,6 +344,15 @@ def test_the_documents_keys_are_understood(data, tmp_path):
     assert list((tmp_path / "logs").glob("events.out.tfevents.*"))
 
 
+@pytest.mark.parametrize("normals, more, expected", [
+    (None, None, ["area", "normal"]), (True, True, ["area", "normal", "ground"]), (False, None, ["area"]),
+    (False, True, ["area", "ground"]), (None, False, ["area", "normal"])])
+def test_keys_of_the_original_add_and_remove_features(config, normals, more, expected):
+    settings = load_config(config, train_downstream.DEFAULTS, ["model.features=[normal, area]"])
+    settings.model.include_normals, settings.model.additional_geometrical_features = normals, more
+    assert sorted(train_downstream.mesh_spec(settings).features) == sorted(expected)
+
+
 @pytest.mark.parametrize("more, message", [
     (["training.epoch=3"], "epochs"),
     (["model.feature_dim=64"], "feature_dim=64"),
@@ -363,6 +373,7 @@ def test_the_documents_keys_are_understood(data, tmp_path):
     (["training.epochs=0"], "training.epochs"),
     (["training.weight_decay=-1"], "training.weight_decay"),
     (["model.dropout=2"], "model.dropout"),
+    (["model.features=[ground]", "augmentation.mode=so3"], "z axis"),
     (["augmentation.rotation_range=[1]"], "rotation_range"),
     (["augmentation.scale_range=[0, 1]"], "scale_range"),
     (["augmentation.flip_probability=3"], "flip_probability"),
