@@ -12,7 +12,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, jaccard_
 
 from utils import metrics
 from utils.losses import IGNORE_INDEX
-from utils.metrics import ConfusionMatrix, absent_as_zero, metrics_table, segmentation_metrics
+from utils.metrics import ConfusionMatrix, absent_as_zero, metrics_table, miou_of_each, segmentation_metrics
 
 ROOT = Path(__file__).parents[1]
 
@@ -232,3 +232,10 @@ def test_table():
     assert len({len(line) for line in lines[:6]}) == 1 and all(line.rstrip() == line for line in lines)
     with pytest.raises(ValueError, match="2 class names for 3 classes"):
         metrics_table(segmentation_metrics(np.eye(3)), ["a", "b"])
+
+
+def test_miou_of_each_equals_the_metrics_of_each():
+    matrices = np.random.default_rng(0).integers(0, 5, (6, 4, 4))
+    matrices[1, 2], matrices[1, :, 2], matrices[2] = 0, 0, 0               # a class that is absent, a matrix of nothing
+    expected = [segmentation_metrics(matrix)["miou"] for matrix in matrices]
+    assert np.allclose(miou_of_each(matrices), expected, equal_nan=True) and np.isnan(expected[2])

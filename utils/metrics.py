@@ -125,6 +125,13 @@ def segmentation_metrics(matrix: np.ndarray) -> dict:
     }
 
 
+def miou_of_each(matrices: np.ndarray) -> np.ndarray:
+    """The mIoU (M,) of M confusion matrices (M, C, C), as segmentation_metrics gives for one; NaN where one is empty."""
+    hit = np.diagonal(matrices, axis1=1, axis2=2)                               # (M, C)
+    union = matrices.sum(1) + matrices.sum(2) - hit
+    return _ratio(_ratio(hit, np.maximum(union, 1)).sum(1), (union > 0).sum(1))
+
+
 def absent_as_zero(values: np.ndarray) -> float:
     """Mean of per-class values (C,) over all C classes, NaN as 0 (ScanNet200's protocol)."""
     return float(np.nan_to_num(np.asarray(values, dtype=np.float64), nan=0.0).mean())
