@@ -126,7 +126,7 @@ def segmentation_metrics(matrix: np.ndarray) -> dict:
 
 
 def miou_of_each(matrices: np.ndarray) -> np.ndarray:
-    """The mIoU (M,) of M confusion matrices (M, C, C), as segmentation_metrics gives for one; NaN where one is empty."""
+    """The mIoU (M,) of M confusion matrices (M, C, C), as segmentation_metrics has it; NaN where one is empty."""
     hit = np.diagonal(matrices, axis1=1, axis2=2)                               # (M, C)
     union = matrices.sum(1) + matrices.sum(2) - hit
     return _ratio(_ratio(hit, np.maximum(union, 1)).sum(1), (union > 0).sum(1))
