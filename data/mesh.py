@@ -37,13 +37,15 @@ from data.mesh_features import (
     weld,
 )
 from data.mesh_io import find_label_file, read_labels, read_mesh
-from utils.checks import check_range
+from utils.checks import check_choice, check_range
 from utils.log import progress
 from utils.losses import IGNORE_INDEX
 from utils.seed import derived_seed
 
 CACHE_VERSION = 2                   # raise it when prepare_mesh computes something else
 FACES_IN_MEMORY = 20_000_000        # prepared meshes beyond this are read again from the cache
+PADDING = {"features": 0.0, "embedding": 0.0, "centroid": 0.0, "area": 0.0, "label": IGNORE_INDEX, "mask": False,
+           "face_index": -1}
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class MeshSpec:
     def __post_init__(self) -> None:
         if not feature_width(self.features) or len(set(self.features)) < len(self.features):
             raise ValueError(f"model.features={list(self.features)}: expected one feature or more, each named once")
+        check_choice("model.clustering", self.clustering, ("bisection", "connected", "fps"))
         for name in ("faces_per_cluster", "n_clusters", "clusters_per_batch", "unit"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"{name}={value}: expected a number above 0")
@@ -272,6 +275,7 @@ class MeshDataset(Dataset):
         self.files = [Path(file) for file in self.files]
         self.labels: list[np.ndarray] = []
         self._prepared: dict[int, PreparedMesh] = {}
+        self._last_view: tuple = (None, None)
         kept = 0
         self.num_faces = []
         for index, path in enumerate(progress(self.files, self.description)):
@@ -319,31 +323,38 @@ class MeshDataset(Dataset):
         """features (N, F, Dg) float32, label (N, F) int64, mask (N, F) bool, face_index (N, F) int64 (-1 = padding),
         centroid (N, F, 3) and area (N, F; of the mesh before augmentation) float32, index of the mesh in `files`."""
         index, view, part = self.items[item]
-        mesh = self.mesh(index)
-        if self.views == 0:
-            rng = np.random.default_rng(derived_seed(self.seed, self.epoch, item))
-            settings, recluster = self.augmentation, self.augmentation.recluster
+        rng = np.random.default_rng(derived_seed(view) if self.views else derived_seed(self.seed, self.epoch, item))
+        if not self.views:
+            face_index, values = self._tokens(index, self.augmentation, self.augmentation.recluster, rng)
         else:
-            rng = np.random.default_rng(derived_seed(view))
-            settings = Augmentation(self.augmentation.mode, self.augmentation.rotation_range)
-            recluster = view > 0
-        if view > 0 or (self.views == 0 and settings.active):
-            mesh = augment(mesh, settings, self.spec.unit, rng)
-        centroid = mesh.vertices.take(mesh.faces, 0).mean(1)                             # (F, 3)
-        face_index = self._clusters(centroid, mesh.neighbors, rng if recluster else None)
-        face_index = self._part(face_index, centroid, part, rng)
-        if self.views == 0 and settings.cluster_dropout:
-            keep = rng.random(len(face_index)) >= rng.uniform(0, settings.cluster_dropout)
+            if self._last_view[0] != (index, view):          # the parts of a view follow one another
+                turn = (self.augmentation.mode, self.augmentation.rotation_range) if view else ()
+                self._last_view = (index, view), self._tokens(index, Augmentation(*turn), view > 0, rng)
+            face_index, values = self._last_view[1]
+        face_index = self._part(face_index, values["centroid"], part, rng)
+        if not self.views and self.augmentation.cluster_dropout:
+            keep = rng.random(len(face_index)) >= rng.uniform(0, self.augmentation.cluster_dropout)
             face_index = face_index[keep if keep.any() else slice(1)]
-        features = face_features(mesh.vertices, mesh.faces, self.spec.features, mesh.neighbors, mesh.hks)
         mask = face_index >= 0
         gather = torch.from_numpy(np.where(mask, face_index, 0))                 # (N, F)
         mask = torch.from_numpy(mask)
-        pick = lambda values, empty: torch.where(                                # noqa: E731 (the same line five times)
-            mask.view(mask.shape + (1,) * (values.ndim - 1)), torch.from_numpy(values)[gather], empty)
-        return {"features": pick(features, 0.0), "label": pick(self.labels[index], IGNORE_INDEX), "mask": mask,
-                "face_index": torch.from_numpy(face_index), "centroid": pick(centroid, 0.0),
-                "area": pick(mesh.area, 0.0), "index": index}
+
+        def pick(name):
+            chosen = torch.from_numpy(values[name])[gather]                      # (N, F, ...)
+            return torch.where(mask.view(mask.shape + (1,) * (chosen.ndim - 2)), chosen, PADDING[name])
+
+        return {**{name: pick(name) for name in ("features", "label", "centroid", "area")}, "mask": mask,
+                "face_index": torch.from_numpy(face_index), "index": index}
+
+    def _tokens(self, index, augmentation, recluster, rng):
+        """face_index (N, F) of a mesh, and for all its faces in file order features, label, centroid and area."""
+        mesh = self.mesh(index)
+        if augmentation.active:
+            mesh = augment(mesh, augmentation, self.spec.unit, rng)
+        centroid = mesh.vertices.take(mesh.faces, 0).mean(1)                     # (F, 3)
+        face_index = self._clusters(centroid, mesh.neighbors, rng if recluster else None)
+        features = face_features(mesh.vertices, mesh.faces, self.spec.features, mesh.neighbors, mesh.hks)
+        return face_index, {"features": features, "label": self.labels[index], "centroid": centroid, "area": mesh.area}
 
     def _clusters(self, centroid, neighbors, rng):
         size, count = self.spec.faces_per_cluster, self._num_clusters(len(centroid))
@@ -434,10 +445,6 @@ class CachedFeatures(Dataset):
         rest = self._rest[item]
         flat = torch.from_numpy(self._embedding[self._bounds[item]:self._bounds[item + 1]].copy())
         return {"embedding": flat.view(*rest["mask"].shape, -1), **rest}
-
-
-PADDING = {"features": 0.0, "embedding": 0.0, "centroid": 0.0, "area": 0.0, "label": IGNORE_INDEX, "mask": False,
-           "face_index": -1}
 
 
 def custom_collate_fn(batch: Sequence[dict]) -> dict:

@@ -85,7 +85,7 @@ def test_spec_survives_a_checkpoint():
     ({"features": ("area", "colour")}, r"unknown \['colour'\]"), ({"features": ()}, "one feature or more"),
     ({"features": ("area", "area")}, "each named once"), ({"faces_per_cluster": 0}, "faces_per_cluster=0"),
     ({"n_clusters": -1}, "n_clusters=-1: expected a number above 0"), ({"clusters_per_batch": 0}, "clusters_per_batch=0"),
-    ({"unit": -1.0}, "unit=-1.0")])
+    ({"unit": -1.0}, "unit=-1.0"), ({"clustering": "kmeans"}, "model.clustering: expected one of bisection, connected")])
 def test_spec_that_cannot_be(settings, message):
     with pytest.raises(ValueError, match=message):
         MeshSpec(**settings)
@@ -260,7 +260,7 @@ def strange_meshes(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("clustering", ["bisection", "connected"])
+@pytest.mark.parametrize("clustering", ["bisection", "connected", "fps"])
 @pytest.mark.parametrize("sizes", [{"faces_per_cluster": 16}, {"n_clusters": 6}, {"n_clusters": 64},
                                    {"faces_per_cluster": 16, "clusters_per_batch": 2},
                                    {"n_clusters": 7, "clusters_per_batch": 3}, {"clusters_per_batch": 1}])
@@ -277,6 +277,15 @@ def test_every_face_exactly_once_in_every_view(tmp_path, clustering, sizes):
     assert len(seen) == 2 * len(meshes.files)
     for (index, _), parts in seen.items():
         assert torch.cat(parts).sort().values.tolist() == list(range(meshes.num_faces[index]))
+
+
+def test_parts_of_a_view_are_prepared_once(folder, monkeypatch):
+    meshes = dataset(folder, MeshSpec(faces_per_cluster=16, clusters_per_batch=3), views=2)
+    calls = []
+    monkeypatch.setattr(data.mesh, "face_features", lambda *args: calls.append(1) or face_features(*args))
+    forwards = [meshes[item] for item in range(len(meshes))]
+    assert len(calls) == 8 < len(meshes)                 # four meshes, two views
+    assert all(equal(forwards[item], meshes[item]) for item in reversed(range(len(meshes))))
 
 
 @pytest.mark.parametrize("spec", [EVERYTHING, MeshSpec(tuple(FEATURES), n_clusters=5, clustering="connected", unit=10.0)])

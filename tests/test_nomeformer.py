@@ -189,6 +189,22 @@ def test_gradient_reaches_every_parameter(depth, use_position):
     assert not without, without
 
 
+@pytest.mark.parametrize("visible", [None, torch.tensor([[True, False, True, True]])])
+def test_gradient_checkpointing_changes_nothing(visible):
+    inputs, gradients = mesh(), []
+    for again in (False, True):
+        model = encoder(gradient_checkpointing=again, num_attention_blocks=3).train()
+        out = model(*inputs, visible)
+        out.square().sum().backward()
+        gradients.append([out, *(p.grad for p in model.parameters())])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+    counted = []
+    model.blocks[0].local_layer.register_forward_hook(lambda *_: counted.append(1))
+    model(*inputs).sum().backward()
+    assert len(counted) == 2                             # computed again for the gradient
+
+
 def test_attention_against_the_formula():
     torch.manual_seed(0)
     attention = Attention(E, 2, 0.0)
