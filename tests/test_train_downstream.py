@@ -393,6 +393,16 @@ def test_one_label_short_is_refused_with_both_counts(config, data, tmp_path):
         train(config, tmp_path / "run", f"paths.mesh_dir={tmp_path / 'short'}")
 
 
+def test_another_batch_in_the_middle_of_an_epoch_is_refused(config, tmp_path, monkeypatch):
+    """The number of steps is the same, but the batches done would be other meshes."""
+    with monkeypatch.context() as patch:
+        sigterm_in_step(patch, 1)
+        with pytest.raises(StopRequested):
+            train(config, tmp_path / "run", "--limit-batches", "2")
+    with pytest.raises(ValueError, match="2 items a batch.*3"):
+        train(config, tmp_path / "run", "--limit-batches", "2", "--resume", "auto", "training.batch_size=3")
+
+
 def test_resume_of_another_run_is_refused(config, tmp_path, encoder_file):
     train(config, tmp_path / "run", "training.epochs=1")
     with pytest.raises(ValueError, match="training.epochs"):

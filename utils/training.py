@@ -84,6 +84,11 @@ def check_same_run(checkpoint: Mapping, config: Mapping, total_steps: int, secti
                 raise ValueError(f"{section}.{key} is {value!r}, but {before!r} in the checkpoint; {advice}")
     if seed is not None and checkpoint["seed"] != seed:
         raise ValueError(f"--seed {seed}, but {checkpoint['seed']} in the checkpoint; {advice}")
+    before = checkpoint["config"]["training"]["batch_size"] * (1 + len(checkpoint.get("rng_others", [])))
+    now = config["training"]["batch_size"] * world_size()
+    if checkpoint.get("batch") and before != now:
+        raise ValueError(f"stopped within an epoch at {before} items a batch, over all processes, and now there "
+                         f"would be {now}: the place in the epoch is counted in batches; {advice}")
     if checkpoint["total_steps"] != total_steps:
         raise ValueError(f"this run has {total_steps} steps, that of the checkpoint {checkpoint['total_steps']} "
                          f"(epochs, batch size, processes, number of files); {advice}")
