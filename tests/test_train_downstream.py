@@ -1,7 +1,6 @@
 """train_downstream.py, evaluate.py and predict.py run whole, on tiny meshes: they learn, resume exactly, agree on every number."""
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ import predict
 import train_downstream
 from data.mesh_io import read_mesh
 from tests.tiny_meshes import tiny_mesh, write_obj, write_set
+from tests.whole_runs import assert_equal, sigterm_in_call
 from utils.checkpoint import load_checkpoint
 from utils.cli import StopRequested
 from utils.config import load_config
@@ -83,31 +83,8 @@ def assert_same_run(first, second):
     assert (first["epoch"], first["step"], first["best"]) == (second["epoch"], second["step"], second["best"])
 
 
-def assert_equal(first, second, where):
-    if isinstance(first, torch.Tensor):
-        assert torch.equal(first, second), where
-    elif isinstance(first, dict):
-        assert first.keys() == second.keys(), where
-        for key in first:
-            assert_equal(first[key], second[key], f"{where}.{key}")
-    elif isinstance(first, list | tuple):
-        for index, pair in enumerate(zip(first, second, strict=True)):
-            assert_equal(*pair, f"{where}[{index}]")
-    else:
-        assert first == second, where
-
-
 def sigterm_in_step(patch, step):
-    """A real SIGTERM while the given optimiser step runs."""
-    update, count = train_downstream.EMA.update, []
-
-    def update_and_kill(self, model):
-        count.append(1)
-        if len(count) == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        update(self, model)
-
-    patch.setattr(train_downstream.EMA, "update", update_and_kill)
+    sigterm_in_call(patch, train_downstream.EMA, "update", step)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """train_jepa.py runs whole, on tiny meshes: it learns, resumes exactly, stops at a monitor's word; its file loads."""
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from models.jepa_monitors import MONITORS, parameter_distance
 from models.nomeformer import Nomeformer
 from models.pretrained_mesh import check_features, read_encoder
 from tests.tiny_meshes import write_obj, write_set
+from tests.whole_runs import assert_equal, sigterm_in_call
 from utils.checkpoint import load_checkpoint, load_weights
 from utils.cli import StopRequested
 from utils.log import read_log
@@ -64,31 +64,8 @@ def weights(output, name="model_last.pth"):
     return load_checkpoint(Path(output) / "model" / name, "train_jepa.py")
 
 
-def assert_equal(first, second, where=""):
-    if isinstance(first, torch.Tensor):
-        assert torch.equal(first, second), where
-    elif isinstance(first, dict):
-        assert first.keys() == second.keys(), where
-        for key in first:
-            assert_equal(first[key], second[key], f"{where}.{key}")
-    elif isinstance(first, list | tuple):
-        for index, pair in enumerate(zip(first, second, strict=True)):
-            assert_equal(*pair, f"{where}[{index}]")
-    else:
-        assert first == second, where
-
-
 def sigterm_in_step(patch, step):
-    """A real SIGTERM while the given optimiser step runs."""
-    update, count = train_jepa.Jepa.update_target, []
-
-    def update_and_kill(self, momentum):
-        count.append(1)
-        if len(count) == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        update(self, momentum)
-
-    patch.setattr(train_jepa.Jepa, "update_target", update_and_kill)
+    sigterm_in_call(patch, train_jepa.Jepa, "update_target", step)
 
 
 # -- one run and what it leaves ----------------------------------------------------------------------------------------
