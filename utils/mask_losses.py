@@ -1,0 +1,158 @@
+"""The loss of Mask2Former (Cheng et al. 2022): queries matched with the classes of each image, then class and mask losses."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from utils.losses import IGNORE_INDEX, check_labels
+from utils.matcher import hungarian, labelled_points, matching_cost, sample_label, sample_points
+
+
+class SetCriterion(nn.Module):
+    """Matching and the three losses for each supervised output of a mask classification head.
+
+    outputs: "pred_logits" (B, Q, K + 1) with "no object" last, "pred_masks" (B, Q, h, w) logits, and "aux_outputs", a
+    list of such dicts; label (B, H, W) int64 with IGNORE_INDEX. A target is one class of an image's label map. For
+    each output anew, queries are matched with targets (utils/matcher.py) at num_points random points of the image. Then
+    class  cross-entropy over all queries, unmatched ones are "no object" with weight no_object_weight; divided by the
+           sum of the weights
+    mask   binary cross-entropy, mean over points, sum over matched pairs / number of targets (at least 1)
+    dice   1 - (2 sum(p t) + 1) / (sum p + sum t + 1), likewise
+    Each pair has points of its own: of oversample_ratio * num_points random ones the importance_ratio * num_points
+    whose predicted logit is nearest to 0, and random ones for the rest (PointRend, Kirillov et al. 2020, section 3.2).
+
+    Everything is computed in float32. As in the original, ignored pixels are outside every mask; deviation on request:
+    ignore_in_mask_loss drops points in ignored pixels from the mask and dice losses and from the matching.
+    Random numbers come from the generator of label's device, in this order: for each output and image (P, 2) points of
+    the matching; then for each output the candidates (R, oversample_ratio * P, 2) of all its R pairs, and the rest.
+    ValueError: labels outside 0..K-1, settings out of range.
+    """
+
+    def __init__(self, num_classes: int, num_points: int = 12544, oversample_ratio: float = 3.0,
+                 importance_ratio: float = 0.75, class_weight: float = 2.0, mask_weight: float = 5.0,
+                 dice_weight: float = 5.0, no_object_weight: float = 0.1, ignore_in_mask_loss: bool = False):
+        super().__init__()
+        if num_points < 1 or oversample_ratio < 1 or not 0 <= importance_ratio <= 1:
+            raise ValueError(f"num_points {num_points}, oversample_ratio {oversample_ratio} and importance_ratio "
+                             f"{importance_ratio} must be at least 1, at least 1, and from 0 to 1")
+        self.num_classes, self.num_points, self.no_object_weight = num_classes, num_points, no_object_weight
+        self.num_candidates, self.num_uncertain = int(oversample_ratio * num_points), int(importance_ratio * num_points)
+        self.weights = {"class": class_weight, "mask": mask_weight, "dice": dice_weight}
+        self.ignore_in_mask_loss = ignore_in_mask_loss
+        element_weight = torch.ones(num_classes + 1)
+        element_weight[-1] = no_object_weight
+        self.register_buffer("element_weight", element_weight, persistent=False)
+
+    def forward(self, outputs: Mapping, label: Tensor, points: Sequence[Mapping] | None = None) -> dict[str, Tensor]:
+        """The loss of a whole batch: `sums` with the batch's own normalizer."""
+        return self.sums(outputs, label, None, points)
+
+    def label_weights(self, label: Tensor, num_queries: int) -> Tensor:
+        """What the sums are divided by, known before the forward pass: label (B, H, W) -> float32 (2,): the number of
+        targets, and the sum of the weights of all queries' classes. Add them up over micro-batches and processes.
+        """
+        count = self._present(label).sum(1)
+        matched = count.clamp_max(num_queries)             # with more targets than queries some stay without
+        weight = matched + self.no_object_weight * (num_queries - matched)
+        return torch.stack([count.sum(), weight.sum()]).float()
+
+    def sums(self, outputs: Mapping, label: Tensor, normalizer: Tensor | None = None,
+             points: Sequence[Mapping] | None = None) -> dict[str, Tensor]:
+        """-> "class_o", "mask_o", "dice_o" for each output o, 0 the last one of the decoder, and their weighted "total".
+
+        normalizer: label_weights of the whole batch where this is a part of it; the losses of the parts then add up.
+        points: for each output {"matcher": for each image (P, 2), "oversampled": (R, ., 2), "random": (R, ., 2)}
+        instead of random ones, rows in the order of images and, within, of matched queries.
+        """
+        predictions = [outputs, *outputs.get("aux_outputs", ())]
+        present, num_queries = self._present(label), outputs["pred_logits"].shape[1]
+        if normalizer is None:
+            normalizer = self.label_weights(label, num_queries)
+        num_masks, sum_of_weights = normalizer[0].clamp_min(1), normalizer[1]
+        with torch.autocast(label.device.type, enabled=False):
+            image, query, label_id = self.match(predictions, label, present, points)                   # (O, R) each
+            terms = {}
+            for o, prediction in enumerate(predictions):
+                rows = (image[o], query[o], label_id[o])
+                terms[f"class_{o}"] = self._class_loss(prediction["pred_logits"], *rows) / sum_of_weights
+                drawn = None if points is None else points[o]
+                mask, dice = self._mask_losses(prediction["pred_masks"], label, *rows, drawn)
+                terms[f"mask_{o}"], terms[f"dice_{o}"] = mask / num_masks, dice / num_masks
+            terms["total"] = sum(self.weights[name.split("_")[0]] * value for name, value in terms.items())
+        return terms
+
+    @torch.no_grad()
+    def match(self, predictions: Sequence[Mapping], label: Tensor, present: Tensor,
+              points: Sequence[Mapping] | None = None) -> Tensor:
+        """Matched rows of each output: (3, O, R) int64, R pairs of image, query and class id; images ascending."""
+        present = present.cpu()
+        found = [row.nonzero().flatten() for row in present]                       # class ids of each image, ascending
+        width = max(len(ids) for ids in found)
+        classes = torch.stack([F.pad(ids, (0, width - len(ids)), value=-1) for ids in found]).to(label.device)  # (B, T)
+        images_at_once = 1 if label.device.type == "cpu" else 8      # a cache holds one image's points, a GPU wants more
+        costs = []
+        for o, prediction in enumerate(predictions):
+            drawn = torch.stack(list(points[o]["matcher"])) if points is not None else \
+                torch.rand(len(label), self.num_points, 2, device=label.device)
+            for part in torch.arange(len(label)).split(images_at_once):
+                part = slice(int(part[0]), int(part[-1]) + 1)
+                costs.append(self._cost(prediction, label, classes, drawn, part))
+        costs = torch.cat(costs).cpu().numpy()                       # (O * B, Q, T): the one wait for the device
+        rows = []
+        for cost, (_, b) in zip(costs, np.ndindex(len(predictions), len(found)), strict=True):
+            query, target = hungarian(cost[:, :len(found[b])])
+            rows.append(np.stack([np.full_like(query, b), query, found[b].numpy()[target]]))           # (3, pairs)
+        rows = torch.from_numpy(np.concatenate(rows, 1)).to(label.device)
+        return rows.view(3, len(predictions), -1)
+
+    def _cost(self, prediction: Mapping, label: Tensor, classes: Tensor, points: Tensor, part: slice) -> Tensor:
+        label, classes, points = label[part], classes[part], points[part]
+        logits = sample_points(prediction["pred_masks"][part].detach().float(), points)                # (b, Q, P)
+        labelled = labelled_points(label, points) if self.ignore_in_mask_loss else None
+        return matching_cost(prediction["pred_logits"][part], logits, classes, sample_label(label, points, classes),
+                             tuple(self.weights.values()), labelled)
+
+    def _present(self, label: Tensor) -> Tensor:
+        """Which classes occur in each image: label (B, H, W) -> (B, K) bool."""
+        check_labels(label, self.num_classes)
+        ids = torch.where(label == IGNORE_INDEX, self.num_classes, label).flatten(1)
+        present = torch.zeros(len(label), self.num_classes + 1, dtype=torch.bool, device=label.device)
+        return present.scatter_(1, ids, True)[:, :-1]
+
+    def _class_loss(self, pred_logits: Tensor, image: Tensor, query: Tensor, label_id: Tensor) -> Tensor:
+        truth = torch.full(pred_logits.shape[:2], self.num_classes, device=pred_logits.device)
+        truth[image, query] = label_id
+        return F.cross_entropy(pred_logits.float().flatten(0, 1), truth.flatten(), self.element_weight,
+                               reduction="none").sum()
+
+    def _mask_losses(self, pred_masks: Tensor, label: Tensor, image: Tensor, query: Tensor, label_id: Tensor,
+                     points: Mapping | None) -> tuple[Tensor, Tensor]:
+        """-> sums over the R matched pairs of cross-entropy and dice."""
+        masks = pred_masks.flatten(0, 1).index_select(0, image * pred_masks.shape[1] + query)          # (R, h, w)
+        masks = masks.float().unsqueeze(1)
+        points = self._loss_points(masks.detach(), points)                                             # (R, P, 2)
+        truth = sample_label(label, points, label_id[:, None], image).squeeze(1)                       # (R, P)
+        logits = sample_points(masks, points).squeeze(1)
+        prob, softplus, count = logits.sigmoid(), F.softplus(logits), logits.shape[1]
+        if self.ignore_in_mask_loss:
+            labelled = labelled_points(label, points, image)
+            truth, prob, softplus = truth * labelled, prob * labelled, softplus * labelled
+            count = labelled.sum(1).clamp_min(1)
+        cross_entropy = (softplus - logits * truth).sum(1) / count
+        dice = 1 - (2 * (prob * truth).sum(1) + 1) / (prob.sum(1) + truth.sum(1) + 1)
+        return cross_entropy.sum(), dice.sum()
+
+    @torch.no_grad()
+    def _loss_points(self, masks: Tensor, points: Mapping | None) -> Tensor:
+        """Points for each of the masks (R, 1, h, w): the most uncertain candidates, then the random ones, (R, P, 2)."""
+        if points is None:
+            candidates = torch.rand(len(masks), self.num_candidates, 2, device=masks.device)
+            rest = torch.rand(len(masks), self.num_points - self.num_uncertain, 2, device=masks.device)
+        else:
+            candidates, rest = points["oversampled"], points["random"]
+        distance = sample_points(masks, candidates).squeeze(1).abs_()                                  # (R, candidates)
+        chosen = distance.topk(self.num_uncertain, largest=False, sorted=False).indices
+        return torch.cat([candidates.gather(1, chosen.unsqueeze(2).expand(-1, -1, 2)), rest], 1)

@@ -1,0 +1,98 @@
+"""Matching of queries with the classes of an image at random points (Mask2Former, Cheng et al. 2022, section 3).
+
+A target of an image is one class id of its label map. A point is (x, y) in [0, 1], (0, 0) the outer corner of the
+first pixel; maps are read there bilinearly with zeros outside, as grid_sample(align_corners=False) does.
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from utils.losses import IGNORE_INDEX
+
+
+def sample_points(maps: Tensor, points: Tensor) -> Tensor:
+    """Values of maps (N, C, h, w) float at points (N, P, 2) -> (N, C, P); differentiable in the maps."""
+    N, C, h, w = maps.shape
+    groups = math.gcd(C, torch.get_num_threads())          # grid_sample spreads the batch over cores, not the channels
+    grid = (2 * points - 1).repeat_interleave(groups, 0).unsqueeze(1)                          # (N * groups, 1, P, 2)
+    values = F.grid_sample(maps.reshape(N * groups, C // groups, h, w), grid, align_corners=False)
+    return values.view(N, C, points.shape[1])
+
+
+def sample_label(label: Tensor, points: Tensor, classes: Tensor, image: Tensor | None = None) -> Tensor:
+    """Masks `label == class`, 0 or 1, read bilinearly at points, from the four label pixels around each: no mask is built.
+
+    label (B, H, W) integer; points (N, P, 2); classes (N, T), -1 matches nothing; image (N,) int64, the label map that
+    each row reads, None where N is B -> (N, T, P) float32, equal to grid_sample of the float masks.
+    """
+    H, W = label.shape[-2:]
+    image = torch.arange(len(label), device=label.device) if image is None else image
+    padded = F.pad(label.int(), (1, 1, 1, 1), value=IGNORE_INDEX).flatten()       # outside is no class: no bounds to test
+    x, y = points[..., 0] * W + 0.5, points[..., 1] * H + 0.5                     # (N, P), from the middle of the padding
+    left, top = x.floor(), y.floor()
+    x, y = (x - left).unsqueeze(1), (y - top).unsqueeze(1)                        # (N, 1, P)
+    # In whole numbers: float32 cannot count the pixels of a batch.
+    first = (top.long() + image[:, None] * (H + 2)) * (W + 2) + left.long()       # (N, P)
+    rows = []
+    for start in (0, W + 2):
+        ids = [padded[start + step:].take(first).unsqueeze(1) for step in (0, 1)]
+        rows.append(torch.lerp(*((i == classes.unsqueeze(2)).float() for i in ids), x))            # (N, T, P)
+    return torch.lerp(*rows, y)
+
+
+def labelled_points(label: Tensor, points: Tensor, image: Tensor | None = None) -> Tensor:
+    """Where the pixel that a point lies in is not ignored: arguments as sample_label -> (N, P) float32 of 0 and 1."""
+    H, W = label.shape[-2:]
+    image = torch.arange(len(label), device=label.device) if image is None else image
+    x = (points[..., 0] * W).long().clamp(max=W - 1)
+    y = (points[..., 1] * H).long().clamp(max=H - 1)
+    return (label[image[:, None], y, x] != IGNORE_INDEX).float()
+
+
+def matching_cost(pred_logits: Tensor, point_logits: Tensor, classes: Tensor, point_targets: Tensor,
+                  weights: tuple[float, float, float] = (2.0, 5.0, 5.0), labelled: Tensor | None = None) -> Tensor:
+    """Cost of each pair of a query and a target, (..., Q, T) float32, finite for finite logits.
+
+    pred_logits (..., Q, K + 1), the last one "no object"; point_logits (..., Q, P), mask logits at the points;
+    classes (..., T), -1 stands for nothing; point_targets (..., T, P) in [0, 1]; weights of the three costs: minus the
+    probability of the class, mean binary cross-entropy, and dice 1 - (2 p.t + 1) / (sum p + sum t + 1), p the sigmoid.
+    labelled (..., P) of 0 and 1: points where it is 0 count nowhere; None counts all. No gradient is meant to pass.
+    """
+    class_weight, mask_weight, dice_weight = weights
+    x, targets = point_logits.float(), point_targets.float().transpose(-1, -2)                 # (..., Q, P), (..., P, T)
+    count = x.shape[-1]
+    if labelled is not None:                               # a logit of -inf would do, but 0 * inf is not a number
+        x = torch.where(labelled.bool().unsqueeze(-2), x, -1e4)                      # sigmoid and softplus are exactly 0
+        targets, count = targets * labelled.unsqueeze(-1), labelled.sum(-1).clamp_min(1)[..., None, None]
+    prob = x.sigmoid()
+    cross_entropy = (_softplus_sum(x, prob).unsqueeze(-1) - x @ targets) / count
+    size = prob.sum(-1, keepdim=True) + targets.sum(-2, keepdim=True)                          # (..., Q, T)
+    dice = 1 - (2 * (prob @ targets) + 1) / (size + 1)
+    of_class = classes.clamp_min(0).unsqueeze(-2).expand(cross_entropy.shape)
+    class_prob = pred_logits.float().softmax(-1).gather(-1, of_class)
+    return mask_weight * cross_entropy + dice_weight * dice - class_weight * class_prob
+
+
+def _softplus_sum(x: Tensor, prob: Tensor) -> Tensor:
+    """Sum of log(1 + exp(x)) over the last dimension, from prob = sigmoid(x): a logarithm for every 64 points only.
+
+    log(1 + exp(x)) = max(x, 0) - log max(prob, 1 - prob). The last maximum is at least 1/2, so that a product of 64
+    of them is no smaller than 2^-64.
+    """
+    large = F.pad((prob - 0.5).abs_().add_(0.5), (0, -x.shape[-1] % 64), value=1.0)
+    return x.relu().sum(-1) - large.unflatten(-1, (64, -1)).prod(-2).log().sum(-1)
+
+
+def hungarian(cost: Tensor | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The cheapest one-to-one pairs of a cost (Q, T): (query, target), each (min(Q, T),) int64, queries ascending.
+
+    Values that are not finite count as very dear instead of failing, so that a network that has diverged is reported
+    by its loss.
+    """
+    cost = cost.cpu().numpy() if isinstance(cost, Tensor) else cost
+    return linear_sum_assignment(np.nan_to_num(cost, nan=1e9, posinf=1e9, neginf=-1e9))
