@@ -3,7 +3,8 @@
     python evaluate.py exp/downstream/model/model_best.pth           # the test split, or validation without one
     python evaluate.py CHECKPOINT --split val
     python evaluate.py CHECKPOINT --data-dir MESHES --label-dir LABELS           # any other labelled data of the kind
-    python evaluate.py CHECKPOINT paths.test_mesh_dir=datasets/new/test evaluation.views=8
+    python evaluate.py CHECKPOINT paths.test_mesh_dir=datasets/new/test evaluation.views=8        # meshes
+    python evaluate.py CHECKPOINT --data-dir images/test --label-dir masks/test evaluation.tta=true        # images
     torchrun --nproc_per_node=4 evaluate.py CHECKPOINT
 
 A checkpoint names the script that wrote it. That script, which must lie in this folder as train_*.py, does the scoring
@@ -99,8 +100,7 @@ def main(argv=None) -> dict:
     if args.data_dir and args.split:
         raise ValueError("--split and --data-dir: name one of them, a split of the config or other data")
     if args.label_dir and not args.data_dir:
-        raise ValueError("--label-dir names the labels of --data-dir; for a split override paths.test_label_dir=... "
-                         "or paths.val_label_dir=...")
+        raise ValueError("--label-dir names the labels of --data-dir; the labels of a split are named in the config")
     for name, lowest in (("batch_size", 1), ("examples", 0), ("limit_batches", 0), ("num_workers", 0)):
         check_range(f"--{name.replace('_', '-')}", getattr(args, name), lowest)
     device = pick_device(args.device)
@@ -109,8 +109,7 @@ def main(argv=None) -> dict:
         device = torch.device("cuda", local_rank)
     amp_dtype, _ = amp_settings(device, args.amp_dtype)
     script, model, checkpoint = load(args.checkpoint, args.overrides, device)
-    paths = model.config.paths
-    split = args.split or ("test" if paths.get("test_mesh_dir") or paths.get("test_dir") else "val")
+    split = args.split or ("test" if script.has_test_split(model.config) else "val")
     checkpoint_path = Path(args.checkpoint).resolve()
     output = Path(args.output_dir) if args.output_dir else checkpoint_path.parent.parent / "evaluation"
     check_writable(output)

@@ -3,10 +3,11 @@
     python predict.py exp/downstream/model/model_best.pth scan.obj houses/ --output exp/predictions
     python predict.py CHECKPOINT scan.ply --output OUT --labels npy --picture glb --html --pca
 
-Every input file NAME.* gives OUT/NAME.txt (or .npy): one label per face, in the order of the file, in the numbers of
-the label files the network was trained on; and OUT/NAME.ply, coloured by class (NAME.glb with --picture glb, for
-Blender and viewers). --html adds a page in which the result can be turned, --pca a picture of the encoder's features.
-This file knows no method.
+Every input file NAME.* gives its labels, in the numbers of the label files the network was trained on, and a picture:
+meshes   OUT/NAME.txt (or .npy), one label per face in the order of the file; OUT/NAME.ply, coloured by class (.glb for
+         Blender and viewers); --html adds a page in which the result can be turned
+images   OUT/NAME.png (or .npy), one class id per pixel at the photograph's own size; OUT/NAME_overlay.png
+--pca adds a picture of the encoder's features. This file knows no method.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from evaluate import load
 from utils.checkpoint import check_writable
+from utils.checks import check_choice
 from utils.cli import ArgumentParser, run
 from utils.device import amp_settings, pick_device
 from utils.log import progress
@@ -28,8 +30,8 @@ def parse_args(argv=None):
                         help="files, or folders of files; section.key=value changes the config")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results")
     # results
-    parser.add_argument("--labels", choices=("txt", "npy"), default="txt", help="format of the label files")
-    parser.add_argument("--picture", choices=("ply", "glb", "none"), default="ply", help="coloured result")
+    parser.add_argument("--labels", help="format of the label files: txt or npy; for images png or npy")
+    parser.add_argument("--picture", help="coloured result: ply, glb or none; for images png or none")
     parser.add_argument("--html", action="store_true", help="also a page in which the result can be turned")
     parser.add_argument("--pca", action="store_true", help="also the encoder's features as colours")
     # run
@@ -61,6 +63,11 @@ def main(argv=None) -> dict:
     amp_dtype, _ = amp_settings(device, args.amp_dtype)
     overrides = [text for text in args.inputs if "=" in text and not Path(text).exists()]
     script, model, _ = load(args.checkpoint, overrides, device)
+    for name in ("labels", "picture"):
+        formats = script.RESULTS[name]
+        setattr(args, name, check_choice(f"--{name}", getattr(args, name) or formats[0], formats))
+    if args.html and not script.RESULTS["html"]:
+        raise ValueError("--html is a page to turn a mesh in; leave it out for this kind of data")
     files = input_files(script, [text for text in args.inputs if text not in overrides])
     if not files:
         raise ValueError("no input: name files or folders behind the checkpoint")

@@ -82,6 +82,7 @@ AT_LEAST = {1: ("model.n_classes", "model.embedding_dim", "training.epochs", "tr
             0: ("training.weight_decay", "training.gradient_clip_val", "early_stopping.patience",
                 "checkpointing.save_interval", "checkpointing.save_top_k")}
 FREE_ON_RESUME = ("training.batch_size", "training.resume", "training.cache_features")     # steps are compared as well
+RESULTS = {"labels": ("txt", "npy"), "picture": ("ply", "glb", "none"), "html": True}   # for predict.py, default first
 MONITOR_NAMES = {"mean_f1": "F1", "miou": "mIoU", "overall_accuracy": "accuracy"}
 
 DEFAULTS = {
@@ -495,6 +496,10 @@ def log_epoch(log: RunLog, state: dict, train: dict, result: dict | None, second
 # -- what evaluate.py and predict.py call ------------------------------------------------------------------------------
 
 list_inputs = list_meshes                                   # the files of a folder that predict can read
+
+
+def has_test_split(config: Config) -> bool:
+    return config.paths.test_mesh_dir is not None
 
 
 def load_model(checkpoint: dict, device: torch.device) -> DownstreamClassifier:

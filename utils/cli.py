@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.checks import did_you_mean, nearest
+from utils.config import Config, Setting
 
 ROOT = Path(__file__).resolve().parents[1]
 # torch.OutOfMemoryError by name (this module does without torch), CUDA's words, the CPU allocator's, NumPy's.
@@ -69,6 +70,27 @@ class ArgumentParser(argparse.ArgumentParser):
                 flag = declared.get(flag.replace("_", "-"), flag)
             result.append(f"{flag}{equals}{value}")
         return result + args[len(result):]
+
+
+def flags_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Config:
+    """The values of a script's flags as the config of its checkpoints: {group title: {flag: value}}, with the groups
+    made by parser.add_argument_group; flags outside them (seed, device ...) are no part of the experiment."""
+    return Config({title: {action.dest: getattr(args, action.dest) for action in actions}
+                   for title, actions in _groups(parser)})
+
+
+def flags_defaults(parser: argparse.ArgumentParser) -> dict:
+    """The defaults of the same flags with their types, as utils.config checks overrides (`section.key=value`)."""
+    def setting(action):
+        kind = bool if action.nargs == 0 else list if action.nargs == "+" else action.type or str
+        default = [] if kind is list and action.default is None else action.default
+        return Setting(default, (kind,), None if action.choices is None else tuple(action.choices))
+    return {title: {action.dest: setting(action) for action in actions} for title, actions in _groups(parser)}
+
+
+def _groups(parser):
+    own = {"positional arguments", "options"}                  # argparse's
+    return [(group.title, group._group_actions) for group in parser._action_groups if group.title not in own]
 
 
 def _before_separator(args: Sequence[str]) -> Sequence[str]:

@@ -54,6 +54,37 @@ class EpochTotals:
             self.matrix.counts = state["counts"].to(self.loss.device)
 
 
+class LossTotals:
+    """Sums of named loss terms over the steps of an epoch so far; saved with a checkpoint in the middle of it."""
+
+    def __init__(self) -> None:
+        self.terms: dict[str, Tensor | float] = {}
+        self.steps = 0
+
+    def add(self, terms: Mapping[str, Tensor]) -> None:
+        """terms: this process's part of each; a step's value is the sum over the processes."""
+        for name, value in terms.items():
+            self.terms[name] = self.terms.get(name, 0.0) + value.double()
+        self.steps += 1
+
+    def means(self) -> dict[str, float]:
+        """The mean of each term over the steps; then everything starts again at 0. Every process has to call it."""
+        means = {name: value / max(self.steps, 1) for name, value in self.state_dict()["terms"].items()}
+        self.__init__()
+        return means
+
+    def state_dict(self) -> dict:
+        """Plain types, summed over the processes: every process has to call it."""
+        return {"terms": {name: float(all_reduce_sum(value)) for name, value in self.terms.items()},
+                "steps": self.steps}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """The first process carries on what all had; the number of processes may have changed."""
+        self.terms = {name: torch.tensor(value if is_main() else 0.0, dtype=torch.float64)
+                      for name, value in state["terms"].items()}
+        self.steps = state["steps"]
+
+
 def rng_entries() -> dict:
     """The random states of all processes as checkpoint entries: rng of the first, rng_others. All have to call it."""
     rng, *others = all_gather(rng_state())

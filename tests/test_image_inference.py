@@ -1,0 +1,169 @@
+"""Sliding window, strips, views and the score of a split against explicit loops and PyTorch's own resize."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.data import Dataset
+
+from utils.image_inference import (
+    View,
+    evaluate_images,
+    pad_to_multiple,
+    resize_rows,
+    resized_shape,
+    segment_image,
+    slide,
+    window_starts,
+)
+from utils.losses import IGNORE_INDEX
+
+
+def as_float(image):
+    return image.float()
+
+
+def rgb_score(image):
+    """Three classes: the channel that is largest."""
+    return image
+
+
+@pytest.mark.parametrize("length, window, stride", [(10, 4, 3), (11, 4, 4), (4, 4, 3), (3, 4, 3), (9, 4, 1), (100, 32, 31)])
+def test_windows_cover_everything_and_stay_inside(length, window, stride):
+    starts = window_starts(length, window, stride)
+    seen = np.zeros(length, int)
+    for start in starts:
+        assert start >= 0 and (start + window <= length or starts == [0])
+        seen[start:start + window] += 1
+    assert (seen >= 1).all() and len(set(starts)) == len(starts)
+    assert all(b - a <= stride for a, b in zip(starts[:-1], starts[1:], strict=True))
+
+
+def test_slide_averages_overlaps():
+    image = torch.rand(3, 11, 14)
+    calls = []
+
+    def score(part):                                           # adds the number of the call: windows must be averaged, not overwritten
+        calls.append(part.shape)
+        return part + len(calls)
+
+    result = slide(score, image, window=6, stride=4)
+    total, count, number = torch.zeros(3, 11, 14), torch.zeros(11, 14), 0
+    for y in (0, 4, 5):
+        for x in (0, 4, 8):
+            number += 1
+            total[:, y:y + 6, x:x + 6] += image[:, y:y + 6, x:x + 6] + number
+            count[y:y + 6, x:x + 6] += 1
+    torch.testing.assert_close(result, total / count)
+    assert len(calls) == 9 and count.min() == 1
+
+
+@pytest.mark.parametrize("window", [None, 5, 8, 50])
+def test_a_pointwise_network_does_not_see_the_windows(window):
+    image = torch.rand(3, 13, 17)
+    torch.testing.assert_close(slide(rgb_score, image, window, 3, batch_size=4), image)
+
+
+def test_a_single_window_is_the_whole_image():
+    image, calls = torch.rand(3, 12, 12), []
+    slide(lambda part: calls.append(part.shape) or part, image, 12, 8)
+    assert calls == [(1, 3, 12, 12)]
+
+
+@pytest.mark.parametrize("source, target", [((7, 9), (31, 20)), ((30, 20), (11, 13)), ((5, 5), (5, 5)), ((1, 4), (9, 3))])
+def test_strips_equal_interpolate(source, target):
+    scores = torch.randn(4, *source)
+    expected = F.interpolate(scores[None], target, mode="bilinear")[0]
+    rows = [resize_rows(scores, target, begin, min(begin + 3, target[0])) for begin in range(0, target[0], 3)]
+    torch.testing.assert_close(torch.cat(rows, 1), expected, atol=1e-5, rtol=1e-5)          # torch computes the coordinates in float32
+
+
+def test_resized_shape():
+    assert resized_shape(360, 480, 180) == (180, 240)
+    assert resized_shape(480, 360, None) == (480, 360)
+    assert min(resized_shape(600, 1000, 896, 0.9)) == 832              # rounded up to a multiple of 32
+    assert min(resized_shape(600, 1000, 896, 1.05)) == 940             # larger scales are not
+
+
+def test_padding_is_at_the_right_and_bottom():
+    image = torch.rand(1, 3, 33, 64)
+    padded = pad_to_multiple(image, 32)
+    assert padded.shape == (1, 3, 64, 64) and torch.equal(padded[..., :33, :], image) and not padded[..., 33:, :].any()
+
+
+def test_segment_image_is_the_formula(monkeypatch):
+    """Resize, score, resize the scores, softmax, mean of the views, argmax; in strips of a few rows."""
+    image, label = torch.randint(0, 256, (3, 19, 26), dtype=torch.uint8), torch.randint(0, 3, (19, 26))
+    label[:4] = IGNORE_INDEX
+    view = View(size=32, window=None, stride=1, scales=(1.0, 1.25), flip=True)
+    kernel = torch.randn(3, 3, 3, 3)
+
+    def score(part):                                           # not symmetric: a mirrored view must be mirrored back
+        return F.conv2d(part / 255, kernel, padding=1)
+
+    monkeypatch.setattr("utils.image_inference.STRIP_ELEMENTS", 3 * 26 * 4)
+    result = segment_image(score, as_float, image, view, label=label)
+    probability = 0
+    for size in (32, 40):
+        resized = F.interpolate(image[None].float(), (size, int(26 * size / 19)), mode="bilinear", antialias=True).round().clamp(0, 255)
+        for flip in (False, True):
+            scores = score(resized.flip(-1)).flip(-1) if flip else score(resized)
+            probability = probability + F.interpolate(scores, (19, 26), mode="bilinear")[0].softmax(0) / 4
+    assert (result["label"] == probability.argmax(0)).float().mean() > 0.99
+    torch.testing.assert_close(result["confidence"], probability.max(0).values, atol=1e-5, rtol=1e-4)
+    counted = label != IGNORE_INDEX
+    nll = -probability.gather(0, label.clamp(min=0)[None])[0].log()[counted].sum()
+    assert result["nll"] == pytest.approx(nll.item(), rel=1e-4)
+
+
+def test_a_constant_network_gives_a_constant_map():
+    image = torch.randint(0, 256, (3, 37, 53), dtype=torch.uint8)
+    bias = torch.tensor([0.0, 2.0, 1.0])[None, :, None, None]
+    result = segment_image(lambda part: bias.expand(len(part), 3, *part.shape[-2:]), as_float, image, View(32, 16, 7, (0.9, 1.0), True))
+    assert (result["label"] == 1).all()
+    torch.testing.assert_close(result["confidence"], bias.softmax(1)[0, 1].expand(37, 53), atol=1e-6, rtol=1e-5)
+
+
+class Photos(Dataset):
+    """Images of different sizes, labelled by their largest channel, with some mistakes and some pixels ignored."""
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(0)
+        self.items = []
+        for number, shape in enumerate([(9, 12), (10, 7), (16, 16)]):
+            image = torch.randint(0, 256, (3, *shape), dtype=torch.uint8, generator=generator)
+            label = image.float().argmax(0)
+            label[:number + 1] = 2
+            label[-2:] = IGNORE_INDEX
+            self.items.append({"image": image, "label": label, "index": number})
+        self.files = [Path(f"photo_{number}.png") for number in range(3)]
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, item):
+        return self.items[item]
+
+
+def test_a_split_is_one_confusion_matrix():
+    photos = Photos()
+    result = evaluate_images(rgb_score, as_float, photos, 3, View(None, 5, 4), torch.device("cpu"))
+    label = torch.cat([item["label"].flatten() for item in photos.items])
+    pred = torch.cat([item["image"].float().argmax(0).flatten() for item in photos.items])
+    kept = label != IGNORE_INDEX
+    expected = np.zeros((3, 3), int)
+    np.add.at(expected, (label[kept].numpy(), pred[kept].numpy()), 1)
+    assert (result["matrix"] == expected).all() and result["matrix"].sum() == kept.sum()
+    iou = np.diag(expected) / (expected.sum(0) + expected.sum(1) - np.diag(expected))
+    assert result["metrics"]["miou"] == pytest.approx(iou.mean())
+    assert [name for _, name, _ in result["examples"]] == ["photo_0", "photo_1", "photo_2"]
+    assert (result["predictions"][1] == photos.items[1]["image"].float().argmax(0).numpy()).all()
+    per_image = np.mean([score for _, _, score in result["examples"]])
+    assert result["metrics"]["miou"] != pytest.approx(per_image, abs=1e-6)         # the mean over images is another number
+
+
+def test_a_limit_counts_photographs():
+    result = evaluate_images(rgb_score, as_float, Photos(), 3, View(None, None, 1), torch.device("cpu"), limit=2)
+    assert len(result["examples"]) == 2
