@@ -1,0 +1,562 @@
+"""Labelled point clouds as batches of voxels: reading, checking, data sets for training and validation, precise test.
+
+One cloud goes this way:
+    read_cloud (points in file order) -> missing normals estimated, missing colours zero: `PointDataset.cloud`
+    training:   augment, one random point a voxel, crop -> collate_points with Mix3D
+    validation: one fixed point a voxel; `inverse` maps voxels back to raw points, `raw_label` is what counts
+    test:       13 views x fragments, probabilities added up for every raw point: `PreciseTest`
+A batch: coord (N, 3) float32, grid_coord (N, 3) int32, feat (N, C) float32, label (N,) int64 and offset (S,) int64, the
+ends of the scenes. S scenes, N voxels, R raw points.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from data.mesh_io import _numbers, _ply_element, _ply_header
+from data.point_transforms import (
+    NORMAL_NEIGHBORS,
+    VIEWS,
+    Cloud,
+    PointAugmentation,
+    View,
+    apply_view,
+    center_shift,
+    estimate_normals,
+    fragments,
+    mix_offsets,
+    representatives,
+    stack_features,
+    take,
+    training_sample,
+    voxelize,
+)
+from utils.checks import check_choice, did_you_mean, nearest
+from utils.log import progress
+from utils.losses import IGNORE_INDEX
+from utils.seed import derived_seed
+
+CLOUD_SUFFIXES = (".npz", ".npy", ".ply")
+POINTS_IN_MEMORY = 30_000_000               # about 1.2 GB; clouds beyond this are read again for every item
+WIDEST = 500.0                              # metres; a wider cloud is probably in millimetres or centimetres
+FIELDS = {"coord": ("coord", "coords", "xyz", "points", "pos"), "color": ("color", "colors", "rgb"),
+          "normal": ("normal", "normals"), "label": ("segment", "label", "labels", "class", "semantic")}
+COLUMNS = {"coord": ("x", "y", "z"), "color": ("red", "green", "blue"), "normal": ("nx", "ny", "nz")}
+PLAIN_COLUMNS = {3: (), 4: ("label",), 6: ("color",), 7: ("color", "label"), 9: ("color", "normal"),
+                 10: ("color", "normal", "label")}      # of a .npy matrix, after x y z
+
+
+@dataclass(frozen=True)
+class PointSpec:
+    """How clouds become voxels. It travels in every checkpoint, so that prediction prepares a cloud as training did.
+
+    Raises ValueError for unknown features or choices and for sizes that are not above 0.
+    """
+
+    grid_size: float = 0.02                             # metres, after `unit`
+    unit: float = 1.0                                   # metres of one length unit of the files; 3 makes a cloud larger
+    features: tuple[str, ...] = ("coord", "color", "normal")
+    missing_normal: str = "estimate"                    # estimate | zeros | error
+    missing_color: str = "zeros"                        # zeros | error
+    test_grid_size: float | None = None                 # S3DIS: 0.01, one point a voxel of this size before the test
+
+    def __post_init__(self) -> None:
+        for name in self.features:
+            check_choice("data.features", name, ("coord", "color", "normal"))
+        if not self.features or len(set(self.features)) < len(self.features):
+            raise ValueError(f"data.features={list(self.features)}: expected one feature or more, each named once")
+        check_choice("data.missing_normal", self.missing_normal, ("estimate", "zeros", "error"))
+        check_choice("data.missing_color", self.missing_color, ("zeros", "error"))
+        for name in ("grid_size", "unit", "test_grid_size"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"data.{name}={value}: expected a number above 0")
+
+    def to_dict(self) -> dict:
+        return {**asdict(self), "features": list(self.features)}
+
+    @classmethod
+    def from_dict(cls, value: dict) -> PointSpec:
+        return cls(**{**value, "features": tuple(value["features"])})
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+class PointCloud(NamedTuple):
+    """A cloud as its file has it, points in file order: coord (N, 3) float32; color (N, 3) uint8 or float32 in 0..255,
+    normal (N, 3) float32 and label (N,) int64 (raw values), each None where the file has none; warnings."""
+
+    coord: np.ndarray
+    color: np.ndarray | None
+    normal: np.ndarray | None
+    label: np.ndarray | None
+    warnings: tuple[str, ...] = ()
+
+
+def read_cloud(path: str | Path, label_field: str | None = None) -> PointCloud:
+    """Read a cloud: a folder of .npy files (Pointcept's layout), .npz with the same names, .npy (a matrix x y z [r g b]
+    [nx ny nz] [label], or a structured array) or .ply (vertex properties).
+
+    label_field: the name of the labels, e.g. "segment200"; an absent one means no labels. None: the first of segment,
+    label, labels, class, semantic, else segment20. Colours that never exceed 1 are taken as 0..1 and multiplied by 255,
+    with a warning. Raises FileNotFoundError, and ValueError for an unknown suffix, a damaged file, no point, wrong
+    shapes, NaN or infinite coordinates, colours outside 0..255 and labels that are not whole numbers.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such cloud; check the path")
+    if not path.is_dir() and path.suffix.lower() not in CLOUD_SUFFIXES:
+        raise ValueError(f"{path}: '{path.suffix}' is not a suffix known here, use {' '.join(CLOUD_SUFFIXES)} or a "
+                         f"folder with coord.npy")
+    try:
+        raw = _read_fields(path, label_field)
+    except (ValueError, KeyError, IndexError, OSError, EOFError) as error:
+        raise ValueError(f"{path}: cannot be read ({type(error).__name__}: {error}); is it cut short or damaged?"
+                         ) from error
+    coord = raw.get("coord")
+    if coord is None or coord.ndim != 2 or coord.shape[1] != 3 or not len(coord):
+        raise ValueError(f"{path}: expected coordinates (N, 3) of at least one point under one of the names "
+                         f"{', '.join(FIELDS['coord'])}; got {'none' if coord is None else coord.shape}")
+    for name in ("color", "normal", "label"):
+        value = raw.get(name)
+        if value is None:
+            continue
+        raw[name] = value = value.reshape(-1) if name == "label" else value
+        if value.shape != ((len(coord),) if name == "label" else (len(coord), 3)):
+            raise ValueError(f"{path}: {name} of shape {value.shape} for {len(coord)} points; one row a point, in the "
+                             f"order of the coordinates")
+    coord = coord.astype(np.float32)
+    finite = np.isfinite(coord).all(1)
+    if not finite.all():
+        raise ValueError(f"{path}: {(~finite).sum()} of {len(coord)} points have a NaN or infinite coordinate, the "
+                         f"first is point {finite.argmin()}; remove them")
+    warnings: list[str] = []
+    color = _as_color(raw.get("color"), path, warnings)
+    normal, label = raw.get("normal"), raw.get("label")
+    return PointCloud(coord, color, None if normal is None else _as_unit(normal),
+                      None if label is None else _as_integers(label, path), tuple(warnings))
+
+
+def _read_fields(path, label_field):
+    """{"coord": ..., "color": ..., "normal": ..., "label": ...} as far as the file has them."""
+    if path.is_dir():
+        return _named({file.stem: file for file in path.glob("*.npy")}, np.load, label_field)
+    if path.suffix.lower() == ".npz":
+        with np.load(path, allow_pickle=False) as file:
+            return _named({name: name for name in file.files}, file.__getitem__, label_field)
+    if path.suffix.lower() == ".ply":
+        return _from_columns(read_ply_vertices(path), label_field)
+    array = np.load(path, allow_pickle=False)
+    if array.dtype.names:
+        return _from_columns({name: array[name] for name in array.dtype.names}, label_field)
+    if array.ndim != 2 or array.shape[1] not in PLAIN_COLUMNS:
+        raise ValueError(f"a matrix of shape {array.shape}; columns are x y z [r g b] [nx ny nz] [label]")
+    raw, begin = {"coord": array[:, :3]}, 3
+    for name in PLAIN_COLUMNS[array.shape[1]]:
+        width = 1 if name == "label" else 3
+        raw[name], begin = array[:, begin:begin + width], begin + width
+    return raw
+
+
+def _label_names(label_field):
+    return (label_field,) if label_field else (*FIELDS["label"], "segment20")
+
+
+def _named(keys, read, label_field):
+    names = {**FIELDS, "label": _label_names(label_field)}
+    found = {field: next((name for name in names[field] if name in keys), None) for field in names}
+    return {field: read(keys[name]) for field, name in found.items() if name is not None}
+
+
+def _from_columns(columns, label_field):
+    raw = {name: np.stack([columns[column] for column in triple], 1) for name, triple in COLUMNS.items()
+           if all(column in columns for column in triple)}
+    name = next((name for name in _label_names(label_field) if name in columns), None)
+    return raw if name is None else {**raw, "label": columns[name]}
+
+
+def read_ply_vertices(path: str | Path) -> dict[str, np.ndarray]:
+    """The vertex properties of a PLY file (ASCII or binary), {name: (N,)}. ValueError where it is damaged or none."""
+    data = Path(path).read_bytes()
+    kind, elements, offset = _ply_header(data)
+    if kind == "ascii":                                     # from here on like a binary file that holds doubles only
+        parsed = _numbers(data[offset:], np.float64)
+        if parsed is None:
+            raise ValueError("something in the body is not a number")
+        data, offset = parsed[0].tobytes(), 0
+    order = ">" if kind == "binary_big_endian" else "<"
+    for name, length, properties in elements:
+        types = [(n, *("f8" if kind == "ascii" and t else t and order + t for t in ts)) for n, *ts in properties]
+        columns, offset = _ply_element(data, offset, length, types)
+        if name == "vertex":
+            return {column: values for column, (values, lengths) in columns.items() if lengths is None}
+    raise ValueError("no vertices")
+
+
+def write_ply(path: str | Path, coord: np.ndarray, color: np.ndarray, label: np.ndarray | None = None) -> None:
+    """A binary PLY cloud: coord (N, 3), color (N, 3) in 0..255, label (N,) written as int property `label`."""
+    fields = [(axis, "<f4") for axis in COLUMNS["coord"]] + [(name, "u1") for name in COLUMNS["color"]]
+    rows = np.empty(len(coord), fields + ([] if label is None else [("label", "<i4")]))
+    for axis, name in enumerate(COLUMNS["coord"]):
+        rows[name] = coord[:, axis]
+    for channel, name in enumerate(COLUMNS["color"]):
+        rows[name] = np.clip(color[:, channel], 0, 255)
+    if label is not None:
+        rows["label"] = label
+    types = {"<f4": "float", "|u1": "uchar", "<i4": "int"}
+    lines = ["ply", "format binary_little_endian 1.0", f"element vertex {len(coord)}",
+             *(f"property {types[rows.dtype[name].str]} {name}" for name in rows.dtype.names), "end_header\n"]
+    Path(path).write_bytes("\n".join(lines).encode() + rows.tobytes())
+
+
+def _as_color(color, path, warnings):
+    if color is None or color.dtype == np.uint8:
+        return color
+    color = color.astype(np.float32)
+    if not (color.min() >= 0 and color.max() <= 255):       # NaN too
+        raise ValueError(f"{path}: colours from {color.min():g} to {color.max():g}; expected 0..255 (or 0..1)")
+    if 0 < color.max() <= 1:
+        warnings.append(f"{path}: no colour above 1, taken as 0..1 instead of 0..255")
+        color = color * np.float32(255)
+    return color
+
+
+def _as_unit(normal):
+    normal = np.nan_to_num(normal.astype(np.float32), nan=0, posinf=0, neginf=0)
+    length = np.linalg.norm(normal, axis=1, keepdims=True)
+    return normal / np.where(length > 0, length, 1)
+
+
+def _as_integers(label, path):
+    if label.dtype.kind not in "iub":
+        wrong = ~(np.isfinite(label) & (label == np.floor(label)))
+        if wrong.any():
+            raise ValueError(f"{path}: label {label[wrong.argmax()]} of point {wrong.argmax()} ({wrong.sum()} in all) "
+                             f"is not a whole number")
+    return label.astype(np.int64)
+
+
+def to_labels(label: np.ndarray, num_classes: int, ignore_labels: Sequence[int], path: str | Path) -> np.ndarray:
+    """Labels of a file as they are in memory: ignore_labels become IGNORE_INDEX. ValueError where another is outside
+    0..num_classes - 1: it names the file, the value and the count."""
+    label = np.where(np.isin(label, list(ignore_labels)), IGNORE_INDEX, label)
+    wrong = label[(label != IGNORE_INDEX) & ((label < 0) | (label >= num_classes))]
+    if len(wrong):
+        values, counts = np.unique(wrong, return_counts=True)
+        raise ValueError(f"{path}: label {values[0]} at {counts[0]} of {len(label)} points"
+                         f"{f' (and {len(values) - 1} more such values)' if len(values) > 1 else ''}, expected 0.."
+                         f"{num_classes - 1} or {', '.join(map(str, ignore_labels))} (ignored); set "
+                         f"model.num_classes or data.ignore_labels")
+    return label
+
+
+# -- finding files -----------------------------------------------------------------------------------------------------
+
+class ClassList(NamedTuple):
+    """names; ignore_labels: values of files that mean nothing; palette (C, 3) uint8 or None."""
+
+    names: list[str]
+    ignore_labels: tuple[int, ...]
+    palette: np.ndarray | None
+
+
+def read_classes(path: str | Path) -> ClassList:
+    """Read classes.json (or that file in the folder `path`): a list of names, or {"classes": names, "ignore_index": -1,
+    "palette": [[r, g, b], ...]}. -1 is always ignored. ValueError for anything else."""
+    path = Path(path)
+    path = path / "classes.json" if path.is_dir() else path
+    try:
+        value = json.loads(path.read_text())
+        value = {"classes": value} if isinstance(value, list) else value
+        names, ignored, palette = value["classes"], value.get("ignore_index"), value.get("palette")
+        if not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+            raise ValueError("the class names must be texts, each once")
+        ignored = {-1, *(ignored if isinstance(ignored, list) else [] if ignored is None else [int(ignored)])}
+        palette = None if palette is None else np.array(palette, np.uint8).reshape(len(names), 3)
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f'{path}: expected a list of class names or {{"classes": [...], "ignore_index": -1}}; '
+                         f"{type(error).__name__}: {error}") from error
+    return ClassList(list(names), tuple(sorted(ignored)), palette)
+
+
+def is_cloud(path: Path) -> bool:
+    if path.is_dir():
+        return (path / "coord.npy").is_file()
+    return path.suffix.lower() in CLOUD_SUFFIXES and not path.name.startswith(".")
+
+
+def find_clouds(root: str | Path, split: str | Sequence[str]) -> list[Path]:
+    """Sorted clouds of a split of the data set in folder `root`. A split (or each of several: ["Area_1", "Area_2"]) is
+    a folder of clouds under root (train, Area_5 ...), a key of root/splits.json {split: [names]}, or a .json file
+    (under root or anywhere) that lists clouds by their path under root, suffixes optional. Raises FileNotFoundError
+    where there is no root, ValueError where a split is unknown, empty or names a missing cloud.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder; set data.root")
+    listed = json.loads((root / "splits.json").read_text()) if (root / "splits.json").is_file() else {}
+    found = []
+    for name in [split] if isinstance(split, str) else split:
+        file = next((file for file in (root / name, Path(name)) if name.endswith(".json") and file.is_file()), None)
+        if file is not None:
+            clouds = [_locate(root, entry, file) for entry in json.loads(file.read_text())]
+        elif name in listed:
+            clouds = [_locate(root, entry, root / "splits.json") for entry in listed[name]]
+        elif (root / name).is_dir():
+            clouds = [path for path in (root / name).iterdir() if is_cloud(path)]
+        else:
+            known = sorted({*listed, *(path.name for path in root.iterdir() if path.is_dir() and not is_cloud(path))})
+            raise ValueError(f"{root}: no split {name!r}; there are {', '.join(known) or 'none'}"
+                             f"{did_you_mean(nearest(name, known))}")
+        if not clouds:
+            raise ValueError(f"{root}: split {name!r} is empty; clouds are {' '.join(CLOUD_SUFFIXES)} files or folders "
+                             f"with coord.npy")
+        found += clouds
+    return sorted(found)
+
+
+def _locate(root, entry, source):
+    for suffix in ("", *CLOUD_SUFFIXES):
+        if is_cloud(path := root / f"{entry}{suffix}") and path.exists():
+            return path
+    raise ValueError(f"{source} names {entry}, but there is no such cloud under {root}")
+
+
+# -- data sets ---------------------------------------------------------------------------------------------------------
+
+def complete(cloud: PointCloud, spec: PointSpec, path: str | Path = "cloud",
+             cache_dir: str | Path | None = None) -> tuple[PointCloud, tuple[str, ...]]:
+    """Fill in missing colours and normals as the spec says; -> cloud, and what was missing, for a message.
+
+    Estimated normals are kept in cache_dir. A cloud wider than 500 m gets a warning. ValueError where the spec says
+    "error".
+    """
+    if (extent := np.ptp(cloud.coord, 0).max() * spec.unit) > WIDEST:
+        warning = f"{path}: the cloud is {extent:.0f} m wide; is it in millimetres? Set data.unit=0.001"
+        cloud = cloud._replace(warnings=(*cloud.warnings, warning))
+    missing = [name for name in ("color", "normal") if name in spec.features and getattr(cloud, name) is None]
+    for name in missing:
+        way = spec.missing_color if name == "color" else spec.missing_normal
+        if way == "error":
+            raise ValueError(f"{path}: no {name}s; set data.missing_{name} or take {name} out of data.features")
+        if way == "estimate":
+            cloud = cloud._replace(normal=_cached_normals(cloud.coord * np.float32(spec.unit), cache_dir))
+        else:
+            cloud = cloud._replace(**{name: np.zeros_like(cloud.coord)})
+    return cloud, tuple(missing)
+
+
+def _cached_normals(coord, cache_dir):
+    if cache_dir is None:
+        return estimate_normals(coord)
+    key = hashlib.sha256(coord.tobytes() + bytes([NORMAL_NEIGHBORS])).hexdigest()[:32]
+    entry = Path(cache_dir) / f"normals_{key}.npy"
+    try:
+        normal = np.load(entry)
+        if normal.shape == coord.shape:
+            return normal
+    except (OSError, EOFError, ValueError):
+        pass                                                # absent or damaged: estimated, and written over
+    normal = estimate_normals(coord)
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=entry.parent, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.save(file, normal)
+        os.replace(temporary, entry)
+    except BaseException:                                   # Ctrl-C too: leave nothing half written
+        os.unlink(temporary)
+        raise
+    return normal
+
+
+@dataclass
+class PointDataset(Dataset):
+    """Clouds with one label a point.
+
+    files: clouds in a fixed order. num_classes None, or a cloud without labels: all IGNORE_INDEX. Item of a training
+    set (augmentation given): a random sample of cloud item modulo len(files), with `mix_draw`, the batch's coin for
+    Mix3D; an epoch visits every cloud `repeat` times. Item of an evaluation set: one point of every voxel (always the
+    same), `inverse` (R,) int64 from raw points to voxels and `raw_label` (R,) int64.
+    Randomness depends on (seed, epoch, item) alone: not on workers, batch size or what ran before.
+    All clouds are read and checked at construction, so that wrong data is found before training; `messages` says what
+    is doubtful. Raises ValueError where the labels are out of range or no point of the whole set is labelled.
+    """
+
+    files: Sequence[Path]
+    spec: PointSpec
+    num_classes: int | None = None
+    augmentation: PointAugmentation | None = None
+    label_field: str | None = None
+    ignore_labels: Sequence[int] = (-1,)
+    cache_dir: str | Path | None = None
+    seed: int = 0
+    repeat: int = 1
+    description: str = "reading clouds"
+
+    def __post_init__(self) -> None:
+        self.epoch = 0
+        self.files = [Path(file) for file in self.files]
+        self.messages: list[str] = []
+        self.num_points: list[int] = []
+        self.class_counts = np.zeros(self.num_classes or 0, np.int64)
+        self._kept: dict[int, PointCloud] = {}
+        missing: dict[str, list[Path]] = {"color": [], "normal": [], "label": []}
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            read = progress(pool.map(self._read, self.files), self.description, len(self.files))
+            for index, (cloud, lacking) in enumerate(read):
+                self.messages += cloud.warnings
+                self.num_points.append(len(cloud.coord))
+                for name in lacking:
+                    missing[name].append(self.files[index])
+                if self.num_classes:
+                    counts = np.bincount(cloud.label[cloud.label >= 0], minlength=self.num_classes)
+                    self.class_counts += counts
+                    if not counts.any():
+                        missing["label"].append(self.files[index])
+                if sum(self.num_points) <= POINTS_IN_MEMORY:
+                    self._kept[index] = cloud
+        self._report(missing)
+
+    def _report(self, missing):
+        ways = {"color": "black", "normal": {"estimate": "estimated from neighbours", "zeros": "zero"}.get(
+            self.spec.missing_normal), "label": "nothing to learn or to score"}
+        for name, files in missing.items():
+            if files:
+                self.messages.append(f"{len(files)} of {len(self.files)} clouds have no {name}s ({ways[name]}), the "
+                                     f"first is {files[0]}")
+        if self.num_classes and not self.class_counts.any():
+            raise ValueError(f"no labelled point in {len(self.files)} clouds, the first is {self.files[0]}; expected a "
+                             f"field named {' or '.join(_label_names(self.label_field))}")
+
+    def _read(self, path):
+        cloud = read_cloud(path, self.label_field)
+        label = np.full(len(cloud.coord), IGNORE_INDEX, np.int64)
+        if self.num_classes and cloud.label is not None:
+            label = to_labels(cloud.label, self.num_classes, self.ignore_labels, path)
+        return complete(cloud._replace(label=label), self.spec, path, self.cache_dir)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the random numbers of an epoch; evaluation sets ignore it."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.files) * self.repeat
+
+    def cloud(self, index: int) -> Cloud:
+        """coord, color and normal (as far as features), label of files[index]: all raw points, in metres."""
+        cloud = self._kept[index] if index in self._kept else self._read(self.files[index])[0]
+        return to_cloud(cloud, self.spec)
+
+    def __getitem__(self, item: int) -> dict:
+        """coord, grid_coord, feat, label (see the module), index of the cloud; inverse and raw_label or mix_draw."""
+        index = item % len(self.files)
+        cloud = self.cloud(index)
+        if self.augmentation is None:
+            return {**evaluation_sample(cloud, self.spec), "index": index}
+        rng = np.random.default_rng(derived_seed(self.seed, self.epoch, item))
+        mix_draw = float(rng.random())
+        try:
+            sample = training_sample(cloud, self.spec.grid_size, self.augmentation, rng)
+        except ValueError as error:
+            raise ValueError(f"{self.files[index]}: {error}") from None
+        return {**to_tensors(sample, self.spec), "index": index, "mix_draw": mix_draw}
+
+
+def to_cloud(cloud: PointCloud, spec: PointSpec) -> Cloud:
+    """The arrays that the features need, in metres and float32; label where the cloud has it."""
+    arrays = {"coord": cloud.coord * np.float32(spec.unit)}
+    arrays |= {name: getattr(cloud, name).astype(np.float32) for name in ("color", "normal") if name in spec.features}
+    return arrays if cloud.label is None else {**arrays, "label": cloud.label}
+
+
+def to_tensors(cloud: Cloud, spec: PointSpec) -> dict[str, torch.Tensor]:
+    """coord, grid_coord, feat and, where there are any, label of a voxelised cloud."""
+    arrays = {name: cloud[name] for name in ("coord", "grid_coord", "label") if name in cloud}
+    return {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in
+            {**arrays, "feat": stack_features(cloud, spec.features)}.items()}
+
+
+def evaluation_sample(cloud: Cloud, spec: PointSpec) -> dict[str, torch.Tensor]:
+    """A raw cloud as voxels, always the same: coord, grid_coord, feat, label, inverse (R,) and raw_label (R,)."""
+    cloud = center_shift(cloud, z=True)
+    voxels = voxelize(cloud["coord"], spec.grid_size)
+    sample = take(cloud, representatives(voxels, np.random.default_rng(0)))
+    sample = center_shift({**sample, "grid_coord": voxels.grid_coord}, z=False)
+    rest = {"inverse": voxels.inverse} | ({"raw_label": cloud["label"]} if "label" in cloud else {})
+    return {**to_tensors(sample, spec), **{name: torch.from_numpy(values) for name, values in rest.items()}}
+
+
+def collate_points(samples: Sequence[dict], mix_probability: float = 0.0) -> dict:
+    """Join items into a batch with offset (S,) int64 and index (items,) int64; training items with Mix3D.
+
+    inverse points into the joined voxels; raw_offset (S,) are the ends of the scenes in raw_label. With the given
+    probability (the first item's mix_draw decides) neighbouring scenes become one: mix_offsets.
+    """
+    names = [name for name in ("coord", "grid_coord", "feat", "label", "raw_label") if name in samples[0]]
+    batch = {name: torch.cat([sample[name] for sample in samples]) for name in names}
+    offset = torch.tensor([len(sample["coord"]) for sample in samples]).cumsum(0)
+    if "inverse" in samples[0]:
+        begin = [0, *offset.tolist()[:-1]]
+        batch["inverse"] = torch.cat([sample["inverse"] + first for sample, first in zip(samples, begin, strict=True)])
+        batch["raw_offset"] = torch.tensor([len(sample["inverse"]) for sample in samples]).cumsum(0)
+    mixed = samples[0].get("mix_draw", 1.0) < mix_probability
+    return {**batch, "offset": mix_offsets(offset) if mixed else offset,
+            "index": torch.tensor([sample.get("index", 0) for sample in samples])}
+
+
+# -- the precise test --------------------------------------------------------------------------------------------------
+
+class PreciseTest:
+    """Votes of all views and fragments of one raw cloud (Pointcept's precise evaluation).
+
+        test = PreciseTest(dataset.cloud(i), spec, num_classes)
+        for batch in test:
+            test.add(batch, model(batch))           # logits (V, num_classes)
+        pred = test.prediction()                    # (R,) int64, raw points
+
+    A batch is one fragment: coord, grid_coord, feat, offset, and index (V,), the points it is made of. Every point is
+    in at least one fragment of every view. With spec.test_grid_size the cloud is first thinned to one point a voxel of
+    that size, and the prediction mapped back.
+    """
+
+    def __init__(self, cloud: Cloud, spec: PointSpec, num_classes: int, views: Sequence[View] = VIEWS) -> None:
+        self.spec, self.views = spec, views
+        self.cloud = center_shift({name: values for name, values in cloud.items() if name != "label"}, z=True)
+        self.inverse = None
+        if spec.test_grid_size is not None:
+            voxels = voxelize(self.cloud["coord"], spec.test_grid_size)
+            self.cloud = take(self.cloud, representatives(voxels, np.random.default_rng(0)))
+            self.inverse = torch.from_numpy(voxels.inverse)
+        self.votes = torch.zeros(len(self.cloud["coord"]), num_classes)
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        for view in self.views:
+            seen = apply_view(self.cloud, view)
+            voxels = voxelize(seen["coord"], self.spec.grid_size)
+            for index in fragments(voxels):
+                fragment = center_shift({**take(seen, index), "grid_coord": voxels.grid_coord}, z=False)
+                yield {**to_tensors(fragment, self.spec), "offset": torch.tensor([len(index)]),
+                       "index": torch.from_numpy(index)}
+
+    def add(self, batch: dict[str, torch.Tensor], logits: torch.Tensor) -> None:
+        """Add the class probabilities of a fragment to its points."""
+        if self.votes.device != logits.device:
+            self.votes = self.votes.to(logits.device)
+        self.votes[batch["index"].to(logits.device)] += logits.float().softmax(1)   # no point twice in a fragment
+
+    def prediction(self) -> torch.Tensor:
+        """(R,) int64 on the CPU: the class with the largest sum of probabilities, for every raw point."""
+        pred = self.votes.argmax(1).cpu()
+        return pred if self.inverse is None else pred[self.inverse]
