@@ -1,4 +1,4 @@
-"""The loss of Mask2Former (Cheng et al. 2022): queries matched with the classes of each image, then class and mask losses."""
+"""The loss of Mask2Former (Cheng et al. 2022): queries matched with the classes of each image, class and mask losses."""
 
 from collections.abc import Mapping, Sequence
 
@@ -61,7 +61,7 @@ class SetCriterion(nn.Module):
 
     def sums(self, outputs: Mapping, label: Tensor, normalizer: Tensor | None = None,
              points: Sequence[Mapping] | None = None) -> dict[str, Tensor]:
-        """-> "class_o", "mask_o", "dice_o" for each output o, 0 the last one of the decoder, and their weighted "total".
+        """-> "class_o", "mask_o", "dice_o" for each output o, 0 the last one of the decoder, and the weighted "total".
 
         normalizer: label_weights of the whole batch where this is a part of it; the losses of the parts then add up.
         points: for each output {"matcher": for each image (P, 2), "oversampled": (R, ., 2), "random": (R, ., 2)}
@@ -92,7 +92,7 @@ class SetCriterion(nn.Module):
         found = [row.nonzero().flatten() for row in present]                       # class ids of each image, ascending
         width = max(len(ids) for ids in found)
         classes = torch.stack([F.pad(ids, (0, width - len(ids)), value=-1) for ids in found]).to(label.device)  # (B, T)
-        images_at_once = 1 if label.device.type == "cpu" else 8      # a cache holds one image's points, a GPU wants more
+        images_at_once = 1 if label.device.type == "cpu" else 8      # one image fits a cache, a GPU wants more
         costs = []
         for o, prediction in enumerate(predictions):
             drawn = torch.stack(list(points[o]["matcher"])) if points is not None else \

@@ -18,29 +18,30 @@ from utils.losses import IGNORE_INDEX
 def sample_points(maps: Tensor, points: Tensor) -> Tensor:
     """Values of maps (N, C, h, w) float at points (N, P, 2) -> (N, C, P); differentiable in the maps."""
     N, C, h, w = maps.shape
-    groups = math.gcd(C, torch.get_num_threads())          # grid_sample spreads the batch over cores, not the channels
+    # Up to 16 channels a row of the batch: their maps fit a cache, and rows are what grid_sample spreads over cores.
+    groups = next(g for g in range(-(-C // 16), C + 1) if C % g == 0)
     grid = (2 * points - 1).repeat_interleave(groups, 0).unsqueeze(1)                          # (N * groups, 1, P, 2)
     values = F.grid_sample(maps.reshape(N * groups, C // groups, h, w), grid, align_corners=False)
     return values.view(N, C, points.shape[1])
 
 
 def sample_label(label: Tensor, points: Tensor, classes: Tensor, image: Tensor | None = None) -> Tensor:
-    """Masks `label == class`, 0 or 1, read bilinearly at points, from the four label pixels around each: no mask is built.
+    """Masks `label == class`, 0 or 1, read bilinearly at points from the four label pixels around: no mask is built.
 
     label (B, H, W) integer; points (N, P, 2); classes (N, T), -1 matches nothing; image (N,) int64, the label map that
     each row reads, None where N is B -> (N, T, P) float32, equal to grid_sample of the float masks.
     """
     H, W = label.shape[-2:]
     image = torch.arange(len(label), device=label.device) if image is None else image
-    padded = F.pad(label.int(), (1, 1, 1, 1), value=IGNORE_INDEX).flatten()       # outside is no class: no bounds to test
-    x, y = points[..., 0] * W + 0.5, points[..., 1] * H + 0.5                     # (N, P), from the middle of the padding
-    left, top = x.floor(), y.floor()
-    x, y = (x - left).unsqueeze(1), (y - top).unsqueeze(1)                        # (N, 1, P)
-    # In whole numbers: float32 cannot count the pixels of a batch.
-    first = (top.long() + image[:, None] * (H + 2)) * (W + 2) + left.long()       # (N, P)
+    padded = F.pad(label.int(), (1, 1, 1, 1), value=IGNORE_INDEX).flatten()       # outside is no class: no bounds
+    pixel = points * points.new_tensor([W, H]) + 0.5                              # (N, P, 2), in the padded map
+    low = pixel.floor()
+    x, y = (pixel - low).unsqueeze(1).unbind(-1)                                  # (N, 1, P)
+    left, top = low.int().unbind(-1)                                              # floats cannot count a large image
+    first = left + top * (W + 2) + image[:, None] * ((H + 2) * (W + 2))           # (N, P)
     rows = []
     for start in (0, W + 2):
-        ids = [padded[start + step:].take(first).unsqueeze(1) for step in (0, 1)]
+        ids = [padded[start + step:].index_select(0, first.flatten()).view_as(first).unsqueeze(1) for step in (0, 1)]
         rows.append(torch.lerp(*((i == classes.unsqueeze(2)).float() for i in ids), x))            # (N, T, P)
     return torch.lerp(*rows, y)
 
@@ -64,28 +65,28 @@ def matching_cost(pred_logits: Tensor, point_logits: Tensor, classes: Tensor, po
     labelled (..., P) of 0 and 1: points where it is 0 count nowhere; None counts all. No gradient is meant to pass.
     """
     class_weight, mask_weight, dice_weight = weights
-    x, targets = point_logits.float(), point_targets.float().transpose(-1, -2)                 # (..., Q, P), (..., P, T)
+    x, targets = point_logits.float(), point_targets.float()
     count = x.shape[-1]
     if labelled is not None:                               # a logit of -inf would do, but 0 * inf is not a number
-        x = torch.where(labelled.bool().unsqueeze(-2), x, -1e4)                      # sigmoid and softplus are exactly 0
-        targets, count = targets * labelled.unsqueeze(-1), labelled.sum(-1).clamp_min(1)[..., None, None]
+        x = torch.where(labelled.bool().unsqueeze(-2), x, -1e4)                      # sigmoid and softplus: exactly 0
+        targets, count = targets * labelled.unsqueeze(-2), labelled.sum(-1).clamp_min(1)[..., None, None]
     prob = x.sigmoid()
-    cross_entropy = (_softplus_sum(x, prob).unsqueeze(-1) - x @ targets) / count
-    size = prob.sum(-1, keepdim=True) + targets.sum(-2, keepdim=True)                          # (..., Q, T)
-    dice = 1 - (2 * (prob @ targets) + 1) / (size + 1)
+    inside, overlap = ((targets @ values.transpose(-1, -2)).transpose(-1, -2) for values in (x, prob))
+    cross_entropy = (_softplus_sum(x, prob).unsqueeze(-1) - inside) / count                    # (..., Q, T)
+    dice = 1 - (2 * overlap + 1) / (prob.sum(-1).unsqueeze(-1) + targets.sum(-1).unsqueeze(-2) + 1)
     of_class = classes.clamp_min(0).unsqueeze(-2).expand(cross_entropy.shape)
     class_prob = pred_logits.float().softmax(-1).gather(-1, of_class)
     return mask_weight * cross_entropy + dice_weight * dice - class_weight * class_prob
 
 
 def _softplus_sum(x: Tensor, prob: Tensor) -> Tensor:
-    """Sum of log(1 + exp(x)) over the last dimension, from prob = sigmoid(x): a logarithm for every 64 points only.
+    """Sum of log(1 + exp(x)) over the last dimension, from prob = sigmoid(x): one logarithm for up to 64 points.
 
     log(1 + exp(x)) = max(x, 0) - log max(prob, 1 - prob). The last maximum is at least 1/2, so that a product of 64
     of them is no smaller than 2^-64.
     """
-    large = F.pad((prob - 0.5).abs_().add_(0.5), (0, -x.shape[-1] % 64), value=1.0)
-    return x.relu().sum(-1) - large.unflatten(-1, (64, -1)).prod(-2).log().sum(-1)
+    products = (prob - 0.5).abs_().add_(0.5).unflatten(-1, (math.gcd(x.shape[-1], 64), -1)).prod(-2)
+    return x.relu().sum(-1) - products.log_().sum(-1)
 
 
 def hungarian(cost: Tensor | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
