@@ -1,6 +1,9 @@
 """Made-up labelled data, so that every script can be tried in minutes without downloading anything.
 
     python -m data.synthetic mesh datasets/figures --num-train 40 --num-val 10 --num-test 10 --seed 0
+    python -m data.synthetic points datasets/rooms --num-train 40 --num-val 10 --num-test 10 --points 20000
+
+Points: rooms with furniture, in data/synthetic_points.py.
 
 Meshes: jointed figures (bipeds, quadrupeds, centaurs, hexapods ...) with random proportions, poses, orientations and
 tessellations. Each is ONE closed connected surface of genus 0: an implicit field around a skeleton of tapered capsules,
@@ -20,6 +23,7 @@ import numpy as np
 from scipy import sparse
 from scipy.spatial.transform import Rotation
 
+from data.synthetic_points import make_point_set
 from utils.cli import ArgumentParser, run
 
 MESH_CLASSES = ["torso", "neck", "head", "upper arm", "lower arm", "upper leg", "lower leg", "tail"]
@@ -353,20 +357,26 @@ def make_mesh_set(folder: str | Path, num_train: int, num_val: int, num_test: in
 
 def parse_args(argv=None):
     parser = ArgumentParser(prog="python -m data.synthetic", description=__doc__)
-    parser.add_argument("kind", choices=["mesh"], help="mesh: jointed figures, OBJ files with one label a face")
+    parser.add_argument("kind", choices=["mesh", "points"],
+                        help="mesh: jointed figures, OBJ files with one label a face; points: rooms, one label a point")
     parser.add_argument("folder", help="where to write; existing files of the same names are replaced")
     parser.add_argument("--num-train", type=int, default=40)
     parser.add_argument("--num-val", type=int, default=10)
     parser.add_argument("--num-test", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--faces", type=int, nargs=2, default=(600, 1500), metavar=("MIN", "MAX"), help="of a mesh")
+    parser.add_argument("--points", type=int, default=20_000, help="of a room")
     return parser.parse_args(argv)
 
 
 def main(argv=None) -> list[str]:
     args = parse_args(argv)
-    names = make_mesh_set(args.folder, args.num_train, args.num_val, args.num_test, args.seed, tuple(args.faces))
-    print(f"{args.num_train} + {args.num_val} + {args.num_test} figures in {args.folder}; classes: {', '.join(names)}")
+    if args.kind == "points":
+        names = make_point_set(args.folder, args.num_train, args.num_val, args.num_test, args.seed, args.points)
+    else:
+        names = make_mesh_set(args.folder, args.num_train, args.num_val, args.num_test, args.seed, tuple(args.faces))
+    what = {"mesh": "figures", "points": "rooms"}[args.kind]
+    print(f"{args.num_train} + {args.num_val} + {args.num_test} {what} in {args.folder}; classes: {', '.join(names)}")
     return names
 
 
