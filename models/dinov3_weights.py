@@ -1,8 +1,8 @@
 """Load the weights of DINOv3 and DINOv2 backbones, whoever saved them, and find them again from a checkpoint.
 
 What users have: the official .pth files (a path, or the link from the access e-mail), a folder or file of Hugging Face
-(three ways of naming DINOv3's tensors are in use), or nothing, for a first try. Each is brought to the official names,
-and then loaded completely or not at all. Satellite (SAT-493M) weights want another normalisation of the image.
+(three ways of naming DINOv3's tensors are in use, one for DINOv2), or nothing, for a first try. Each is brought to the
+official names, then loaded completely or not at all. Satellite (SAT-493M) weights want another normalisation.
 """
 
 from __future__ import annotations
@@ -32,14 +32,18 @@ GATED = ("DINOv3's weights are given out on request: ask at https://ai.meta.com/
          "(links from the e-mail expire; DINOv2's files are open)")
 FOLDER_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 
-HF_NAMES = (                                               # Hugging Face -> official, in this order
-    (r"^embeddings\.register_tokens", "storage_tokens"),
-    (r"^embeddings\.patch_embeddings\.", "patch_embed.proj."),
+HF_NAMES = [(re.compile(pattern), name) for pattern, name in (       # Hugging Face -> official, in this order
+    (r"^embeddings\.patch_embeddings\.(projection\.)?", "patch_embed.proj."),
+    (r"^embeddings\.position_embeddings", "pos_embed"),
     (r"^embeddings\.", ""),
-    (r"^layer\.", "blocks."),
-    (r"\.attention\.o_proj\.", ".attn.proj."),
+    (r"^(encoder\.)?layer\.", "blocks."),
+    (r"^layernorm\.", "norm."),
+    (r"\.attention\.attention\.(query|key|value)\.", lambda match: f".attention.{match[1][0]}_proj."),
+    (r"\.attention\.(o_proj|output\.dense)\.", ".attn.proj."),
     (r"\.layer_scale([12])\.lambda1", r".ls\1.gamma"),
-)
+    (r"\.mlp\.weights_in\.", ".mlp.w12."),
+    (r"\.mlp\.weights_out\.", ".mlp.w3."),
+)]
 HF_MLP = {"up_proj": "fc1", "down_proj": "fc2"}
 HF_GATED_MLP = {"gate_proj": "w1", "up_proj": "w2", "down_proj": "w3"}
 
@@ -120,7 +124,7 @@ def load_vit(config: ViTConfig, content: Mapping[str, Any], source: str | Path,
 
 
 def to_official_names(content: Mapping[str, Any], source: str | Path) -> tuple[dict[str, Tensor], str]:
-    """The tensors of a ViT under their official names, and the layout they had: "DINOv3", "DINOv2" or "Hugging Face".
+    """The tensors of a ViT under their official names, and the layout they had: DINOv3, DINOv2 or Hugging Face.
 
     The key part of the qkv bias is set to zero where the file has the buffer `bias_mask` that says so (its values are
     not read: they are NaN in files of a model that was never initialised). ValueError where `content` is no such ViT.
@@ -143,15 +147,18 @@ def to_official_names(content: Mapping[str, Any], source: str | Path) -> tuple[d
 
 
 def _from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """DINOv3ViTModel's tensors, "model." already dropped: renamed; q, k and v joined, a missing bias of k is zero."""
+    """Tensors of DINOv3ViTModel or Dinov2Model, "model." already dropped: renamed; q, k and v joined, a missing bias
+    of k is zero."""
     gated = any(".gate_proj." in key for key in state)
     result: dict[str, Tensor] = {}
     for key, tensor in state.items():
         for pattern, replacement in HF_NAMES:
-            key = re.sub(pattern, replacement, key)
+            key = pattern.sub(replacement, key)
         for old, new in (HF_GATED_MLP if gated else HF_MLP).items():
             key = key.replace(f".mlp.{old}.", f".mlp.{new}.")
         result[key] = tensor.reshape(1, -1) if key == "mask_token" else tensor
+    if "pos_embed" not in result and "register_tokens" in result:
+        result["storage_tokens"] = result.pop("register_tokens")
     for key in [key for key in result if ".attention.q_proj." in key]:
         parts = [result.pop(key.replace("q_proj", part), None) for part in ("q_proj", "k_proj", "v_proj")]
         parts = [torch.zeros_like(parts[0]) if part is None and key.endswith("bias") else part for part in parts]
