@@ -69,12 +69,12 @@ def test_costs_and_pairs():
 
 
 def test_points_of_the_losses():
-    golden, criterion, outputs, _ = read("m2f_loss")
+    golden, criterion, outputs, label = read("m2f_loss")
     for o, prediction in enumerate([outputs, *outputs["aux_outputs"]]):
         out, recorded = golden["outputs"]["per_output"][o], golden["inputs"]["points"][o]
-        image = [b for b, pairs in enumerate(out["assignment"]) for _ in pairs["query"]]
+        image = torch.tensor([b for b, pairs in enumerate(out["assignment"]) for _ in pairs["query"]])
         masks = prediction["pred_masks"][image, torch.cat([pairs["query"] for pairs in out["assignment"]])][:, None]
-        points = criterion._loss_points(masks, recorded)
+        points = criterion._loss_points(masks, label, image, recorded)
         assert not points.requires_grad
         for ours, theirs in zip(points.tolist(), out["selected_points"].tolist(), strict=True):
             assert sorted(ours) == sorted(theirs)

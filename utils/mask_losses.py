@@ -1,4 +1,4 @@
-"""The loss of Mask2Former (Cheng et al. 2022): queries matched with the classes of each image, class and mask losses."""
+"""The loss of Mask2Former (Cheng et al. 2022): queries matched with each image's classes, class and mask losses."""
 
 from collections.abc import Mapping, Sequence
 
@@ -25,7 +25,8 @@ class SetCriterion(nn.Module):
     whose predicted logit is nearest to 0, and random ones for the rest (PointRend, Kirillov et al. 2020, section 3.2).
 
     Everything is computed in float32. As in the original, ignored pixels are outside every mask; deviation on request:
-    ignore_in_mask_loss drops points in ignored pixels from the mask and dice losses and from the matching.
+    ignore_in_mask_loss drops points in ignored pixels from the mask and dice losses and from the matching, and takes
+    uncertain points among the labelled ones first.
     Random numbers come from the generator of label's device, in this order: for each output and image (P, 2) points of
     the matching; then for each output the candidates (R, oversample_ratio * P, 2) of all its R pairs, and the rest.
     ValueError: labels outside 0..K-1, settings out of range.
@@ -71,7 +72,7 @@ class SetCriterion(nn.Module):
         present, num_queries = self._present(label), outputs["pred_logits"].shape[1]
         if normalizer is None:
             normalizer = self.label_weights(label, num_queries)
-        num_masks, sum_of_weights = normalizer[0].clamp_min(1), normalizer[1]
+        num_masks, sum_of_weights = normalizer[0].clamp_min(1), normalizer[1].clamp_min(1e-6)
         with torch.autocast(label.device.type, enabled=False):
             image, query, label_id = self.match(predictions, label, present, points)                   # (O, R) each
             terms = {}
@@ -133,7 +134,7 @@ class SetCriterion(nn.Module):
         """-> sums over the R matched pairs of cross-entropy and dice."""
         masks = pred_masks.flatten(0, 1).index_select(0, image * pred_masks.shape[1] + query)          # (R, h, w)
         masks = masks.float().unsqueeze(1)
-        points = self._loss_points(masks.detach(), points)                                             # (R, P, 2)
+        points = self._loss_points(masks.detach(), label, image, points)                               # (R, P, 2)
         truth = sample_label(label, points, label_id[:, None], image).squeeze(1)                       # (R, P)
         logits = sample_points(masks, points).squeeze(1)
         prob, softplus, count = logits.sigmoid(), F.softplus(logits), logits.shape[1]
@@ -146,7 +147,7 @@ class SetCriterion(nn.Module):
         return cross_entropy.sum(), dice.sum()
 
     @torch.no_grad()
-    def _loss_points(self, masks: Tensor, points: Mapping | None) -> Tensor:
+    def _loss_points(self, masks: Tensor, label: Tensor, image: Tensor, points: Mapping | None) -> Tensor:
         """Points for each of the masks (R, 1, h, w): the most uncertain candidates, then the random ones, (R, P, 2)."""
         if points is None:
             candidates = torch.rand(len(masks), self.num_candidates, 2, device=masks.device)
@@ -154,5 +155,7 @@ class SetCriterion(nn.Module):
         else:
             candidates, rest = points["oversampled"], points["random"]
         distance = sample_points(masks, candidates).squeeze(1).abs_()                                  # (R, candidates)
+        if self.ignore_in_mask_loss:                       # or they might all be where nothing can be learnt
+            distance.masked_fill_(labelled_points(label, candidates, image) == 0, torch.inf)
         chosen = distance.topk(self.num_uncertain, largest=False, sorted=False).indices
         return torch.cat([candidates.gather(1, chosen.unsqueeze(2).expand(-1, -1, 2)), rest], 1)

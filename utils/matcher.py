@@ -38,11 +38,12 @@ def sample_label(label: Tensor, points: Tensor, classes: Tensor, image: Tensor |
     low = pixel.floor()
     x, y = (pixel - low).unsqueeze(1).unbind(-1)                                  # (N, 1, P)
     left, top = low.int().unbind(-1)                                              # floats cannot count a large image
-    first = left + top * (W + 2) + image[:, None] * ((H + 2) * (W + 2))           # (N, P)
+    first = left + top * (W + 2) + image[:, None].int() * ((H + 2) * (W + 2))     # (N, P) int32, and so is all below
+    classes = classes.int().unsqueeze(2)
     rows = []
     for start in (0, W + 2):
         ids = [padded[start + step:].index_select(0, first.flatten()).view_as(first).unsqueeze(1) for step in (0, 1)]
-        rows.append(torch.lerp(*((i == classes.unsqueeze(2)).float() for i in ids), x))            # (N, T, P)
+        rows.append(torch.lerp(*((i == classes).float() for i in ids), x))            # (N, T, P)
     return torch.lerp(*rows, y)
 
 
