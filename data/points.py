@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -220,6 +221,23 @@ def write_ply(path: str | Path, coord: np.ndarray, color: np.ndarray, label: np.
     Path(path).write_bytes("\n".join(lines).encode() + rows.tobytes())
 
 
+def write_cloud(folder: str | Path, **arrays: np.ndarray) -> None:
+    """One .npy file an array in `folder`, which appears only when it is complete; ValueError where it exists."""
+    folder = Path(folder)
+    if folder.exists():
+        raise ValueError(f"{folder} exists; remove it to write it again")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
+    try:
+        for name, values in arrays.items():
+            np.save(temporary / f"{name}.npy", values)
+        temporary.chmod(0o755)
+        temporary.rename(folder)
+    except BaseException:                                   # Ctrl-C too: leave nothing half written
+        shutil.rmtree(temporary)
+        raise
+
+
 def _as_color(color, path, warnings):
     if color is None or color.dtype == np.uint8:
         return color
@@ -291,9 +309,10 @@ def read_classes(path: str | Path) -> ClassList:
 
 
 def is_cloud(path: Path) -> bool:
-    if path.is_dir():
-        return (path / "coord.npy").is_file()
-    return path.suffix.lower() in CLOUD_SUFFIXES and not path.name.startswith(".")
+    """Whether path is a folder with coord.npy or a file with a known suffix; hidden ones are not."""
+    if path.name.startswith("."):
+        return False
+    return (path / "coord.npy").is_file() if path.is_dir() else path.suffix.lower() in CLOUD_SUFFIXES
 
 
 def find_clouds(root: str | Path, split: str | Sequence[str]) -> list[Path]:
