@@ -166,7 +166,7 @@ class LayerScale(nn.Module):
 
     def forward(self, x: Tensor, branch: Tensor) -> Tensor:
         """x + gamma * branch, in one pass."""
-        return torch.addcmul(x, branch.to(x.dtype), self.gamma)
+        return torch.addcmul(x, branch, self.gamma)
 
 
 class Block(nn.Module):

@@ -64,7 +64,7 @@ def load_backbone(name: str, weights: str | Path | None, seed: int = 0,
     config = BACKBONES[name]
     if weights is None:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)      # torch.manual_seed would seed the GPUs too
             vit = VisionTransformer(config)
         file, found = None, ("imagenet", *NORMALIZATIONS["imagenet"])
         message = (f"WARNING: {name} is randomly initialised (seed {seed}), because no weights are given "
@@ -140,9 +140,9 @@ def to_official_names(content: Mapping[str, Any], source: str | Path) -> tuple[d
                          f"(ConvNeXt and timm's files are not read). Use an official or a Hugging Face file.")
     for key in [key for key in state if key.endswith("bias_mask")]:
         del state[key]
-        key = key.removesuffix("_mask")
-        query, _, value = state[key].chunk(3)
-        state[key] = torch.cat([query, torch.zeros_like(query), value])
+        if (bias := key.removesuffix("_mask")) in state:   # otherwise load_weights reports it as missing
+            query, _, value = state[bias].chunk(3)
+            state[bias] = torch.cat([query, torch.zeros_like(query), value])
     return {key: tensor for key, tensor in state.items() if not key.startswith("local_cls_norm.")}, layout
 
 

@@ -148,6 +148,7 @@ def without(name):
 
 @pytest.mark.parametrize("change, message", [
     (without("blocks.2.ls1.gamma"), r"matched 63/64 backbone tensors; 1 missing \(blocks.2.ls1.gamma\)"),
+    (without("blocks.1.attn.qkv.bias"), r"1 missing \(blocks.1.attn.qkv.bias\)"),
     (lambda state: {**state, "norm.weight": torch.ones(31)}, r"1 of another shape \(norm.weight: file \(31,\), model \(32,\)\)"),
     (lambda state: {**state, "norm.weight": torch.full((32,), float("nan"))}, "norm.weight is not finite"),
     (lambda state: {"downsample_layers.0.0.weight": torch.ones(2)}, "no DINOv3 or DINOv2 vision transformer; it holds downsample_layers"),
