@@ -16,6 +16,8 @@ import json
 import os
 import shutil
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -122,7 +124,7 @@ def read_cloud(path: str | Path, label_field: str | None = None) -> PointCloud:
                          f"folder with coord.npy")
     try:
         raw = _read_fields(path, label_field)
-    except (ValueError, KeyError, IndexError, OSError, EOFError) as error:
+    except (ValueError, KeyError, IndexError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: cannot be read ({type(error).__name__}: {error}); is it cut short or damaged?"
                          ) from error
     coord = raw.get("coord")

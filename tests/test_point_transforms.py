@@ -1,0 +1,225 @@
+"""data/point_transforms.py: oracles by loops, invariants, edges. Parity with the official code: test_golden_points."""
+
+import numpy as np
+import pytest
+import torch
+
+from data import point_transforms as transforms
+from data.point_transforms import PointAugmentation
+
+STILL = PointAugmentation(dropout=0, rotation_probability=0, scale_range=(1, 1), flip_probability=0, jitter=0,
+                          elastic_probability=0, contrast_probability=0, color_shift_probability=0,
+                          color_jitter_probability=0, crop_points=None)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def make_cloud(rng, n=500, size=2.0):
+    normal = rng.normal(size=(n, 3))
+    return {"coord": rng.uniform(0, size, (n, 3)).astype(np.float32),
+            "color": rng.integers(0, 256, (n, 3)).astype(np.float32),
+            "normal": (normal / np.linalg.norm(normal, axis=1, keepdims=True)).astype(np.float32),
+            "label": rng.integers(0, 5, n)}
+
+
+# -- geometry ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("turn", [lambda c: transforms.rotate(c, 33, "z", (0, 0, 0)),
+                                  lambda c: transforms.rotate(c, -12, "x"), lambda c: transforms.rotate(c, 71, "y"),
+                                  lambda c: transforms.flip(c, True, False), lambda c: transforms.flip(c, False, True)])
+def test_normals_turn_with_their_surface(rng, turn):
+    normal = np.float32([0.36, 0.48, 0.8])
+    plane = rng.normal(size=(50, 2)) @ np.array([[0.8, -0.6, 0], [-0.48, -0.64, 0.6]])   # orthogonal to the normal
+    cloud = turn({"coord": plane.astype(np.float32), "normal": np.tile(normal, (50, 1))})
+    edges = cloud["coord"][1:] - cloud["coord"][0]
+    np.testing.assert_allclose((edges * cloud["normal"][1:]).sum(1), 0, atol=1e-5)
+    assert np.abs(cloud["normal"] - normal).max() > 0.1                                 # it did turn
+    np.testing.assert_allclose(np.linalg.norm(edges, axis=1), np.linalg.norm(plane[1:] - plane[0], axis=1), rtol=1e-4)
+
+
+def test_a_turn_about_z_keeps_vertical_normals_and_goes_counter_clockwise():
+    cloud = {"coord": np.float32([[1, 0, 2]]), "normal": np.float32([[0, 0, 1]])}
+    turned = transforms.rotate(cloud, 90, "z", (0, 0, 0))
+    np.testing.assert_allclose(turned["coord"], [[0, 1, 2]], atol=1e-6)
+    np.testing.assert_allclose(turned["normal"], [[0, 0, 1]], atol=1e-7)
+
+
+def test_elastic_distortion_is_smooth_and_bounded_by_its_magnitude(rng):
+    cloud = make_cloud(rng, 2000)
+    moved = transforms.elastic_distortion(cloud, 0.5, 0.4, rng)["coord"] - cloud["coord"]
+    assert 0.01 < np.abs(moved).mean() < 0.4 * 3
+    distance = np.linalg.norm(cloud["coord"][:, None] - cloud["coord"][None], axis=2)
+    near = np.argwhere((distance > 0) & (distance < 0.05))
+    difference = np.linalg.norm(moved[near[:, 0]] - moved[near[:, 1]], axis=1)
+    far = np.linalg.norm(moved[rng.permutation(2000)] - moved, axis=1)
+    assert difference.mean() < 0.3 * far.mean()
+
+
+def test_clouds_too_wide_for_the_grids_are_refused_in_one_line(rng):
+    cloud = {"coord": np.float32([[0, 0, 0], [4000, 5000, 2500]])}
+    with pytest.raises(ValueError, match="5000 m wide.*millimetres"):
+        transforms.elastic_distortion(cloud, 0.2, 0.4, rng)
+    with pytest.raises(ValueError, match="250001 voxels of 0.02 m.*at most 65535.*millimetres"):
+        transforms.voxelize(cloud["coord"], 0.02)
+
+
+def test_auto_contrast_leaves_a_channel_of_one_value(rng):
+    color = rng.uniform(50, 100, (30, 3)).astype(np.float32)
+    color[:, 1] = 7
+    stretched = transforms.auto_contrast({"color": color}, 1.0)["color"]
+    assert (stretched[:, 1] == 7).all()
+    np.testing.assert_allclose(stretched[:, [0, 2]].min(0), 0, atol=1e-4)
+    np.testing.assert_allclose(stretched[:, [0, 2]].max(0), 255, atol=1e-3)
+
+
+# -- voxels ------------------------------------------------------------------------------------------------------------
+
+def test_voxelize_equals_a_dictionary(rng):
+    coord = rng.uniform(-1, 1, (800, 3)).astype(np.float32)
+    voxels = transforms.voxelize(coord, 0.25)
+    cells = {}
+    for i, cell in enumerate(np.floor(coord.astype(np.float64) / 0.25).astype(int)):
+        cells.setdefault(tuple(cell), []).append(i)
+    low = np.array(list(cells)).min(0)
+    assert len(voxels.grid_coord) == len(cells) and voxels.grid_coord.dtype == np.int32
+    for voxel, grid in enumerate(voxels.grid_coord):
+        members = cells[tuple(grid + low)]
+        begin = voxels.start[voxel]
+        assert voxels.order[begin:begin + voxels.count[voxel]].tolist() == members
+        assert (voxels.inverse[members] == voxel).all()
+
+
+def test_far_apart_voxels_stay_apart_without_memory():
+    voxels = transforms.voxelize(np.float32([[0, 0, 0], [1300, 1300, 1300], [0, 0, 0.001]]), 0.02)
+    assert sorted(voxels.count) == [1, 2] and voxels.grid_coord.max() == 65000
+
+
+def test_fragments_show_every_point_and_fill_every_voxel(rng):
+    voxels = transforms.voxelize(rng.uniform(0, 1, (500, 3)), 0.3)
+    index = transforms.fragments(voxels)
+    assert index.shape == (voxels.count.max(), len(voxels.count))
+    assert set(index.ravel()) == set(range(500))
+    assert (voxels.inverse[index] == np.arange(len(voxels.count))).all()
+
+
+def test_representatives_are_members_and_all_equally_likely(rng):
+    voxels = transforms.voxelize(np.float32([[0, 0, 0]] * 3 + [[1, 1, 1]] * 2), 0.1)
+    draws = np.stack([transforms.representatives(voxels, rng) for _ in range(3000)])
+    assert (voxels.inverse[draws] == np.arange(2)).all()
+    share = np.bincount(draws.ravel(), minlength=5) / 3000
+    np.testing.assert_allclose(share, [1 / 3] * 3 + [1 / 2] * 2, atol=0.04)
+
+
+def test_sphere_crop_keeps_the_nearest(rng):
+    cloud = make_cloud(rng)
+    center = cloud["coord"][17]
+    cropped = transforms.sphere_crop(cloud, 100, center)
+    distance = np.linalg.norm(cloud["coord"] - center, axis=1)
+    np.testing.assert_allclose(np.linalg.norm(cropped["coord"] - center, axis=1), np.sort(distance)[:100], rtol=1e-5)
+    assert (cropped["coord"][0] == center).all() and len(cropped["label"]) == 100
+    assert len(transforms.sphere_crop(cloud, 500, center)["coord"]) == 500
+
+
+def test_mix_offsets():
+    for ends, mixed in (([4], [4]), ([3, 8], [8]), ([2, 8, 11], [8, 11]), ([1, 3, 6, 10, 15], [3, 10, 15])):
+        assert transforms.mix_offsets(torch.tensor(ends)).tolist() == mixed
+
+
+# -- normals -----------------------------------------------------------------------------------------------------------
+
+def test_normals_of_a_room_look_inside(rng):
+    floor = np.c_[rng.uniform(0, 4, (4000, 2)), np.zeros(4000)]
+    wall = np.c_[np.zeros(3000), rng.uniform(0, 4, 3000), rng.uniform(0, 2.5, 3000)]
+    ceiling = floor + [0, 0, 2.5]
+    normal = transforms.estimate_normals(np.concatenate([floor, wall, ceiling]))
+    np.testing.assert_allclose(np.linalg.norm(normal, axis=1), 1, atol=1e-5)
+    for rows, expected in ((slice(0, 4000), [0, 0, 1]), (slice(4000, 7000), [1, 0, 0]), (slice(7000, None), [0, 0, -1])):
+        assert ((normal[rows] @ expected) > 0.99).mean() > 0.9                           # all but those at the edges
+
+
+def test_normals_follow_the_viewpoint_and_survive_tiny_clouds(rng):
+    plane = np.c_[rng.uniform(0, 1, (50, 2)), np.zeros(50)]
+    assert (transforms.estimate_normals(plane, viewpoint=(0, 0, -9))[:, 2] < -0.99).all()
+    for coord in (plane[:1], plane[:2], np.zeros((20, 3))):
+        np.testing.assert_array_equal(np.abs(transforms.estimate_normals(coord)), np.tile([0, 0, 1], (len(coord), 1)))
+
+
+# -- the recipe --------------------------------------------------------------------------------------------------------
+
+def test_arrays_stay_in_step_through_the_whole_recipe(rng):
+    """The label is written into the colour (kept by a recipe without colour changes) and a second array."""
+    settings = PointAugmentation(contrast_probability=0, color_shift_probability=0, color_jitter_probability=0,
+                                 crop_share=0.6, crop_points=200)
+    for _ in range(30):
+        cloud = make_cloud(rng)
+        cloud["color"][:] = cloud["label"][:, None] * 50
+        sample = transforms.training_sample(cloud, 0.05, settings, rng)
+        np.testing.assert_array_equal(sample["color"][:, 0], sample["label"] * 50)
+        assert len({len(values) for values in sample.values()}) == 1 and len(sample["coord"]) <= 200
+        np.testing.assert_allclose(np.linalg.norm(sample["normal"], axis=1), 1, atol=1e-5)
+        assert sample["coord"].dtype == np.float32 and sample["grid_coord"].dtype == np.int32
+
+
+def test_without_augmentation_a_voxel_is_one_of_its_points_not_their_mean(rng):
+    cloud = make_cloud(rng)
+    sample = transforms.training_sample(cloud, 0.5, STILL, rng)
+    raw = [(cloud["normal"] == normal).all(1).nonzero()[0].item() for normal in sample["normal"]]
+    for name in ("color", "label"):
+        np.testing.assert_array_equal(sample[name], cloud[name][raw])
+    moved = sample["coord"] - cloud["coord"][raw]
+    np.testing.assert_allclose(moved, np.broadcast_to(moved[0], moved.shape), atol=1e-6)  # centred, nothing else
+    assert len(np.unique(sample["grid_coord"], axis=0)) == len(sample["coord"]) == 64      # 4 x 4 x 4 cells
+
+
+def test_center_shift_after_the_crop_and_grid_left_alone(rng):
+    cloud = make_cloud(rng, 2000)
+    settings = PointAugmentation(**{**vars(STILL), "crop_points": 50})
+    sample = transforms.training_sample(cloud, 0.1, settings, rng)
+    low, high = sample["coord"].min(0), sample["coord"].max(0)
+    np.testing.assert_allclose((low + high)[:2], 0, atol=1e-5)
+    lows = [transforms.training_sample(cloud, 0.1, settings, rng)["grid_coord"].min() for _ in range(10)]
+    assert max(lows) > 0                                                                 # not moved back to zero
+
+
+@pytest.mark.parametrize("share, most, expected", [(0.6, None, 38), (0.6, 20, 20), (None, 20, 20), (None, None, 64)])
+def test_crops_of_both_data_sets(rng, share, most, expected):
+    settings = PointAugmentation(**{**vars(STILL), "crop_share": share, "crop_points": most})
+    assert len(transforms.training_sample(make_cloud(rng), 0.5, settings, rng)["coord"]) == expected
+
+
+def test_each_random_change_happens_as_often_as_it_should(rng):
+    cloud = transforms.center_shift(make_cloud(rng, 60), z=True)
+    off = vars(STILL)
+    for changes, name, expected in (({"rotation_probability": 0.5, "rotation_xy": 0.0}, "normal", 0.5),
+                                    ({"flip_probability": 0.5}, "normal", 0.75),
+                                    ({"elastic_probability": 0.95}, "coord", 0.95),
+                                    ({"contrast_probability": 0.2}, "color", 0.2),
+                                    ({"color_shift_probability": 0.95}, "color", 0.95),
+                                    ({"color_jitter_probability": 0.95}, "color", 0.95)):
+        settings = PointAugmentation(**{**off, **changes})
+        changed = [np.abs(transforms.augment(cloud, settings, rng)[name] - cloud[name]).max() > 1e-3 for _ in range(200)]
+        assert abs(np.mean(changed) - expected) < 0.1, changes
+    dropped = transforms.augment(cloud, PointAugmentation(**{**off, "dropout": 0.2}), rng)
+    assert len(dropped["coord"]) == 48                                                   # always
+    same = transforms.augment(cloud, STILL, rng)
+    for name, values in cloud.items():
+        np.testing.assert_allclose(same[name], values, atol=1e-6)
+
+
+@pytest.mark.parametrize("changes, message", [({"dropout": 1.5}, "augmentation.dropout"), ({"dropout": 1.0}, "no point"),
+                                              ({"jitter": -1}, "augmentation.jitter"), ({"crop_points": 0}, "no point"),
+                                              ({"scale_range": (1.1, 0.9)}, "lowest, highest"),
+                                              ({"elastic": ((0, 1),)}, "granularity above 0"),
+                                              ({"mix_probability": 2}, "mix_probability")])
+def test_impossible_settings_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        PointAugmentation(**changes)
+
+
+def test_thirteen_views():
+    assert len(transforms.VIEWS) == len(set(transforms.VIEWS)) == 13
+    assert [view.degrees for view in transforms.VIEWS[:4]] == [0, 90, 180, 270]
+    assert transforms.VIEWS[4].factor == 0.95 and transforms.VIEWS[12].mirrored

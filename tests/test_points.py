@@ -1,0 +1,389 @@
+"""data/points.py: every format gives the same cloud, every defect is one clear line, scores belong to raw points."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from data import points
+from data.point_transforms import VIEWS, PointAugmentation
+from data.points import (
+    PointDataset,
+    PointSpec,
+    PreciseTest,
+    collate_points,
+    find_clouds,
+    read_classes,
+    read_cloud,
+    to_labels,
+    write_cloud,
+    write_ply,
+)
+from utils.losses import IGNORE_INDEX
+
+PLAIN = PointSpec(grid_size=0.25)
+
+
+def arrays(seed=0, n=300, num_classes=4):
+    rng = np.random.default_rng(seed)
+    normal = rng.normal(size=(n, 3)).astype(np.float32)
+    return {"coord": rng.uniform(0, 2, (n, 3)).astype(np.float32), "color": rng.integers(0, 256, (n, 3), np.uint8),
+            "normal": normal / np.linalg.norm(normal, axis=1, keepdims=True),
+            "segment": rng.integers(-1, num_classes, n)}
+
+
+def save(path, cloud):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, **cloud)
+    return path
+
+
+@pytest.fixture
+def files(tmp_path):
+    return [save(tmp_path / f"cloud_{i}.npz", arrays(i, 200 + 50 * i)) for i in range(4)]
+
+
+def table(cloud, kind):
+    """The cloud as rows of a PLY file or a structured array."""
+    names = ["x", "y", "z", "red", "green", "blue", "nx", "ny", "nz", "label"]
+    types = ["<f4"] * 3 + ["u1"] * 3 + ["<f4"] * 3 + ["<i4"]
+    rows = np.empty(len(cloud["coord"]), list(zip(names, types, strict=True)))
+    values = np.concatenate([cloud["coord"], cloud["color"], cloud["normal"], cloud["segment"][:, None]], 1)
+    for i, name in enumerate(names):
+        rows[name] = values[:, i]
+    words = {"<f4": "float", "u1": "uchar", "<i4": "int"}
+    header = "\n".join(["ply", f"format {kind} 1.0", "comment made up", f"element vertex {len(rows)}",
+                        *(f"property {words[t]} {n}" for n, t in zip(names, types, strict=True)), "end_header\n"])
+    return rows, header.encode()
+
+
+def write_format(path, cloud, kind):
+    if kind == "folder":
+        write_cloud(path, coord=cloud["coord"], color=cloud["color"], normal=cloud["normal"],
+                    segment=cloud["segment"].astype(np.int16)[:, None])
+    elif kind == "npz":
+        path = save(path.with_suffix(".npz"), cloud)
+    elif kind == "matrix":
+        path = path.with_suffix(".npy")
+        np.save(path, np.concatenate([cloud["coord"], cloud["color"], cloud["normal"], cloud["segment"][:, None]], 1))
+    elif kind == "structured":
+        path = path.with_suffix(".npy")
+        np.save(path, table(cloud, "")[0])
+    else:
+        path = path.with_suffix(".ply")
+        rows, header = table(cloud, kind)
+        if kind == "ascii":
+            body = "\n".join(" ".join(str(value) for value in row.tolist()) for row in rows).encode() + b"\n"
+        elif kind == "binary_big_endian":
+            body = rows.astype(rows.dtype.newbyteorder(">")).tobytes()
+        else:
+            body = rows.tobytes()
+        path.write_bytes(header + body)
+    return path
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", ["folder", "npz", "matrix", "structured", "ascii", "binary_little_endian",
+                                  "binary_big_endian"])
+def test_every_format_gives_the_same_cloud(tmp_path, kind):
+    cloud = arrays()
+    read = read_cloud(write_format(tmp_path / "cloud", cloud, kind))
+    assert read.coord.dtype == np.float32 and read.label.dtype == np.int64 and read.warnings == ()
+    np.testing.assert_array_equal(read.coord, cloud["coord"])
+    np.testing.assert_array_equal(read.color, cloud["color"])
+    np.testing.assert_allclose(read.normal, cloud["normal"], atol=1e-6)
+    np.testing.assert_array_equal(read.label, cloud["segment"])
+
+
+def test_what_was_written_is_read(tmp_path):
+    cloud = arrays()
+    write_ply(tmp_path / "out.ply", cloud["coord"], cloud["color"], cloud["segment"])
+    read = read_cloud(tmp_path / "out.ply")
+    for name, other in (("coord", "coord"), ("color", "color"), ("label", "segment")):
+        np.testing.assert_array_equal(getattr(read, name), cloud[other])
+    with pytest.raises(ValueError, match="exists"):
+        write_cloud(tmp_path, coord=cloud["coord"])
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_scannet_has_two_sets_of_labels(tmp_path):
+    cloud = arrays()
+    write_cloud(tmp_path / "scene", coord=cloud["coord"], segment20=cloud["segment"], segment200=cloud["segment"] + 1)
+    assert (read_cloud(tmp_path / "scene", "segment200").label == cloud["segment"] + 1).all()
+    assert (read_cloud(tmp_path / "scene").label == cloud["segment"]).all()              # segment20 where nothing is said
+    assert read_cloud(tmp_path / "scene", "segment").label is None
+
+
+def test_colours_between_0_and_1_are_scaled_with_a_warning(tmp_path):
+    cloud = arrays()
+    read = read_cloud(save(tmp_path / "a.npz", {**cloud, "color": cloud["color"] / 255}))
+    np.testing.assert_allclose(read.color, cloud["color"], atol=1e-3)
+    assert len(read.warnings) == 1 and "taken as 0..1" in read.warnings[0]
+
+
+DEFECTS = [({"coord": None}, "coordinates"), ({"coord": np.zeros((5, 2))}, r"got \(5, 2\)"),
+           ({"coord": np.zeros((0, 3))}, "at least one point"), ({"segment": np.zeros(7, int)}, "label of shape"),
+           ({"color": np.zeros((300, 4), np.uint8)}, "color of shape"), ({"color": np.full((300, 3), 700)}, "to 700"),
+           ({"color": np.full((300, 3), np.nan)}, "colours from nan"),
+           ({"segment": np.full(300, 1.5)}, "1.5 of point 0 .300 in all. is not a whole number"),
+           ({"coord": np.where(np.arange(300)[:, None] == 4, np.nan, np.ones((300, 3)))}, "1 of 300 points.*point 4")]
+
+
+@pytest.mark.parametrize("change, message", DEFECTS)
+def test_every_defect_names_the_file(tmp_path, change, message):
+    cloud = {name: value for name, value in {**arrays(), **change}.items() if value is not None}
+    with pytest.raises(ValueError, match=message) as error:
+        read_cloud(save(tmp_path / "bad.npz", cloud))
+    assert "bad.npz" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name, content", [("a.npz", b"PK\3\4 cut"), ("a.npy", b"\x93NUMPY"), ("a.ply", b"ply\nformat"),
+                                           ("a.ply", b"ply\nformat ascii 1.0\nelement vertex 2\nproperty float x\n"
+                                                     b"end_header\n1\n")])
+def test_damaged_files_are_told(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match="cannot be read.*damaged"):
+        read_cloud(tmp_path / name)
+
+
+def test_unknown_paths_and_suffixes(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such cloud"):
+        read_cloud(tmp_path / "nothing.npz")
+    (tmp_path / "a.las").write_bytes(b"")
+    with pytest.raises(ValueError, match="'.las'.*[.]npz"):
+        read_cloud(tmp_path / "a.las")
+    np.save(tmp_path / "a.npy", np.zeros((4, 5)))
+    with pytest.raises(ValueError, match="columns are x y z"):
+        read_cloud(tmp_path / "a.npy")
+    np.save(tmp_path / "b.npy", np.array([{"x": 1}], object), allow_pickle=True)
+    with pytest.raises(ValueError, match="cannot be read"):                              # never unpickled
+        read_cloud(tmp_path / "b.npy")
+
+
+def test_labels_are_translated_and_checked():
+    label = np.array([0, 2, -1, 255, 1])
+    assert to_labels(label, 3, (-1, 255), "f").tolist() == [0, 2, IGNORE_INDEX, IGNORE_INDEX, 1]
+    with pytest.raises(ValueError, match=r"scan.npz: label 7 at 3 of 4 points.*expected 0..2 or -1 .ignored."):
+        to_labels(np.array([7, 7, 7, 1]), 3, (-1,), "scan.npz")
+    with pytest.raises(ValueError, match="1 more such"):
+        to_labels(np.array([3, 9, 0]), 3, (-1,), "f")
+
+
+# -- finding files -----------------------------------------------------------------------------------------------------
+
+def test_find_clouds_in_every_layout(tmp_path):
+    cloud = arrays()
+    for name in ("train/b", "train/a", "Area_1/x", "Area_2/y"):
+        write_cloud(tmp_path / name, coord=cloud["coord"])
+    save(tmp_path / "flat1.npz", cloud), save(tmp_path / "flat2.npz", cloud), save(tmp_path / "train/.hidden.npz", cloud)
+    (tmp_path / "splits.json").write_text(json.dumps({"few": ["flat2"], "all": ["flat1", "flat2.npz"], "bad": ["no"]}))
+    (tmp_path / "list.json").write_text(json.dumps(["train/a", "Area_2/y"]))
+
+    def names(split):
+        return [path.relative_to(tmp_path).as_posix() for path in find_clouds(tmp_path, split)]
+
+    assert names("train") == ["train/a", "train/b"]
+    assert names(["Area_2", "Area_1"]) == ["Area_1/x", "Area_2/y"]
+    assert names("few") == ["flat2.npz"] and names("all") == ["flat1.npz", "flat2.npz"]
+    assert names("list.json") == names(str(tmp_path / "list.json")) == ["Area_2/y", "train/a"]
+    (tmp_path / "empty").mkdir()
+    for split, message in (("tran", "no split 'tran'.*did you mean train"), ("empty", "is empty"), ("bad", "names no")):
+        with pytest.raises(ValueError, match=message):
+            find_clouds(tmp_path, split)
+    with pytest.raises(FileNotFoundError, match="data.root"):
+        find_clouds(tmp_path / "nowhere", "train")
+
+
+def test_read_classes(tmp_path):
+    (tmp_path / "classes.json").write_text('["a", "b"]')
+    assert read_classes(tmp_path)[:2] == (["a", "b"], (-1,))
+    (tmp_path / "c.json").write_text('{"classes": ["a"], "ignore_index": 255, "palette": [[1, 2, 3]]}')
+    names, ignored, palette = read_classes(tmp_path / "c.json")
+    assert names == ["a"] and ignored == (-1, 255) and palette.tolist() == [[1, 2, 3]]
+    for text in ("{", "3", '{"names": []}', '["a", "a"]', '[1]', '{"classes": ["a"], "palette": [[1, 2]]}'):
+        (tmp_path / "c.json").write_text(text)
+        with pytest.raises(ValueError, match="c.json: expected a list of class names"):
+            read_classes(tmp_path / "c.json")
+
+
+# -- the data set ------------------------------------------------------------------------------------------------------
+
+def test_items_depend_on_seed_epoch_and_item_only(files):
+    def items(workers=0, epoch=0, seed=0, memory=True):
+        dataset = PointDataset(files, PLAIN, 4, PointAugmentation(), seed=seed, repeat=2)
+        if not memory:
+            dataset._kept.clear()
+        dataset.set_epoch(epoch)
+        return list(DataLoader(dataset, 3, collate_fn=collate_points, num_workers=workers))
+
+    first = items()
+    assert len(first) == 3 and first[0]["index"].tolist() == [0, 1, 2] and first[1]["index"].tolist() == [3, 0, 1]
+    for same in (items(workers=2), items(memory=False)):
+        for a, b in zip(first, same, strict=True):
+            assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    for other in (items(epoch=1), items(seed=1)):
+        assert not torch.equal(first[0]["feat"], other[0]["feat"])
+    size = first[0]["offset"][0]
+    begin, end = first[1]["offset"][:2]
+    assert not torch.equal(first[0]["feat"][:size], first[1]["feat"][begin:end])         # the same cloud, the second time
+
+
+def test_layout_of_a_batch(files):
+    batch = collate_points([PointDataset(files, PLAIN, 4, PointAugmentation())[i] for i in range(2)])
+    count = len(batch["coord"])
+    assert batch["offset"].dtype == torch.int64 and batch["offset"][-1] == count and len(batch["offset"]) == 2
+    for name, shape, dtype in (("coord", (count, 3), torch.float32), ("grid_coord", (count, 3), torch.int32),
+                               ("feat", (count, 9), torch.float32), ("label", (count,), torch.int64)):
+        assert batch[name].shape == shape and batch[name].dtype == dtype
+    assert torch.equal(batch["feat"][:, :3], batch["coord"])
+    assert 0 <= batch["feat"][:, 3:6].min() and 0.5 < batch["feat"][:, 3:6].max() <= 1   # colours as shares
+    assert set(batch["label"].tolist()) == {IGNORE_INDEX, 0, 1, 2, 3}
+
+
+def test_mix3d_follows_the_first_items_coin(files):
+    dataset = PointDataset(files, PLAIN, 4, PointAugmentation(), repeat=50)
+    samples = [dataset[i] for i in range(200)]
+    assert 0.7 < np.mean([sample["mix_draw"] < 0.8 for sample in samples]) < 0.9
+    mixed = next(i for i, sample in enumerate(samples) if sample["mix_draw"] < 0.8)
+    apart = next(i for i, sample in enumerate(samples) if sample["mix_draw"] >= 0.8)
+    assert len(collate_points([samples[mixed], *samples[:4]], 0.8)["offset"]) == 3       # 5 scenes: two pairs and one
+    assert len(collate_points([samples[apart], *samples[:4]], 0.8)["offset"]) == 5
+
+
+def test_scores_belong_to_raw_points(tmp_path):
+    """Two labels in one voxel: whatever the voxel is predicted, one raw point of the two is wrong."""
+    coord = np.float32([[0, 0, 0], [0.01, 0, 0], [1, 1, 1], [1, 1, 1.01], [1, 1, 1.02]])
+    file = save(tmp_path / "a.npz", {"coord": coord, "segment": np.array([0, 1, 1, 1, -1])})
+    dataset = PointDataset([file, file], PointSpec(grid_size=0.1, features=("coord",)), 2)
+    batch = collate_points([dataset[0], dataset[1]])
+    assert len(batch["coord"]) == 4 and batch["offset"].tolist() == [2, 4] and batch["raw_offset"].tolist() == [5, 10]
+    pred = torch.ones(4, dtype=torch.int64)[batch["inverse"]]                            # (10,)
+    counted = batch["raw_label"] != IGNORE_INDEX
+    assert counted.sum() == 8 and (pred == batch["raw_label"])[counted].float().mean() == 0.75
+    assert batch["inverse"][:5].max() == 1 and batch["inverse"][5:].min() == 2
+    voxel = torch.arange(4)[batch["inverse"]]
+    assert len({voxel[0].item(), voxel[1].item()}) == 1 and voxel[0] != voxel[2] and voxel[4] == voxel[2]
+
+
+def test_evaluation_is_the_same_every_time_and_shows_real_points(files):
+    dataset = PointDataset(files, PLAIN, 4)
+    first = dataset[1]
+    dataset.set_epoch(5)
+    alone = PointDataset(files[1:2], PLAIN, 4, seed=3)
+    for again in (dataset[1], alone[0]):
+        assert all(torch.equal(first[name], again[name]) for name in first if name != "index")
+    cloud = arrays(1, 250)
+    assert len(first["inverse"]) == len(first["raw_label"]) == 250 and len(first["coord"]) < 250
+    raw = {tuple(row) for row in cloud["normal"].tolist()}
+    normal = first["feat"][:, 6:].numpy()
+    assert all(min(np.abs(np.array(list(raw)) - row).sum(1)) < 1e-5 for row in normal[:20])
+
+
+def test_whole_set_is_checked_at_construction(tmp_path):
+    good, blank = arrays(), {**arrays(), "segment": np.full(300, -1)}
+    a, b = save(tmp_path / "a.npz", good), save(tmp_path / "b.npz", blank)
+    dataset = PointDataset([a, b], PLAIN, 4)
+    assert dataset.class_counts.tolist() == np.bincount(good["segment"] + 1)[1:].tolist() and dataset.num_points == [300] * 2
+    assert any("1 of 2 clouds have no labels" in message and "b.npz" in message for message in dataset.messages)
+    with pytest.raises(ValueError, match="no labelled point in 1 clouds.*segment20"):
+        PointDataset([b], PLAIN, 4)
+    with pytest.raises(ValueError, match="a.npz: label 3 at"):
+        PointDataset([b, a], PLAIN, 3)
+    far = save(tmp_path / "far.npz", {**good, "coord": good["coord"] * 4000})
+    message, = PointDataset([far], PointSpec(9.0), 4).messages
+    assert re.search(r"far.npz: the cloud is \d{4} m wide; is it in millimetres", message)
+    assert PointDataset([far], PointSpec(unit=0.001), 4).messages == []
+
+
+def test_missing_normals_and_colours(tmp_path):
+    rng = np.random.default_rng(0)
+    floor = np.c_[rng.uniform(0, 1, (200, 2)), np.zeros(200)].astype(np.float32)
+    file = save(tmp_path / "a.npz", {"coord": floor, "segment": np.zeros(200, int)})
+    dataset = PointDataset([file], PLAIN, 1, cache_dir=tmp_path / "cache")
+    assert (dataset.cloud(0)["normal"][:, 2] > 0.99).all() and (dataset.cloud(0)["color"] == 0).all()
+    assert [word in " ".join(dataset.messages) for word in ("estimated from neighbours", "no colors (black)")] == [True] * 2
+    entry, = (tmp_path / "cache").glob("normals_*.npy")
+    np.save(entry, np.full((200, 3), 0.5, np.float32))                                   # the cache is used ...
+    assert (PointDataset([file], PLAIN, 1, cache_dir=tmp_path / "cache").cloud(0)["normal"] == 0.5).all()
+    entry.write_bytes(b"cut")                                                            # ... and repaired
+    assert (PointDataset([file], PLAIN, 1, cache_dir=tmp_path / "cache").cloud(0)["normal"][:, 2] > 0.99).all()
+    zeros = PointDataset([file], PointSpec(0.25, missing_normal="zeros"), 1)
+    assert (zeros.cloud(0)["normal"] == 0).all() and "(zero)" in " ".join(zeros.messages)
+    for spec, message in ((PointSpec(missing_normal="error"), "no normals; set data.missing_normal"),
+                          (PointSpec(missing_color="error"), "no colors")):
+        with pytest.raises(ValueError, match=message):
+            PointDataset([file], spec, 1)
+    coord_only = PointDataset([file], PointSpec(0.25, features=("coord",)), 1)
+    assert coord_only[0]["feat"].shape[1] == 3 and coord_only.messages == []
+
+
+def test_a_cloud_without_labels_can_be_prepared(tmp_path):
+    cloud = arrays()
+    del cloud["segment"]
+    item = PointDataset([save(tmp_path / "a.npz", cloud)], PLAIN)[0]
+    assert (item["raw_label"] == IGNORE_INDEX).all() and len(item["inverse"]) == 300
+
+
+def test_unit_scales_the_coordinates(tmp_path):
+    file = save(tmp_path / "a.npz", arrays())
+    small = PointDataset([file], PointSpec(0.5), 4)[0]
+    large = PointDataset([file], PointSpec(1.5, unit=3.0), 4)[0]
+    assert torch.equal(small["grid_coord"], large["grid_coord"])
+    torch.testing.assert_close(small["coord"] * 3, large["coord"], atol=1e-5, rtol=0)
+
+
+def test_spec_travels_as_plain_types_and_refuses_nonsense():
+    spec = PointSpec(0.01, 2.0, ("coord", "color"), "zeros", "error", 0.005)
+    assert PointSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+    for change in ({"grid_size": 0}, {"features": ()}, {"features": ("coord", "coord")}, {"features": ("cord",)},
+                   {"missing_normal": "guess"}, {"unit": -1.0}):
+        with pytest.raises(ValueError, match="data[.]"):
+            PointSpec(**change)
+
+
+# -- the precise test --------------------------------------------------------------------------------------------------
+
+def test_every_raw_point_gets_votes_from_every_view(files):
+    dataset = PointDataset(files, PLAIN, 4)
+    test = PreciseTest(dataset.cloud(0), PLAIN, 4)
+    seen = torch.zeros(200)
+    for batch in test:
+        assert len(set(batch["index"].tolist())) == len(batch["coord"]) == batch["offset"].item()
+        seen[batch["index"]] += 1
+        test.add(batch, torch.randn(len(batch["coord"]), 4).bfloat16())
+    assert seen.min() >= len(VIEWS)
+    torch.testing.assert_close(test.votes.sum(1), seen, atol=1e-4, rtol=1e-5)            # probabilities, not logits
+    assert test.prediction().shape == (200,)
+
+
+def test_votes_are_sums_of_probabilities(files):
+    """One confident fragment outweighs two lukewarm ones; counting labels would say otherwise."""
+    cloud = {"coord": np.zeros((1, 3), np.float32)}
+    spec = PointSpec(features=("coord",))
+    test = PreciseTest(cloud, spec, 2, VIEWS[:3])
+    for batch, logits in zip(test, ([[9.0, 0]], [[0, 0.1]], [[0, 0.1]]), strict=True):
+        test.add(batch, torch.tensor(logits))
+    assert test.prediction().tolist() == [0]
+
+
+def test_thinning_before_the_test_maps_back_to_raw_points():
+    coord = np.float32([[0, 0, 0], [0, 0, 0.003], [0.5, 0, 0], [0.5, 0, 0.003]])
+    spec = PointSpec(0.02, features=("coord",), test_grid_size=0.01)
+    test = PreciseTest({"coord": coord, "label": np.zeros(4, int)}, spec, 2)
+    assert len(test.votes) == 2
+    for batch in test:
+        right = torch.from_numpy(test.cloud["coord"][batch["index"].numpy(), 0] > 0)
+        test.add(batch, torch.stack([~right, right], 1) * 5.0)
+    assert test.prediction().tolist() == [0, 0, 1, 1]
+
+
+def test_memory_limit_changes_nothing_but_the_speed(files, monkeypatch):
+    expected = PointDataset(files, PLAIN, 4)[2]
+    monkeypatch.setattr(points, "POINTS_IN_MEMORY", 300)
+    dataset = PointDataset(files, PLAIN, 4)
+    assert list(dataset._kept) == [0]
+    assert all(torch.equal(expected[name], dataset[2][name]) for name in ("feat", "label", "inverse"))
