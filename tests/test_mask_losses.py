@@ -109,6 +109,7 @@ def test_thirty_terms_and_their_sum_at_the_start_of_training():
     total = terms.pop("total")
     assert sorted(terms) == sorted(f"{name}_{o}" for name in ("class", "mask", "dice") for o in range(10))
     weights = {"class": 2, "mask": 5, "dice": 5}
+    assert not any(value.requires_grad for value in terms.values())
     torch.testing.assert_close(total, sum(weights[name.split("_")[0]] * value for name, value in terms.items()))
     assert 110 < total < 135
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from utils.losses import IGNORE_INDEX
-from utils.matcher import _softplus_sum, hungarian, labelled_points, matching_cost, sample_label, sample_points
+from utils.matcher import hungarian, labelled_points, matching_cost, sample_label, sample_points, softplus_sum
 
 
 def generator(seed=0):
@@ -119,10 +119,10 @@ def test_cost_is_finite_for_large_logits(dtype):
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.1, 10.0, 200.0])
-def test_softplus_sum(scale):
+def testsoftplus_sum(scale):
     x = scale * torch.randn(3, 12544, generator=generator())
-    torch.testing.assert_close(_softplus_sum(x, x.sigmoid()).double(), F.softplus(x.double()).sum(1), rtol=2e-6, atol=0)
-    assert _softplus_sum(torch.zeros(128), torch.full((128,), 0.5)).item() == pytest.approx(128 * math.log(2), rel=1e-6)
+    torch.testing.assert_close(softplus_sum(x, x.sigmoid()).double(), F.softplus(x.double()).sum(1), rtol=2e-6, atol=0)
+    assert softplus_sum(torch.zeros(128), torch.full((128,), 0.5)).item() == pytest.approx(128 * math.log(2), rel=1e-6)
 
 
 # -- assignment -----------------------------------------------------------------------------------------------------

@@ -8,7 +8,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils.losses import IGNORE_INDEX, check_labels
-from utils.matcher import hungarian, labelled_points, matching_cost, sample_label, sample_points
+from utils.matcher import hungarian, labelled_points, matching_cost, sample_label, sample_points, softplus_sum
+
+
+class _WithGradient(torch.autograd.Function):
+    """A value whose gradient with respect to `masks` is known already: nothing else waits for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, masks: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        return upstream * ctx.saved_tensors[0], None, None
 
 
 class SetCriterion(nn.Module):
@@ -64,6 +77,7 @@ class SetCriterion(nn.Module):
              points: Sequence[Mapping] | None = None) -> dict[str, Tensor]:
         """-> "class_o", "mask_o", "dice_o" for each output o, 0 the last one of the decoder, and the weighted "total".
 
+        Scalars; only the total has a gradient, once: it is worked out in the forward pass, so that no point is kept.
         normalizer: label_weights of the whole batch where this is a part of it; the losses of the parts then add up.
         points: for each output {"matcher": for each image (P, 2), "oversampled": (R, ., 2), "random": (R, ., 2)}
         instead of random ones, rows in the order of images and, within, of matched queries.
@@ -75,14 +89,15 @@ class SetCriterion(nn.Module):
         num_masks, sum_of_weights = normalizer[0].clamp_min(1), normalizer[1].clamp_min(1e-6)
         with torch.autocast(label.device.type, enabled=False):
             image, query, label_id = self.match(predictions, label, present, points)                   # (O, R) each
-            terms = {}
+            terms, total = {}, 0
             for o, prediction in enumerate(predictions):
-                rows = (image[o], query[o], label_id[o])
-                terms[f"class_{o}"] = self._class_loss(prediction["pred_logits"], *rows) / sum_of_weights
-                drawn = None if points is None else points[o]
-                mask, dice = self._mask_losses(prediction["pred_masks"], label, *rows, drawn)
-                terms[f"mask_{o}"], terms[f"dice_{o}"] = mask / num_masks, dice / num_masks
-            terms["total"] = sum(self.weights[name.split("_")[0]] * value for name, value in terms.items())
+                rows, drawn = (image[o], query[o], label_id[o]), None if points is None else points[o]
+                class_loss = self._class_loss(prediction["pred_logits"], *rows) / sum_of_weights
+                weighted, *parts = self._mask_losses(prediction["pred_masks"], label, *rows, drawn)
+                values = (class_loss.detach(), *(part / num_masks for part in parts))
+                terms.update({f"{name}_{o}": value for name, value in zip(self.weights, values, strict=True)})
+                total = total + self.weights["class"] * class_loss + weighted / num_masks
+            terms["total"] = total
         return terms
 
     @torch.no_grad()
@@ -130,21 +145,32 @@ class SetCriterion(nn.Module):
                                reduction="none").sum()
 
     def _mask_losses(self, pred_masks: Tensor, label: Tensor, image: Tensor, query: Tensor, label_id: Tensor,
-                     points: Mapping | None) -> tuple[Tensor, Tensor]:
-        """-> sums over the R matched pairs of cross-entropy and dice."""
+                     points: Mapping | None) -> tuple[Tensor, Tensor, Tensor]:
+        """-> weighted sum, with its gradient, and cross-entropy and dice without: sums over the R matched pairs."""
         masks = pred_masks.flatten(0, 1).index_select(0, image * pred_masks.shape[1] + query)          # (R, h, w)
         masks = masks.float().unsqueeze(1)
-        points = self._loss_points(masks.detach(), label, image, points)                               # (R, P, 2)
-        truth = sample_label(label, points, label_id[:, None], image).squeeze(1)                       # (R, P)
-        logits = sample_points(masks, points).squeeze(1)
-        prob, softplus, count = logits.sigmoid(), F.softplus(logits), logits.shape[1]
-        if self.ignore_in_mask_loss:
-            labelled = labelled_points(label, points, image)
-            truth, prob, softplus = truth * labelled, prob * labelled, softplus * labelled
-            count = labelled.sum(1).clamp_min(1)
-        cross_entropy = (softplus - logits * truth).sum(1) / count
-        dice = 1 - (2 * (prob * truth).sum(1) + 1) / (prob.sum(1) + truth.sum(1) + 1)
-        return cross_entropy.sum(), dice.sum()
+        leaf = masks.detach().requires_grad_(masks.requires_grad)
+        points = self._loss_points(leaf, label, image, points)                                         # (R, P, 2)
+        sampled = sample_points(leaf, points).squeeze(1)                                               # (R, P)
+        with torch.no_grad():
+            truth, logits = sample_label(label, points, label_id[:, None], image).squeeze(1), sampled
+            count = points.shape[1]
+            if self.ignore_in_mask_loss:
+                labelled = labelled_points(label, points, image)
+                truth, count = truth * labelled, labelled.sum(1, keepdim=True).clamp_min(1)
+                logits = torch.where(labelled.bool(), logits, -1e4)      # sigmoid and softplus: exactly 0
+            prob = logits.sigmoid()
+            cross_entropy = (softplus_sum(logits, prob).unsqueeze(1) - (logits * truth).sum(1, keepdim=True)) / count
+            above = 2 * (prob * truth).sum(1, keepdim=True) + 1
+            below = prob.sum(1, keepdim=True) + truth.sum(1, keepdim=True) + 1
+            sums = cross_entropy.sum(), (1 - above / below).sum()
+            weighted = self.weights["mask"] * sums[0] + self.weights["dice"] * sums[1]
+            if leaf.requires_grad:
+                slope = self.weights["mask"] / count * (prob - truth)    # of the two losses, with respect to the logits
+                slope += self.weights["dice"] * prob * (1 - prob) * (above / below - 2 * truth) / below
+        if leaf.requires_grad:
+            weighted = _WithGradient.apply(masks, weighted, torch.autograd.grad(sampled, leaf, slope)[0])
+        return weighted, *sums
 
     @torch.no_grad()
     def _loss_points(self, masks: Tensor, label: Tensor, image: Tensor, points: Mapping | None) -> Tensor:

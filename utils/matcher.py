@@ -20,8 +20,8 @@ def sample_points(maps: Tensor, points: Tensor) -> Tensor:
     N, C, h, w = maps.shape
     # Up to 16 channels a row of the batch: their maps fit a cache, and rows are what grid_sample spreads over cores.
     groups = next(g for g in range(-(-C // 16), C + 1) if C % g == 0)
-    grid = (2 * points - 1).repeat_interleave(groups, 0).unsqueeze(1)                          # (N * groups, 1, P, 2)
-    values = F.grid_sample(maps.reshape(N * groups, C // groups, h, w), grid, align_corners=False)
+    grid = points.mul(2).sub_(1).unsqueeze(1).expand(-1, groups, -1, -1).flatten(0, 1)        # (N * groups, P, 2)
+    values = F.grid_sample(maps.reshape(N * groups, C // groups, h, w), grid.unsqueeze(1), align_corners=False)
     return values.view(N, C, points.shape[1])
 
 
@@ -73,14 +73,14 @@ def matching_cost(pred_logits: Tensor, point_logits: Tensor, classes: Tensor, po
         targets, count = targets * labelled.unsqueeze(-2), labelled.sum(-1).clamp_min(1)[..., None, None]
     prob = x.sigmoid()
     inside, overlap = ((targets @ values.transpose(-1, -2)).transpose(-1, -2) for values in (x, prob))
-    cross_entropy = (_softplus_sum(x, prob).unsqueeze(-1) - inside) / count                    # (..., Q, T)
+    cross_entropy = (softplus_sum(x, prob).unsqueeze(-1) - inside) / count                    # (..., Q, T)
     dice = 1 - (2 * overlap + 1) / (prob.sum(-1).unsqueeze(-1) + targets.sum(-1).unsqueeze(-2) + 1)
     of_class = classes.clamp_min(0).unsqueeze(-2).expand(cross_entropy.shape)
     class_prob = pred_logits.float().softmax(-1).gather(-1, of_class)
     return mask_weight * cross_entropy + dice_weight * dice - class_weight * class_prob
 
 
-def _softplus_sum(x: Tensor, prob: Tensor) -> Tensor:
+def softplus_sum(x: Tensor, prob: Tensor) -> Tensor:
     """Sum of log(1 + exp(x)) over the last dimension, from prob = sigmoid(x): one logarithm for up to 64 points.
 
     log(1 + exp(x)) = max(x, 0) - log max(prob, 1 - prob). The last maximum is at least 1/2, so that a product of 64
