@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from utils import mask_losses
 from utils.losses import IGNORE_INDEX
 from utils.mask_losses import SetCriterion
 
@@ -170,6 +171,15 @@ def test_image_without_targets():
     loss = criterion(outputs, label)
     assert all(loss[f"{name}_{o}"] == 0 for name in ("mask", "dice") for o in range(3))
     assert all(value.isfinite().all() for gradient in grads(loss["total"], outputs) for value in gradient.values())
+
+
+def test_images_matched_together_or_one_by_one(monkeypatch):
+    outputs, label = batch(batch_size=3)
+    criterion = SetCriterion(4, num_points=32)
+    points = draw(criterion, outputs, label)
+    single = criterion.match(each(outputs), label, criterion._present(label), points)
+    monkeypatch.setattr(mask_losses, "IMAGES_AT_ONCE", {"cpu": 2})       # as on a GPU, with a remainder
+    assert torch.equal(criterion.match(each(outputs), label, criterion._present(label), points), single)
 
 
 def test_more_classes_than_queries():

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from utils.losses import IGNORE_INDEX, check_labels
 from utils.matcher import hungarian, labelled_points, matching_cost, sample_label, sample_points, softplus_sum
 
+IMAGES_AT_ONCE = {"cpu": 1}          # matched together: the points of one image fit a cache; a GPU wants more, 8
+
 
 class _WithGradient(torch.autograd.Function):
     """A value whose gradient with respect to `masks` is known already: nothing else waits for the backward pass."""
@@ -108,7 +110,7 @@ class SetCriterion(nn.Module):
         found = [row.nonzero().flatten() for row in present]                       # class ids of each image, ascending
         width = max(len(ids) for ids in found)
         classes = torch.stack([F.pad(ids, (0, width - len(ids)), value=-1) for ids in found]).to(label.device)  # (B, T)
-        images_at_once = 1 if label.device.type == "cpu" else 8      # one image fits a cache, a GPU wants more
+        images_at_once = IMAGES_AT_ONCE.get(label.device.type, 8)
         costs = []
         for o, prediction in enumerate(predictions):
             drawn = torch.stack(list(points[o]["matcher"])) if points is not None else \
