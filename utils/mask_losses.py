@@ -118,7 +118,7 @@ class SetCriterion(nn.Module):
             for part in torch.arange(len(label)).split(images_at_once):
                 part = slice(int(part[0]), int(part[-1]) + 1)
                 costs.append(self._cost(prediction, label, classes, drawn, part))
-        costs = torch.cat(costs).cpu().numpy()                       # (O * B, Q, T): the one wait for the device
+        costs = torch.cat(costs).cpu().numpy()                       # (O * B, Q, T): one wait for all outputs
         rows = []
         for cost, (_, b) in zip(costs, np.ndindex(len(predictions), len(found)), strict=True):
             query, target = hungarian(cost[:, :len(found[b])])
