@@ -1,0 +1,486 @@
+"""Photographs with one class id a pixel: finding, pairing, checking, reading, augmenting.
+
+A mask is an 8-bit image of one channel (or a palette image, whose indices count); photograph and mask share the file
+name without its ending. In memory a label map is int64 with IGNORE_INDEX; files keep their own numbers.
+Shapes: H, W of the photograph, S side of a training crop, C classes.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import math
+import os
+import struct
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import Dataset
+
+from utils.checks import check_choice, check_range
+from utils.image_inference import window_starts
+from utils.log import progress
+from utils.losses import IGNORE_INDEX
+from utils.seed import derived_seed
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+MASK_MODES = ("L", "P", "1")                # grey, palette index, black and white
+ORIENTATION = 0x0112                        # the EXIF tag
+OUT_OF_RANGE = -1                           # in label_table: a file value that is no class
+PADDING = (124, 116, 104)                   # ImageNet's mean colour: about 0 once normalised
+CROP_TRIES = 10                             # for one that no class dominates (MMSegmentation's number)
+SCAN_VERSION = 1                            # raise it when _scan records something else
+# NTSC's luma and two chroma axes: saturation scales the chroma plane, hue turns it
+YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+
+
+class Augmentation(NamedTuple):
+    """Random changes of a training crop: scale, crop, mirror image, and the colour changes of SSD (Liu et al. 2016),
+    each of the four in half of the crops.
+
+    scale_range: the short side becomes image_size times a number of it. crop False shows the whole image instead, its
+    long side at most image_size. cat_max_ratio: largest share of one class in a crop, where a few tries find one.
+    """
+
+    scale_range: tuple[float, float] = (0.5, 2.0)
+    crop: bool = True
+    cat_max_ratio: float = 0.75
+    flip: float = 0.5                                       # probability
+    brightness: float = 32 / 255                            # added, up to this share of the range
+    contrast: tuple[float, float] = (0.5, 1.5)              # factor
+    saturation: tuple[float, float] = (0.5, 1.5)            # factor
+    hue: float = 18 / 360                                   # turn, up to this share of the circle
+
+    def check(self) -> Augmentation:
+        """Return itself; ValueError for ranges that are not (lowest, highest), negative amounts, shares above 1."""
+        for name in ("scale_range", "contrast", "saturation"):
+            ends = getattr(self, name)
+            if len(ends) != 2 or not 0 <= ends[0] <= ends[1] or (name == "scale_range" and ends[0] == 0):
+                raise ValueError(f"augmentation.{name}={list(ends)}: expected [lowest, highest], neither below 0")
+        for name in ("cat_max_ratio", "flip", "brightness", "hue"):
+            check_range(f"augmentation.{name}", getattr(self, name), 0, 1)
+        return self
+
+
+class PairSummary(NamedTuple):
+    """What check_pairs counted: sizes (N, 2) int64 height and width of every photograph, class_counts (C,) int64
+    pixels, ignored: unlabelled pixels."""
+
+    sizes: np.ndarray
+    class_counts: np.ndarray
+    ignored: int
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+def list_images(folder: str | Path) -> list[Path]:
+    """The image files of a folder (not of folders in it, not hidden ones), sorted."""
+    return sorted(path for path in Path(folder).iterdir() if _is_image(path))
+
+
+def _is_image(path):
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+
+
+def find_files(patterns: Sequence[str], what: str) -> list[Path]:
+    """All files named by patterns, each a file, a folder or a glob (** goes into folders), sorted, none twice.
+
+    Globs and folders give image files only. ValueError, naming `what` (the flag), for a pattern that finds nothing.
+    """
+    found = set()
+    for pattern in map(str, patterns):
+        if os.path.isdir(pattern):
+            files = list_images(pattern)
+        elif os.path.isfile(pattern):
+            files = [Path(pattern)]
+        else:
+            files = [path for path in map(Path, glob.glob(pattern, recursive=True)) if _is_image(path)]
+        if not files:
+            why = (f"no images ({' '.join(SUFFIXES)}) in this folder" if os.path.isdir(pattern) else
+                   "no image file matches" if glob.has_magic(pattern) else "no such file or folder")
+            raise ValueError(f"{what} {pattern}: {why}; name files, folders or globs such as 'images/*.jpg'")
+        found.update(files)
+    return sorted(found)
+
+
+def pair_files(images: Sequence[Path], masks: Sequence[Path],
+               names: tuple[str, str] = ("--image-paths", "--mask-paths")) -> list[tuple[Path, Path]]:
+    """(photograph, mask) of the same file name without ending, in the order of `images`, whatever the order of masks.
+
+    names are the flags an error tells of: ValueError for a name that occurs twice and for a file without its partner.
+    """
+    by_stem: list[dict[str, Path]] = [{}, {}]
+    for known, files, name in zip(by_stem, (images, masks), names, strict=True):
+        for path in map(Path, files):
+            if path.stem in known:
+                raise ValueError(f"{name}: {known[path.stem]} and {path} have the same name without ending, by which "
+                                 f"photographs and masks are paired; rename one, or leave it out")
+            known[path.stem] = path
+    for one, other, here, there in ((*by_stem, *names), (*by_stem[::-1], *names[::-1])):
+        missing = [path for stem, path in one.items() if stem not in other]
+        if missing:
+            example = next(iter(other.values()), None)
+            raise ValueError(f"{here}: {len(missing)} of {len(one)} files have no partner of the same name in {there}: "
+                             f"{', '.join(path.name for path in missing[:3])}{' ...' * (len(missing) > 3)}"
+                             f"{f' ({there} has {example.name} ...)' if example else ''}")
+    return [(path, by_stem[1][stem]) for stem, path in by_stem[0].items()]
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+def read_image(path: str | Path, exif: bool = False) -> Image.Image:
+    """A photograph as Pillow's RGB image, 8 bits a channel; exif: turned upright as its EXIF orientation says.
+
+    16-bit grey keeps its upper 8 bits; what is transparent becomes white. ValueError for a file that cannot be read
+    and for floating-point pixels.
+    """
+    try:
+        with Image.open(path) as image:
+            return to_rgb(ImageOps.exif_transpose(image) if exif else image)
+    except READ_ERRORS as error:
+        raise ValueError(f"{path}: this image cannot be read ({error})") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow image in the mode RGB, see read_image."""
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no known range; convert them to 8 bits")
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        values = values >> 8 if image.mode != "I" or values.max(initial=0) > 255 else values
+        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    image.load()                                            # convert of an RGB file would read it lazily
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def label_table(num_classes: int, ignore_label: int = 255, reduce_zero_label: bool = False) -> np.ndarray:
+    """(256,) int64: the label of every file value: 0..C-1, IGNORE_INDEX, or OUT_OF_RANGE for what is no class.
+
+    reduce_zero_label: 0 is unlabelled too, and k is class k - 1. ValueError for more classes than 8 bits hold.
+    """
+    first = int(reduce_zero_label)
+    if not 1 <= num_classes <= 256 - first:
+        raise ValueError(f"num_classes={num_classes}: 8-bit masks hold 1 to {256 - first} classes")
+    check_range("ignore_label", ignore_label, 0, 255)
+    table = np.full(256, OUT_OF_RANGE, np.int64)
+    table[first:first + num_classes] = np.arange(num_classes)
+    table[ignore_label] = IGNORE_INDEX
+    if reduce_zero_label:
+        table[0] = IGNORE_INDEX
+    return table
+
+
+def label_to_file(label: np.ndarray, ignore_label: int = 255, reduce_zero_label: bool = False) -> np.ndarray:
+    """Labels (H, W) integer in the numbers of the masks, uint8: the inverse of label_table."""
+    values = np.where(label == IGNORE_INDEX, ignore_label, label + int(reduce_zero_label))
+    if values.size and (values.min() < 0 or values.max() > 255):
+        raise ValueError(f"labels {label.min()} to {label.max()} do not fit into an 8-bit mask")
+    return values.astype(np.uint8)
+
+
+def open_mask(path: str | Path) -> Image.Image:
+    """A mask as a loaded Pillow image whose pixels are the file's numbers (mode L or P). ValueError for others."""
+    try:
+        with Image.open(path) as mask:
+            mask.load()
+    except READ_ERRORS as error:
+        raise ValueError(f"{path}: this mask cannot be read ({error})") from error
+    if mask.mode not in MASK_MODES:
+        raise ValueError(f"{path}: {_mode_problem(mask.mode)}")
+    return Image.fromarray(np.asarray(mask).astype(np.uint8)) if mask.mode == "1" else mask
+
+
+def _mode_problem(mode):
+    if mode.startswith("I") or mode == "F":
+        return (f"a mask of more than 8 bits (mode {mode}); store its ids as 8-bit PNG: "
+                f"Image.fromarray(np.array(mask).astype('uint8')).save(...)")
+    return (f"a colour mask (mode {mode}); replace each colour by its class id: masks are 8-bit grey or palette images "
+            f"of class ids")
+
+
+def to_label(mask: Image.Image, table: np.ndarray, path: str | Path) -> np.ndarray:
+    """Pixels of an opened mask as labels (H, W) int64; ValueError for values that label_table does not know."""
+    label = table[np.asarray(mask)]
+    if (label == OUT_OF_RANGE).any():
+        raise ValueError(f"{path}: {_range_problem(dict(enumerate(mask.histogram())), table, path)}")
+    return label
+
+
+def _range_problem(histogram, table, path):
+    """None, or what is wrong with the values of a mask; histogram: {value: pixels}."""
+    wrong = {value: count for value, count in histogram.items() if count and table[value] == OUT_OF_RANGE}
+    if not wrong:
+        return None
+    known, ignored = np.flatnonzero(table >= 0), np.flatnonzero(table == IGNORE_INDEX)
+    jpeg = "; JPEG changes the values: store masks as PNG" * (Path(path).suffix.lower() in (".jpg", ".jpeg"))
+    return (f"value{'s' * (len(wrong) > 1)} {', '.join(map(str, list(wrong)[:5]))}{' ...' * (len(wrong) > 5)} at "
+            f"{sum(wrong.values())} pixels; expected {known.min()} to {known.max()}, or {' or '.join(map(str, ignored))} "
+            f"for unlabelled; check num_classes, ignore_label and reduce_zero_label{jpeg}")
+
+
+def read_mask(path: str | Path, num_classes: int, ignore_label: int = 255,
+              reduce_zero_label: bool = False) -> np.ndarray:
+    """A mask file as labels (H, W) int64 with IGNORE_INDEX. ValueError as open_mask, and for ids out of range."""
+    return to_label(open_mask(path), label_table(num_classes, ignore_label, reduce_zero_label), path)
+
+
+# -- checking ----------------------------------------------------------------------------------------------------------
+
+def check_pairs(pairs: Sequence[tuple[Path, Path]], num_classes: int, ignore_label: int = 255,
+                reduce_zero_label: bool = False, cache_dir: str | Path | None = None, workers: int = 4) -> PairSummary:
+    """Read every file once, before training, and count the classes. What was read is kept in cache_dir and holds as
+    long as paths, sizes and times of the files do.
+
+    Raises ValueError, one line with the first file and how many others are like it, for files that cannot be read,
+    masks that are not 8-bit ids or not of the photograph's size, photographs with an EXIF orientation (their pixels
+    and the mask may or may not be turned alike), ids out of range, and where not one pixel is labelled.
+    """
+    table, records = label_table(num_classes, ignore_label, reduce_zero_label), _scan_all(pairs, cache_dir, workers)
+    found = [problem for record in records if (problem := _problem(record, table))]
+    if found:
+        others = sum(kind == found[0][0] for kind, _ in found[1:])
+        raise ValueError(found[0][1] + f" (and {others} more file{'s' * (others > 1)})" * (others > 0))
+    counts = np.zeros(256, np.int64)
+    for record in records:
+        for value, count in record["histogram"].items():
+            counts[value] += count
+    class_counts = np.array([counts[table == c].sum() for c in range(num_classes)], np.int64)
+    if not class_counts.any():
+        raise ValueError(f"{pairs[0][1] if pairs else 'no files'}: not one pixel of {len(pairs)} masks is labelled; "
+                         f"check ignore_label and reduce_zero_label")
+    sizes = np.array([record["size"][::-1] for record in records], np.int64)
+    return PairSummary(sizes, class_counts, int(counts[table == IGNORE_INDEX].sum()))
+
+
+def _problem(record, table):
+    """(kind, text) of the first thing that is wrong with a pair, None if nothing is."""
+    if "unreadable" in record:
+        return "unreadable", record["unreadable"]
+    image, mask, size, mask_size = (record[name] for name in ("image", "mask", "size", "mask_size"))
+    if record["mode"] not in MASK_MODES:
+        return "mode", f"{mask}: {_mode_problem(record['mode'])}"
+    if record["orientation"] not in (0, 1):
+        return "orientation", (f"{image}: has EXIF orientation {record['orientation']}, so that its mask may not lie on "
+                               f"its pixels; store it upright (PIL.ImageOps.exif_transpose) or, if the mask was drawn "
+                               f"on it as it is, without the tag")
+    if size != mask_size:
+        return "size", _size_problem(mask, mask_size, image, size)
+    problem = _range_problem(record["histogram"], table, mask)
+    return problem and ("range", f"{mask}: {problem}")
+
+
+def _size_problem(mask, mask_size, image, size):
+    return (f"{mask}: {mask_size[0]}x{mask_size[1]} pixels, but {image} has {size[0]}x{size[1]}; a mask belongs to the "
+            f"photograph's own pixels")
+
+
+def _scan(pair):
+    """What there is to know about a pair, in plain types, independent of all settings."""
+    record = {"image": str(pair[0]), "mask": str(pair[1])}
+    try:
+        with Image.open(pair[0]) as image:
+            record |= {"size": list(image.size), "orientation": image.getexif().get(ORIENTATION, 1)}
+            if 0 in image.size:
+                return record | {"unreadable": f"{pair[0]}: an empty image ({image.width}x{image.height} pixels)"}
+            image.draft(None, (1, 1))                       # JPEG: all bytes are read, an eighth of the pixels made
+            image.load()
+            if image.mode == "F":
+                to_rgb(image)
+    except READ_ERRORS as error:
+        return record | {"unreadable": f"{pair[0]}: this image cannot be read ({error})"}
+    try:
+        with Image.open(pair[1]) as mask:
+            mask.load()
+            counts = np.bincount(np.asarray(mask).ravel(), minlength=256) if mask.mode in MASK_MODES else []
+            histogram = {value: int(count) for value, count in enumerate(counts) if count}
+            return record | {"mask_size": list(mask.size), "mode": mask.mode, "histogram": histogram}
+    except READ_ERRORS as error:
+        return record | {"unreadable": f"{pair[1]}: this mask cannot be read ({error})"}
+
+
+def _scan_all(pairs, cache_dir, workers):
+    entry = None
+    if cache_dir is not None:
+        stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns)
+                 for pair in pairs for path in map(Path, pair) if path.exists()]
+        digest = hashlib.sha256(json.dumps([SCAN_VERSION, len(pairs), stats]).encode()).hexdigest()
+        entry = Path(cache_dir) / f"checked_{digest[:32]}.json"
+        try:
+            records = json.loads(entry.read_text(encoding="utf-8"))
+            return [{**r, "histogram": {int(value): count for value, count in r["histogram"].items()}} for r in records]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            pass                                            # absent or damaged: read again, and written over
+    with ThreadPoolExecutor(max(1, workers)) as pool:       # Pillow decodes without Python's lock
+        records = list(progress(pool.map(_scan, pairs), "checking images", len(pairs)))
+    if entry is not None and not any("unreadable" in record for record in records):
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        temporary = entry.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(records), encoding="utf-8")
+        os.replace(temporary, entry)
+    return records
+
+
+# -- augmentation ------------------------------------------------------------------------------------------------------
+
+def resized(size: tuple[int, int], scale: float) -> tuple[int, int]:
+    """(width, height) times scale, rounded, at least one pixel."""
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def take_part(image: Image.Image, source: tuple[float, float], size: tuple[int, int], part: tuple[int, int, int, int],
+              resample: Image.Resampling) -> Image.Image:
+    """The part (left, top, width, height) of an image resized to `size`, without making the rest of it.
+
+    source is (width, height) of the image, not rounded where it was decoded smaller than it is. An image and its mask
+    stay in step whatever the sizes are, because each is sampled from the very same box.
+    """
+    left, top, width, height = part
+    x, y = source[0] / size[0], source[1] / size[1]
+    box = (left * x, top * y, min((left + width) * x, source[0]), min((top + height) * y, source[1]))
+    return image.resize((width, height), resample, box)
+
+
+def read_part(path: str | Path, size: tuple[int, int],
+              part: tuple[int, int, int, int]) -> tuple[Image.Image, tuple[int, int]]:
+    """A part, as in take_part, of a photograph resized to `size` bilinearly with antialiasing, and the photograph's own
+    (width, height). A JPEG is decoded at 1/2, 1/4 or 1/8 where that is still no smaller than `size`."""
+    try:
+        with Image.open(path) as image:
+            original = source = image.size
+            reduced = image.draft(None, size)
+            if reduced is not None:
+                source = reduced[1][2:]                     # exactly a half ...; the decoded size is rounded up
+            image = to_rgb(image)
+    except READ_ERRORS as error:
+        raise ValueError(f"{path}: this image cannot be read ({error})") from error
+    return take_part(image, source, size, part, Image.Resampling.BILINEAR), original
+
+
+def color_matrix(settings: Augmentation, rng: np.random.Generator) -> tuple[float, ...]:
+    """(12,) rows of a random affine change of RGB in 0..255, for Image.convert: SSD's four distortions as one.
+
+    Deviates from SSD: saturation and hue act on the chroma plane of YIQ instead of HSV, and nothing is clipped between
+    the steps, so that SSD's choice of the place of contrast makes no difference. Ten times faster.
+    """
+    on = rng.random(4) < 0.5
+    drawn = rng.uniform([-settings.brightness, settings.contrast[0], settings.saturation[0], -settings.hue],
+                        [settings.brightness, settings.contrast[1], settings.saturation[1], settings.hue])
+    brightness, contrast, saturation, hue = np.where(on, drawn, (0, 1, 1, 0))
+    cosine, sine = saturation * math.cos(2 * math.pi * hue), saturation * math.sin(2 * math.pi * hue)
+    chroma = np.array([[1, 0, 0], [0, cosine, -sine], [0, sine, cosine]])
+    linear = contrast * np.linalg.inv(YIQ) @ chroma @ YIQ
+    return tuple(np.column_stack([linear, np.full(3, contrast * brightness * 255)]).ravel().tolist())
+
+
+def dominated(mask: Image.Image, table: np.ndarray, cat_max_ratio: float) -> bool:
+    """Whether one class has cat_max_ratio or more of the labelled pixels, or there are none."""
+    counts = np.array(mask.histogram())[table >= 0]
+    return counts.max() >= cat_max_ratio * counts.sum() if cat_max_ratio < 1 else not counts.any()
+
+
+# -- data set ----------------------------------------------------------------------------------------------------------
+
+class SegmentationDataset(Dataset):
+    """Photographs with their label maps.
+
+    views: "crops": one random crop S x S of every photograph, see Augmentation; "windows": the photograph with its
+    short side at S = image_size, cut into windows S x S, neighbours side by side and the last one moved back inside, so
+    that every pixel is in an item and nothing is random; "whole": photograph and label map as they are, for scoring.
+    Item: image (3, H, W) uint8 RGB, label (H, W) int64, index: the item's number. Where a crop is larger than the
+    image, PADDING and IGNORE_INDEX fill it at the right and bottom. Images are resized bilinearly with antialiasing,
+    masks to the nearest pixel, both from the very same box. Randomness depends on (seed, epoch, item) alone. files and
+    pairs are those given; ValueError for wrong settings, and for wrong files as they are met (see check_pairs).
+    """
+
+    def __init__(self, pairs: Sequence[tuple[Path, Path]], image_size: int, num_classes: int,
+                 augmentation: Augmentation | None = None, ignore_label: int = 255, reduce_zero_label: bool = False,
+                 seed: int = 0, views: str = "crops") -> None:
+        check_choice("views", views, ("crops", "windows", "whole"))
+        check_range("image_size", image_size, 1)
+        if (views == "crops") != (augmentation is not None):
+            raise ValueError(f"views={views} {'needs an' if views == 'crops' else 'never change: leave out the'} "
+                             f"augmentation")
+        self.pairs = [(Path(image), Path(mask)) for image, mask in pairs]
+        self.files = [image for image, _ in self.pairs]
+        self.image_size, self.seed, self.views, self.epoch = image_size, seed, views, 0
+        self.augmentation = augmentation and augmentation.check()
+        self.table = label_table(num_classes, ignore_label, reduce_zero_label)
+        self._windows = list(self._find_windows()) if views == "windows" else None
+
+    def _find_windows(self):
+        """(photograph, size it is resized to, part of it: left, top, width, height) of every window."""
+        side = self.image_size
+        for index, path in enumerate(self.files):
+            try:
+                with Image.open(path) as image:
+                    size = resized(image.size, side / min(image.size))
+            except READ_ERRORS as error:
+                raise ValueError(f"{path}: this image cannot be read ({error})") from error
+            for top in window_starts(size[1], side, side):
+                yield from ((index, size, (left, top, side, side)) for left in window_starts(size[0], side, side))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the random numbers of an epoch; fixed views ignore it."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.pairs if self._windows is None else self._windows)
+
+    def __getitem__(self, item: int) -> dict:
+        index = item if self._windows is None else self._windows[item][0]
+        image_path, mask_path = self.pairs[index]
+        mask, matrix, flip = open_mask(mask_path), None, False
+        size, part = mask.size, (0, 0, *mask.size)
+        if self.views == "windows":
+            _, size, part = self._windows[item]
+        elif self.views == "crops":
+            rng = np.random.default_rng(derived_seed(self.seed, self.epoch, item))
+            size, part = self._random_part(mask, rng)
+            flip, matrix = rng.random() < self.augmentation.flip, color_matrix(self.augmentation, rng)
+        label = to_label(take_part(mask, mask.size, size, part, Image.Resampling.NEAREST), self.table, mask_path)
+        image, source = read_part(image_path, size, part)
+        if source != mask.size:
+            raise ValueError(_size_problem(mask_path, mask.size, image_path, source))
+        image = np.asarray(image if matrix is None else image.convert("RGB", matrix)).transpose(2, 0, 1)   # (3, h, w)
+        if flip:
+            image, label = image[..., ::-1], label[:, ::-1]
+        if self.views == "crops":
+            image, label = self._padded(image, label)
+        return {"image": torch.from_numpy(np.ascontiguousarray(image)),
+                "label": torch.from_numpy(np.ascontiguousarray(label)), "index": item}
+
+    def _random_part(self, mask, rng):
+        """The size the photograph is resized to, and the part of that to show."""
+        side, settings = self.image_size, self.augmentation
+        factor = rng.uniform(*settings.scale_range)
+        size = resized(mask.size, side * factor / min(mask.size) if settings.crop else
+                       side * min(factor, 1.0) / max(mask.size))
+        for _ in range(CROP_TRIES):
+            left, top = (int(rng.integers(max(0, length - side) + 1)) for length in size)
+            part = (left, top, min(side, size[0]), min(side, size[1]))
+            shown = take_part(mask, mask.size, size, part, Image.Resampling.NEAREST)
+            if not dominated(shown, self.table, settings.cat_max_ratio):
+                break
+        return size, part
+
+    def _padded(self, image, label):
+        """(3, h, w), (h, w) -> (3, S, S), (S, S)."""
+        height, width = label.shape
+        if height == width == self.image_size:
+            return image, label
+        whole = np.empty((3, self.image_size, self.image_size), np.uint8)
+        whole[:] = np.array(PADDING, np.uint8)[:, None, None]
+        whole[:, :height, :width] = image
+        labels = np.full(whole.shape[1:], IGNORE_INDEX, np.int64)
+        labels[:height, :width] = label
+        return whole, labels
