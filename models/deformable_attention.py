@@ -42,8 +42,8 @@ def grid_centers(shapes: tuple[tuple[int, int], ...], device: torch.device) -> T
 
 @_cached
 def _level_cells(shapes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
-    """Cells of each level as (W, H): (levels, 1, 1, 1, 1, 2) float32. Kept, so that no step copies it to the device."""
-    return torch.tensor([(W, H) for H, W in shapes], dtype=torch.float32, device=device).view(-1, 1, 1, 1, 1, 2)
+    """Cells of each level as (W, H): (levels, 1, 1, 2) float32. Kept, so that no step copies it to the device."""
+    return torch.tensor([(W, H) for H, W in shapes], dtype=torch.float32, device=device).view(-1, 1, 1, 2)
 
 
 @_cached
@@ -61,6 +61,48 @@ def sine_embedding(H: int, W: int, dim: int, device: torch.device) -> Tensor:
 
     row, column = code(H)[:, None].expand(H, W, -1), code(W).expand(H, W, -1)
     return torch.cat([row, column], dim=-1).flatten(0, 1)
+
+
+class _WeightedRead(torch.autograd.Function):
+    """Weighted sum of what is read at the points of all levels, level by level.
+
+    Plain autograd would keep all that was read, (B heads, levels, d, points, Lq), for every layer: the largest tensors
+    of the model. The backward pass reads again instead, which costs little beside it. First derivatives only.
+    """
+
+    @staticmethod
+    def forward(ctx, maps: Tensor, grid: Tensor, weight: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
+        """maps (N, d, S), grid (N, levels, points, Lq, 2) in [-1, 1], weight (N, levels, points, Lq) -> (N, d, Lq)."""
+        ctx.save_for_backward(maps, grid, weight)
+        ctx.shapes = shapes
+        out = maps.new_zeros(*maps.shape[:2], grid.shape[3])
+        for level, part in enumerate(_levels(maps, shapes)):
+            read = F.grid_sample(part, grid[:, level], align_corners=False)                  # (N, d, points, Lq)
+            for point in range(read.shape[2]):
+                out.addcmul_(read[:, :, point], weight[:, None, level, point])
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        maps, grid, weight = ctx.saved_tensors
+        grad_maps, grad_grid, grad_weight = torch.empty_like(maps), torch.empty_like(grid), torch.empty_like(weight)
+        grad = grad.unsqueeze(2)                                                             # (N, d, 1, Lq)
+        grad_parts = _levels(grad_maps, ctx.shapes)
+        for level, part in enumerate(_levels(maps, ctx.shapes)):
+            read = F.grid_sample(part, grid[:, level], align_corners=False)
+            grad_weight[:, level] = read.mul_(grad).sum(1)
+            torch.mul(grad, weight[:, None, level], out=read)                                # now the gradient of read
+            grad_part, grad_grid[:, level] = torch.ops.aten.grid_sampler_2d_backward(
+                read, part, grid[:, level], 0, 0, False, (True, True))                       # bilinear, zeros outside
+            grad_parts[level].copy_(grad_part)
+        return grad_maps, grad_grid, grad_weight, None
+
+
+def _levels(maps: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """(N, d, S) -> views (N, d, H, W)."""
+    return [part.unflatten(-1, shape) for part, shape in zip(maps.split([H * W for H, W in shapes], -1), shapes,
+                                                             strict=True)]
 
 
 class MSDeformAttn(nn.Module):
@@ -111,33 +153,28 @@ class MSDeformAttn(nn.Module):
         if len(sizes) != self.num_levels or sum(sizes) != value.shape[1]:
             raise ValueError(f"deformable attention: {value.shape[1]} value positions do not fit the "
                              f"{self.num_levels} levels {list(spatial_shapes)}")
-        value = self.value_proj(value).transpose(1, 2)            # (B, heads d, S)
+        value = self.value_proj(value).transpose(1, 2)                                       # (B, heads d, S)
         with _no_autocast(query):
             query, value = _at_least_float32(query), _at_least_float32(value)
             grid, weight = self._points(query, reference_points, spatial_shapes)
-            maps = value.reshape(B * self.num_heads, -1, value.shape[-1]).split(sizes, dim=-1)
-            out: Tensor | int = 0
-            # Level by level: all at once would hold (B heads, d, points, Lq) for every level two times.
-            for level, (part, shape) in enumerate(zip(maps, spatial_shapes, strict=True)):
-                read = F.grid_sample(part.unflatten(-1, shape), grid[level], align_corners=False)
-                out = out + (read * weight[level]).sum(2)            # (B heads, d, Lq)
+            maps = value.reshape(B * self.num_heads, -1, value.shape[-1])                    # (B heads, d, S)
+            out = _WeightedRead.apply(maps, grid, weight, tuple(spatial_shapes))             # (B heads, d, Lq)
         return self.output_proj(out.reshape(B, -1, Lq).transpose(1, 2))
 
     def _points(self, query: Tensor, reference_points: Tensor,
                 spatial_shapes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        """-> where to read, (levels, B heads, points, Lq, 2) in [-1, 1], and weights (levels, B heads, 1, points, Lq).
+        """-> where to read, (B heads, levels, points, Lq, 2) in [-1, 1], and weights (B heads, levels, points, Lq).
 
-        Points before queries: the sum over points then runs along rows of Lq neighbours in memory, which is faster.
+        Queries last: the softmax and the sum over points then run along rows of Lq neighbours, several times faster.
         """
         B, Lq, _ = query.shape
-        split = (B, Lq, self.num_heads, self.num_levels, self.num_points)
-        offset = self.sampling_offsets(query).view(*split, 2).permute(3, 0, 2, 4, 1, 5).contiguous()
+        split = (self.num_heads, self.num_levels, self.num_points)
+        offset = self.sampling_offsets(query).view(B, Lq, *split, 2).permute(0, 2, 3, 4, 1, 5).contiguous()
         cells = _level_cells(tuple(spatial_shapes), query.device).to(offset.dtype)
-        center = reference_points.to(offset.dtype).permute(2, 0, 1, 3)[:, :, None, None]     # (levels, B, 1, 1, Lq, 2)
-        grid = torch.addcmul(2 * center - 1, offset, 2 / cells)                  # (levels, B, heads, points, Lq, 2)
-        weight = self.attention_weights(query).view(B, Lq, self.num_heads, -1).softmax(-1).view(split)
-        weight = weight.permute(3, 0, 2, 4, 1)                                   # (levels, B, heads, points, Lq)
-        return grid.flatten(1, 2), weight.flatten(1, 2).unsqueeze(2)
+        center = reference_points.to(offset.dtype).transpose(1, 2)[:, None, :, None]         # (B, 1, levels, 1, Lq, 2)
+        grid = torch.addcmul(2 * center - 1, offset, 2 / cells)                  # (B, heads, levels, points, Lq, 2)
+        weight = self.attention_weights(query).transpose(1, 2).reshape(B * self.num_heads, -1, Lq).softmax(1)
+        return grid.flatten(0, 1), weight.unflatten(1, split[1:])
 
 
 def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
