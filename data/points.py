@@ -451,8 +451,9 @@ class PointDataset(Dataset):
         self._report(missing)
 
     def _report(self, missing):
-        ways = {"color": "black", "normal": {"estimate": "estimated from neighbours", "zeros": "zero"}.get(
-            self.spec.missing_normal), "label": "nothing to learn or to score"}
+        worse = "; expect worse results from weights that were trained with them"
+        ways = {"color": "black" + worse, "label": "nothing to learn or to score",
+                "normal": "estimated from neighbours" if self.spec.missing_normal == "estimate" else "zero" + worse}
         for name, files in missing.items():
             if files:
                 self.messages.append(f"{len(files)} of {len(self.files)} clouds have no {name}s ({ways[name]}), the "

@@ -22,10 +22,10 @@ class Recorded:
     def __init__(self, *draws):
         self.draws = [np.asarray(draw) for draw in draws]
 
-    def standard_normal(self, shape):
+    def standard_normal(self, shape, dtype=np.float64):
         draw = self.draws.pop(0)
         assert draw.shape == tuple(shape)
-        return draw
+        return draw.astype(dtype)
 
     random = standard_normal
 

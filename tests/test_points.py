@@ -305,14 +305,14 @@ def test_missing_normals_and_colours(tmp_path):
     file = save(tmp_path / "a.npz", {"coord": floor, "segment": np.zeros(200, int)})
     dataset = PointDataset([file], PLAIN, 1, cache_dir=tmp_path / "cache")
     assert (dataset.cloud(0)["normal"][:, 2] > 0.99).all() and (dataset.cloud(0)["color"] == 0).all()
-    assert [word in " ".join(dataset.messages) for word in ("estimated from neighbours", "no colors (black)")] == [True] * 2
+    assert [word in " ".join(dataset.messages) for word in ("estimated from neighbours", "no colors (black; expect worse")] == [True] * 2
     entry, = (tmp_path / "cache").glob("normals_*.npy")
     np.save(entry, np.full((200, 3), 0.5, np.float32))                                   # the cache is used ...
     assert (PointDataset([file], PLAIN, 1, cache_dir=tmp_path / "cache").cloud(0)["normal"] == 0.5).all()
     entry.write_bytes(b"cut")                                                            # ... and repaired
     assert (PointDataset([file], PLAIN, 1, cache_dir=tmp_path / "cache").cloud(0)["normal"][:, 2] > 0.99).all()
     zeros = PointDataset([file], PointSpec(0.25, missing_normal="zeros"), 1)
-    assert (zeros.cloud(0)["normal"] == 0).all() and "(zero)" in " ".join(zeros.messages)
+    assert (zeros.cloud(0)["normal"] == 0).all() and "(zero; expect worse" in " ".join(zeros.messages)
     for spec, message in ((PointSpec(missing_normal="error"), "no normals; set data.missing_normal"),
                           (PointSpec(missing_color="error"), "no colors")):
         with pytest.raises(ValueError, match=message):
