@@ -13,8 +13,9 @@ import json
 import math
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -135,17 +136,24 @@ def pair_files(images: Sequence[Path], masks: Sequence[Path],
 
 # -- reading -----------------------------------------------------------------------------------------------------------
 
+@contextmanager
+def opened(path: str | Path, what: str = "image") -> Iterator[Image.Image]:
+    """Image.open, with one clear ValueError for whatever is wrong with the file, also while it is decoded inside."""
+    try:
+        with Image.open(path) as image:
+            yield image
+    except READ_ERRORS as error:
+        raise ValueError(f"{path}: this {what} cannot be read ({error})") from error
+
+
 def read_image(path: str | Path, exif: bool = False) -> Image.Image:
     """A photograph as Pillow's RGB image, 8 bits a channel; exif: turned upright as its EXIF orientation says.
 
     16-bit grey keeps its upper 8 bits; what is transparent becomes white. ValueError for a file that cannot be read
     and for floating-point pixels.
     """
-    try:
-        with Image.open(path) as image:
-            return to_rgb(ImageOps.exif_transpose(image) if exif else image)
-    except READ_ERRORS as error:
-        raise ValueError(f"{path}: this image cannot be read ({error})") from error
+    with opened(path) as image:
+        return to_rgb(ImageOps.exif_transpose(image) if exif else image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -190,11 +198,8 @@ def label_to_file(label: np.ndarray, ignore_label: int = 255, reduce_zero_label:
 
 def open_mask(path: str | Path) -> Image.Image:
     """A mask as a loaded Pillow image whose pixels are the file's numbers (mode L or P). ValueError for others."""
-    try:
-        with Image.open(path) as mask:
-            mask.load()
-    except READ_ERRORS as error:
-        raise ValueError(f"{path}: this mask cannot be read ({error})") from error
+    with opened(path, "mask") as mask:
+        mask.load()
     if mask.mode not in MASK_MODES:
         raise ValueError(f"{path}: {_mode_problem(mask.mode)}")
     return Image.fromarray(np.asarray(mask).astype(np.uint8)) if mask.mode == "1" else mask
@@ -224,8 +229,8 @@ def _range_problem(histogram, table, path):
     known, ignored = np.flatnonzero(table >= 0), np.flatnonzero(table == IGNORE_INDEX)
     jpeg = "; JPEG changes the values: store masks as PNG" * (Path(path).suffix.lower() in (".jpg", ".jpeg"))
     return (f"value{'s' * (len(wrong) > 1)} {', '.join(map(str, list(wrong)[:5]))}{' ...' * (len(wrong) > 5)} at "
-            f"{sum(wrong.values())} pixels; expected {known.min()} to {known.max()}, or {' or '.join(map(str, ignored))} "
-            f"for unlabelled; check num_classes, ignore_label and reduce_zero_label{jpeg}")
+            f"{sum(wrong.values())} pixels; expected {known.min()} to {known.max()}, for unlabelled "
+            f"{' or '.join(map(str, ignored))}; check num_classes, ignore_label and reduce_zero_label{jpeg}")
 
 
 def read_mask(path: str | Path, num_classes: int, ignore_label: int = 255,
@@ -270,9 +275,9 @@ def _problem(record, table):
     if record["mode"] not in MASK_MODES:
         return "mode", f"{mask}: {_mode_problem(record['mode'])}"
     if record["orientation"] not in (0, 1):
-        return "orientation", (f"{image}: has EXIF orientation {record['orientation']}, so that its mask may not lie on "
-                               f"its pixels; store it upright (PIL.ImageOps.exif_transpose) or, if the mask was drawn "
-                               f"on it as it is, without the tag")
+        return "orientation", (f"{image}: EXIF orientation {record['orientation']}, so that its mask may not lie on "
+                               f"its pixels; store it upright (PIL.ImageOps.exif_transpose), or without the tag if the "
+                               f"mask was drawn on it as it is")
     if size != mask_size:
         return "size", _size_problem(mask, mask_size, image, size)
     problem = _range_problem(record["histogram"], table, mask)
@@ -288,24 +293,18 @@ def _scan(pair):
     """What there is to know about a pair, in plain types, independent of all settings."""
     record = {"image": str(pair[0]), "mask": str(pair[1])}
     try:
-        with Image.open(pair[0]) as image:
+        with opened(pair[0]) as image:
             record |= {"size": list(image.size), "orientation": image.getexif().get(ORIENTATION, 1)}
             if 0 in image.size:
-                return record | {"unreadable": f"{pair[0]}: an empty image ({image.width}x{image.height} pixels)"}
+                raise ValueError("not one pixel")
             image.draft(None, (1, 1))                       # JPEG: all bytes are read, an eighth of the pixels made
-            image.load()
-            if image.mode == "F":
-                to_rgb(image)
-    except READ_ERRORS as error:
-        return record | {"unreadable": f"{pair[0]}: this image cannot be read ({error})"}
-    try:
-        with Image.open(pair[1]) as mask:
-            mask.load()
+            to_rgb(image)
+        with opened(pair[1], "mask") as mask:
+            record |= {"mask_size": list(mask.size), "mode": mask.mode}
             counts = np.bincount(np.asarray(mask).ravel(), minlength=256) if mask.mode in MASK_MODES else []
-            histogram = {value: int(count) for value, count in enumerate(counts) if count}
-            return record | {"mask_size": list(mask.size), "mode": mask.mode, "histogram": histogram}
-    except READ_ERRORS as error:
-        return record | {"unreadable": f"{pair[1]}: this mask cannot be read ({error})"}
+    except ValueError as error:
+        return record | {"unreadable": str(error)}
+    return record | {"histogram": {value: int(count) for value, count in enumerate(counts) if count}}
 
 
 def _scan_all(pairs, cache_dir, workers):
@@ -354,15 +353,12 @@ def read_part(path: str | Path, size: tuple[int, int],
               part: tuple[int, int, int, int]) -> tuple[Image.Image, tuple[int, int]]:
     """A part, as in take_part, of a photograph resized to `size` bilinearly with antialiasing, and the photograph's own
     (width, height). A JPEG is decoded at 1/2, 1/4 or 1/8 where that is still no smaller than `size`."""
-    try:
-        with Image.open(path) as image:
-            original = source = image.size
-            reduced = image.draft(None, size)
-            if reduced is not None:
-                source = reduced[1][2:]                     # exactly a half ...; the decoded size is rounded up
-            image = to_rgb(image)
-    except READ_ERRORS as error:
-        raise ValueError(f"{path}: this image cannot be read ({error})") from error
+    with opened(path) as image:
+        original = source = image.size
+        reduced = image.draft(None, size)
+        if reduced is not None:
+            source = reduced[1][2:]                         # exactly a half ...; the decoded size is rounded up
+        image = to_rgb(image)
     return take_part(image, source, size, part, Image.Resampling.BILINEAR), original
 
 
@@ -421,11 +417,8 @@ class SegmentationDataset(Dataset):
         """(photograph, size it is resized to, part of it: left, top, width, height) of every window."""
         side = self.image_size
         for index, path in enumerate(self.files):
-            try:
-                with Image.open(path) as image:
-                    size = resized(image.size, side / min(image.size))
-            except READ_ERRORS as error:
-                raise ValueError(f"{path}: this image cannot be read ({error})") from error
+            with opened(path) as image:
+                size = resized(image.size, side / min(image.size))
             for top in window_starts(size[1], side, side):
                 yield from ((index, size, (left, top, side, side)) for left in window_starts(size[0], side, side))
 
