@@ -53,6 +53,7 @@ from utils.seed import derived_seed
 
 CLOUD_SUFFIXES = (".npz", ".npy", ".ply")
 POINTS_IN_MEMORY = 30_000_000               # about 1.2 GB; clouds beyond this are read again for every item
+FAR = 10_000                                # metres; float64 coordinates beyond this are moved before rounding
 WIDEST = 500.0                              # metres; a wider cloud is probably in millimetres or centimetres
 FIELDS = {"coord": ("coord", "coords", "xyz", "points", "pos"), "color": ("color", "colors", "rgb"),
           "normal": ("normal", "normals"), "label": ("segment", "label", "labels", "class", "semantic")}
@@ -113,8 +114,9 @@ def read_cloud(path: str | Path, label_field: str | None = None) -> PointCloud:
 
     label_field: the name of the labels, e.g. "segment200"; an absent one means no labels. None: the first of segment,
     label, labels, class, semantic, else segment20. Colours that never exceed 1 are taken as 0..1 and multiplied by 255,
-    with a warning. Raises FileNotFoundError, and ValueError for an unknown suffix, a damaged file, no point, wrong
-    shapes, NaN or infinite coordinates, colours outside 0..255 and labels that are not whole numbers.
+    and map coordinates (float64, beyond 10 km) are moved near 0, both with a warning. Raises FileNotFoundError, and
+    ValueError for an unknown suffix, a damaged file, no point, wrong shapes, NaN or infinite coordinates, colours
+    outside 0..255 and labels that are not whole numbers.
     """
     path = Path(path)
     if not path.exists():
@@ -128,9 +130,9 @@ def read_cloud(path: str | Path, label_field: str | None = None) -> PointCloud:
         raise ValueError(f"{path}: cannot be read ({type(error).__name__}: {error}); is it cut short or damaged?"
                          ) from error
     coord = raw.get("coord")
-    if coord is None or coord.ndim != 2 or coord.shape[1] != 3 or not len(coord):
-        raise ValueError(f"{path}: expected coordinates (N, 3) of at least one point under one of the names "
-                         f"{', '.join(FIELDS['coord'])}; got {'none' if coord is None else coord.shape}")
+    if coord is None or coord.shape != (len(coord), 3) or not len(coord) or coord.dtype.kind not in "fiu":
+        raise ValueError(f"{path}: expected numeric coordinates (N, 3) of at least one point under one of the names "
+                         f"{', '.join(FIELDS['coord'])}; got {'none' if coord is None else f'{coord.dtype} {coord.shape}'}")
     for name in ("color", "normal", "label"):
         value = raw.get(name)
         if value is None:
@@ -139,12 +141,16 @@ def read_cloud(path: str | Path, label_field: str | None = None) -> PointCloud:
         if value.shape != ((len(coord),) if name == "label" else (len(coord), 3)):
             raise ValueError(f"{path}: {name} of shape {value.shape} for {len(coord)} points; one row a point, in the "
                              f"order of the coordinates")
-    coord = coord.astype(np.float32)
     finite = np.isfinite(coord).all(1)
     if not finite.all():
         raise ValueError(f"{path}: {(~finite).sum()} of {len(coord)} points have a NaN or infinite coordinate, the "
                          f"first is point {finite.argmin()}; remove them")
     warnings: list[str] = []
+    if coord.dtype != np.float32 and np.abs(coord).max() > FAR:            # float32 would round these to centimetres
+        origin = np.floor(coord.min(0))
+        warnings.append(f"{path}: coordinates up to {np.abs(coord).max():.0f}; moved by {(-origin).tolist()}")
+        coord = coord - origin
+    coord = coord.astype(np.float32)
     color = _as_color(raw.get("color"), path, warnings)
     normal, label = raw.get("normal"), raw.get("label")
     return PointCloud(coord, color, None if normal is None else _as_unit(normal),

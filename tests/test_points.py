@@ -125,7 +125,17 @@ def test_colours_between_0_and_1_are_scaled_with_a_warning(tmp_path):
     assert len(read.warnings) == 1 and "taken as 0..1" in read.warnings[0]
 
 
-DEFECTS = [({"coord": None}, "coordinates"), ({"coord": np.zeros((5, 2))}, r"got \(5, 2\)"),
+def test_map_coordinates_keep_their_millimetres(tmp_path):
+    cloud = arrays()
+    far = cloud["coord"].astype(np.float64) + [500_000, 5_400_000, 300]
+    read = read_cloud(save(tmp_path / "a.npz", {**cloud, "coord": far}))
+    np.testing.assert_allclose(read.coord - read.coord[0], cloud["coord"] - cloud["coord"][0], atol=1e-6)
+    assert len(read.warnings) == 1 and "moved by [-500000.0, -5400000.0, -300.0]" in read.warnings[0]
+    near = read_cloud(save(tmp_path / "b.npz", {**cloud, "coord": cloud["coord"].astype(np.float64) + 50}))
+    assert near.warnings == () and near.coord.min() >= 50 and near.coord.dtype == np.float32
+
+
+DEFECTS = [({"coord": None}, "coordinates"), ({"coord": np.zeros((5, 2))}, r"got float64 \(5, 2\)"), ({"coord": np.full((300, 3), "a")}, "numeric"),
            ({"coord": np.zeros((0, 3))}, "at least one point"), ({"segment": np.zeros(7, int)}, "label of shape"),
            ({"color": np.zeros((300, 4), np.uint8)}, "color of shape"), ({"color": np.full((300, 3), 700)}, "to 700"),
            ({"color": np.full((300, 3), np.nan)}, "colours from nan"),
@@ -326,6 +336,14 @@ def test_a_cloud_without_labels_can_be_prepared(tmp_path):
     del cloud["segment"]
     item = PointDataset([save(tmp_path / "a.npz", cloud)], PLAIN)[0]
     assert (item["raw_label"] == IGNORE_INDEX).all() and len(item["inverse"]) == 300
+
+
+def test_a_single_point_goes_all_the_way(tmp_path):
+    file = save(tmp_path / "a.npz", {"coord": np.ones((1, 3)), "segment": np.zeros(1, int)})
+    sample = PointDataset([file], PLAIN, 1, PointAugmentation())[0]
+    assert sample["grid_coord"].tolist() == [[0, 0, 0]] and sample["feat"].shape == (1, 9)
+    dataset = PointDataset([file], PLAIN, 1)
+    assert dataset[0]["inverse"].tolist() == [0] and len(list(PreciseTest(dataset.cloud(0), PLAIN, 1))) == 13
 
 
 def test_unit_scales_the_coordinates(tmp_path):
