@@ -130,9 +130,10 @@ def read_cloud(path: str | Path, label_field: str | None = None) -> PointCloud:
         raise ValueError(f"{path}: cannot be read ({type(error).__name__}: {error}); is it cut short or damaged?"
                          ) from error
     coord = raw.get("coord")
-    if coord is None or coord.shape != (len(coord), 3) or not len(coord) or coord.dtype.kind not in "fiu":
+    if coord is None or coord.ndim != 2 or coord.shape[1] != 3 or not len(coord) or coord.dtype.kind not in "fiu":
+        got = "none" if coord is None else f"{coord.dtype} {coord.shape}"
         raise ValueError(f"{path}: expected numeric coordinates (N, 3) of at least one point under one of the names "
-                         f"{', '.join(FIELDS['coord'])}; got {'none' if coord is None else f'{coord.dtype} {coord.shape}'}")
+                         f"{', '.join(FIELDS['coord'])}; got {got}")
     for name in ("color", "normal", "label"):
         value = raw.get(name)
         if value is None:
