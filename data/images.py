@@ -190,6 +190,7 @@ def label_table(num_classes: int, ignore_label: int = 255, reduce_zero_label: bo
 
 def label_to_file(label: np.ndarray, ignore_label: int = 255, reduce_zero_label: bool = False) -> np.ndarray:
     """Labels (H, W) integer in the numbers of the masks, uint8: the inverse of label_table."""
+    label = label.astype(np.int64)                          # 8 bits would wrap
     values = np.where(label == IGNORE_INDEX, ignore_label, label + int(reduce_zero_label))
     if values.size and (values.min() < 0 or values.max() > 255):
         raise ValueError(f"labels {label.min()} to {label.max()} do not fit into an 8-bit mask")

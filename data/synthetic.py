@@ -2,8 +2,9 @@
 
     python -m data.synthetic mesh datasets/figures --num-train 40 --num-val 10 --num-test 10 --seed 0
     python -m data.synthetic points datasets/rooms --num-train 40 --num-val 10 --num-test 10 --points 20000
+    python -m data.synthetic image datasets/demo_images --num-train 40 --num-val 8 --num-test 8 --size 160 120
 
-Points: rooms with furniture, in data/synthetic_points.py.
+Points: rooms with furniture, in data/synthetic_points.py. Images: streets, in data/synthetic_images.py.
 
 Meshes: jointed figures (bipeds, quadrupeds, centaurs, hexapods ...) with random proportions, poses, orientations and
 tessellations. Each is ONE closed connected surface of genus 0: an implicit field around a skeleton of tapered capsules,
@@ -23,6 +24,7 @@ import numpy as np
 from scipy import sparse
 from scipy.spatial.transform import Rotation
 
+from data.synthetic_images import make_image_set
 from data.synthetic_points import make_point_set
 from utils.cli import ArgumentParser, run
 
@@ -357,8 +359,9 @@ def make_mesh_set(folder: str | Path, num_train: int, num_val: int, num_test: in
 
 def parse_args(argv=None):
     parser = ArgumentParser(prog="python -m data.synthetic", description=__doc__)
-    parser.add_argument("kind", choices=["mesh", "points"],
-                        help="mesh: jointed figures, OBJ files with one label a face; points: rooms, one label a point")
+    parser.add_argument("kind", choices=["mesh", "points", "image"],
+                        help="mesh: jointed figures, OBJ files with one label a face; points: rooms, one label a point; "
+                             "image: streets, one label a pixel")
     parser.add_argument("folder", help="where to write; existing files of the same names are replaced")
     parser.add_argument("--num-train", type=int, default=40)
     parser.add_argument("--num-val", type=int, default=10)
@@ -366,6 +369,7 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--faces", type=int, nargs=2, default=(600, 1500), metavar=("MIN", "MAX"), help="of a mesh")
     parser.add_argument("--points", type=int, default=20_000, help="of a room")
+    parser.add_argument("--size", type=int, nargs=2, default=(160, 120), metavar=("WIDTH", "HEIGHT"), help="of an image")
     return parser.parse_args(argv)
 
 
@@ -373,9 +377,11 @@ def main(argv=None) -> list[str]:
     args = parse_args(argv)
     if args.kind == "points":
         names = make_point_set(args.folder, args.num_train, args.num_val, args.num_test, args.seed, args.points)
+    elif args.kind == "image":
+        names = make_image_set(args.folder, args.num_train, args.num_val, args.num_test, args.seed, tuple(args.size))
     else:
         names = make_mesh_set(args.folder, args.num_train, args.num_val, args.num_test, args.seed, tuple(args.faces))
-    what = {"mesh": "figures", "points": "rooms"}[args.kind]
+    what = {"mesh": "figures", "points": "rooms", "image": "streets"}[args.kind]
     print(f"{args.num_train} + {args.num_val} + {args.num_test} {what} in {args.folder}; classes: {', '.join(names)}")
     return names
 
