@@ -1,10 +1,11 @@
 """Read weight files without trusting them, and load pre-trained weights completely or not at all.
 
 torch.load does not compare the checksums that torch.save writes (a flipped bit in a weight loads without a word), so
-every archive is first read through `zipfile`, which does. Nothing in a file is ever executed: `weights_only=True`, no
-allow-list.
+every archive is first read through `zipfile`, which does. Nothing in a file is ever executed: `weights_only=True`, and
+the only allow-list, for numpy's numbers where asked for, puts readers of our own in the place of numpy's.
 """
 
+import contextlib
 import hashlib
 import re
 import zipfile
@@ -12,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -20,12 +22,12 @@ from torch import Tensor, nn
 DOS_FOLDER = 0x10                                  # bit of a zip entry's external attributes
 
 
-def read_weights(path: str | Path) -> dict[str, Any]:
+def read_weights(path: str | Path, numpy_scalars: bool = False) -> dict[str, Any]:
     """Somebody else's weights: a .safetensors file, or anything torch.save wrote (also the format before torch 1.6).
 
-    Returns the dict in the file as it is, on the CPU. FileNotFoundError or IsADirectoryError where there is no file;
-    ValueError, in one line, where it is truncated or damaged, holds Python objects beyond tensors and plain types, or
-    holds no dict.
+    Returns the dict in the file as it is, on the CPU; with numpy_scalars, numpy's numbers in it become Python's.
+    FileNotFoundError or IsADirectoryError where there is no file; ValueError, in one line, where it is truncated or
+    damaged, holds Python objects beyond tensors and plain types, or holds no dict.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
@@ -35,13 +37,14 @@ def read_weights(path: str | Path) -> dict[str, Any]:
         except SafetensorError as error:
             raise ValueError(f"{path}: truncated, damaged or no safetensors file ({_one_line(error)}). "
                              f"Fetch it again.") from error
-    content = read_torch_file(path, old_format=True, advice="Fetch it again.")
+    content = read_torch_file(path, old_format=True, advice="Fetch it again.", numpy_scalars=numpy_scalars)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, not a dict of tensors. Save a state_dict.")
     return content
 
 
-def read_torch_file(path: str | Path, advice: str, map_location: Any = "cpu", old_format: bool = False) -> Any:
+def read_torch_file(path: str | Path, advice: str, map_location: Any = "cpu", old_format: bool = False,
+                    numpy_scalars: bool = False) -> Any:
     """torch.load with weights_only=True after a check of all checksums; each failure is one line that ends with
     `advice`.
 
@@ -53,7 +56,8 @@ def read_torch_file(path: str | Path, advice: str, map_location: Any = "cpu", ol
     elif not old_format:
         raise ValueError(f"{path}: truncated, or not written by torch.save ({path.stat().st_size} bytes). {advice}")
     try:
-        return torch.load(path, map_location=map_location, weights_only=True)
+        with torch.serialization.safe_globals(NUMPY_NAMES) if numpy_scalars else contextlib.nullcontext():
+            return torch.load(path, map_location=map_location, weights_only=True)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:                     # damaged bytes make the unpickler raise anything; none is swallowed
@@ -62,6 +66,28 @@ def read_torch_file(path: str | Path, advice: str, map_location: Any = "cpu", ol
                              f"because objects can run code. If you trust the file, write its state_dict alone to a "
                              f"new one with torch.save.") from error
         raise ValueError(f"{path}: truncated, damaged or not a PyTorch file ({_one_line(error)}). {advice}") from error
+
+
+class _NumpyDtype:
+    """Stands in for numpy.dtype in a pickle: a bool, integer or float, and nothing else."""
+
+    def __init__(self, name: str, *_):
+        if not re.fullmatch(r"b1|[iu][1248]|f[248]", name):
+            raise ValueError(f"numpy dtype {name!r} is no plain number")
+        self.name = name
+
+    def __setstate__(self, state: tuple) -> None:
+        self.name = (">" if state[1] == ">" else "<") + self.name[-2:]
+
+
+def _numpy_number(dtype: _NumpyDtype, data: bytes) -> bool | int | float:
+    """Stands in for numpy's own `scalar`."""
+    value, = np.frombuffer(data, np.dtype(dtype.name))
+    return value.item()
+
+
+NUMPY_NAMES = [(_NumpyDtype, "numpy.dtype"), (_numpy_number, "numpy.core.multiarray.scalar"),
+               (_numpy_number, "numpy._core.multiarray.scalar")]
 
 
 def _first_bytes(path: Path) -> bytes:
