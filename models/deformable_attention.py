@@ -21,11 +21,15 @@ MAX_SIZES = 64                 # of each position code below: sizes whose result
 
 def _cached(function):
     """Keep the last results. Made outside inference mode, or a later training step could not save them."""
-    @functools.wraps(function)
-    def make(*args):
+    @functools.lru_cache(MAX_SIZES)
+    def kept(*args):
         with torch.inference_mode(False):
             return function(*args)
-    return functools.lru_cache(MAX_SIZES)(make)
+
+    @functools.wraps(function)
+    def call(*args):               # torch.compile keeps constants itself and warns of other caches
+        return function(*args) if torch.compiler.is_compiling() else kept(*args)
+    return call
 
 
 @_cached
