@@ -293,6 +293,7 @@ class PointTransformerV3(nn.Module):
         return [StageOutput(first[0], first[1], rows[0].offset, first[2]), *rows[1:]]
 
     def _blocks(self, layers: nn.ModuleDict, feat: Tensor, stage: Stage) -> Tensor:
+        feat = feat.to(torch.promote_types(feat.dtype, torch.float32))       # the residual stream, also under autocast
         for name, block in layers.items():
             if name.startswith("block"):
                 feat = checkpoint(block, feat, stage, use_reentrant=False) \
