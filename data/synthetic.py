@@ -360,8 +360,8 @@ def make_mesh_set(folder: str | Path, num_train: int, num_val: int, num_test: in
 def parse_args(argv=None):
     parser = ArgumentParser(prog="python -m data.synthetic", description=__doc__)
     parser.add_argument("kind", choices=["mesh", "points", "image"],
-                        help="mesh: jointed figures, OBJ files with one label a face; points: rooms, one label a point; "
-                             "image: streets, one label a pixel")
+                        help="mesh: jointed figures, OBJ files with one label a face; points: rooms, a label a point; "
+                             "image: streets, a label a pixel")
     parser.add_argument("folder", help="where to write; existing files of the same names are replaced")
     parser.add_argument("--num-train", type=int, default=40)
     parser.add_argument("--num-val", type=int, default=10)
@@ -369,7 +369,7 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--faces", type=int, nargs=2, default=(600, 1500), metavar=("MIN", "MAX"), help="of a mesh")
     parser.add_argument("--points", type=int, default=20_000, help="of a room")
-    parser.add_argument("--size", type=int, nargs=2, default=(160, 120), metavar=("WIDTH", "HEIGHT"), help="of an image")
+    parser.add_argument("--size", type=int, nargs=2, default=(160, 120), metavar=("W", "H"), help="of an image")
     return parser.parse_args(argv)
 
 
