@@ -126,10 +126,10 @@ def segment_image(score: Callable[[Tensor], Tensor], normalize: Callable[[Tensor
     views = []
     for scale in view.scales:
         shape = resized_shape(height, width, view.size, scale)
-        resized = image[None].float()
+        resized = image[None]
         if shape != (height, width):
-            resized = F.interpolate(resized, shape, mode="bilinear", antialias=True).round().clamp(0, 255)
-        resized = normalize(resized)[0]
+            resized = F.interpolate(resized.float(), shape, mode="bilinear", antialias=True).round_().clamp_(0, 255)
+        resized = normalize(resized.byte())[0]                                                  # (3, h, w) float32
         window = min(shape) if view.window and max(shape) < view.window else view.window
         views.append(slide(score, resized, window, view.stride, batch_size))
         if view.flip:
