@@ -25,7 +25,16 @@ from torch.utils.checkpoint import checkpoint
 
 from models.sparse_conv import NeighbourTable, SubMConv3d, neighbour_table, pack, unpack
 from utils.checks import check_choice, did_you_mean, nearest
-from utils.serialization import ORDERS, PatchLayout, depth_of, encode, invert, patch_layout
+from utils.serialization import (
+    ORDERS,
+    PatchLayout,
+    Serialization,
+    depth_of,
+    grid_range,
+    invert,
+    patch_layout,
+    serialize,
+)
 
 MODES = ("lin", "dec", "ft")
 
@@ -51,7 +60,7 @@ class Stage:
         self.feat: Tensor | None = None                      # (n, C)
         self.cluster: Tensor | None = None                   # (n,)
         self._table: NeighbourTable | None = None
-        self._sequences: dict[int, tuple[Tensor, Tensor]] = {}
+        self._sequences: dict[int, Serialization] = {}
         self._layouts: dict[int, PatchLayout] = {}
         self._patches: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
@@ -68,10 +77,8 @@ class Stage:
         layout = self._layouts[patch_size]
         if (index, patch_size) not in self._patches:
             if index not in self._sequences:
-                code = encode(self.grid_coord, self.scene, self.orders[index], self.depth)
-                order = code.argsort(stable=True)
-                self._sequences[index] = order, invert(order)
-            order, inverse = self._sequences[index]
+                self._sequences[index] = serialize(self.grid_coord, self.scene, [self.orders[index]], self.depth)
+            order, inverse = self._sequences[index].order[0], self._sequences[index].inverse[0]
             self._patches[index, patch_size] = order[layout.slots], layout.unpad[inverse]
         return *self._patches[index, patch_size], layout.groups
 
@@ -327,18 +334,13 @@ def _first_stage(batch: Mapping[str, Tensor], orders: Sequence[str], in_channels
                          f"{ends} do not fit; offset holds the cumulative ends of the scenes, none of them empty")
     if feat.shape[1] != in_channels:
         raise ValueError(f"batch: feat has {feat.shape[1]} channels, the model takes {in_channels}")
-    low, high = torch.stack(grid_coord.aminmax()).tolist()
-    if low < 0:
-        raise ValueError(f"batch: the smallest grid_coord is {low}; subtract the minimum first")
-    depth = depth_of(high)
-    if 3 * depth + (len(sizes) - 1).bit_length() > 63:
-        raise ValueError(f"batch: {len(sizes)} scenes with grid_coord up to {high} need more than 63 bits; use a "
-                         f"smaller batch")
+    largest = grid_range(grid_coord, len(sizes))
+    depth = depth_of(largest)
     scene = torch.repeat_interleave(torch.arange(len(sizes), device=feat.device),
                                     torch.tensor(sizes, device=feat.device), output_size=len(feat))
     key, order = pack(grid_coord, scene, depth).sort(stable=True)
     sorted_grid, scene = unpack(key, depth)
-    return Stage(sorted_grid, scene, sizes, high, orders), order
+    return Stage(sorted_grid, scene, sizes, largest, orders), order
 
 
 def upcast(stages: Sequence[StageOutput | Stage], levels: int | None = None) -> Tensor:

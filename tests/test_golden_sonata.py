@@ -17,7 +17,7 @@ from models.point_transformer import (
 )
 from models.sparse_conv import SubMConv3d, neighbour_table
 from utils.losses import WeightedLoss
-from utils.serialization import depth_of, encode, patch_layout, serialize
+from utils.serialization import depth_of, encode, grid_range, patch_layout, serialize
 
 GOLDEN = Path(__file__).parent / "golden" / "sonata"
 ORDERS = ["z", "z-trans", "hilbert", "hilbert-trans"]
@@ -58,7 +58,9 @@ def test_order_and_inverse(case):
     golden = load("serialization")
     given, expected = golden["input"]["scenes"], golden["output"][case]
     orders = ORDERS if case == "scenes" else [ORDERS[i] for i in given["order_permutation"]]
-    result = serialize(given["grid_coord"], scenes(given["offset"])[0], orders)
+    depth = depth_of(grid_range(given["grid_coord"], 2))
+    assert depth == expected["depth"]
+    result = serialize(given["grid_coord"], scenes(given["offset"])[0], orders, depth)
     for name in ("code", "order", "inverse"):
         assert torch.equal(getattr(result, name), expected[name].long()), name
 

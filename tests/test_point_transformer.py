@@ -315,7 +315,7 @@ def test_other_errors():
     for change, message in [({"offset": torch.tensor([29])}, r"offset \[29\] do not fit"),
                             ({"offset": torch.tensor([0, 30])}, "none of them empty"),
                             ({"feat": given["feat"][:, :5]}, "feat has 5 channels, the model takes 6"),
-                            ({"grid_coord": given["grid_coord"] - 3}, "smallest grid_coord is -3"),
+                            ({"grid_coord": given["grid_coord"] - 3}, "smallest index is -3"),
                             ({"grid_coord": given["grid_coord"] + 66_000}, "expected 0..65534; is the scene in milli")]:
         with pytest.raises(ValueError, match=message):
             model({**given, **change})

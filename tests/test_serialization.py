@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from utils.serialization import ORDERS, depth_of, encode, invert, patch_layout, serialize
+from utils.serialization import ORDERS, depth_of, encode, grid_range, invert, patch_layout, serialize
 
 
 def cube(depth):
@@ -52,7 +52,7 @@ def test_hilbert_order_depends_on_depth_modulo_three():
 def test_serialize_keeps_scenes_and_ties():
     grid = torch.tensor([[5, 1, 2], [0, 0, 0], [5, 1, 2], [0, 0, 0]])
     scene = torch.tensor([0, 0, 0, 1])
-    result = serialize(grid, scene, ORDERS)
+    result = serialize(grid, scene, ORDERS, 3)
     assert result.order.tolist() == [[1, 0, 2, 3]] * 4 and result.inverse.tolist() == [[1, 0, 2, 3]] * 4
     permutation = torch.stack([torch.randperm(9) for _ in range(3)])
     assert torch.equal(permutation.gather(1, invert(permutation)), torch.arange(9).expand(3, 9))
@@ -62,14 +62,15 @@ def test_errors():
     assert depth_of(65534) == 16
     with pytest.raises(ValueError, match=r"largest index is 65535, expected 0\.\.65534; is the scene in millimetres"):
         depth_of(65535)
+    assert grid_range(torch.tensor([[0, 7, 3]]), 2 ** 15) == 7
     with pytest.raises(ValueError, match="smallest index is -1"):
-        serialize(torch.tensor([[0, -1, 3]]), None, ["z"])
+        grid_range(torch.tensor([[0, -1, 3]]), 1)
     with pytest.raises(ValueError, match="no voxel"):
-        serialize(torch.zeros(0, 3), None, ["z"])
+        grid_range(torch.zeros(0, 3), 1)
+    with pytest.raises(ValueError, match="40000 scenes with indices up to 40000 need codes"):
+        grid_range(torch.tensor([[40000, 1, 3]]), 40000)
     with pytest.raises(ValueError, match=r"order: expected one of z, .* did you mean hilbert"):
-        serialize(torch.tensor([[0, 1, 3]]), None, ["hilbrt"])
-    with pytest.raises(ValueError, match="40000 scenes with indices of 16 bits"):
-        serialize(torch.tensor([[40000, 1, 3]]), torch.tensor([39999]), ["z"])
+        encode(torch.tensor([[0, 1, 3]]), None, "hilbrt", 3)
 
 
 @pytest.mark.parametrize("sizes", [[3], [4], [5], [7, 8, 9], [1, 4, 9, 1, 2], [2, 13, 2, 4]])

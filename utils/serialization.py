@@ -9,6 +9,7 @@ change a little with its neighbours in a batch, as they do officially.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -32,12 +33,26 @@ def depth_of(largest_index: int) -> int:
     return (largest_index + 1).bit_length()
 
 
+def grid_range(grid_coord: Tensor, num_scenes: int) -> int:
+    """The largest index of grid_coord (N, 3). ValueError for no voxel, a negative index, and where indices and scenes
+    together need codes of more than 63 bits (also from depth_of). Waits for the device once."""
+    if not len(grid_coord):
+        raise ValueError("grid_coord: no voxel")
+    low, high = torch.stack(grid_coord.aminmax()).tolist()
+    if low < 0:
+        raise ValueError(f"grid_coord: the smallest index is {low}; subtract the minimum first")
+    if 3 * depth_of(high) + (num_scenes - 1).bit_length() > 63:
+        raise ValueError(f"grid_coord: {num_scenes} scenes with indices up to {high} need codes of more than 63 bits; "
+                         f"use smaller batches or a coarser grid")
+    return high
+
+
 def encode(grid_coord: Tensor, scene: Tensor | None, order: str, depth: int) -> Tensor:
     """Position of each voxel along a curve.
 
     grid_coord (N, 3) integer in 0..2^depth - 1; scene (N,) integer >= 0, or None for one scene -> (N,) int64,
-    scene << 3 depth | place on the curve. order: one of ORDERS. Indices are not checked here (see depth_of).
-    ValueError for another order, or where depth and number of scenes together need more than 63 bits.
+    scene << 3 depth | place on the curve. order: one of ORDERS, else ValueError. Indices are not checked here (see
+    grid_range).
     """
     check_choice("order", order, ORDERS)
     x, y, z = grid_coord.to(torch.int32).unbind(1)
@@ -87,18 +102,8 @@ class Serialization(NamedTuple):
     inverse: Tensor
 
 
-def serialize(grid_coord: Tensor, scene: Tensor | None, orders: Sequence[str], depth: int | None = None
-              ) -> Serialization:
-    """Put voxels into sequences, scene by scene (see encode); equal codes keep their order.
-
-    depth None: depth_of the largest index. ValueError as encode and depth_of.
-    """
-    if depth is None:
-        depth = depth_of(_largest_index(grid_coord))
-    scenes = 1 if scene is None or not len(scene) else int(scene.max()) + 1
-    if 3 * depth + (scenes - 1).bit_length() > 63:
-        raise ValueError(f"{scenes} scenes with indices of {depth} bits per axis need codes of more than 63 bits; "
-                         f"use smaller batches or a coarser grid")
+def serialize(grid_coord: Tensor, scene: Tensor, orders: Sequence[str], depth: int) -> Serialization:
+    """Put voxels into sequences, scene by scene; equal codes keep their order. Arguments and errors as in encode."""
     code = torch.stack([encode(grid_coord, scene, order, depth) for order in orders])
     order = code.argsort(dim=1, stable=True)
     return Serialization(code, order, invert(order))
@@ -108,16 +113,6 @@ def invert(permutation: Tensor) -> Tensor:
     """The inverse of permutations along the last dimension: (*, N) int64 -> (*, N) int64."""
     places = torch.arange(permutation.shape[-1], device=permutation.device).expand_as(permutation)
     return torch.empty_like(permutation).scatter_(-1, permutation, places)
-
-
-def _largest_index(grid_coord: Tensor) -> int:
-    """The largest index; ValueError where one is negative or there is no voxel. Waits for the device once."""
-    if not len(grid_coord):
-        raise ValueError("grid_coord: no voxel")
-    low, high = torch.stack(grid_coord.aminmax()).tolist()
-    if low < 0:
-        raise ValueError(f"grid_coord: the smallest index is {low}; subtract the minimum first")
-    return high
 
 
 class PatchLayout(NamedTuple):
@@ -136,34 +131,24 @@ def patch_layout(sizes: Sequence[int], patch_size: int, device: torch.device | s
     """Cut the sequence of each scene (of `sizes` voxels, one after another) into patches of patch_size.
 
     The last patch of a longer scene is its last patch_size places: it borrows from the patch before, and a borrowed
-    place keeps the output of its own patch. A scene of at most patch_size voxels is one patch of its own length; such
-    patches come last, those of equal length together. This is the official variable-length ("flash") path.
+    place keeps the output of its own patch. A scene of fewer voxels is one patch of its own length; such patches come
+    last, those of equal length together. This is the official variable-length ("flash") path. No scene is empty.
     """
-    whole, short, start = [], [], 0
+    whole, short, start = [], [], 0            # runs (first place, length, places at its end that are its own)
     for size in sizes:
-        if size > patch_size:
-            tail = size % patch_size
-            slots = torch.arange(start, start + size)
-            whole.append((slots[:size - tail], True))
+        tail = size % patch_size
+        if size >= patch_size:
+            whole.append((start, size - tail, size - tail))
             if tail:
-                whole.append((slots[-patch_size:], tail))
+                whole.append((start + size - patch_size, patch_size, tail))
         elif size:
-            short.append((size, start))
+            short.append((start, size, size))
         start += size
-    slots, own = [], []
-    for part, keep in whole:
-        slots.append(part)
-        own.append(torch.ones(len(part), dtype=torch.bool) if keep is True
-                   else torch.arange(len(part)) >= len(part) - keep)
-    count = sum(map(len, slots)) // patch_size
-    groups = [(count, patch_size)] if count else []
-    for size, first in sorted(short):
-        slots.append(torch.arange(first, first + size))
-        own.append(torch.ones(size, dtype=torch.bool))
-        same = bool(groups) and groups[-1][1] == size
-        groups[-1:] = [(groups[-1][0] + 1, size)] if same else [*groups[-1:], (1, size)]
-    slots, own = (torch.cat(parts) if parts else torch.zeros(0, dtype=kind)
-                  for parts, kind in ((slots, torch.long), (own, torch.bool)))
+    short.sort(key=lambda run: run[1])
+    slots = torch.cat([torch.arange(first, first + length) for first, length, _ in whole + short])
+    own = torch.cat([torch.arange(length) >= length - count for _, length, count in whole + short])
     unpad = torch.empty(start, dtype=torch.long)
     unpad[slots[own]] = own.nonzero().squeeze(1)
+    groups = [(sum(length for _, length, _ in whole) // patch_size, patch_size)] if whole else []
+    groups += [(count, length) for length, count in Counter(length for _, length, _ in short).items()]
     return PatchLayout(slots.to(device), unpad.to(device), groups)
