@@ -369,7 +369,7 @@ def write_prediction(model: Mask2FormerSegmenter, path: Path, prediction: dict, 
         taps = model.backbone(pad_to_multiple(model.backbone.normalize(image), model.backbone.multiple))
     return write_image_result(stem, prediction, model.palette, options.labels, options.picture,
                               model.config.data.ignore_label, model.config.data.reduce_zero_label,
-                              None if taps is None else taps[-1][0].float().cpu().numpy())
+                              None if taps is None else taps[-1][0].float().cpu().numpy(), model.backbone.patch_size)
 
 
 def example_pictures(model: Mask2FormerSegmenter, dataset, index: int, pred: np.ndarray):

@@ -372,7 +372,7 @@ def write_prediction(model: UPerNetSegmenter, path: Path, prediction: dict, stem
         taps = model.backbone(pad_to_multiple(model.backbone.normalize(image), model.backbone.multiple))
     return write_image_result(stem, prediction, model.palette, options.labels, options.picture,
                               model.config.data.ignore_label, model.config.data.reduce_zero_label,
-                              None if taps is None else taps[-1][0].float().cpu().numpy())
+                              None if taps is None else taps[-1][0].float().cpu().numpy(), model.backbone.patch_size)
 
 
 def example_pictures(model: UPerNetSegmenter, dataset, index: int, pred: np.ndarray):

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from utils.cli import ROOT, ArgumentParser, StopRequested, StopSignal, run, user_message
+from utils.cli import ROOT, ArgumentParser, StopRequested, StopSignal, flags_config, flags_defaults, run, user_message
+from utils.config import override_config
 
 
 def make_parser():
@@ -295,3 +296,24 @@ def test_exit_status_of_a_real_process():
         script = f"from utils.cli import run\ndef main():\n    {code}\nrun(main)"
         done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == status and done.stderr.startswith(stderr)
+
+
+def test_flags_become_a_config_with_types_and_choices():
+    parser = ArgumentParser()
+    data = parser.add_argument_group("data")
+    data.add_argument("--paths", nargs="+")
+    data.add_argument("--size", type=int, default=64)
+    data.add_argument("--zero", action="store_true")
+    data.add_argument("--kind", choices=("a", "b"), default="a")
+    model = parser.add_argument_group("model")
+    model.add_argument("--rate", type=float)
+    parser.add_argument("--seed", type=int, default=0)                 # no part of the experiment
+    defaults = flags_defaults(parser)
+    config = flags_config(parser, parser.parse_args(["--paths", "x", "y", "--zero", "--rate", "0.5"]))
+    assert config == {"data": {"paths": ["x", "y"], "size": 64, "zero": True, "kind": "a"}, "model": {"rate": 0.5}}
+    changed = override_config(config, defaults, ["data.size=32", "model.rate=1", "data.paths=[z]", "data.zero=false"])
+    assert changed == {"data": {"paths": ["z"], "size": 32, "zero": False, "kind": "a"}, "model": {"rate": 1.0}}
+    assert override_config({}, defaults, [])["model"]["rate"] is None
+    for text, message in (("data.size=big", "integer"), ("data.kind=c", "expected one of a, b"), ("data.sise=1", "data.size")):
+        with pytest.raises(ValueError, match=message):
+            override_config(config, defaults, [text])

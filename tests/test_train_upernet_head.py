@@ -93,7 +93,7 @@ def test_overfits_four_pictures(tmp_path):
     assert result["miou"] > 0.95
 
 
-OVERFIT = ["--epochs", "80", "--lr", "0.005", "--val-interval", "80", "--warmup-epochs", "3", "--hidden-dim", "32", "--dropout", "0"]
+OVERFIT = ["--epochs", "120", "--lr", "0.005", "--val-interval", "120", "--warmup-epochs", "3", "--hidden-dim", "32", "--dropout", "0"]
 
 
 def test_first_loss_is_that_of_guessing(data, tmp_path):
