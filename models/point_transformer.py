@@ -357,9 +357,8 @@ def upcast(stages: Sequence[StageOutput | Stage], levels: int | None = None) -> 
 
 # -- from a config -----------------------------------------------------------------------------------------------------
 
-IGNORED = ("type", "stride", "enable_flash", "upcast_attention", "upcast_softmax", "traceable", "freeze_encoder",
-           "attn_drop", "proj_drop", "pre_norm", "enable_rpe", "layer_scale")
 FIXED = {"stride": 2, "attn_drop": 0, "proj_drop": 0, "pre_norm": True, "enable_rpe": False, "layer_scale": None}
+IGNORED = ("type", "enable_flash", "upcast_attention", "upcast_softmax", "traceable", "freeze_encoder", *FIXED)
 KEYS = ("in_channels", "order", "enc_depths", "enc_channels", "enc_num_head", "enc_patch_size", "dec_depths",
         "dec_channels", "dec_num_head", "dec_patch_size", "mlp_ratio", "qkv_bias", "qk_scale", "drop_path",
         "shuffle_orders", "mask_token", "enc_mode", "gradient_checkpointing")
@@ -381,10 +380,9 @@ def build_point_transformer(config: Mapping[str, Any]) -> PointTransformerV3:
     if missing:
         raise ValueError(f"model config: {', '.join(missing)} missing")
     for key, only in FIXED.items():
-        values = config[key] if key == "stride" and not isinstance(config.get(key), int) and key in config else \
-            [config.get(key, only)]
-        if any(value != only and not (key == "layer_scale" and not value) for value in values):
-            raise ValueError(f"model config: {key} is {config[key]!r}; only {only!r} is supported")
+        value = config.get(key, only)
+        if any(v != only and (v or only) for v in (value if isinstance(value, list | tuple) else [value])):
+            raise ValueError(f"model config: {key} is {value!r}; only {only!r} is supported")
     settings = {key: config[key] for key in KEYS if key in config}
     for name in settings["order"]:
         check_choice("model config: order", name, ORDERS)
