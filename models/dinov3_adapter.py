@@ -136,7 +136,7 @@ class DINOv3_Adapter(nn.Module):
 
     def forward(self, image: Tensor, taps: Sequence[Tensor]) -> dict[str, Tensor]:
         self._check(image, taps)
-        c1, *maps = self.spm(image)
+        c1, *maps = self.spm(image.contiguous(memory_format=torch.channels_last))    # tokens lie in memory like that
         shapes = [(m.shape[2], m.shape[3]) for m in maps]
         c = torch.cat([m.flatten(2).transpose(1, 2) + self.level_embed[i] for i, m in enumerate(maps)], 1)   # (B, N, C)
         reference_points = grid_centers(tuple(shapes), image.device)[None, :, None]                      # (1, N, 1, 2)
