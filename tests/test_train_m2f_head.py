@@ -2,6 +2,8 @@
 never touches the backbone, and every reader has the same numbers."""
 
 import hashlib
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -260,3 +262,27 @@ def test_command_line(data, tmp_path):
     assert done.returncode == 0 and "--backbone-weights" in done.stdout and "--cache-features" in done.stdout
     done = subprocess.run([sys.executable, f"{SCRIPT.__name__}.py", "--image-pats", "x"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "--image-paths" in done.stderr and "Traceback" not in done.stderr
+
+
+def launch(*command, processes=0):
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else [sys.executable]
+    done = subprocess.run([*start, *map(str, command)], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_two_processes_train_together_and_score_like_one(data, tmp_path):
+    """Three photographs for two processes: nothing is dropped, repeated or padded."""
+    command = flags(data, tmp_path / "run", "--backbone", "dinov3_vits16", "--image-size", "32", "--epochs", "1", "--batch-size", "1",
+                    "--limit-batches", "1", "--save-interval", "1")
+    launch(f"{SCRIPT.__name__}.py", *command, processes=2)
+    write_pictures(tmp_path / "odd", 3, first_seed=30, size=(40, 40))
+    scores = []
+    for processes in (0, 2):
+        out = tmp_path / f"scores{processes}"
+        launch("evaluate.py", tmp_path / "run" / "model" / "model_last.pth", "--data-dir", tmp_path / "odd" / "images", "--label-dir",
+               tmp_path / "odd" / "masks", "--device", "cpu", "--output-dir", out, processes=processes)
+        scores.append(json.loads((out / "metrics.json").read_text()))
+    for key in ("confusion_matrix", "miou", "overall_accuracy", "files"):
+        assert scores[0][key] == scores[1][key]
+    assert scores[0]["loss"] == pytest.approx(scores[1]["loss"], rel=1e-9)
