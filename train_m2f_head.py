@@ -63,7 +63,7 @@ from utils.training import LossTotals, check_same_run, restore_rng, rng_entries,
 from utils.weights import load_weights
 
 SCRIPT = Path(__file__).name
-AT_LEAST = {"data.num_classes": 1, "data.image_size": 32, "model.num_queries": 1, "model.ffn_dim": 1,
+AT_LEAST = {"data.num_classes": 1, "data.image_size": 64, "model.num_queries": 1, "model.ffn_dim": 1,
             "training.epochs": 1, "training.batch_size": 1, "training.accumulate": 1, "training.warmup_epochs": 0,
             "training.clip_grad": 0, "training.num_points": 1, "training.weight_decay": 0, "training.save_interval": 0,
             "training.log_interval": 1, "evaluation.val_interval": 1}

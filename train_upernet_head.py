@@ -64,7 +64,7 @@ from utils.weights import load_weights
 
 SCRIPT = Path(__file__).name
 AUX_WEIGHT = 0.4                                            # of the auxiliary head's loss (mmsegmentation)
-AT_LEAST = {"data.num_classes": 1, "data.image_size": 32, "model.hidden_dim": 1, "training.epochs": 1,
+AT_LEAST = {"data.num_classes": 1, "data.image_size": 64, "model.hidden_dim": 1, "training.epochs": 1,
             "training.batch_size": 1, "training.accumulate": 1, "training.warmup_epochs": 0, "training.clip_grad": 0,
             "training.weight_decay": 0, "training.save_interval": 0, "training.log_interval": 1,
             "evaluation.val_interval": 1}

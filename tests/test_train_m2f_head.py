@@ -273,7 +273,7 @@ def launch(*command, processes=0):
 
 def test_two_processes_train_together_and_score_like_one(data, tmp_path):
     """Three photographs for two processes: nothing is dropped, repeated or padded."""
-    command = flags(data, tmp_path / "run", "--backbone", "dinov3_vits16", "--image-size", "32", "--epochs", "1", "--batch-size", "1",
+    command = flags(data, tmp_path / "run", "--backbone", "dinov3_vits16", "--epochs", "1", "--batch-size", "1",
                     "--limit-batches", "1", "--save-interval", "1")
     launch(f"{SCRIPT.__name__}.py", *command, processes=2)
     write_pictures(tmp_path / "odd", 3, first_seed=30, size=(40, 40))
