@@ -108,8 +108,8 @@ DEFAULTS = {
     "model": {
         "mode": Setting("lin", (str,), MODES),
         "num_classes": Required((int,)),
-        "frozen_eval": False,                               # true: no drop path in the frozen encoder (upstream: active)
-        "encoder": {},                                      # arguments of the network; what the weights' file has wins
+        "frozen_eval": False,                               # true: no drop path in a frozen encoder; upstream has it
+        "encoder": {},                                      # the network's arguments, over those in the weights' file
     },
     "training": {
         "epochs": 800,                                      # passes over the training clouds
