@@ -1,4 +1,4 @@
-# Sourced by demo.sh and test.sh: go to the repository, use the active virtual environment or make .venv, install what is missing.
+# Sourced by the scripts beside it: go to the repository, use the active virtual environment or make .venv, install what is missing
 # Usage: source scripts/setup.sh requirements.txt
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,64 +1,101 @@
 #!/usr/bin/env bash
-# The runs behind the tables of docs/, ready made. Data: datasets/humanbody_1500/{train,test} with NAME.obj + NAME.txt;
-# datasets/camvid/{images,masks}/{train,val,test} with NAME.jpg + NAME.png and classes.json.
-#   bash scripts/train.sh humanbody            # all rows, one after another; hours on two cores
-#   bash scripts/train.sh humanbody_hks        # one row: humanbody_{linear,nohks,hks,random,jepa}
-#   bash scripts/train.sh camvid               # camvid_upernet and camvid_m2f: heads on an untrained frozen ViT-S
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
+# Train configs/FOLDER/CONFIG.yaml into exp/FOLDER/NAME, on one process, all GPUs of a machine or several machines.
+#   bash scripts/train.sh -g 4 -d sonata -c semseg-sonata-v1m1-0a-scannet-lin -n my-run -w sonata.pth
+#   bash scripts/train.sh -n my-run -r true                               # go on where it stopped
+#   bash scripts/train.sh -c CONFIG -n my-run -w sonata.pth -- training.batch_size=8 --num-workers 8
+#   MASTER_ADDR=10.0.0.1 bash scripts/train.sh -m 2 --node 0 -c CONFIG ...        # and --node 1 on the second machine
+# -d FOLDER   under configs/ and exp/, default sonata        -p PYTHON    instead of the environment of scripts/setup.sh
+# -c CONFIG   name without .yaml                             -m MACHINES  default 1
+# -n NAME     of the run, default debug                      -g GPUS      of this machine, default all visible ones
+# -w WEIGHTS  of the encoder, e.g. sonata.pth                --node RANK  of this machine of several, default $SLURM_NODEID
+# -r true     go on with the run NAME and its own config; a run that is not there is an error
+# What follows -- (or begins with a key=value) goes to the training script. Paths count from the repository. Without -r a run of
+# the same name starts afresh; its checkpoints are moved to model/previous_1. Without a visible GPU: one process on the CPU.
+# Several machines: MASTER_ADDR is the first one's address (under SLURM it is looked up), MASTER_PORT a free port of it.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"          # sh scripts/train.sh
+set -euo pipefail
+cd "$(dirname "$0")/.."
 
-humanbody_linear() {    # raw features without and with signatures, multinomial logistic regression
-    python benchmarks/linear_baseline.py configs/mesh_humanbody_nohks.yaml --split test
-    python benchmarks/linear_baseline.py configs/mesh_humanbody.yaml --split test
+fail() {
+    echo "error: $* (see bash scripts/train.sh -h)" >&2
+    exit 2
 }
-score() {               # eight views of every test mesh
-    python evaluate.py "exp/$1/model/model_best.pth" evaluation.views=8
-}
-humanbody_nohks() {
-    python train_downstream.py configs/mesh_humanbody_nohks.yaml --output-dir exp/humanbody_nohks
-    score humanbody_nohks
-}
-humanbody_hks() {
-    python train_downstream.py configs/mesh_humanbody.yaml --output-dir exp/humanbody_hks
-    score humanbody_hks
-}
-humanbody_random() {    # a head on the encoder as it was initialised
-    python train_downstream.py configs/mesh_humanbody_frozen.yaml training.use_pretrained=false --output-dir exp/humanbody_random
-    score humanbody_random
-}
-humanbody_jepa() {      # pre-training, then a head on the frozen encoder; 12 epochs show the chain, configs/jepa_humanbody.yaml has more
-    python train_jepa.py configs/jepa_humanbody.yaml --output-dir exp/humanbody_jepa \
-        training.epochs=12 scheduler.warmup_epochs=2 probe.interval=6
-    python train_downstream.py configs/mesh_humanbody_frozen.yaml --pretrained_path exp/humanbody_jepa/model/model_last.pth \
-        --output-dir exp/humanbody_frozen
-    score humanbody_frozen
-    python predict.py exp/humanbody_frozen/model/model_best.pth datasets/humanbody_1500/test --output exp/humanbody_predictions
-}
-humanbody() {
-    humanbody_linear; humanbody_nohks; humanbody_hks; humanbody_random; humanbody_jepa
-}
+folder=sonata config="" name=debug weights="" resume=false python="" machines=1 gpus="" node=""
+while getopts ":d:c:n:w:r:p:m:g:h-:" option; do
+    case $option in
+        d) folder=$OPTARG ;;
+        c) config=$OPTARG ;;
+        n) name=$OPTARG ;;
+        w) weights=$OPTARG ;;
+        r) resume=$OPTARG ;;
+        p) python=$OPTARG ;;
+        m) machines=$OPTARG ;;
+        g) gpus=$OPTARG ;;
+        h) sed -n '2,/^[^#]/s/^# \{0,1\}//p' scripts/train.sh; exit ;;
+        -)  case $OPTARG in
+                node) node=${!OPTIND:-}; OPTIND=$((OPTIND + 1)) ;;
+                node=*) node=${OPTARG#node=} ;;
+                *) fail "unknown option --$OPTARG; flags of the training script go behind --" ;;
+            esac ;;
+        :) fail "-$OPTARG needs a value" ;;
+        *) fail "unknown option -$OPTARG" ;;
+    esac
+done
+before=${*:OPTIND-1:1}
+shift $((OPTIND - 1))
+[[ $# -eq 0 || $before == -- || $1 == [a-z]*=* ]] ||
+    fail "unexpected argument '$1'; flags of the training script go behind --"
 
-camvid_head() {         # script, run folder, further flags: one thread each, so that two runs fit on two cores
-    script=$1 out=$2; shift 2
-    OMP_NUM_THREADS=1 python "$script" --output-dir "$out" --device cpu --num-workers 1 --validate \
-        --image-paths datasets/camvid/images/train --mask-paths datasets/camvid/masks/train \
-        --val-image-paths datasets/camvid/images/val --val-mask-paths datasets/camvid/masks/val \
-        --test-image-paths datasets/camvid/images/test --test-mask-paths datasets/camvid/masks/test \
-        --classes datasets/camvid/classes.json --num-classes 11 --backbone dinov3_vits16 --backbone-weights random "$@"
-    python evaluate.py "$out/model/model_best.pth" --device cpu
-}
-camvid_upernet() {
-    camvid_head train_upernet_head.py exp/camvid_upernet --hidden-dim 128 --image-size 192 --batch-size 4 --epochs 20 \
-        --val-interval 5 --lr 1e-3 --amp-dtype bfloat16
-}
-camvid_m2f() {
-    camvid_head train_m2f_head.py exp/camvid_m2f --hidden-dim 128 --ffn-dim 512 --num-queries 50 --num-points 4096 \
-        --image-size 192 --batch-size 2 --epochs 12 --val-interval 4 --lr 5e-4 --clip-grad 0.1
-}
-camvid() {
-    camvid_upernet; camvid_m2f
-}
-
-case "${1:-}" in
-    camvid | camvid_upernet | camvid_m2f | humanbody | humanbody_linear | humanbody_nohks | humanbody_hks | humanbody_random | humanbody_jepa) "$1" ;;
-    *) echo "error: name a run: camvid, camvid_{upernet,m2f}, humanbody or humanbody_{linear,nohks,hks,random,jepa}, got '${1:-}'" >&2; exit 2 ;;
+# what would only show after minutes, or not at all
+[ "$machines" = 1 ] || node=${node:-${SLURM_NODEID:-}}
+for number in "-m $machines" "-g ${gpus:-0}" "--node ${node:-0}"; do
+    [[ ${number#* } =~ ^(0|[1-9][0-9]{0,3})$ ]] || fail "${number%% *} '${number#* }': expected a number"
+done
+[ "$machines" -ge 1 ] || fail "-m $machines: expected 1 or more machines"
+[[ $machines -eq 1 || -n $node ]] || fail "-m $machines: say which one this is, --node 0 to $((machines - 1))"
+[ "${node:-0}" -lt "$machines" ] || fail "--node $node: with -m $machines the machines are 0 to $((machines - 1))"
+[[ $resume == true || $resume == false ]] || fail "-r '$resume': expected true or false"
+[[ -n $name && -n $folder ]] || fail "-n and -d must not be empty"
+[ "$weights" != None ] || weights=""
+[ -z "$weights" ] || [ -f "$weights" ] || fail "-w $weights: no such file; sonata.pth is at https://huggingface.co/facebook/sonata"
+run=exp/$folder/$name path=configs/$folder/$config.yaml
+if [ -n "$config" ] || [ "$resume" = false ]; then
+    there=$(ls "configs/$folder" 2>/dev/null | sed -n 's/\.yaml$//p' | paste -sd " ") || true
+    [ -f "$path" ] || fail "-c '$config': no $path; in configs/$folder there are: ${there:-none}"
+fi
+if [ "$resume" = true ]; then
+    path=$run/config/config.yaml                            # as changed by the arguments of the first start
+    [ -f "$path" ] && compgen -G "$run/model/*.pth" >/dev/null || fail "-r true: $run holds no run to go on with"
+fi
+case $folder/$config/$name in
+    sonata/* | */*sonata*) script=train_sonata.py ;;
+    *) fail "-d $folder -c '$config': no training script is known for it; train_sonata.py takes configs/sonata and *sonata*.yaml" ;;
 esac
+
+if [ -n "$python" ]; then
+    command -v "$python" >/dev/null || fail "-p $python: no such program"
+else
+    source scripts/setup.sh requirements.txt
+    python=python
+fi
+visible=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+[ "$visible" -gt 0 ] || echo "no visible GPU: one process on the CPU"
+gpus=${gpus:-$visible}
+[ "$visible" -eq 0 ] || [ "$gpus" -le "$visible" ] || fail "-g $gpus: there are $visible visible GPUs"
+[[ $visible -gt 0 && $gpus -gt 0 ]] || set -- --device cpu "$@"
+processes=$((visible == 0 || gpus == 0 ? 1 : gpus))
+
+set -- "$script" "$path" --output-dir "$run" ${weights:+--pretrained_path "$weights"} "$@"
+[ "$resume" = false ] || set -- "$@" --resume auto
+if [ "$machines" -gt 1 ]; then
+    if [ -z "${MASTER_ADDR:-}" ]; then
+        [ -n "${SLURM_JOB_NODELIST:-}" ] || fail "-m $machines: set MASTER_ADDR to the address of machine 0"
+        MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    fi
+    port=${MASTER_PORT:-$((20000 + $(echo "$run" | cksum | cut -d " " -f 1) % 10000))}      # the same on all machines
+    set -- -m torch.distributed.run --nnodes "$machines" --node_rank "$node" --nproc_per_node "$processes" \
+        --master_addr "$MASTER_ADDR" --master_port "$port" "$@"
+elif [ "$processes" -gt 1 ]; then
+    set -- -m torch.distributed.run --standalone --nproc_per_node "$processes" "$@"
+fi
+exec "$python" "$@"

@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# The runs behind the tables of docs/, ready made. Data: datasets/humanbody_1500/{train,test} with NAME.obj + NAME.txt;
+# datasets/camvid/{images,masks}/{train,val,test} with NAME.jpg + NAME.png and classes.json.
+#   bash scripts/results.sh humanbody            # all rows, one after another; hours on two cores
+#   bash scripts/results.sh humanbody_hks        # one row: humanbody_{linear,nohks,hks,random,jepa}
+#   bash scripts/results.sh camvid               # camvid_upernet and camvid_m2f: heads on an untrained frozen ViT-S
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
+
+humanbody_linear() {    # raw features without and with signatures, multinomial logistic regression
+    python benchmarks/linear_baseline.py configs/mesh_humanbody_nohks.yaml --split test
+    python benchmarks/linear_baseline.py configs/mesh_humanbody.yaml --split test
+}
+score() {               # eight views of every test mesh
+    python evaluate.py "exp/$1/model/model_best.pth" evaluation.views=8
+}
+humanbody_nohks() {
+    python train_downstream.py configs/mesh_humanbody_nohks.yaml --output-dir exp/humanbody_nohks
+    score humanbody_nohks
+}
+humanbody_hks() {
+    python train_downstream.py configs/mesh_humanbody.yaml --output-dir exp/humanbody_hks
+    score humanbody_hks
+}
+humanbody_random() {    # a head on the encoder as it was initialised
+    python train_downstream.py configs/mesh_humanbody_frozen.yaml training.use_pretrained=false --output-dir exp/humanbody_random
+    score humanbody_random
+}
+humanbody_jepa() {      # pre-training, then a head on the frozen encoder; 12 epochs show the chain, configs/jepa_humanbody.yaml has more
+    python train_jepa.py configs/jepa_humanbody.yaml --output-dir exp/humanbody_jepa \
+        training.epochs=12 scheduler.warmup_epochs=2 probe.interval=6
+    python train_downstream.py configs/mesh_humanbody_frozen.yaml --pretrained_path exp/humanbody_jepa/model/model_last.pth \
+        --output-dir exp/humanbody_frozen
+    score humanbody_frozen
+    python predict.py exp/humanbody_frozen/model/model_best.pth datasets/humanbody_1500/test --output exp/humanbody_predictions
+}
+humanbody() {
+    humanbody_linear; humanbody_nohks; humanbody_hks; humanbody_random; humanbody_jepa
+}
+
+camvid_head() {         # script, run folder, further flags: one thread each, so that two runs fit on two cores
+    script=$1 out=$2; shift 2
+    OMP_NUM_THREADS=1 python "$script" --output-dir "$out" --device cpu --num-workers 1 --validate \
+        --image-paths datasets/camvid/images/train --mask-paths datasets/camvid/masks/train \
+        --val-image-paths datasets/camvid/images/val --val-mask-paths datasets/camvid/masks/val \
+        --test-image-paths datasets/camvid/images/test --test-mask-paths datasets/camvid/masks/test \
+        --classes datasets/camvid/classes.json --num-classes 11 --backbone dinov3_vits16 --backbone-weights random "$@"
+    python evaluate.py "$out/model/model_best.pth" --device cpu
+}
+camvid_upernet() {
+    camvid_head train_upernet_head.py exp/camvid_upernet --hidden-dim 128 --image-size 192 --batch-size 4 --epochs 20 \
+        --val-interval 5 --lr 1e-3 --amp-dtype bfloat16
+}
+camvid_m2f() {
+    camvid_head train_m2f_head.py exp/camvid_m2f --hidden-dim 128 --ffn-dim 512 --num-queries 50 --num-points 4096 \
+        --image-size 192 --batch-size 2 --epochs 12 --val-interval 4 --lr 5e-4 --clip-grad 0.1
+}
+camvid() {
+    camvid_upernet; camvid_m2f
+}
+
+case "${1:-}" in
+    camvid | camvid_upernet | camvid_m2f | humanbody | humanbody_linear | humanbody_nohks | humanbody_hks | humanbody_random | humanbody_jepa) "$1" ;;
+    *) echo "error: name a run: camvid, camvid_{upernet,m2f}, humanbody or humanbody_{linear,nohks,hks,random,jepa}, got '${1:-}'" >&2; exit 2 ;;
+esac
