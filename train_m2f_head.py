@@ -38,7 +38,7 @@ from models.dinov3_weights import load_backbone, read_released_head, restore_bac
 from models.mask2former import Mask2FormerHead, Mask2FormerSegmenter
 from utils.checkpoint import CheckpointKeeper, RunFolder, check_writable, find_resume, load_checkpoint
 from utils.checks import check_range
-from utils.cli import ArgumentParser, StopRequested, StopSignal, flags_config, flags_defaults, run
+from utils.cli import ArgumentParser, StopRequested, StopSignal, flags_config, flags_defaults, given_flags, run
 from utils.config import Config
 from utils.device import amp_settings, autocast, describe, pick_device
 from utils.distributed import (
@@ -430,17 +430,13 @@ def headline(result: dict) -> dict:
             "loss": result["loss"]}
 
 
-def test_only(args, checkpoint, path, device, amp_dtype) -> dict:
-    """Score a checkpoint (with its own settings, changed by the data and evaluation flags given) or a released head, on
-    the test split, or the validation split where there is none."""
-    config = config_of(args)
+def test_only(args, argv, checkpoint, path, device, amp_dtype) -> dict:
+    """Score a checkpoint (with its own settings, changed by the flags that are given) or a released head, on the test
+    split, or the validation split where there is none."""
+    config, given = config_of(args), given_flags(make_parser(), argv)
     if checkpoint is not None:
-        stored, plain = Config(checkpoint["config"]), config_of(parse_args([]))
         for section in ("data", "evaluation", "model"):
-            for key, value in config[section].items():
-                if value != plain[section][key]:
-                    stored[section][key] = value
-        checkpoint["config"] = stored.to_dict()
+            checkpoint["config"][section] |= {key: config[section][key] for key in config[section] if key in given}
         model = load_model(checkpoint, device)
     else:
         backbone, message = open_backbone(config, args, None)
@@ -477,7 +473,7 @@ def main(argv=None) -> dict:
         raise ValueError("--test-only needs --resume PATH|auto or --head-weights FILE: a head that was never trained "
                          "has no score")
     if args.test_only:
-        return test_only(args, checkpoint, resume_path or args.head_weights, device, amp_dtype)
+        return test_only(args, argv, checkpoint, resume_path or args.head_weights, device, amp_dtype)
     config = config_of(args)
     check_writable(folder.model, folder.log, folder.config)
 

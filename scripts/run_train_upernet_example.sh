@@ -11,7 +11,7 @@ python train_upernet_head.py --output-dir $out --backbone dinov3_vits16 --backbo
     --image-paths "$data/images/train/*.jpg" --mask-paths "$data/masks/train/*.png" \
     --val-image-paths "$data/images/val/*.jpg" --val-mask-paths "$data/masks/val/*.png" \
     --classes $data/classes.json --num-classes 7 --hidden-dim 64 --image-size 128 --augment windows --cache-features \
-    --batch-size 4 --epochs 15 --lr 1e-3 --val-interval 5 --log-interval 5 --num-workers 2 --validate "$@"
+    --batch-size 4 --epochs 10 --lr 1e-3 --val-interval 5 --log-interval 5 --num-workers 2 --validate "$@"
 python evaluate.py $out/model/model_best.pth --data-dir $data/images/test --label-dir $data/masks/test
 python predict.py $out/model/model_best.pth $data/images/test --output $out/predictions
 echo "Look at $out/evaluation/report.html and $out/predictions/*_overlay.png"

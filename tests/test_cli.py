@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils.cli import ROOT, ArgumentParser, StopRequested, StopSignal, flags_config, flags_defaults, run, user_message
+from utils.cli import ROOT, ArgumentParser, StopRequested, StopSignal, flags_config, flags_defaults, given_flags, run, user_message
 from utils.config import override_config
 
 
@@ -317,3 +317,7 @@ def test_flags_become_a_config_with_types_and_choices():
     for text, message in (("data.size=big", "integer"), ("data.kind=c", "expected one of a, b"), ("data.sise=1", "data.size")):
         with pytest.raises(ValueError, match=message):
             override_config(config, defaults, [text])
+
+
+def test_given_flags_are_those_on_the_command_line():
+    assert given_flags(make_parser(), ["config.yaml", "--batch-size", "4", "--no-amp"]) == {"config", "batch_size", "amp"}

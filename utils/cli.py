@@ -88,6 +88,14 @@ def flags_defaults(parser: argparse.ArgumentParser) -> dict:
     return {title: {action.dest: setting(action) for action in actions} for title, actions in _groups(parser)}
 
 
+def given_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> set[str]:
+    """The names of the flags that really stand on the command line, whatever their values. `parser` loses its
+    defaults: pass a fresh one."""
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return set(vars(parser.parse_args(argv)))
+
+
 def _groups(parser):
     own = {"positional arguments", "options"}                  # argparse's
     return [(group.title, group._group_actions) for group in parser._action_groups if group.title not in own]
