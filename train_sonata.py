@@ -48,7 +48,7 @@ from utils.checkpoint import CheckpointKeeper, RunFolder, check_writable, find_r
 from utils.checks import check_range
 from utils.cli import ArgumentParser, StopRequested, StopSignal, run
 from utils.config import Config, Required, Setting, load_config
-from utils.device import amp_settings, autocast, describe, pick_device
+from utils.device import amp_settings, autocast, describe, pick_device, trim_memory
 from utils.distributed import (
     EpochBatchSampler,
     all_agree_max,
@@ -306,6 +306,7 @@ def train_one_epoch(model, loader, criterion, optimizer, scheduler, scaler, tota
         state["batch"] += len(micro_batches)
         micro_batches = []
         if state["step"] % config.logging.log_interval == 0:                     # the only place that waits for the GPU
+            trim_memory()
             mean = float(all_reduce_sum(loss_sum))
             if not np.isfinite(mean):
                 raise FloatingPointError(f"the loss is {mean} at step {state['step']} (learning rate "
