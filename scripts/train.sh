@@ -6,7 +6,7 @@
 #   MASTER_ADDR=10.0.0.1 bash scripts/train.sh -m 2 --node 0 -c CONFIG ...        # and --node 1 on the second machine
 # -d FOLDER   under configs/ and exp/, default sonata        -p PYTHON    instead of the environment of scripts/setup.sh
 # -c CONFIG   name without .yaml                             -m MACHINES  default 1
-# -n NAME     of the run, default debug                      -g GPUS      of this machine, default all visible ones
+# -n NAME     of the run, default debug                      -g GPUS      of this machine, 0: CPU, default all
 # -w WEIGHTS  of the encoder, e.g. sonata.pth                --node RANK  of this machine of several, default $SLURM_NODEID
 # -r true     go on with the run NAME and its own config; a run that is not there is an error
 # What follows -- (or begins with a key=value) goes to the training script. Paths count from the repository. Without -r a run of
@@ -78,12 +78,15 @@ else
     source scripts/setup.sh requirements.txt
     python=python
 fi
-visible=$("$python" -c 'import torch; print(torch.cuda.device_count())')
-[ "$visible" -gt 0 ] || echo "no visible GPU: one process on the CPU"
+visible=0
+[ "$gpus" = 0 ] || visible=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+if [ "$visible" -eq 0 ]; then
+    echo "no GPU: one process on the CPU"
+    set -- --device cpu "$@"
+fi
 gpus=${gpus:-$visible}
 [ "$visible" -eq 0 ] || [ "$gpus" -le "$visible" ] || fail "-g $gpus: there are $visible visible GPUs"
-[[ $visible -gt 0 && $gpus -gt 0 ]] || set -- --device cpu "$@"
-processes=$((visible == 0 || gpus == 0 ? 1 : gpus))
+processes=$((visible ? gpus : 1))
 
 set -- "$script" "$path" --output-dir "$run" ${weights:+--pretrained_path "$weights"} "$@"
 [ "$resume" = false ] || set -- "$@" --resume auto
