@@ -39,7 +39,7 @@ SONATA = {"in_channels": 9, "order": ["z", "z-trans", "hilbert", "hilbert-trans"
           "drop_path": 0.3, "enc_mode": True}
 TINY = {**SONATA, "enc_depths": [1, 1, 1], "enc_channels": [16, 32, 48], "enc_num_head": [1, 2, 3],
         "enc_patch_size": [64] * 3}
-HALL, HALL_POINTS = (10.0, 8.0, 2.6), 500_000           # metres; neighbouring points 2 cm apart, as in ScanNet
+HALL, HALL_POINTS = (10.0, 8.0, 2.6), 500_000           # metres; about 4 of 26 neighbours occupied
 ROOM_POINTS = 100_000
 SIZES = {"parts": [30_000], "memory": [25_000, 50_000, 100_000, 200_000], "gpu": [30_000, 100_000, 200_000]}
 TIMED = {"neighbour tables": [(network, "neighbour_table")],
@@ -179,13 +179,13 @@ def step(model, batch, device, amp_dtype=None, optimizer=None) -> None:
 
 def one(args) -> dict:
     """A forward + backward of one mode on the CPU, and what it took."""
-    resource.setrlimit(resource.RLIMIT_DATA, (int(args.limit_gib * 2**30),) * 2)
     mode, device = args.mode[0], torch.device("cpu")
     torch.manual_seed(0)
     batch = make_batch(None, args.room) if args.room else make_batch(args.voxels[0])
     model, voxels = build(args, mode), len(batch["coord"])
     before = peak_gib()
     name = mode + (", checkpointing" if args.gradient_checkpointing and mode != "lin" else "")
+    resource.setrlimit(resource.RLIMIT_DATA, (int(args.limit_gib * 2**30),) * 2)
     try:
         seconds = fastest(1, device, lambda: step(model, batch, device))
     except (RuntimeError, MemoryError) as error:
@@ -200,13 +200,16 @@ def one(args) -> dict:
 
 
 def rows(args, more: list[list[str]]) -> None:
-    """Run `one` for each mode and each list of further flags, each in a process of its own."""
+    """Run `one` for each mode and each list of further flags, each in a process of its own. ValueError if one dies."""
     print(f"Forward + backward, {describe(torch.device('cpu'))}, float32", flush=True)
     same = ["--limit-gib", str(args.limit_gib), "--threads", str(args.threads), *["--tiny"] * args.tiny,
             *["--gradient-checkpointing"] * args.gradient_checkpointing, *["--debug"] * args.debug]
     for mode in args.mode:
         for extra in more:
-            subprocess.run([sys.executable, __file__, "one", *same, "--mode", mode, *extra], check=True)
+            code = subprocess.run([sys.executable, __file__, "one", *same, "--mode", mode, *extra]).returncode
+            if code:
+                raise ValueError(f"{mode} {' '.join(extra)} ended with {code}"
+                                 f"{': killed, the machine has too little memory' if code == -9 else ''}")
 
 
 def memory(args) -> None:
