@@ -85,7 +85,8 @@ def headline(metrics: dict) -> dict:
 
 def gather_examples(model, script, dataset, result, count) -> list[dict]:
     """The worst and the best, with pictures, for the report."""
-    ranked = sorted((e for e in result["examples"] if np.isfinite(e[2])), key=lambda example: example[2])
+    kept = [example for example in result["examples"] if example[0] in result["predictions"]]
+    ranked = sorted((example for example in kept if np.isfinite(example[2])), key=lambda example: example[2])
     chosen = ranked if len(ranked) <= 2 * count else ranked[:count] + ranked[-count:]
     examples = []
     for index, name, score in chosen:

@@ -81,7 +81,8 @@ def main(argv=None) -> dict:
     for path in progress(files, "predicting"):
         prediction = script.predict(model, path, amp_dtype)
         script.write_prediction(model, path, prediction, output / path.stem, args)
-        labels[str(path)] = prediction["label"]
+        if argv is not None:                                # a caller wants them; a folder of photographs is gigabytes
+            labels[str(path)] = prediction["label"]
         counts = {name: int((prediction["label"] == c).sum()) for c, name in enumerate(model.class_names)}
         print(f"{path}: {', '.join(f'{name} {count}' for name, count in counts.items() if count)} "
               f"(mean confidence {prediction['confidence'].mean():.2f})", flush=True)

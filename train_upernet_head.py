@@ -1,7 +1,8 @@
 """UPerNet head on a frozen DINOv3 (or DINOv2): adapter or pyramid neck, pooling pyramid and FPN are trained.
 
     python train_upernet_head.py --image-paths "train/images/*.jpg" --mask-paths "train/masks/*.png" \\
-        --num-classes 150 --backbone dinov3_vitl16 --backbone-weights dinov3_vitl16_pretrain_lvd1689m-8aa4cbdd.pth
+        --num-classes 150 --validate --backbone dinov3_vitl16 \\
+        --backbone-weights dinov3_vitl16_pretrain_lvd1689m-8aa4cbdd.pth
     python train_upernet_head.py ... --neck pyramid --augment windows --cache-features          # the backbone runs once
     python train_upernet_head.py ... --device cpu --limit-batches 2 --epochs 1                   # smoke run
     torchrun --nproc_per_node=4 train_upernet_head.py ...                                       # several GPUs
@@ -52,7 +53,7 @@ from utils.distributed import (
     unwrap,
     world_size,
 )
-from utils.image_inference import TTA_SCALES, View, evaluate_images, pad_to_multiple, segment_image
+from utils.image_inference import TTA_SCALES, View, evaluate_images, pad_to_multiple, resized_shape, segment_image
 from utils.log import RunLog
 from utils.losses import MaskedCrossEntropyLoss
 from utils.metrics import metrics_table
@@ -161,8 +162,15 @@ def check_config(config: Config) -> None:
         check_range(f"--{key.replace('_', '-')}", config[section][key], lowest)
     check_range("--val-share", config.data.val_share, 0, 0.5)
     check_range("--ignore-label", config.data.ignore_label, 0, 255)
-    if config.training.lr <= 0:
-        raise ValueError(f"--lr {config.training.lr}: must be above 0")
+    if not 0 < config.training.lr < float("inf"):
+        raise ValueError(f"--lr {config.training.lr}: must be a number above 0")
+    if config.data.ignore_label < config.data.num_classes + config.data.reduce_zero_label:
+        raise ValueError(f"--ignore-label {config.data.ignore_label} is one of the {config.data.num_classes} classes "
+                         f"in the masks; for masks that mean unlabelled by 0, use --reduce-zero-label")
+    view = evaluation_view(config)
+    if (view.size or 32) < 32 or not 1 <= view.stride <= (view.window or view.stride):
+        raise ValueError(f"--eval-size {config.evaluation.eval_size} --eval-stride {config.evaluation.eval_stride}: a "
+                         f"size of at least 32 (or 0) and a stride from 1 to the window's side are needed")
     check_range("--dropout", config.model.dropout, 0, 1)
     config.model.backbone = backbone_name(config.model.backbone)
     patch_size = 14 if config.model.backbone.startswith("dinov2") else 16
@@ -217,8 +225,9 @@ def build_dataset(config: Config, split: str, seed: int = 0, data_dir: str | Non
                   num_workers: int = 2):
     """The training views, or whole photographs of val, test or `data_dir` with masks in `label_dir`."""
     if data_dir is not None:
-        pairs = split_pairs({**config.data, "val_image_paths": [data_dir], "val_mask_paths": [label_dir or data_dir]},
-                            "val")
+        if label_dir is None:
+            raise ValueError("--label-dir is needed: the folder of the masks of --data-dir")
+        pairs = split_pairs({**config.data, "val_image_paths": [data_dir], "val_mask_paths": [label_dir]}, "val")
         return checked_dataset(config.data, pairs, num_workers)[0]
     pairs = split_pairs(config.data, split)
     if split != "train":
@@ -290,24 +299,25 @@ def evaluation_view(config: Config) -> View:
     size = config.data.image_size if config.evaluation.eval_size is None else config.evaluation.eval_size
     window = size or config.data.image_size
     whole = config.evaluation.eval_mode == "whole"
-    return View(size or None, None if whole else window, config.evaluation.eval_stride or -(-2 * window // 3),
-                TTA_SCALES if config.evaluation.tta else (1.0,), config.evaluation.tta)
+    stride = -(-2 * window // 3) if config.evaluation.eval_stride is None else config.evaluation.eval_stride
+    return View(size or None, None if whole else window, stride, TTA_SCALES if config.evaluation.tta else (1.0,),
+                config.evaluation.tta)
 
 
 def score_function(model: UPerNetSegmenter, device: torch.device, amp_dtype):
     """image (B, 3, h, w) normalised, any size -> scores (B, C, h, w) float32."""
     model.backbone.to(device, amp_dtype)
+    multiple = model.backbone.multiple if model.config.model.neck == "adapter" else model.backbone.patch_size
 
     def score(image):
         height, width = image.shape[-2:]
-        image = pad_to_multiple(image, model.backbone.multiple)
+        image = pad_to_multiple(image, multiple)
         with autocast(device, amp_dtype):
             return model.scores(image, model.backbone(image))[..., :height, :width]
     return score
 
 
-def evaluate(model, dataset, device=None, amp_dtype=None, batch_size=4, num_workers=0, limit_batches=0,
-             criterion=None) -> dict:
+def evaluate(model, dataset, device=None, amp_dtype=None, batch_size=4, num_workers=0, limit_batches=0) -> dict:
     """Score every labelled pixel once; used in training, by --test-only and by evaluate.py. See evaluate_images."""
     model = unwrap(model).eval()
     device = device or next(model.parameters()).device
@@ -368,7 +378,9 @@ def write_prediction(model: UPerNetSegmenter, path: Path, prediction: dict, stem
     taps = None
     if options.pca:
         device = next(model.parameters()).device
-        image = torch.from_numpy(np.array(prediction["photo"])).permute(2, 0, 1)[None].to(device)
+        photo, size = prediction["photo"], evaluation_view(model.config).size      # not larger than the network sees it
+        height, width = resized_shape(photo.height, photo.width, size)
+        image = torch.from_numpy(np.array(photo.resize((width, height)))).permute(2, 0, 1)[None].to(device)
         taps = model.backbone(pad_to_multiple(model.backbone.normalize(image), model.backbone.multiple))
     return write_image_result(stem, prediction, model.palette, options.labels, options.picture,
                               model.config.data.ignore_label, model.config.data.reduce_zero_label,
@@ -433,15 +445,34 @@ def headline(result: dict) -> dict:
             "loss": result["loss"]}
 
 
+def tested_config(checkpoint: dict, config: Config, given: set[str]) -> Config:
+    """The checkpoint's config under the flags that are given, also written back into the checkpoint; ValueError for a
+    flag that would make it another network."""
+    stored = checkpoint["config"]
+    for key in config.model:
+        if key in given and key != "backbone_weights" and config.model[key] != stored["model"][key]:
+            raise ValueError(f"--{key.replace('_', '-')} {config.model[key]}: the checkpoint has "
+                             f"{stored['model'][key]}, and a trained network cannot be changed; leave the flag out")
+    for section in ("data", "evaluation", "model"):
+        stored[section] |= {key: config[section][key] for key in config[section] if key in given}
+    if "classes" in given:
+        names, colors = read_classes(config.data.classes, stored["data"]["num_classes"])
+        checkpoint |= {"class_names": names, "palette": colors.tolist()}
+    config = Config(stored)
+    check_config(config)
+    return config
+
+
 def test_only(args, argv, checkpoint, path, device, amp_dtype) -> dict:
     """Score a checkpoint (with its own settings, changed by the flags that are given) on the test split, or the
     validation split where there is none."""
-    config, given = config_of(args), given_flags(make_parser(), argv)
-    for section in ("data", "evaluation", "model"):
-        checkpoint["config"][section] |= {key: config[section][key] for key in config[section] if key in given}
+    given = given_flags(make_parser(), argv)
+    config = tested_config(checkpoint, config_of(args), given)
+    asked_for_val = "val_image_paths" in given and "test_image_paths" not in given
+    split = "test" if has_test_split(config) and not asked_for_val else "val"
+    dataset = build_dataset(config, split, num_workers=args.num_workers)
     model = load_model(checkpoint, device)
-    split = "test" if has_test_split(model.config) else "val"
-    result = evaluate(model, build_dataset(model.config, split), device, amp_dtype, num_workers=args.num_workers,
+    result = evaluate(model, dataset, device, amp_dtype, num_workers=args.num_workers,
                       limit_batches=args.limit_batches)
     if is_main():
         print(f"{path} on the {split} split:\n{metrics_table(result['metrics'], model.class_names)}", flush=True)
@@ -466,6 +497,10 @@ def main(argv=None) -> dict:
     folder = RunFolder(args.output_dir, args.checkpoint_dir, args.log_dir)
     resume_path, messages = find_resume(args.resume or args.resume_checkpoint, folder.model, SCRIPT)
     checkpoint = load_checkpoint(resume_path, SCRIPT) if resume_path else None
+    if args.resume and args.resume_checkpoint:
+        raise ValueError("--resume and --resume-checkpoint are the same flag; give one of them")
+    if args.test_only and checkpoint is None and messages:
+        raise ValueError(f"--test-only --resume auto: there is no checkpoint in {folder.model}")
     if args.test_only and checkpoint is None:
         raise ValueError("--test-only needs --resume PATH|auto: a head that was never trained has no score")
     if args.test_only:
@@ -534,6 +569,8 @@ def main(argv=None) -> dict:
 
     if is_main():
         write_run_files(folder, config, device, args.seed, resumed=checkpoint is not None)
+    if not config.evaluation.validate:
+        messages.append("no validation during training: --validate is not given, and no model_best.pth will be written")
     log = RunLog(folder.log, rank, total_steps=total_steps,
                  resume_step=state["step"] if checkpoint is not None else None,
                  wandb={"project": "segheads", "config": config.to_dict()} if args.wandb else None)

@@ -46,7 +46,7 @@ class CachedTaps(Dataset):
         with ThreadPoolExecutor() as pool:
             contents = list(pool.map(sha256_file, paths))
         text = "\n".join([key, f"{self.dataset.image_size} {len(self.dataset)} layout 1", *contents])
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+        return hashlib.sha256(text.encode() + self.dataset.table.tobytes()).hexdigest()[:32]     # table: of the labels
 
     def _is_whole(self) -> bool:
         try:

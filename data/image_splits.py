@@ -46,6 +46,8 @@ def split_pairs(data: Mapping, split: str) -> list[tuple[Path, Path]]:
         raise ValueError(f"{names[0]} and {names[1]} are needed: the photographs and masks of the {split} split")
     if patterns[0] and split != "train":
         return _pairs(patterns, names)
+    if split == "val" and not data["val_share"]:
+        raise ValueError("there is no validation split: name --val-image-paths and --val-mask-paths, or --val-share")
     pairs = _pairs([data["image_paths"], data["mask_paths"]], ["--image-paths", "--mask-paths"])
     if data["val_image_paths"] or not data["val_share"]:
         return pairs
@@ -54,7 +56,7 @@ def split_pairs(data: Mapping, split: str) -> list[tuple[Path, Path]]:
     if not held_out:
         raise ValueError(f"--val-share {data['val_share']} leaves no validation image of {len(pairs)}; name "
                          f"--val-image-paths and --val-mask-paths, or raise it")
-    return held_out if split == "val" else [pair for pair in pairs if pair not in held_out]
+    return held_out if split == "val" else [pair for i, pair in enumerate(pairs) if i % every != every - 1]
 
 
 def _pairs(patterns, names):

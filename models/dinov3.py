@@ -306,12 +306,12 @@ class FrozenBackbone:
         """
         if self.amp_dtype not in (None, amp_dtype):
             raise ValueError(f"the backbone is held in {self.amp_dtype}; load it again for {amp_dtype or 'float32'}")
-        self.vit.to(device)
         if amp_dtype is not None and self.amp_dtype is None:
             self.sha256()                                            # of the float32 weights, while they are there
             for module in self.vit.modules():
                 if isinstance(module, nn.Linear | nn.Conv2d):
-                    module.to(amp_dtype)
+                    module.to(amp_dtype)                             # before the move: the device never holds both
+        self.vit.to(device)
         self.mean, self.std, self.amp_dtype = self.mean.to(device), self.std.to(device), amp_dtype
         return self
 

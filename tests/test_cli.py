@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from utils.cli import ROOT, ArgumentParser, StopRequested, StopSignal, flags_config, flags_defaults, given_flags, run, user_message
+from utils.cli import (
+    ROOT,
+    ArgumentParser,
+    StopRequested,
+    StopSignal,
+    flags_config,
+    flags_defaults,
+    given_flags,
+    run,
+    user_message,
+)
 from utils.config import override_config
 
 

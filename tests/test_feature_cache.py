@@ -60,6 +60,11 @@ def test_found_again_until_something_changes(tmp_path):
     assert not was_stored() and was_stored()
     write_pictures(tmp_path / "data", 3, first_seed=50)                # more pictures
     assert not was_stored()
+    pairs = split_pairs(data_of(folder), "train")                     # the same masks, read in another way
+    for zero in (True, False):
+        dataset = SegmentationDataset(pairs, 32, 3 - zero, None, reduce_zero_label=zero, views="windows")
+        cached = CachedTaps(dataset, embedder(), "key", tmp_path / "cache")
+        assert cached.was_stored != zero and torch.equal(cached[0]["label"], dataset[0]["label"])
     (folder / "masks" / "picture_000.png").write_bytes((folder / "masks" / "picture_001.png").read_bytes())
     assert not was_stored()
 

@@ -167,3 +167,22 @@ def test_a_split_is_one_confusion_matrix():
 def test_a_limit_counts_photographs():
     result = evaluate_images(rgb_score, as_float, Photos(), 3, View(None, None, 1), torch.device("cpu"), limit=2)
     assert len(result["examples"]) == 2
+
+
+@pytest.mark.parametrize("stride", [0, -3, 17])
+def test_a_stride_that_leaves_pixels_out_is_refused(stride):
+    with pytest.raises(ValueError, match="stride from 1 to 16"):
+        slide(rgb_score, torch.rand(3, 40, 60), 16, stride)
+
+
+def test_only_the_best_and_worst_predictions_are_kept(monkeypatch):
+    monkeypatch.setattr("utils.image_inference.KEPT", 1)
+    photos = Photos()
+    photos.items += [{**Photos().items[2], "index": 3}, {**Photos().items[0], "index": 4}]
+    photos.items[3]["label"] = photos.items[3]["image"].float().argmax(0)              # faultless
+    photos.items[4]["label"] = torch.full_like(photos.items[4]["label"], IGNORE_INDEX)  # without a score
+    photos.files = [Path(f"photo_{number}.png") for number in range(5)]
+    result = evaluate_images(rgb_score, as_float, photos, 3, View(None, 5, 4), torch.device("cpu"))
+    scores = {index: score for index, _, score in result["examples"]}
+    finite = [index for index in scores if np.isfinite(scores[index])]
+    assert set(result["predictions"]) == {min(finite, key=scores.get), max(finite, key=scores.get)} and len(scores) == 5

@@ -38,6 +38,7 @@ def test_named_splits(tmp_path):
     ({"val_image_paths": ["x"]}, "val", "belong together"),
     ({"image_paths": [], "mask_paths": []}, "train", "--image-paths and --mask-paths are needed"),
     ({"val_share": 0.1}, "val", "leaves no validation image of 4"),
+    ({}, "val", "there is no validation split"),
 ])
 def test_errors_name_the_flag(tmp_path, more, split, message):
     with pytest.raises(ValueError, match=message):

@@ -2,6 +2,7 @@
 never touches the backbone, and every reader has the same numbers."""
 
 import hashlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,11 @@ def test_pyramid_neck_and_batches_of_one(data, tmp_path, capsys):
     scores = evaluate.main([str(tmp_path / "plain" / "model" / "model_last.pth"), "--data-dir", f"{data}/val/images", "--label-dir",
                             f"{data}/val/masks", "--device", "cpu", "--output-dir", str(tmp_path / "scores")])
     assert np.isfinite(scores["miou"])
+    model = SCRIPT.load_model(weights(tmp_path / "plain"), torch.device("cpu"))
+    seen, original = [], model.scores
+    model.scores = lambda image, taps: seen.append(tuple(image.shape)) or original(image, taps)
+    SCRIPT.score_function(model, torch.device("cpu"), None)(torch.zeros(1, 3, 50, 70))
+    assert seen == [(1, 3, 64, 80)]                                    # multiples of the patch are enough without the adapter
 
 
 def test_every_reader_agrees(data, tmp_path, capsys):
@@ -237,7 +243,9 @@ def test_random_weights_are_announced_and_no_weights_refused(data, tmp_path, cap
     (["--mask-paths", "nowhere/*.png"], "--mask-paths"),
     (["--num-classes", "4"], "4"),
     (["--epochs", "0"], "--epochs"),
-    (["--lr", "0"], "--lr"),
+    (["--lr", "0"], "--lr"), (["--lr", "nan"], "--lr"),
+    (["--eval-stride", "0"], "--eval-stride"), (["--eval-stride", "70"], "--eval-stride"), (["--eval-size", "-5"], "--eval-size"),
+    (["--ignore-label", "1"], "--ignore-label 1 is one of the 3 classes"),
     (["--backbone", "vits17"], "vits16"),
     (["--val-image-paths", "x"], "--val-mask-paths"),
     (["--test-only"], "--test-only needs"),
@@ -274,3 +282,97 @@ def test_command_line(data, tmp_path):
     assert done.returncode == 0 and "--backbone-weights" in done.stdout and "--cache-features" in done.stdout
     done = subprocess.run([sys.executable, f"{SCRIPT.__name__}.py", "--image-pats", "x"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "--image-paths" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_best_checkpoint_is_that_of_the_highest_miou(data, tmp_path, monkeypatch):
+    original, scores = SCRIPT.evaluate, iter([0.2, 0.6, 0.4])
+
+    def scripted(*args, **kwargs):
+        result = original(*args, **kwargs)
+        return {**result, "loss": -1.0, "metrics": {**result["metrics"], "miou": next(scores), "overall_accuracy": 0.5}}
+
+    monkeypatch.setattr(SCRIPT, "evaluate", scripted)
+    result = train(data, tmp_path, *val(data), "--epochs", "3", "--limit-batches", "1")
+    assert result["best_epoch"] == 2 == weights(tmp_path, "model_best.pth")["epoch"] and result["best"] == 0.6
+
+
+def test_an_odd_number_of_pictures_and_bfloat16(data, tmp_path):
+    write_pictures(tmp_path / "odd", 5)
+    train(tmp_path / "odd" / "..", tmp_path / "run", "--image-paths", f"{tmp_path}/odd/images", "--mask-paths", f"{tmp_path}/odd/masks",
+          "--classes", f"{data}/classes.json", "--epochs", "1", "--amp-dtype", "bfloat16")
+    checkpoint = weights(tmp_path / "run")
+    assert checkpoint["step"] == 3 and all(value.dtype != torch.bfloat16 for value in checkpoint["model"].values())
+
+
+def test_any_size_is_padded_and_cropped_exactly(data, tmp_path):
+    train(data, tmp_path, "--epochs", "1", "--limit-batches", "1")
+    model = SCRIPT.load_model(weights(tmp_path), torch.device("cpu"))
+    score, image = SCRIPT.score_function(model, torch.device("cpu"), None), torch.randn(2, 3, 70, 93)
+    padded = torch.zeros(2, 3, 96, 96)
+    padded[..., :70, :93] = image
+    with torch.no_grad():
+        assert torch.equal(score(image), model.scores(padded, model.backbone(padded))[..., :70, :93])
+
+
+def test_masks_that_count_from_one(data, tmp_path):
+    """0 is unlabelled, k is class k - 1: in training, in the score and in the files that are written."""
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+    for path in sorted((data / "train" / "masks").iterdir())[:2]:
+        label = np.array(Image.open(path)).astype(int)
+        shifted = np.where(label == 255, 0, label + 1)
+        Image.fromarray(shifted.astype(np.uint8)).save(tmp_path / "masks" / path.name)
+        Image.open(data / "train" / "images" / path.name).save(tmp_path / "images" / path.name)
+    paths = ["--image-paths", f"{tmp_path}/images", "--mask-paths", f"{tmp_path}/masks", "--reduce-zero-label", "--epochs", "1"]
+    train(data, tmp_path / "run", *paths)
+    last = str(tmp_path / "run" / "model" / "model_last.pth")
+    result = predict.main([last, f"{tmp_path}/images", "--output", str(tmp_path / "out"), "--device", "cpu"])
+    for path, label in result.items():
+        assert (np.array(Image.open(tmp_path / "out" / f"{Path(path).stem}.png")) == label + 1).all()
+    scores = evaluate.main([last, "--data-dir", f"{tmp_path}/images", "--label-dir", f"{tmp_path}/masks", "--device", "cpu",
+                            "--output-dir", str(tmp_path / "scores")])
+    first, label = next((np.array(Image.open(tmp_path / "masks" / Path(p).name)).astype(int) - 1, l) for p, l in result.items())
+    record = json.loads((tmp_path / "scores" / "metrics.json").read_text())
+    assert np.sum(record["confusion_matrix"]) == sum((np.array(Image.open(p)) > 0).sum() for p in (tmp_path / "masks").iterdir())
+    assert np.isfinite(scores["miou"]) and first.shape == label.shape
+
+
+def test_test_only_takes_exactly_the_flags_that_are_given(data, tmp_path, capsys):
+    out = tmp_path / "run"
+    train(data, out, *val(data), "--epochs", "1", "--eval-size", "96", "--test-image-paths", f"{data}/test/images", "--test-mask-paths",
+          f"{data}/test/masks")
+    seen = []
+    original = SCRIPT.evaluate_images
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SCRIPT, "evaluate_images", lambda *args: seen.append((args[4], len(args[2]))) or original(*args))
+        common = ["--resume", str(out / "model" / "model_last.pth"), "--test-only", "--device", "cpu", "--num-workers", "0"]
+        SCRIPT.main(common)
+        SCRIPT.main([*common, "--eval-size", "0", "--eval-mode", "slide"])
+        SCRIPT.main([*common, "--tta", *val(data)[1:], "--limit-batches", "1"])
+    assert [view.size for view, _ in seen] == [96, None, 96] and seen[2][0].flip and len(seen[2][0].scales) == 5
+    printed = capsys.readouterr().out
+    assert printed.count("on the test split") == 2 and printed.count("on the val split") == 1
+    for more, message in ((["--backbone", "vitb16"], "--backbone"), (["--normalization", "sat493m"], "--normalization")):
+        with pytest.raises(ValueError, match=message):
+            SCRIPT.main([*common, *more])
+    with pytest.raises(ValueError, match="no checkpoint in"):
+        SCRIPT.main(["--resume", "auto", "--test-only", "--device", "cpu", "--output-dir", str(tmp_path / "empty")])
+
+
+def test_without_a_validation_split_nothing_is_scored(data, tmp_path):
+    train(data, tmp_path, "--epochs", "1", "--limit-batches", "1")
+    last = str(tmp_path / "model" / "model_last.pth")
+    for call in (lambda: SCRIPT.main(["--resume", last, "--test-only", "--device", "cpu"]), lambda: evaluate.main([last, "--device", "cpu"])):
+        with pytest.raises(ValueError, match="no validation split"):
+            call()
+    with pytest.raises(ValueError, match="--label-dir is needed"):
+        evaluate.main([last, "--data-dir", f"{data}/val/images", "--device", "cpu"])
+
+
+def test_dinov2_with_its_patches_of_14(data, tmp_path, monkeypatch):
+    config = dinov3.ViTConfig(32, 4, 2, "mlp", 64, taps=(0, 1, 2, 3), **dinov3._V2)
+    monkeypatch.setitem(dinov3.BACKBONES, "dinov2_tiny", config._replace(pos_grid=4))
+    train(data, tmp_path, "--backbone", "dinov2_tiny", "--image-size", "224", "--epochs", "1", "--limit-batches", "1", "--batch-size", "1")
+    scores = evaluate.main([str(tmp_path / "model" / "model_last.pth"), "--data-dir", f"{data}/val/images", "--label-dir", f"{data}/val/masks",
+                            "--device", "cpu", "--output-dir", str(tmp_path / "scores"), "--limit-batches", "1"])
+    assert np.isfinite(scores["miou"])

@@ -28,6 +28,7 @@ from utils.metrics import ConfusionMatrix, miou_of_each, segmentation_metrics
 from utils.seed import seed_worker
 
 TTA_SCALES = (0.9, 0.95, 1.0, 1.05, 1.1)      # each also mirrored: the ten views of DINOv3's ADE20K evaluation
+KEPT = 32                                     # best and worst images whose predictions are kept, for a report
 STRIP_ELEMENTS = 1 << 25                      # scores held at once at the photograph's own size: 128 MiB of float32
 
 
@@ -78,7 +79,7 @@ def resize_rows(scores: Tensor, shape: tuple[int, int], begin: int, end: int) ->
     source_height = scores.shape[1]
     if tuple(scores.shape[1:]) == tuple(shape):
         return scores[:, begin:end]
-    rows = torch.arange(begin, end, device=scores.device, dtype=torch.float64)
+    rows = torch.arange(begin, end, device=scores.device, dtype=torch.float32)
     rows = ((rows + 0.5) * (source_height / shape[0]) - 0.5).clamp(min=0)               # (R,) in source rows
     upper = rows.floor().long().clamp(max=source_height - 1)
     lower = (upper + 1).clamp(max=source_height - 1)
@@ -93,7 +94,10 @@ def slide(score: Callable[[Tensor], Tensor], image: Tensor, window: int | None, 
     """Scores (C, H, W) float32 of one image (3, H, W): the mean over all windows that see a pixel.
 
     Windows are window x window, or as large as the image where that is smaller; batch_size of them go through at once.
+    ValueError for a stride that would leave pixels out.
     """
+    if window is not None and not 1 <= stride <= window:
+        raise ValueError(f"a sliding window of {window} pixels needs a stride from 1 to {window}, got {stride}")
     height, width = image.shape[1:]
     tall, wide = min(window or height, height), min(window or width, width)
     places = [(top, left) for top in window_starts(height, tall, stride) for left in window_starts(width, wide, stride)]
@@ -119,8 +123,8 @@ def segment_image(score: Callable[[Tensor], Tensor], normalize: Callable[[Tensor
     """Label every pixel of a photograph (3, H, W) uint8, on the device where `score` computes.
 
     Returns label (H, W) int64, confidence (H, W) float32, the mean over the views of the class's softmax, and with a
-    true `label` (H, W) given, nll: the sum of -log of that mean at the true class, over the pixels that count. Memory
-    at the photograph's own size is bounded: it is done in strips of rows.
+    true `label` (H, W) given, nll: the sum of -log of that mean at the true class, over the pixels that count. What
+    has the photograph's own size is done in strips of rows; scores at the size of `view` are held whole.
     """
     height, width = image.shape[1:]
     views = []
@@ -146,7 +150,7 @@ def segment_image(score: Callable[[Tensor], Tensor], normalize: Callable[[Tensor
         if label is not None:
             truth = label[begin:end]
             at_truth = probability.gather(0, truth.clamp(min=0)[None])[0]
-            nll += float(-at_truth.clamp(min=1e-12).log()[truth != IGNORE_INDEX].sum(dtype=torch.float64))
+            nll -= float(at_truth.clamp(min=1e-12).log()[truth != IGNORE_INDEX].cpu().double().sum())
     return {"label": torch.cat(labels), "confidence": torch.cat(confidences), "nll": nll}
 
 
@@ -169,7 +173,7 @@ def evaluate_images(score, normalize, dataset, num_classes: int, view: View, dev
     """Score every labelled pixel of a data set of whole photographs exactly once, at the photograph's own size.
 
     Returns metrics, tables {}, loss (mean -log probability of the true class), matrix, examples [(index, name, mIoU)]
-    and predictions {index: (H, W) uint8 or int16} of this process, and seconds.
+    of this process, predictions {index: (H, W) uint8 or int16} of its KEPT best and KEPT worst, and seconds.
     """
     started, C = time.monotonic(), num_classes
     confusion, examples, predictions, nll, pixels = ConfusionMatrix(C), [], {}, 0.0, 0
@@ -180,6 +184,9 @@ def evaluate_images(score, normalize, dataset, num_classes: int, view: View, dev
         own = (confusion.counts - before).numpy()
         examples.append((index, dataset.files[index].stem, float(miou_of_each(own[None])[0])))
         predictions[index] = pred.numpy().astype(np.uint8 if C <= 256 else np.int16)
+        if len(predictions) > 2 * KEPT:                     # a split of photographs is gigabytes of labels
+            ranked = sorted((score if score == score else -1, i) for i, _, score in examples if i in predictions)
+            del predictions[ranked[0 if ranked[0][0] < 0 else KEPT][1]]
         nll, pixels = nll + loss, pixels + int(own.sum())
     matrix = confusion.all_reduce().matrix()
     return {"metrics": segmentation_metrics(matrix), "tables": {},

@@ -64,7 +64,8 @@ class LossTotals:
     def add(self, terms: Mapping[str, Tensor]) -> None:
         """terms: this process's part of each; a step's value is the sum over the processes."""
         for name, value in terms.items():
-            self.terms[name] = self.terms.get(name, 0.0) + value.double()
+            wide = torch.float32 if value.device.type == "mps" else torch.float64            # MPS has no float64
+            self.terms[name] = self.terms.get(name, 0.0) + value.to(wide)
         self.steps += 1
 
     def means(self) -> dict[str, float]:
