@@ -238,7 +238,7 @@ def test_random_weights_are_announced_and_no_weights_refused(data, tmp_path, cap
 
 
 @pytest.mark.parametrize("more, message", [
-    (["--image-size", "60"], "--image-size 60: must be a multiple"),
+    (["--image-size", "80"], "--image-size 80: must be a multiple"),
     (["--cache-features"], "--augment windows"),
     (["--mask-paths", "nowhere/*.png"], "--mask-paths"),
     (["--num-classes", "4"], "4"),
