@@ -30,6 +30,7 @@ from data.point_classes import BENCHMARKS
 from data.point_results import example_clouds, write_point_result
 from data.point_transforms import PointAugmentation
 from data.points import (
+    ClassList,
     PointDataset,
     PointSpec,
     PreciseTest,
@@ -97,7 +98,7 @@ DEFAULTS = {
         "benchmark": Setting(None, (str,), tuple(BENCHMARKS)),           # class names and label file; or:
         "label_field": Setting(None, (str,)),
         "class_names": [],                                  # else from root/classes.json
-        "ignore_labels": [-1],
+        "ignore_labels": [-1],                              # besides those in root/classes.json
         "grid_size": 0.02,                                  # metres
         "unit": 1.0,                                        # metres of one length unit of the files
         "features": ["coord", "color", "normal"],
@@ -194,14 +195,18 @@ def augmentation(config: Config) -> PointAugmentation:
 def class_names(config: Config) -> list[str]:
     if config.data.class_names or config.data.benchmark:
         return list(config.data.class_names) or list(BENCHMARKS[config.data.benchmark].names)
+    listed = class_list(config)
+    return [f"class {c}" for c in range(config.model.num_classes)] if listed is None else list(listed.names)
+
+
+def class_list(config: Config) -> ClassList | None:
     path = Path(config.data.root) / "classes.json"
-    return list(read_classes(path).names) if path.is_file() else [f"class {c}" for c in range(config.model.num_classes)]
+    return read_classes(path) if path.is_file() else None
 
 
 def class_colors(config: Config) -> np.ndarray:
-    path = Path(config.data.root) / "classes.json"
-    colors = read_classes(path).palette if path.is_file() else None
-    return palette(config.model.num_classes) if colors is None else colors
+    listed, C = class_list(config), config.model.num_classes
+    return palette(C) if listed is None or listed.palette is None or len(listed.names) != C else listed.palette
 
 
 def build_dataset(config: Config, split: str, seed: int = 0, data_dir: str | None = None,
@@ -215,9 +220,10 @@ def build_dataset(config: Config, split: str, seed: int = 0, data_dir: str | Non
     else:
         files = find_clouds(data.root, data.val if split == "test" and data.test is None else data[split])
     field = data.label_field or (BENCHMARKS[data.benchmark].field if data.benchmark else None)
-    train = split == "train" and data_dir is None
+    train, listed = split == "train" and data_dir is None, class_list(config)
+    ignored = sorted({*data.ignore_labels, *(listed.ignore_labels if listed else ())})
     return PointDataset(files, point_spec(config), config.model.num_classes, augmentation(config) if train else None,
-                        field, tuple(data.ignore_labels), config.paths.cache_dir, seed,
+                        field, tuple(ignored), config.paths.cache_dir, seed,
                         config.training.epochs // config.training.eval_epochs if train else 1, f"{split} clouds")
 
 
@@ -240,7 +246,12 @@ def open_encoder(config: Config) -> tuple[dict, dict | None]:
             raise ValueError("without --pretrained_path the size of the network must be given: set model.encoder")
         return given, None
     found = read_sonata(path)
-    arguments = {**(found.config or guess_config(found.state)), **given}
+    arguments = found.config or guess_config(found.state)
+    stages = {name.split(".")[1] for name in found.state if name.startswith("enc.")}
+    if found.config is None and len(stages) != len(arguments["enc_channels"]):          # else it would be cut short
+        raise ValueError(f"{path}: tensors of {len(stages)} stages, but enc.enc{len(arguments['enc_channels'])}.block0"
+                         f".cpe.0.weight is missing; is a tensor renamed? Use sonata.pth")
+    arguments = {**arguments, **given}
     return arguments, {"name": "PointTransformerV3", "file": str(path), "sha256": sha256_file(path),
                        "config": arguments}
 
@@ -519,7 +530,7 @@ def headline(result: dict) -> dict:
 
 def test_only(args, config, checkpoint, path, device) -> dict:
     """The precise test (evaluation.precise) of a checkpoint on the test split, or on validation where there is none."""
-    check_same_run(checkpoint, config, checkpoint["total_steps"], ("model",))
+    check_same_run({**checkpoint, "batch": 0}, config, checkpoint["total_steps"], ("model",))
     checkpoint["config"] = config.to_dict()
     model = load_model(checkpoint, device)
     split = "test" if has_test_split(config) else "val"
@@ -577,8 +588,9 @@ def main(argv=None) -> dict:
     batches = min(len(sampler), args.limit_batches or len(sampler))
     total_steps = config.training.eval_epochs * -(-batches // accumulate)
     if checkpoint is not None:
-        check_same_run(checkpoint, config, total_steps, ("data", "model", "training", "optimizer", "scheduler",
-                       "augmentation"), args.seed, FREE_ON_RESUME)
+        # batch 0: no check by batches of one process; batch_size, which is compared, counts those of all
+        check_same_run({**checkpoint, "batch": 0}, config, total_steps, ("data", "model", "training", "optimizer",
+                       "scheduler", "augmentation"), args.seed, FREE_ON_RESUME)
 
     # model
     model, encoder_entry = prepare_model(config, checkpoint, resume_path, messages)
