@@ -1,0 +1,558 @@
+"""train_sonata.py with evaluate.py and predict.py, run whole on tiny clouds and a tiny network: it learns, freezes what it should,
+resumes exactly, scores raw points, and every reader has the same numbers."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import evaluate
+import predict
+import train_sonata as SCRIPT
+from data.points import PreciseTest, read_cloud, read_ply_vertices
+from models.point_transformer import build_segmenter
+from tests.tiny_clouds import (
+    ENCODER,
+    STILL,
+    tiny_cloud,
+    write_classes,
+    write_clouds,
+    write_config,
+    write_encoder,
+    write_every_format,
+)
+from tests.whole_runs import assert_equal, sigterm_in_call
+from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.cli import StopRequested
+from utils.log import read_log
+from utils.losses import IGNORE_INDEX
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+ONE_STEP = {"epochs": 1, "eval_epochs": 1, "batch_size": 5}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clouds")
+    for split, count, seed in (("train", 5, 0), ("val", 3, 100), ("test", 3, 200)):
+        write_clouds(folder / split, count, seed, 90 if split == "test" else 300)
+    return write_classes(folder)
+
+
+def train(config, output, *more):
+    return SCRIPT.main([config, "--device", "cpu", "--num-workers", "0", "--output-dir", str(output), *map(str, more)])
+
+
+def score(checkpoint, output, *more):
+    return evaluate.main([str(checkpoint), "--device", "cpu", "--output-dir", str(output), *map(str, more)])
+
+
+def last(output):
+    return Path(output) / "model" / "model_last.pth"
+
+
+def numbers(text, before):
+    """The number printed behind the words `before`."""
+    return float(text.split(before)[1].split()[0].strip(",)"))
+
+
+@pytest.fixture
+def network():
+    """A model as load_model returns it, untrained."""
+    def build(root, tmp_path, **sections):
+        config = SCRIPT.load_config(write_config(tmp_path / "network.yaml", root, **sections), SCRIPT.DEFAULTS, [])
+        torch.manual_seed(0)
+        model = SCRIPT.build_model(config, ENCODER).eval()
+        SCRIPT.attach(model, config, SCRIPT.class_names(config), SCRIPT.class_colors(config))
+        return model
+    return build
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+def test_overfits_three_clouds(tmp_path):
+    write_clouds(tmp_path / "train", 3)
+    config = write_config(tmp_path / "c.yaml", write_classes(tmp_path), data={"val": "train"}, augmentation=STILL,
+                          training={"epochs": 25, "eval_epochs": 1}, optimizer={"lr": 0.01, "block_lr": 0.005})
+    result = train(config, tmp_path / "out")
+    labels = np.concatenate([tiny_cloud(seed, 300 + 7 * seed)["segment"] for seed in range(3)])
+    majority = np.bincount(labels[labels >= 0]).max() / (labels >= 0).sum()
+    assert result["overall_accuracy"] > 0.9 > majority + 0.3 and result["official_miou"] > 0.85
+
+
+@pytest.mark.parametrize("mode", ["lin", "dec", "ft"])
+def test_each_mode_trains_what_it_should(root, tmp_path, monkeypatch, mode):
+    seen, rates = [], []
+    original = torch.optim.AdamW.step
+    prepare = SCRIPT.prepare_model
+
+    def step(self, *args):
+        model = seen[0]
+        for name, parameter in model.named_parameters():
+            frozen = mode != "ft" and name.startswith(("backbone.embedding.", "backbone.enc."))
+            assert (parameter.grad is None) == frozen, name
+        groups = {group["name"]: group for group in self.param_groups}
+        assert {id(p) for group in groups.values() for p in group["params"]} == {id(p) for p in model.parameters() if p.requires_grad}
+        rates.append({name: group["lr"] for name, group in groups.items()})
+        return original(self, *args)
+
+    def spy(*args):
+        model, entry = prepare(*args)
+        seen.extend([model, {name: tensor.clone() for name, tensor in model.state_dict().items()}])
+        return model, entry
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    monkeypatch.setattr(SCRIPT, "prepare_model", spy)
+    weights = write_encoder(tmp_path / "sonata.pth")
+    stored = torch.load(weights, weights_only=True)["state_dict"]
+    config = write_config(tmp_path / "c.yaml", root, model={"mode": mode}, scheduler={"pct_start": 0.5},
+                          training={"use_pretrained": None, "epochs": 5, "eval_epochs": 1})
+    train(config, tmp_path / "out", "--pretrained_path", weights)
+    model, before = seen
+    for name, tensor in model.state_dict().items():
+        inner = name.removeprefix("backbone.")
+        if inner in stored:
+            assert torch.equal(before[name], stored[inner]), name
+        assert torch.equal(tensor, before[name]) == (inner in stored and mode != "ft"), name
+    assert list(rates[0]) == (["rest"] if mode == "lin" else ["rest", "block"])
+    peaks = {"rest": 0.004, "block": 0.002}
+    for name, peak in peaks.items() if mode != "lin" else [("rest", 0.004)]:             # eight steps
+        assert [rates[step][name] for step in (0, 3, 7)] == pytest.approx([peak / 10, peak, peak / 10 / 1000])
+
+
+def test_batches_that_do_not_divide_and_a_batch_without_labels(root, tmp_path, capsys):
+    """Five clouds three at a time are one step, and so they are 24 at a time; unlabelled points teach nothing and break nothing."""
+    config = write_config(tmp_path / "c.yaml", root, training={"epochs": 1, "eval_epochs": 1}, augmentation={"mix_probability": 1.0})
+    train(config, tmp_path / "a")
+    assert load_checkpoint(last(tmp_path / "a"))["step"] == 1
+    train(config, tmp_path / "b", "training.batch_size=24")
+    assert load_checkpoint(last(tmp_path / "b"))["step"] == 1
+    data = write_classes(tmp_path)
+    write_clouds(data / "train", 2)
+    cloud = tiny_cloud(5)
+    np.savez(data / "train" / "unlabelled.npz", **{**cloud, "segment": np.full_like(cloud["segment"], -1)})
+    config = write_config(tmp_path / "d.yaml", data, data={"val": "train"}, training={"epochs": 1, "eval_epochs": 1, "batch_size": 1})
+    result = train(config, tmp_path / "d")
+    losses = [float(line.split("loss")[1].split()[0]) for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert load_checkpoint(last(tmp_path / "d"))["step"] == 3 and np.isfinite(result["loss"])
+    assert sorted(loss == 0 for loss in losses[-3:]) == [False, False, True]
+
+
+def test_mixed_collate():
+    samples = [{"coord": torch.zeros(n, 3), "grid_coord": torch.zeros(n, 3, dtype=torch.int32), "feat": torch.zeros(n, 9),
+                "label": torch.zeros(n, dtype=torch.int64), "index": 0, "mix_draw": 0.5} for n in (2, 3, 4)]
+    assert SCRIPT.MixedCollate(0.4)(samples)["offset"].tolist() == [2, 5, 9]
+    mixed = SCRIPT.MixedCollate(0.6)(samples)
+    assert mixed["offset"].tolist() == [5, 9] and len(mixed["label"]) == 9
+
+
+def test_a_diverging_run_says_so(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(SCRIPT, "compute_loss", lambda *args, f=SCRIPT.compute_loss: f(*args) * float("nan"))
+    with pytest.raises(FloatingPointError, match="at step 1"):
+        train(write_config(tmp_path / "c.yaml", root), tmp_path / "out")
+
+
+# -- weights -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("mode", ["lin", "dec"])
+def test_a_frozen_encoder_stays_in_its_file(root, tmp_path, mode):
+    weights = write_encoder(tmp_path / "sonata.pth")
+    config = write_config(tmp_path / "c.yaml", root, model={"mode": mode, "encoder": {}}, training={**ONE_STEP, "use_pretrained": None})
+    result = train(config, tmp_path / "out", "--pretrained_path", weights)
+    checkpoint = load_checkpoint(last(tmp_path / "out"))
+    assert not any(name.startswith(("backbone.enc.", "backbone.embedding.")) for name in checkpoint["model"])
+    assert any(name.startswith("backbone.dec.") for name in checkpoint["model"]) == (mode == "dec") and "seg_head.weight" in checkpoint["model"]
+    state = SCRIPT.load_model(checkpoint, CPU).state_dict()
+    for name, tensor in torch.load(weights, weights_only=True)["state_dict"].items():
+        assert name == "embedding.mask_token" or torch.equal(state[f"backbone.{name}"], tensor)
+
+    moved = Path(weights).rename(tmp_path / "moved.pth")
+    with pytest.raises(FileNotFoundError, match=r"sonata.pth: no such file.*paths.checkpoint_pretrain=FILE"):
+        score(last(tmp_path / "out"), tmp_path / "scores", "--split", "val")
+    again = score(last(tmp_path / "out"), tmp_path / "scores", "--split", "val", f"paths.checkpoint_pretrain={moved}")
+    assert again["miou"] == pytest.approx(result["miou"], abs=1e-12)
+    write_encoder(tmp_path / "sonata.pth", seed=4)
+    with pytest.raises(ValueError, match=r"sonata.pth: not the encoder of .*content differs.*paths.checkpoint_pretrain"):
+        SCRIPT.load_model(checkpoint, CPU)
+    with pytest.raises(ValueError, match="not the encoder"):                             # resume looks as well
+        train(config, tmp_path / "out", "--pretrained_path", weights, "--resume", "auto")
+
+
+def test_a_random_frozen_encoder_is_in_the_checkpoint(root, tmp_path, capsys):
+    config = write_config(tmp_path / "c.yaml", root, model={"mode": "lin"}, training=ONE_STEP)
+    train(config, tmp_path / "out")
+    assert "WARNING: the encoder is randomly initialised, and stays so: a baseline" in capsys.readouterr().out
+    checkpoint = load_checkpoint(last(tmp_path / "out"))
+    state = SCRIPT.load_model(checkpoint, CPU).state_dict()
+    assert checkpoint["encoder"]["file"] is None and set(state) == set(checkpoint["model"])
+    assert_equal(dict(state), dict(checkpoint["model"]))
+
+
+def test_a_checkpoint_serves_as_weights_and_its_head_too(root, tmp_path, capsys):
+    """Another run starts from what ft made: the encoder, or in lin with the head of a linear probe."""
+    train(write_config(tmp_path / "c.yaml", root, training=ONE_STEP), tmp_path / "ft")
+    config = write_config(tmp_path / "d.yaml", root, model={"mode": "lin", "encoder": {}}, training={**ONE_STEP, "use_pretrained": None})
+    train(config, tmp_path / "lin", "--pretrained_path", last(tmp_path / "ft"))
+    assert "(layout: SegHeads checkpoint, prefix 'backbone.')" in capsys.readouterr().out
+    train(config, tmp_path / "more", "--pretrained_path", last(tmp_path / "ft"), f"paths.head={last(tmp_path / 'lin')}", "optimizer.lr=1e-30",
+          "optimizer.weight_decay=0")
+    heads = [load_checkpoint(last(tmp_path / name))["model"]["seg_head.weight"] for name in ("lin", "more")]
+    assert torch.equal(*heads)
+    with pytest.raises(ValueError, match="head tensors"):
+        train(config, tmp_path / "wrong", "--pretrained_path", last(tmp_path / "ft"), f"paths.head={last(tmp_path / 'ft')}")
+
+
+def test_weights_that_are_not_there(root, tmp_path):
+    for mode in ("lin", "dec"):
+        config = write_config(tmp_path / "c.yaml", root, model={"mode": mode}, training={"use_pretrained": None})
+        with pytest.raises(ValueError, match=f"model.mode={mode} needs --pretrained_path"):
+            train(config, tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match="nowhere.pth: no such file"):
+        train(config, tmp_path / "out", "--pretrained_path", tmp_path / "nowhere.pth")
+    content = torch.load(write_encoder(tmp_path / "sonata.pth"), weights_only=True)
+    name = "enc.enc1.block0.cpe.0.weight"
+    content["state_dict"]["enc.enc1.block0.cpe.conv.weight"] = content["state_dict"].pop(name)
+    torch.save(content, tmp_path / "renamed.pth")
+    with pytest.raises(ValueError, match=rf"renamed.pth.*1 missing \({name}\)"):
+        train(config, tmp_path / "out", "--pretrained_path", tmp_path / "renamed.pth")
+    with pytest.raises(ValueError, match="set model.encoder"):
+        train(write_config(tmp_path / "d.yaml", root, model={"encoder": {}}), tmp_path / "out")
+    del content["config"]                                    # the size is then read from the shapes: never a smaller network
+    content["state_dict"][name] = content["state_dict"].pop("enc.enc1.block0.cpe.conv.weight")
+    for stage in (1, 2):
+        state = dict(content["state_dict"])
+        state[f"enc.enc{stage}.renamed"] = state.pop(f"enc.enc{stage}.block0.cpe.0.weight")
+        torch.save(state, tmp_path / "plain.pth")
+        with pytest.raises(ValueError, match=rf"plain.pth: tensors of 3 stages, but enc.enc{stage}.block0.cpe.0.weight is missing"):
+            train(config, tmp_path / "out", "--pretrained_path", tmp_path / "plain.pth", "model.encoder={}")
+    assert not (tmp_path / "out").exists()
+
+
+# -- stopping and going on ---------------------------------------------------------------------------------------------
+
+def assert_same_run(first, second):
+    first, second = (load_checkpoint(last(folder)) for folder in (first, second))
+    for section in ("model", "optimizer", "scheduler", "totals", "rng"):
+        assert_equal(first[section], second[section], section)
+    assert (first["epoch"], first["batch"], first["step"], first["best"]) == (second["epoch"], second["batch"], second["step"], second["best"])
+
+
+@pytest.fixture(scope="module")
+def whole(root, tmp_path_factory):
+    """A run that nobody stopped: 2 epochs of 3 steps (two passes over five clouds, three at a time), with Mix3D and drop path."""
+    folder = tmp_path_factory.mktemp("whole")
+    config = write_config(folder / "c.yaml", root)
+    train(config, folder / "out")
+    return config, folder / "out"
+
+
+STOPS = [(torch.optim.AdamW, "step", 1, 1), (torch.optim.AdamW, "step", 3, 3), (torch.optim.AdamW, "step", 5, 5),
+         (SCRIPT, "label_cloud", 2, 3)]                   # at the start, at the end of an epoch, in the next, in a validation
+
+
+@pytest.mark.parametrize("owner, method, call, step", STOPS, ids=["first", "end", "middle", "validation"])
+def test_resume_is_exact_wherever_it_stopped(whole, tmp_path, monkeypatch, owner, method, call, step):
+    config, reference = whole
+    with monkeypatch.context() as patch:
+        sigterm_in_call(patch, owner, method, call)
+        with pytest.raises(StopRequested, match="resume auto"):
+            train(config, tmp_path / "cut")
+    cut = load_checkpoint(last(tmp_path / "cut"))
+    assert (cut["step"], cut["epoch"]) == (step, int(call == 2 or step > 3))
+    workers = "2" if call == 3 else "0"                                    # the number of workers changes nothing
+    train(config, tmp_path / "cut", "--resume", "auto", "--num-workers", workers)
+    assert_same_run(reference, tmp_path / "cut")
+    logs = [read_log(folder / "log" / "log.jsonl") for folder in (reference, tmp_path / "cut")]
+    assert [record["loss"] for record in logs[0]] == [record["loss"] for record in logs[1]]
+
+
+def test_resume_is_exact_with_workers_accumulation_and_a_frozen_encoder(root, tmp_path, monkeypatch):
+    weights = write_encoder(tmp_path / "sonata.pth")
+    config = write_config(tmp_path / "c.yaml", root, model={"mode": "dec"}, training={
+        "use_pretrained": None, "batch_size": 1, "accumulation_steps": 2, "epochs": 1, "eval_epochs": 1})
+    more = ["--pretrained_path", weights, "--num-workers", "2"]
+    train(config, tmp_path / "whole", *more)
+    with monkeypatch.context() as patch:
+        sigterm_in_call(patch, torch.optim.AdamW, "step", 1)
+        with pytest.raises(StopRequested):
+            train(config, tmp_path / "cut", *more)
+    assert load_checkpoint(last(tmp_path / "cut"))["batch"] == 2
+    train(config, tmp_path / "cut", *more, "--resume", last(tmp_path / "cut"))
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_run_of_two_processes_goes_on_in_one(whole, tmp_path, monkeypatch):
+    """batch_size counts the clouds of all processes: the place in the epoch is the same for any number of them."""
+    config, _ = whole
+    with monkeypatch.context() as patch:
+        sigterm_in_call(patch, torch.optim.AdamW, "step", 2)
+        with pytest.raises(StopRequested):
+            train(config, tmp_path / "cut")
+    checkpoint = load_checkpoint(last(tmp_path / "cut"))
+    save_checkpoint(last(tmp_path / "cut"), **{**checkpoint, "rng_others": [checkpoint["rng"]]})
+    train(config, tmp_path / "cut", "--resume", "auto")
+    assert load_checkpoint(last(tmp_path / "cut"))["step"] == 6
+
+
+def test_resume_of_another_run_is_refused(whole):
+    config, reference = whole
+    for more, message in ((["optimizer.lr=0.5"], "optimizer.lr"), (["--seed", "1"], "--seed 1"), (["training.epochs=6"], "training.epochs"),
+                          (["augmentation.jitter=0"], "augmentation.jitter"), (["data.grid_size=0.04"], "data.grid_size"), (["model.mode=dec"], "model.mode")):
+        with pytest.raises(ValueError, match=message):
+            train(config, reference, "--resume", "auto", *more)
+
+
+# -- scores ------------------------------------------------------------------------------------------------------------
+
+def test_every_reader_agrees(root, whole, tmp_path, capsys):
+    config, out = whole
+    val = next(record for record in reversed(read_log(out / "log" / "log.jsonl")) if record.get("split") == "val")
+    more = ["--resume", str(last(out)), "--test-only", "--device", "cpu", "--num-workers", "0"]
+    again = SCRIPT.main([config, *more])
+    printed = capsys.readouterr().out
+    assert "on the val split, single view, raw points" in printed
+    assert numbers(printed, "(the official mean): mIoU") == pytest.approx(100 * val["official_miou"], abs=0.006)
+    scored = score(last(out), tmp_path / "scores")
+    assert again["miou"] == scored["miou"] == val["miou"] and again["loss"] == pytest.approx(val["loss"], rel=1e-12)
+    record = json.loads((tmp_path / "scores" / "metrics.json").read_text())
+    assert record[SCRIPT.OFFICIAL]["miou"] == again["official_miou"] == val["official_miou"]
+    assert (tmp_path / "scores" / "report.html").is_file()
+
+    labels = predict.main([str(last(out)), f"{root}/val", "--output", str(tmp_path / "pred"), "--device", "cpu", "evaluation.precise=false"])
+    matrix = np.zeros((3, 3), int)
+    for index, (path, label) in enumerate(labels.items()):
+        truth = read_cloud(path).label
+        if index == 0:                                                 # the orders are those of cloud 0 of an evaluation
+            model = SCRIPT.load_model(load_checkpoint(last(out)), CPU)
+            result = SCRIPT.evaluate(model, SCRIPT.build_dataset(model.config, "val"), limit_batches=1)
+            assert (label == result["predictions"][0]).all()
+            np.add.at(matrix, (truth[truth >= 0], label[truth >= 0]), 1)
+            assert (matrix == result["matrix"]).all()
+    test = score(last(out), tmp_path / "other", "--data-dir", root / "test", "--num-workers", "2")
+    named = SCRIPT.main([config, "data.test=test", *more])
+    assert test["miou"] == named["miou"] and "on the test split" in capsys.readouterr().out
+
+
+def test_scores_are_of_raw_points(tmp_path, network):
+    """Twenty points in each voxel, of two classes: no prediction by voxels can be right for all, and all are counted."""
+    rng = np.random.default_rng(0)
+    corner = np.repeat(np.stack(np.meshgrid(*[np.arange(4)] * 3), -1).reshape(-1, 3), 20, 0) * 0.05
+    segment = np.tile([0] * 11 + [1] * 7 + [-1] * 2, 64)
+    cloud = {"coord": (corner + rng.uniform(0.001, 0.049, corner.shape)).astype(np.float32), "color": np.zeros((1280, 3), np.uint8),
+             "normal": np.tile(np.float32([0, 0, 1]), (1280, 1)), "segment": segment}
+    (tmp_path / "val").mkdir()
+    np.savez(tmp_path / "val" / "mixed.npz", **cloud)
+    model = network(write_classes(tmp_path), tmp_path)
+    dataset = SCRIPT.build_dataset(model.config, "val")
+    result = SCRIPT.evaluate(model, dataset, precise=False)
+    sample, label = dataset[0], result["predictions"][0]
+    assert len(sample["label"]) <= 64 * 2 and result["matrix"].sum() == (segment >= 0).sum() == 64 * 18
+    voxel = sample["inverse"].numpy()
+    assert all(len(set(label[voxel == v])) == 1 for v in range(voxel.max() + 1))
+    matrix = np.zeros((3, 3), int)
+    np.add.at(matrix, (segment[segment >= 0], label[segment >= 0]), 1)
+    assert (result["matrix"] == matrix).all() and result["metrics"]["overall_accuracy"] <= 11 / 18
+
+
+def test_absent_classes_count_as_0_in_the_official_mean(root, tmp_path, monkeypatch, network, capsys):
+    folder = write_classes(tmp_path, ("floor", "box", "ball", "ghost"))
+    write_clouds(folder / "val", 2)
+    model = network(folder, tmp_path, model={"mode": "lin", "num_classes": 4})
+
+    def perfect(model, cloud, precise, index, sample):
+        label = torch.from_numpy(cloud["label"]).clamp(min=0)
+        return label, torch.ones(len(label)), None, sample
+
+    monkeypatch.setattr(SCRIPT, "label_cloud", perfect)
+    result = SCRIPT.evaluate(model, SCRIPT.build_dataset(model.config, "val"))
+    official = result["tables"][SCRIPT.OFFICIAL]
+    assert result["metrics"]["miou"] == 1.0 and official["miou"] == official["mean_accuracy"] == official["mean_f1"] == 0.75
+    assert SCRIPT.headline(result)["official_miou"] == 0.75 and SCRIPT.headline(result)["miou"] == 1.0
+    config = write_config(tmp_path / "c.yaml", folder, model={"num_classes": 4}, data={"train": "val"}, training=ONE_STEP)
+    assert train(config, tmp_path / "out")["best"] == 0.75                              # the best is chosen by it
+    assert "Val mIoU: 0.7500 (present classes 1.0000)" in capsys.readouterr().out
+    score(last(tmp_path / "out"), tmp_path / "scores")
+    assert f"{SCRIPT.OFFICIAL}: overall accuracy 100.00, mIoU 75.00" in capsys.readouterr().out
+
+
+def test_two_evaluations_are_the_same_and_leave_the_random_state_alone(root, tmp_path, network):
+    model = network(root, tmp_path)
+    dataset = SCRIPT.build_dataset(model.config, "val")
+    first = SCRIPT.evaluate(model, dataset)
+    state = torch.get_rng_state()
+    torch.rand(7)
+    torch.set_rng_state(state)
+    second = SCRIPT.evaluate(model, dataset)
+    assert torch.equal(state, torch.get_rng_state()) and first["loss"] == second["loss"] and not model.training
+    for index, label in first["predictions"].items():
+        assert (label == second["predictions"][index]).all()
+    orders = [SCRIPT.fixed_orders(model, index) for index in range(6)]
+    assert torch.equal(orders[0], SCRIPT.fixed_orders(model, 0)) and not all(torch.equal(orders[0], other) for other in orders)
+    assert all((order.sort(1).values == torch.arange(4)).all() for order in orders)
+
+
+@pytest.mark.parametrize("test_grid_size", [None, 0.02])
+def test_precise_test_votes_on_every_raw_point(root, tmp_path, monkeypatch, network, test_grid_size):
+    votes, add = [], PreciseTest.prediction
+    monkeypatch.setattr(PreciseTest, "prediction", lambda self: votes.append((self, add(self))) or votes[-1][1])
+    model = network(root, tmp_path, data={"test": "test", "test_grid_size": test_grid_size}, evaluation={"precise": True})
+    dataset = SCRIPT.build_dataset(model.config, "test")                                
+    result = SCRIPT.evaluate(model, dataset, limit_batches=1)
+    (test, label), cloud = votes[0], tiny_cloud(200, 90)
+    assert len(votes) == 1 and len(test.views) == 13 and (test.votes.sum(1) > 12.99).all()          # probabilities, 13 or more a point
+    assert (len(test.votes) < 90) == (test_grid_size is not None)
+    assert (result["predictions"][0] == label.numpy()).all() and len(label) == len(cloud["coord"])
+    assert result["matrix"].sum() == (cloud["segment"] >= 0).sum() and np.isnan(result["loss"])
+    share = SCRIPT.label_cloud(model, dataset.cloud(0), True)[1]
+    assert share.shape == (90,) and (share > 1 / 3).all() and (share <= 1).all()
+
+
+def test_test_only_is_the_precise_test_unless_told(whole, tmp_path, capsys):
+    config, out = whole
+    more = ["--device", "cpu", "--num-workers", "0", "--limit-batches", "1", "evaluation.precise=true", "data.test=test"]
+    result = SCRIPT.main([config, "--resume", str(last(out)), "--test-only", *more])
+    assert "on the test split, precise test, raw points" in capsys.readouterr().out and np.isfinite(result["official_miou"])
+    assert score(last(out), tmp_path, *more, "--examples", "1")["miou"] == result["miou"]
+    assert json.loads((tmp_path / "metrics.json").read_text())["loss"] is None
+
+
+# -- prediction --------------------------------------------------------------------------------------------------------
+
+def test_predict_every_format(whole, tmp_path):
+    clouds = write_every_format(tmp_path / "in")
+    out = tmp_path / "pred"
+    labels = predict.main([str(last(whole[1])), str(tmp_path / "in"), "--output", str(out), "--device", "cpu", "--pca"])
+    palette = np.array(load_checkpoint(last(whole[1]))["palette"])
+    assert sorted(Path(path).name for path in labels) == sorted(clouds)
+    for path, label in labels.items():
+        cloud, stem = clouds[Path(path).name], out / Path(path).stem
+        assert (np.load(f"{stem}.npy") == label).all() and label.shape == (len(cloud["coord"]),) and set(label) <= {0, 1, 2}
+        colored, pca = read_ply_vertices(f"{stem}.ply"), read_ply_vertices(f"{stem}_pca.ply")
+        for vertices in (colored, pca):                                                  # the points, in the order of the file
+            np.testing.assert_allclose(np.stack([vertices[axis] for axis in "xyz"], 1), cloud["coord"], atol=1e-6)
+        rgb = [np.stack([vertices[name] for name in ("red", "green", "blue")], 1) for vertices in (colored, pca)]
+        assert (colored["label"] == label).all() and (rgb[0] == palette[label]).all() and "label" not in pca
+        assert len(np.unique(rgb[1], axis=0)) > 10
+    assert len(list(out.iterdir())) == 12                                                # and nothing half written
+
+
+def test_predict_one_scene_folder_as_text(whole, tmp_path):
+    clouds = write_every_format(tmp_path / "in")
+    labels = predict.main([str(last(whole[1])), str(tmp_path / "in" / "scene0001_00"), "--output", str(tmp_path / "out"), "--device", "cpu",
+                           "--labels", "txt", "--picture", "none", "evaluation.precise=true"])
+    (label,) = labels.values()
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["scene0001_00.txt"]
+    assert (np.loadtxt(tmp_path / "out" / "scene0001_00.txt") == label).all() and len(label) == len(clouds["scene0001_00"]["coord"])
+    with pytest.raises(ValueError, match="--html"):
+        predict.main([str(last(whole[1])), str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--device", "cpu", "--html"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no clouds in this folder"):
+        predict.main([str(last(whole[1])), str(tmp_path / "empty"), "--output", str(tmp_path / "out"), "--device", "cpu"])
+
+
+# -- mistakes ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("more, message", [
+    (["training.batch_size=0"], "training.batch_size"),
+    (["training.epochs=5"], "training.epochs=5 is no multiple"),
+    (["training.epoch=5"], "training.epoch"),
+    (["optimizer.block_lr=0"], "optimizer.block_lr"),
+    (["model.mode=linear"], "model.mode"),
+    (["model.num_classes=4"], "3 class names for model.num_classes=4"),
+    (["data.root=nowhere"], "nowhere: no such folder; set data.root"),
+    (["data.train=trian"], "no split 'trian'.*train"),
+    (["data.features=[coord,colour]"], "data.features"),
+    (["data.grid_size=-1"], "data.grid_size"),
+    (["data.benchmark=scannet"], "data.benchmark"),
+    (["augmentation.mix_probability=2"], "augmentation.mix_probability"),
+    (["augmentation.elastic=[0.2]"], "augmentation.elastic"),
+    (["data.features=[coord,color]"], "6 channels, the model takes 9"),
+    (["--test-only"], "--test-only needs --resume"),
+    (["--limit-batches", "-1"], "--limit-batches"),
+    (["--num-workers", "-1"], "--num-workers"),
+    (["scheduler.pct_start=2"], "pct_start"),
+])
+def test_user_errors_name_the_place(root, tmp_path, more, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        train(write_config(tmp_path / "c.yaml", root), tmp_path / "out", *more)
+
+
+def test_labels_are_checked_and_the_ignored_values_of_classes_json_hold(root, tmp_path):
+    folder = write_clouds(tmp_path / "train", 1).parent
+    cloud = tiny_cloud(7)
+    cloud["segment"][:9] = 255
+    np.savez(folder / "train" / "other.npz", **cloud)
+    config = SCRIPT.load_config(write_config(tmp_path / "c.yaml", folder), SCRIPT.DEFAULTS, [])
+    with pytest.raises(ValueError, match=r"other.npz: label 255 at 9 of 300 points"):
+        SCRIPT.build_dataset(config, "train")
+    (folder / "classes.json").write_text(json.dumps({"classes": ["a", "b", "c"], "ignore_index": 255}))
+    dataset = SCRIPT.build_dataset(config, "train")
+    assert (dataset.cloud(1)["label"] == IGNORE_INDEX).sum() == 9 and SCRIPT.class_names(config) == ["a", "b", "c"]
+    with pytest.raises(ValueError, match="--label-dir"):
+        SCRIPT.build_dataset(config, "test", data_dir=str(folder), label_dir=str(folder))
+
+
+# -- processes and imports ---------------------------------------------------------------------------------------------
+
+def test_two_processes_train_together_and_score_like_one(root, tmp_path):
+    """Three clouds for two processes: each is scored once."""
+    config = write_config(tmp_path / "c.yaml", root, model={"mode": "dec"}, training={**ONE_STEP, "use_pretrained": None, "batch_size": 4})
+    weights = write_encoder(tmp_path / "sonata.pth")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_sonata.py", config, "--device", "cpu",
+               "--num-workers", "0", "--output-dir", tmp_path / "out", "--pretrained_path", weights]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    together = read_log(tmp_path / "out" / "log" / "log.jsonl")[-1]
+    checkpoint = load_checkpoint(last(tmp_path / "out"))
+    assert together["split"] == "val" and checkpoint["step"] == 1 and len(checkpoint["rng_others"]) == 1
+    model = SCRIPT.load_model(checkpoint, CPU)
+    alone = SCRIPT.evaluate(model, SCRIPT.build_dataset(model.config, "val"), precise=False)
+    assert alone["matrix"].sum() == sum((tiny_cloud(seed, 300 + 7 * (seed % 5))["segment"] >= 0).sum() for seed in (100, 101, 102))
+    for key in ("miou", "overall_accuracy", "fw_iou"):
+        assert together[key] == pytest.approx(alone["metrics"][key], abs=1e-12)
+    assert together["loss"] == pytest.approx(alone["loss"], rel=1e-6)
+    assert together["official_miou"] == pytest.approx(alone["tables"][SCRIPT.OFFICIAL]["miou"], abs=1e-12)
+
+
+def test_runs_where_the_usual_extensions_are_refused():
+    """The whole script, its help text included, never tries spconv, torch_scatter, flash_attn, pointops, timm or addict."""
+    code = """
+import sys, torch
+class Refuse:
+    def find_spec(self, name, *_):
+        if name.split(".")[0] in {"spconv", "cumm", "torch_scatter", "torch_cluster", "flash_attn", "pointops", "timm", "addict"}:
+            raise ImportError(f"{name} is refused")
+sys.meta_path.insert(0, Refuse())
+import train_sonata, evaluate, predict
+from models.point_transformer import build_segmenter
+from tests.tiny_clouds import ENCODER
+batch = {"grid_coord": torch.arange(90).view(30, 3) % 7, "feat": torch.rand(30, 9), "offset": torch.tensor([12, 30])}
+print(build_segmenter(ENCODER, 3, "ft")(batch).shape)
+try:
+    train_sonata.main(["--help"])
+except SystemExit as end:
+    print("exit", end.code)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and "torch.Size([30, 3])" in done.stdout and "exit 0" in done.stdout, done.stderr
+    assert "--pretrained_path" in done.stdout
+
+
+def test_the_smallest_cloud_goes_all_the_way():
+    model = build_segmenter(ENCODER, 3, "ft").eval()
+    batch = {"grid_coord": torch.zeros(1, 3, dtype=torch.int32), "feat": torch.rand(1, 9), "offset": torch.tensor([1])}
+    assert model(batch).shape == (1, 3)
