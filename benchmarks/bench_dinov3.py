@@ -16,6 +16,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import itertools
+import re
 import resource
 import statistics
 import subprocess
@@ -36,8 +37,8 @@ from models.dinov3 import BACKBONES, FrozenBackbone, VisionTransformer, ViTConfi
 from models.dinov3_adapter import DINOv3_Adapter  # noqa: E402
 from models.dinov3_weights import load_vit  # noqa: E402
 from models.mask2former import Mask2FormerHead, Mask2FormerSegmenter  # noqa: E402
-from utils.cli import ArgumentParser, run, user_message  # noqa: E402
-from utils.device import autocast, describe, pick_device  # noqa: E402
+from utils.cli import ArgumentParser, run  # noqa: E402
+from utils.device import autocast, describe, pick_device, trim_memory  # noqa: E402
 from utils.log import read_log  # noqa: E402
 from utils.mask_losses import SetCriterion  # noqa: E402
 
@@ -96,18 +97,27 @@ def by_turns(sides: dict, repeats: int, device: torch.device) -> dict[str, list[
     return seconds
 
 
-def peak_mib(device: torch.device) -> float:
+def peak_mib(device: torch.device, reset: bool = False) -> float:
+    """The most memory held since the last reset (which only Linux can do), or since the start."""
+    if reset:
+        gc.collect()
+        trim_memory()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        elif sys.platform == "linux":
+            Path("/proc/self/clear_refs").write_text("5")
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10           # kilobytes on Linux
+    if sys.platform == "linux":                             # ru_maxrss starts with the peak of the parent process
+        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20            # bytes on macOS
 
 
 def memory(args) -> float:
     """MiB that two passes of one side need above what was held before; printed for the process that started this."""
     device = pick_device(args.device or "cpu")
     sides = {"vit": vit_sides, "m2f": m2f_sides}[args.of](args, *args.shapes[0], args.formats[0], [args.side])
-    gc.collect()
-    before = peak_mib(device)
+    before = peak_mib(device, reset=True)
     for _ in range(2):
         sides[args.side]()
     print(f"peak {peak_mib(device) - before:.1f}")
@@ -115,7 +125,7 @@ def memory(args) -> float:
 
 
 def peak_alone(args, part: str, side: str, size: int, batch: int, number: str) -> float:
-    """`memory` in a process of its own. Start it while this one holds little: a child begins with its parent's peak."""
+    """`memory` in a process of its own."""
     same = {"backbone": args.backbone[0], "device": args.device or "cpu", "hidden-dim": args.hidden_dim or 256,
             **{name: getattr(args, name) for name in ("num_heads", "ffn_dim", "num_points", "threads")}}
     words = [sys.executable, __file__, "memory", "--of", part, "--side", side, "--shapes", f"{size}x{batch}",
@@ -127,10 +137,9 @@ def compare(args, part: str, build, formats, what: str) -> list[dict]:
     if importlib.util.find_spec("transformers") is None:
         raise ValueError(NO_TRANSFORMERS)
     device, rows = pick_device(args.device or "cpu"), []
-    cases = [(size, batch, number) for size, batch in args.shapes for number in formats]
-    peaks = [[peak_alone(args, part, side, *case) for side in ("ours", "theirs")] for case in cases]
     print(describe(device), flush=True)
-    for (size, batch, number), peak in zip(cases, peaks, strict=True):
+    for (size, batch), number in itertools.product(args.shapes, formats):
+        peak = [peak_alone(args, part, side, size, batch, number) for side in ("ours", "theirs")]
         sides = build(args, size, batch, number, ["ours", "theirs"])
         difference = [f"{float((a - b).abs().max() / b.abs().max()):.1e}"
                       for a, b in zip(sides["ours"](), sides["theirs"](), strict=True)]
@@ -146,49 +155,41 @@ def compare(args, part: str, build, formats, what: str) -> list[dict]:
 
 # -- ours and theirs ---------------------------------------------------------------------------------------------------
 
-def transformers_config(config: ViTConfig):
-    from transformers import DINOv3ViTConfig
-    return DINOv3ViTConfig(patch_size=config.patch_size, hidden_size=config.embed_dim,
-                           intermediate_size=config.ffn_hidden, num_hidden_layers=config.depth,
-                           num_attention_heads=config.num_heads, layer_norm_eps=config.norm_eps,
-                           rope_theta=config.rope_base, query_bias=config.qkv_bias, value_bias=config.qkv_bias,
-                           use_gated_mlp=config.ffn != "mlp", num_register_tokens=config.num_registers)
-
-
 def vit_sides(args, size: int, batch: int, number: str, names) -> dict:
     """All tokens after the final norm of random images, without gradient. Theirs attends through PyTorch's SDPA, too,
     which is its default. bfloat16: ours holds the linear weights in it, as in training; theirs all of the model."""
-    config, device = BACKBONES[args.backbone[0]], pick_device(args.device or "cpu")
+    c, device = BACKBONES[args.backbone[0]], pick_device(args.device or "cpu")
     torch.manual_seed(0)
-    image, sides = torch.randn(batch, 3, size, size, device=device), {}
-    amp_dtype = None if number == "float32" else torch.bfloat16
-    theirs = ours = None
+    parts = [1, c.num_registers, (size // c.patch_size) ** 2]
+    image, sides, state = torch.randn(batch, 3, size, size, device=device), {}, None
+    amp_dtype, held = (None if number == "float32" else torch.bfloat16), number == "bfloat16"
+
+    def add(name, tokens, dtype):                           # class, registers, patches
+        @torch.no_grad()
+        def forward():
+            with autocast(device, dtype):
+                return tokens()
+        sides[name] = forward
+
     if "theirs" in names:
-        from transformers import DINOv3ViTModel
-        theirs = DINOv3ViTModel(transformers_config(config)).eval()
-        with torch.no_grad():
-            for parameter in theirs.parameters():
-                if parameter.ndim == 1:                     # or no error in a bias or a scale would show
-                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        from transformers import DINOv3ViTConfig, DINOv3ViTModel
+        theirs = DINOv3ViTModel(DINOv3ViTConfig(
+            patch_size=c.patch_size, hidden_size=c.embed_dim, intermediate_size=c.ffn_hidden, num_hidden_layers=c.depth,
+            num_attention_heads=c.num_heads, layer_norm_eps=c.norm_eps, rope_theta=c.rope_base, query_bias=c.qkv_bias,
+            value_bias=c.qkv_bias, use_gated_mlp=c.ffn != "mlp", num_register_tokens=c.num_registers)).eval()
+        theirs.requires_grad_(False)                        # frozen as ours, or autocast would keep what it casts
+        state = theirs.state_dict()
+        for tensor in state.values():
+            if tensor.ndim == 1:                            # or no error in a bias or a scale would show
+                tensor.add_(torch.randn_like(tensor), alpha=0.1)
     if "ours" in names:
-        ours = VisionTransformer(config) if theirs is None else load_vit(config, theirs.state_dict(), "transformers")[0]
-        backbone = FrozenBackbone(ours, config.taps, [0, 0, 0], [1, 1, 1], {})
-        ours = backbone.to(device, amp_dtype if number == "bfloat16" else None).vit
-
-        @torch.no_grad()
-        def our_pass():
-            with autocast(device, amp_dtype):
-                parts = ours(image)
-                return [torch.cat([parts.pop("class_token")[:, None], *parts.values()], 1).float()]
-        sides["ours"] = our_pass
+        ours = load_vit(c, state, "transformers")[0] if state else VisionTransformer(c)
+        FrozenBackbone(ours, c.taps, [0, 0, 0], [1, 1, 1], {}).to(device, amp_dtype if held else None)
+        add("ours", lambda: [part.float().view(batch, -1, c.embed_dim) for part in ours(image).values()],
+            amp_dtype)
     if "theirs" in names:
-        theirs.to(device, torch.bfloat16 if number == "bfloat16" else None)
-
-        @torch.no_grad()
-        def their_pass():
-            with autocast(device, amp_dtype if number == "autocast" else None):
-                return [theirs(image).last_hidden_state.float()]
-        sides["theirs"] = their_pass
+        theirs.to(device, amp_dtype if held else None)
+        add("theirs", lambda: theirs(image).last_hidden_state.float().split(parts, 1), None if held else amp_dtype)
     return sides
 
 
@@ -319,18 +320,18 @@ def cache(args) -> list[dict]:
     for script, (size, batch) in itertools.product((train_m2f_head, train_upernet_head), args.shapes):
         with tempfile.TemporaryDirectory() as folder:
             make_image_set(folder, 2 * batch, 0, 0, size=(size * 4 // 3, size))             # two windows a picture
-            found = []
+            found, common = [], (
+                f"--num-classes {len(IMAGE_CLASSES)} --image-size {size} --batch-size {batch} --augment windows "
+                f"--backbone {args.backbone[0]} --backbone-weights random --epochs {args.repeats + 1} --num-workers 0 "
+                f"--device {device}" + (f" --hidden-dim {args.hidden_dim}" if args.hidden_dim else ""))
             for flags in ([], ["--cache-features"]):
                 times, output = [], f"{folder}/run{len(flags)}"
                 with mock.patch.object(script, "train_one_epoch", timed(script.train_one_epoch, times, device)):
-                    script.main(["--image-paths", f"{folder}/images/train", "--mask-paths", f"{folder}/masks/train",
-                                 "--num-classes", str(len(IMAGE_CLASSES)), "--image-size", str(size), "--batch-size",
-                                 str(batch), "--augment", "windows", "--backbone", args.backbone[0],
-                                 "--backbone-weights", "random", "--epochs", str(args.repeats + 1), "--num-workers",
-                                 "0", "--output-dir", output, "--cache-dir", f"{folder}/cache", "--device", str(device),
-                                 *(["--hidden-dim", str(args.hidden_dim)] if args.hidden_dim else []), *flags,
-                                 *(["--num-points", str(args.num_points), "--ffn-dim", str(args.ffn_dim)]
-                                   if script is train_m2f_head else [])])
+                    script.main([
+                        "--image-paths", f"{folder}/images/train", "--mask-paths", f"{folder}/masks/train",
+                        "--output-dir", output, "--cache-dir", f"{folder}/cache", *flags, *common.split(),
+                        *(f"--num-points {args.num_points} --ffn-dim {args.ffn_dim}".split()
+                          if script is train_m2f_head else [])])
                 found.append((statistics.median(times[1:]), [r["loss"] for r in read_log(f"{output}/log/log.jsonl")]))
         (slow, losses), (fast, same) = found
         rows.append({"script": script.SCRIPT, "ratio": slow / fast,
@@ -397,8 +398,7 @@ def whole_steps(args, name: str, size: int, batch: int, device: torch.device) ->
     for kind, function in (("backbone", lambda: backbone(backbone.normalize(data["image"]))),
                            ("forward", predict), ("step", step)):
         model.train(kind == "step")
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+        peak_mib(device, reset=True)
         seconds[kind] = statistics.median(by_turns({kind: function}, args.repeats, device)[kind])
         peak[kind] = peak_mib(device) / 1024
     tflops = backbone_flops(config, size) * batch / seconds["backbone"] / 1e12
@@ -417,10 +417,8 @@ def gpu(args) -> list[dict]:
     for name, (size, batch) in itertools.product(args.backbone, args.shapes):
         try:
             rows.append(whole_steps(args, name, size, batch, device))
-        except RuntimeError as error:
-            if not (message := user_message(error)):
-                raise
-            print(f"  {name}, {size} px, batch {batch}: {message[:60]}", flush=True)
+        except torch.OutOfMemoryError:
+            print(f"  {name}, {size} px, batch {batch}: out of memory", flush=True)
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
