@@ -44,16 +44,6 @@ def overlay(image: Image.Image, label: np.ndarray, palette: np.ndarray, alpha: f
     return Image.fromarray(np.where(known[..., None], mixed.round().astype(np.uint8), photo))
 
 
-def side_by_side(*images: Image.Image, gap: int = 8) -> Image.Image:
-    """Pictures in a row, top edges aligned, white between them."""
-    width = sum(image.width for image in images) + gap * (len(images) - 1)
-    row, left = Image.new("RGB", (width, max(image.height for image in images)), "white"), 0
-    for image in images:
-        row.paste(image, (left, 0))
-        left += image.width + gap
-    return row
-
-
 def feature_picture(features: np.ndarray, size: tuple[int, int], patch_size: int | None = None) -> Image.Image:
     """Features (E, h, w) as colours, see utils.render.pca_colors, enlarged to size (width, height).
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.image_results import example_pair, feature_picture, overlay, side_by_side, write_image_result, write_label_png
+from data.image_results import example_pair, feature_picture, overlay, write_image_result, write_label_png
 from data.images import SegmentationDataset, read_mask
 from utils.losses import IGNORE_INDEX
 from utils.render import IGNORE_COLOR
@@ -32,12 +32,6 @@ def test_overlay_mixes_and_leaves_unlabelled_pixels():
     assert (np.array(overlay(photo(), LABEL, COLORS, 1.0))[0] == COLORS).all()
     with pytest.raises(ValueError, match="sizes differ"):
         overlay(photo(3, 3), LABEL, COLORS)
-
-
-def test_side_by_side():
-    row = np.array(side_by_side(photo(2, 3, 10), photo(4, 5, 20), gap=2))
-    assert row.shape == (4, 10, 3) and (row[:2, :3] == 10).all() and (row[:, 5:] == 20).all()
-    assert (row[:, 3:5] == 255).all() and (row[2:, :3] == 255).all()
 
 
 def test_features_as_colours_lie_on_their_pixels():
