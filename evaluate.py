@@ -132,7 +132,8 @@ def main(argv=None) -> dict:
     output.mkdir(parents=True, exist_ok=True)
     record = {"checkpoint": str(args.checkpoint), "sha256": sha256_file(args.checkpoint),
               "script": checkpoint["script"], "epoch": checkpoint.get("epoch"), "step": checkpoint.get("step"),
-              "data": str(what), "files": len(dataset.files), "seconds": result["seconds"],
+              "data": str(what), "files": len(dataset.files), "limit_batches": args.limit_batches,
+              "seconds": result["seconds"],
               "device": describe(device), "loss": result["loss"], **metrics,
               "per_class": {name: {key: float(result["metrics"][key][c]) for key in ("iou", "f1", "accuracy")}
                             for c, name in enumerate(model.class_names)},
