@@ -1,8 +1,9 @@
-"""From the `data` flags of the image scripts to checked pairs of photographs and masks, class names and colours."""
+"""From the data settings of the image scripts to checked pairs of photographs and masks, class names and colours."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,23 +13,69 @@ from data.images import Augmentation, PairSummary, SegmentationDataset, check_pa
 from utils.render import palette
 
 
-def read_classes(path: str | None, num_classes: int) -> tuple[list[str], np.ndarray]:
-    """Names and colours (C, 3) uint8 of --classes, a JSON file {"classes": [...], "palette": [[r, g, b], ...]}; the
-    palette may be missing, the file too: then "class 0" ... ValueError where their number is not num_classes."""
-    names, colors = [f"class {c}" for c in range(num_classes)], palette(num_classes)
-    if path is None:
-        return names, colors
+def read_class_file(path: str | Path) -> tuple[list[str], np.ndarray | None]:
+    """Names and colours (C, 3) int64, None where the file has none. FILE.json: {"classes": [...], "palette": [[r, g,
+    b], ...]}; other files: a line per class, with its number ("0 background", in any order) or without. ValueError for
+    a file that is neither, for numbers other than 0, 1, 2 ..., for colours that are not 0 to 255."""
+    path = Path(path)
+    is_json = path.suffix.lower() == ".json"
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if is_json else {"classes": []}
         names = [str(name) for name in content["classes"]]
-        colors = np.array(content.get("palette", colors), dtype=np.int64)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f'--classes {path}: expected {{"classes": [names], "palette": [[r, g, b], ...]}} '
-                         f"({type(error).__name__}: {error})") from error
-    if len(names) != num_classes or colors.shape != (num_classes, 3) or colors.min() < 0 or colors.max() > 255:
-        raise ValueError(f"--classes {path}: {len(names)} names and a palette of shape {colors.shape} for "
-                         f"--num-classes {num_classes}; give one name and one colour (0 to 255 each) per class")
-    return names, colors.astype(np.uint8)
+        colors = np.array(content["palette"], dtype=np.int64) if "palette" in content else None
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f'{path}: expected {{"classes": [names], "palette": [[r, g, b], ...]}} in a .json file, lines '
+                         f'such as "0 background" in others ({type(error).__name__}: {error})') from error
+    if not is_json:
+        names = _numbered_names(path, [line.strip() for line in text.splitlines() if line.strip()])
+    if colors is not None and (colors.shape != (len(names), 3) or colors.min() < 0 or colors.max() > 255):
+        raise ValueError(f"{path}: {len(names)} names and a palette of shape {colors.shape}; give one name and one "
+                         f"colour (0 to 255 each) per class")
+    return names, colors
+
+
+def _numbered_names(path, lines):
+    found = [re.fullmatch(r"(\d+)[\s:,;=]+(.+)", line) for line in lines]
+    if not any(found):
+        return lines
+    if not all(found):
+        raise ValueError(f'{path}: "{lines[found.index(None)]}" has no number in front, other lines have; number all '
+                         f'classes ("0 background") or none')
+    names = {int(match[1]): match[2] for match in found}
+    if sorted(names) != list(range(len(lines))):
+        raise ValueError(f"{path}: the numbers of {len(lines)} classes are {', '.join(match[1] for match in found)}; "
+                         f"expected each of 0 to {len(lines) - 1} once, and no line for what is unlabelled")
+    return [names[c] for c in range(len(lines))]
+
+
+def read_classes(path: str | Path | None, num_classes: int) -> tuple[list[str], np.ndarray]:
+    """Names and colours (C, 3) uint8 of a class file, see read_class_file; colours of our own where it has none,
+    "class 0" ... without a file. ValueError where their number is not num_classes."""
+    if path is None:
+        return [f"class {c}" for c in range(num_classes)], palette(num_classes)
+    names, colors = read_class_file(path)
+    if len(names) != num_classes:
+        raise ValueError(f"{path}: {len(names)} names for num_classes={num_classes}; give one name per class")
+    return names, palette(num_classes) if colors is None else colors.astype(np.uint8)
+
+
+def class_info(root: str | Path, path: str | Path | None, num_classes: int) -> tuple[list[str], np.ndarray]:
+    """read_classes of the file named, or else of root/classes.json or root/classes.txt where there is one."""
+    own = (file for file in (Path(root) / "classes.json", Path(root) / "classes.txt") if file.is_file())
+    return read_classes(path or next(own, None), num_classes)
+
+
+def folder_pairs(root: str | Path, split: str) -> list[tuple[Path, Path]]:
+    """The (photograph, mask) pairs of root/images/SPLIT and root/masks/SPLIT, by file name. ValueError for a folder
+    that is missing or empty and for files without a partner."""
+    folders = [Path(root) / kind / split for kind in ("images", "masks")]
+    for folder in folders:
+        if not folder.is_dir():
+            there = sorted(path.name for path in folder.parent.glob("*") if path.is_dir())
+            raise ValueError(f"{folder}: no such folder; expected images/SPLIT and masks/SPLIT in {root}"
+                             f"{', with SPLIT ' + ' or '.join(there) if there else ''}")
+    return pair_files(*(find_files([folder], "data set") for folder in folders), tuple(map(str, folders)))
 
 
 def split_pairs(data: Mapping, split: str) -> list[tuple[Path, Path]]:

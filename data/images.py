@@ -2,7 +2,7 @@
 
 A mask is an 8-bit image of one channel (or a palette image, whose indices count); photograph and mask share the file
 name without its ending. In memory a label map is int64 with IGNORE_INDEX; files keep their own numbers.
-Shapes: H, W of the photograph, S side of a training crop, C classes.
+Shapes: H, W of the photograph, S, T height and width of a training crop, C classes.
 """
 
 from __future__ import annotations
@@ -40,34 +40,60 @@ CROP_TRIES = 10                             # for one that no class dominates (M
 SCAN_VERSION = 1                            # raise it when _scan records something else
 # NTSC's luma and two chroma axes: saturation scales the chroma plane, hue turns it
 YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+COLORS = ("ssd", "factors")
+SCALES_OF = ("image_size", "photo")
 
 
 class Augmentation(NamedTuple):
-    """Random changes of a training crop: scale, crop, mirror image, and the colour changes of SSD (Liu et al. 2016),
-    each of the four in half of the crops.
+    """Random changes of a training crop: scale, crop, mirror image, and colours, see color_matrix.
 
-    scale_range: the short side becomes image_size times a number of it. crop False shows the whole image instead, its
-    long side at most image_size. cat_max_ratio: largest share of one class in a crop, where a few tries find one.
+    scale_range: factor; the photograph is made to cover image_size and then multiplied by it (scale_of "image_size"),
+    or multiplied by it as it is ("photo": DeepLab). crop False shows the whole image instead, no larger than
+    image_size. cat_max_ratio: largest share of one class in a crop, where a few tries find one; at 1 crops only have
+    to show something labelled. padding: pixels around the scaled image among which a crop may lie too, as
+    torchvision's RandomCrop(padding) has it.
     """
 
     scale_range: tuple[float, float] = (0.5, 2.0)
     crop: bool = True
     cat_max_ratio: float = 0.75
-    flip: float = 0.5                                       # probability
-    brightness: float = 32 / 255                            # added, up to this share of the range
-    contrast: tuple[float, float] = (0.5, 1.5)              # factor
-    saturation: tuple[float, float] = (0.5, 1.5)            # factor
+    flip: float = 0.5                                       # probability, left to right
+    brightness: float = 32 / 255                            # ssd: added, a share of the range; factors: 1 +- it
+    contrast: tuple[float, float] | float = (0.5, 1.5)      # factor, or x for 1 - x to 1 + x
+    saturation: tuple[float, float] | float = (0.5, 1.5)    # factor, or x for 1 - x to 1 + x
     hue: float = 18 / 360                                   # turn, up to this share of the circle
+    scale_of: str = "image_size"                            # | photo
+    scale_step: float = 0.0                                 # factors lowest, lowest + step ... only; 0: any
+    padding: int = 0
+    color: str = "ssd"                                      # | factors
+    vertical_flip: float = 0.0                              # probability, upside down
 
     def check(self) -> Augmentation:
         """Return itself; ValueError for ranges that are not (lowest, highest), negative amounts, shares above 1."""
+        check_choice("augmentation.scale_of", self.scale_of, SCALES_OF)
+        check_choice("augmentation.color", self.color, COLORS)
         for name in ("scale_range", "contrast", "saturation"):
-            ends = getattr(self, name)
+            value = getattr(self, name)
+            ends = value if name == "scale_range" else factor_range(value)
             if len(ends) != 2 or not 0 <= ends[0] <= ends[1] or (name == "scale_range" and ends[0] == 0):
-                raise ValueError(f"augmentation.{name}={list(ends)}: expected [lowest, highest], neither below 0")
-        for name in ("cat_max_ratio", "flip", "brightness", "hue"):
+                raise ValueError(f"augmentation.{name}={value}: expected [lowest, highest], neither below 0")
+        for name in ("cat_max_ratio", "flip", "vertical_flip", "brightness", "hue"):
             check_range(f"augmentation.{name}", getattr(self, name), 0, 1)
+        check_range("augmentation.padding", self.padding, 0)
+        check_range("augmentation.scale_step", self.scale_step, 0)
+        steps = (self.scale_range[1] - self.scale_range[0]) / self.scale_step if self.scale_step else 0
+        if abs(steps - round(steps)) > 1e-6:
+            raise ValueError(f"augmentation.scale_step={self.scale_step}: does not lead from {self.scale_range[0]} to "
+                             f"{self.scale_range[1]} in whole steps")
+        if not self.crop and (self.padding or self.scale_of == "photo"):
+            raise ValueError("augmentation.crop=false fits the whole photograph into image_size: leave out padding and "
+                             "scale_of=photo")
         return self
+
+
+def factor_range(value: Sequence[float] | float) -> tuple[float, ...]:
+    """(lowest, highest) factor of a colour: the two given, or 1 - x and 1 + x of one number x."""
+    return (1 - value, 1 + value) if isinstance(value, int | float) else tuple(value)
 
 
 class PairSummary(NamedTuple):
@@ -188,6 +214,18 @@ def label_table(num_classes: int, ignore_label: int = 255, reduce_zero_label: bo
     return table
 
 
+def _checked_table(table, num_classes, ignore_label, reduce_zero_label):
+    """The table given, if it is one, or else label_table's."""
+    if table is None:
+        return label_table(num_classes, ignore_label, reduce_zero_label)
+    table = np.asarray(table)
+    if table.shape != (256,) or table.dtype.kind != "i" or not np.isin(
+            table, [IGNORE_INDEX, OUT_OF_RANGE, *range(num_classes)]).all():
+        raise ValueError(f"table of labels: expected 256 integers, each {IGNORE_INDEX} (unlabelled), {OUT_OF_RANGE} "
+                         f"(no class) or one of {num_classes} classes, got {table.dtype} of shape {table.shape}")
+    return table.astype(np.int64)
+
+
 def label_to_file(label: np.ndarray, ignore_label: int = 255, reduce_zero_label: bool = False) -> np.ndarray:
     """Labels (H, W) integer in the numbers of the masks, uint8: the inverse of label_table."""
     label = label.astype(np.int64)                          # 8 bits would wrap
@@ -231,7 +269,8 @@ def _range_problem(histogram, table, path):
     jpeg = "; JPEG changes the values: store masks as PNG" * (Path(path).suffix.lower() in (".jpg", ".jpeg"))
     return (f"value{'s' * (len(wrong) > 1)} {', '.join(map(str, list(wrong)[:5]))}{' ...' * (len(wrong) > 5)} at "
             f"{sum(wrong.values())} pixels; expected {known.min()} to {known.max()}, for unlabelled "
-            f"{' or '.join(map(str, ignored))}; check num_classes, ignore_label and reduce_zero_label{jpeg}")
+            f"{' or '.join(map(str, ignored[:9])) or 'none'}; check num_classes, ignore_label and "
+            f"reduce_zero_label{jpeg}")
 
 
 def read_mask(path: str | Path, num_classes: int, ignore_label: int = 255,
@@ -243,15 +282,17 @@ def read_mask(path: str | Path, num_classes: int, ignore_label: int = 255,
 # -- checking ----------------------------------------------------------------------------------------------------------
 
 def check_pairs(pairs: Sequence[tuple[Path, Path]], num_classes: int, ignore_label: int = 255,
-                reduce_zero_label: bool = False, cache_dir: str | Path | None = None, workers: int = 4) -> PairSummary:
+                reduce_zero_label: bool = False, cache_dir: str | Path | None = None, workers: int = 4,
+                table: np.ndarray | None = None) -> PairSummary:
     """Read every file once, before training, and count the classes. What was read is kept in cache_dir and holds as
-    long as paths, sizes and times of the files do.
+    long as paths, sizes and times of the files do. table (256,): labels of the file values, for label_table's.
 
     Raises ValueError, one line with the first file and how many others are like it, for files that cannot be read,
     masks that are not 8-bit ids or not of the photograph's size, photographs with an EXIF orientation (their pixels
     and the mask may or may not be turned alike), ids out of range, and where not one pixel is labelled.
     """
-    table, records = label_table(num_classes, ignore_label, reduce_zero_label), _scan_all(pairs, cache_dir, workers)
+    table = _checked_table(table, num_classes, ignore_label, reduce_zero_label)
+    records = _scan_all(pairs, cache_dir, workers)
     found = [problem for record in records if (problem := _problem(record, table))]
     if found:
         others = sum(kind == found[0][0] for kind, _ in found[1:])
@@ -363,20 +404,32 @@ def read_part(path: str | Path, size: tuple[int, int],
     return take_part(image, source, size, part, Image.Resampling.BILINEAR), original
 
 
-def color_matrix(settings: Augmentation, rng: np.random.Generator) -> tuple[float, ...]:
-    """(12,) rows of a random affine change of RGB in 0..255, for Image.convert: SSD's four distortions as one.
+def color_matrix(settings: Augmentation, rng: np.random.Generator, mean_luma: float = 0.0) -> tuple[float, ...]:
+    """(12,) rows of a random affine change of RGB in 0..255, for Image.convert.
 
-    Deviates from SSD: saturation and hue act on the chroma plane of YIQ instead of HSV, and nothing is clipped between
-    the steps, so that SSD's choice of the place of contrast makes no difference. Ten times faster.
+    "ssd": the four distortions of SSD (Liu et al. 2016), each in half of the crops: brightness is added. "factors":
+    ColorJitter of torchvision, all four in every crop: brightness is a factor, contrast stretches around mean_luma, the
+    mean of the crop's luma. Deviates from both: saturation and hue act on the chroma plane of YIQ instead of HSV
+    (torchvision's saturation does as well), nothing is clipped between the steps, and their order is the one named
+    here; torchvision shuffles it, SSD chooses the place of contrast, which makes no difference without clipping. Ten
+    times faster.
     """
-    on = rng.random(4) < 0.5
-    drawn = rng.uniform([-settings.brightness, settings.contrast[0], settings.saturation[0], -settings.hue],
-                        [settings.brightness, settings.contrast[1], settings.saturation[1], settings.hue])
+    ssd = settings.color == "ssd"
+    on = rng.random(4) < 0.5 if ssd else np.full(4, True)
+    contrasts, saturations = factor_range(settings.contrast), factor_range(settings.saturation)
+    drawn = rng.uniform([-settings.brightness, contrasts[0], saturations[0], -settings.hue],
+                        [settings.brightness, contrasts[1], saturations[1], settings.hue])
     brightness, contrast, saturation, hue = np.where(on, drawn, (0, 1, 1, 0))
     cosine, sine = saturation * math.cos(2 * math.pi * hue), saturation * math.sin(2 * math.pi * hue)
     chroma = np.array([[1, 0, 0], [0, cosine, -sine], [0, sine, cosine]])
     linear = contrast * np.linalg.inv(YIQ) @ chroma @ YIQ
-    return tuple(np.column_stack([linear, np.full(3, contrast * brightness * 255)]).ravel().tolist())
+    if ssd:
+        return _rows(linear, contrast * brightness * 255)
+    return _rows((1 + brightness) * linear, (1 - contrast) * (1 + brightness) * mean_luma)
+
+
+def _rows(linear, added):
+    return tuple(np.column_stack([linear, np.full(3, added)]).ravel().tolist())
 
 
 def dominated(mask: Image.Image, table: np.ndarray, cat_max_ratio: float) -> bool:
@@ -390,20 +443,25 @@ def dominated(mask: Image.Image, table: np.ndarray, cat_max_ratio: float) -> boo
 class SegmentationDataset(Dataset):
     """Photographs with their label maps.
 
-    views: "crops": one random crop S x S of every photograph, see Augmentation; "windows": the photograph with its
-    short side at S = image_size, cut into windows S x S, neighbours side by side and the last one moved back inside, so
-    that every pixel is in an item and nothing is random; "whole": photograph and label map as they are, for scoring.
+    image_size: (height S, width T) of crops and windows, or one number for both. views: "crops": one random crop S x T
+    of every photograph, see Augmentation; "windows": the photograph as small as it still covers S x T, cut into
+    windows S x T, neighbours side by side and the last one moved back inside, so that every pixel is in an item and
+    nothing is random; "whole": photograph and label map as they are, for scoring.
     Item: image (3, H, W) uint8 RGB, label (H, W) int64, index: the item's number. Where a crop is larger than the
     image, PADDING and IGNORE_INDEX fill it at the right and bottom. Images are resized bilinearly with antialiasing,
-    masks to the nearest pixel, both from the very same box. Randomness depends on (seed, epoch, item) alone. files and
-    pairs are those given; ValueError for wrong settings, and for wrong files as they are met (see check_pairs).
+    masks to the nearest pixel, both from the very same box. table (256,): labels of the file values, for label_table's.
+    Randomness depends on (seed, epoch, item) alone. files and pairs are those given; ValueError for wrong settings, and
+    for wrong files as they are met (see check_pairs).
     """
 
-    def __init__(self, pairs: Sequence[tuple[Path, Path]], image_size: int, num_classes: int,
+    def __init__(self, pairs: Sequence[tuple[Path, Path]], image_size: int | tuple[int, int], num_classes: int,
                  augmentation: Augmentation | None = None, ignore_label: int = 255, reduce_zero_label: bool = False,
-                 seed: int = 0, views: str = "crops") -> None:
+                 seed: int = 0, views: str = "crops", table: np.ndarray | None = None) -> None:
         check_choice("views", views, ("crops", "windows", "whole"))
-        check_range("image_size", image_size, 1)
+        self.size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)       # (S, T)
+        if len(self.size) != 2:
+            raise ValueError(f"image_size={image_size}: expected a number of pixels, or height and width")
+        check_range("image_size", min(self.size), 1)
         if (views == "crops") != (augmentation is not None):
             raise ValueError(f"views={views} {'needs an' if views == 'crops' else 'never change: leave out the'} "
                              f"augmentation")
@@ -411,17 +469,21 @@ class SegmentationDataset(Dataset):
         self.files = [image for image, _ in self.pairs]
         self.image_size, self.seed, self.views, self.epoch = image_size, seed, views, 0
         self.augmentation = augmentation and augmentation.check()
-        self.table = label_table(num_classes, ignore_label, reduce_zero_label)
+        if augmentation is not None and augmentation.padding >= min(self.size):
+            raise ValueError(f"augmentation.padding={augmentation.padding}: a crop of image_size={image_size} might "
+                             f"show nothing else; choose less")
+        self.table = _checked_table(table, num_classes, ignore_label, reduce_zero_label)
         self._windows = list(self._find_windows()) if views == "windows" else None
 
     def _find_windows(self):
         """(photograph, size it is resized to, part of it: left, top, width, height) of every window."""
-        side = self.image_size
+        height, width = self.size
         for index, path in enumerate(self.files):
             with opened(path) as image:
-                size = resized(image.size, side / min(image.size))
-            for top in window_starts(size[1], side, side):
-                yield from ((index, size, (left, top, side, side)) for left in window_starts(size[0], side, side))
+                size = resized(image.size, max(width / image.size[0], height / image.size[1]))
+            for top in window_starts(size[1], height, height):
+                yield from ((index, size, (left, top, width, height))
+                            for left in window_starts(size[0], width, width))
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the random numbers of an epoch; fixed views ignore it."""
@@ -433,48 +495,67 @@ class SegmentationDataset(Dataset):
     def __getitem__(self, item: int) -> dict:
         index = item if self._windows is None else self._windows[item][0]
         image_path, mask_path = self.pairs[index]
-        mask, matrix, flip = open_mask(mask_path), None, False
+        mask, corner, changes = open_mask(mask_path), (0, 0), self.augmentation
         size, part = mask.size, (0, 0, *mask.size)
         if self.views == "windows":
             _, size, part = self._windows[item]
         elif self.views == "crops":
             rng = np.random.default_rng(derived_seed(self.seed, self.epoch, item))
-            size, part = self._random_part(mask, rng)
-            flip, matrix = rng.random() < self.augmentation.flip, color_matrix(self.augmentation, rng)
+            size, part, corner = self._random_part(mask, rng)
         label = to_label(take_part(mask, mask.size, size, part, Image.Resampling.NEAREST), self.table, mask_path)
         image, source = read_part(image_path, size, part)
         if source != mask.size:
             raise ValueError(_size_problem(mask_path, mask.size, image_path, source))
-        image = np.asarray(image if matrix is None else image.convert("RGB", matrix)).transpose(2, 0, 1)   # (3, h, w)
-        if flip:
-            image, label = image[..., ::-1], label[:, ::-1]
-        if self.views == "crops":
-            image, label = self._padded(image, label)
+        if changes is not None:
+            flip = rng.random() < changes.flip
+            luma = np.asarray(image.convert("L")).mean() if changes.color == "factors" else 0.0
+            image = image.convert("RGB", color_matrix(changes, rng, luma))
+            mirrored = rng.random() < changes.vertical_flip, flip                            # rows, columns
+        image = np.asarray(image).transpose(2, 0, 1)                                         # (3, h, w)
+        if changes is not None:
+            image, label = self._padded(image, label, corner, mirrored)                      # (3, S, T), (S, T)
         return {"image": torch.from_numpy(np.ascontiguousarray(image)),
                 "label": torch.from_numpy(np.ascontiguousarray(label)), "index": item}
 
     def _random_part(self, mask, rng):
-        """The size the photograph is resized to, and the part of that to show."""
-        side, settings = self.image_size, self.augmentation
-        factor = rng.uniform(*settings.scale_range)
-        size = resized(mask.size, side * factor / min(mask.size) if settings.crop else
-                       side * min(factor, 1.0) / max(mask.size))
+        """The size the photograph is resized to, the part of that to show, and its (top, left) in the crop."""
+        height, width = self.size
+        settings = self.augmentation
+        low, high = settings.scale_range
+        factor = (low + settings.scale_step * rng.integers(round((high - low) / settings.scale_step) + 1)
+                  if settings.scale_step else rng.uniform(low, high))
+        if not settings.crop:
+            scale = min(width * min(factor, 1.0) / mask.size[0], height * min(factor, 1.0) / mask.size[1])
+        elif settings.scale_of == "photo":
+            scale = factor
+        else:
+            scale = max(width * factor / mask.size[0], height * factor / mask.size[1])
+        size, around = resized(mask.size, scale), settings.padding
         for _ in range(CROP_TRIES):
-            left, top = (int(rng.integers(max(0, length - side) + 1)) for length in size)
-            part = (left, top, min(side, size[0]), min(side, size[1]))
+            # of the crop in the image, negative where it starts in the padding
+            start = [int(rng.integers(max(0, length + 2 * around - shown) + 1)) - around
+                     for length, shown in zip(size, (width, height), strict=True)]
+            left, top = (max(0, place) for place in start)
+            part = (left, top, min(start[0] + width, size[0]) - left, min(start[1] + height, size[1]) - top)
             shown = take_part(mask, mask.size, size, part, Image.Resampling.NEAREST)
             if not dominated(shown, self.table, settings.cat_max_ratio):
                 break
-        return size, part
+        return size, part, (top - start[1], left - start[0])
 
-    def _padded(self, image, label):
-        """(3, h, w), (h, w) -> (3, S, S), (S, S)."""
-        height, width = label.shape
-        if height == width == self.image_size:
+    def _padded(self, image, label, corner, mirrored):
+        """(3, h, w), (h, w) -> (3, S, T), (S, T), the first pixel at corner, (top, left), turned over where mirrored,
+        (rows, columns), says so."""
+        axes = [axis for axis in (0, 1) if mirrored[axis]]
+        image, label = np.flip(image, [axis + 1 for axis in axes]), np.flip(label, axes)
+        if label.shape == self.size:
             return image, label
-        whole = np.empty((3, self.image_size, self.image_size), np.uint8)
+        if self.augmentation.padding:                       # without it the filling stays at the right and bottom
+            corner = [size - start - length if turned else start for size, start, length, turned
+                      in zip(self.size, corner, label.shape, mirrored, strict=True)]
+        rows, columns = (slice(start, start + length) for start, length in zip(corner, label.shape, strict=True))
+        whole = np.empty((3, *self.size), np.uint8)
         whole[:] = np.array(PADDING, np.uint8)[:, None, None]
-        whole[:, :height, :width] = image
-        labels = np.full(whole.shape[1:], IGNORE_INDEX, np.int64)
-        labels[:height, :width] = label
+        whole[:, rows, columns] = image
+        labels = np.full(self.size, IGNORE_INDEX, np.int64)
+        labels[rows, columns] = label
         return whole, labels
