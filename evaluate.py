@@ -127,6 +127,9 @@ def main(argv=None) -> dict:
     for name, other in result["tables"].items():
         print(f"\n{name}: overall accuracy {100 * other['overall_accuracy']:.2f}, mIoU {100 * other['miou']:.2f}, "
               f"mean F1 {100 * other['mean_f1']:.2f}")
+    extra = result.get("extra", {})                         # numbers only this method has: {title: {name: value}}
+    for title, values in extra.items():
+        print(f"\n{title}: {', '.join(f'{name} {show_number(value)}' for name, value in values.items())}")
 
     examples = gather_examples(model, script, dataset, result, args.examples)
     output.mkdir(parents=True, exist_ok=True)
@@ -137,7 +140,7 @@ def main(argv=None) -> dict:
               "device": describe(device), "loss": result["loss"], **metrics,
               "per_class": {name: {key: float(result["metrics"][key][c]) for key in ("iou", "f1", "accuracy")}
                             for c, name in enumerate(model.class_names)},
-              **{name: headline(other) for name, other in result["tables"].items()},
+              **{name: headline(other) for name, other in result["tables"].items()}, **extra,
               "confusion_matrix": result["matrix"].tolist(), "config": checkpoint["config"],
               "environment": environment()}
     (output / "metrics.json").write_text(json.dumps(without_nan(record), indent=1) + "\n", encoding="utf-8")
@@ -150,10 +153,19 @@ def main(argv=None) -> dict:
                   ("files", len(dataset.files)), ("elements", int(result["matrix"].sum())),
                   ("time", f"{result['seconds']:.1f} s on {describe(device)}"),
                   *((name, f"accuracy {100 * other['overall_accuracy']:.2f}, mIoU {100 * other['miou']:.2f}")
-                    for name, other in result["tables"].items())])
+                    for name, other in result["tables"].items()),
+                  *((name, show_number(value)) for values in extra.values() for name, value in values.items())])
     print(f"\nwrote {output / 'metrics.json'} and {output / 'report.html'}")
     cleanup()
     return metrics
+
+
+def show_number(value) -> str:
+    """A number, or the mean and range of several."""
+    if isinstance(value, list | tuple | np.ndarray | torch.Tensor):
+        value = np.asarray(value, dtype=np.float64)
+        return f"{np.nanmean(value):.3g} ({np.nanmin(value):.3g} to {np.nanmax(value):.3g})" if value.size else "none"
+    return f"{value:.4g}"
 
 
 def without_nan(value):

@@ -34,12 +34,20 @@ def parse_args(argv=None):
     parser.add_argument("--picture", help="coloured result: ply, glb or none; for images png or none")
     parser.add_argument("--html", action="store_true", help="also a page in which the result can be turned")
     parser.add_argument("--pca", action="store_true", help="also the encoder's features as colours")
+    parser.add_argument("--explain", nargs="+", metavar="X,Y", default=[], type=pixel,
+                        help="prototype networks: why the pixel in column X, row Y has its class")
     # run
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: the best there is")
     parser.add_argument("--amp-dtype", choices=("float32", "bfloat16", "float16"),
                         help="default: bfloat16 on CUDA, else float32")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
+
+
+def pixel(text: str) -> tuple[int, int]:
+    """"120,45" -> (120, 45). ValueError, which argparse reports, for anything else."""
+    column, row = text.split(",")
+    return int(column), int(row)
 
 
 def input_files(script, inputs) -> list[Path]:
@@ -68,6 +76,10 @@ def main(argv=None) -> dict:
         setattr(args, name, check_choice(f"--{name}", getattr(args, name) or formats[0], formats))
     if args.html and not script.RESULTS["html"]:
         raise ValueError("--html is a page to turn a mesh in; leave it out for this kind of data")
+    if args.explain and not script.RESULTS.get("explain"):
+        raise ValueError("--explain needs a checkpoint of train_prototype.py; other networks have no prototypes")
+    if args.pca and not script.RESULTS.get("pca", True):
+        raise ValueError("--pca: this network has no pre-trained encoder whose features could be shown; leave it out")
     files = input_files(script, [text for text in args.inputs if text not in overrides])
     if not files:
         raise ValueError("no input: name files or folders behind the checkpoint")
