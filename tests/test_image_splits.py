@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from data.image_splits import checked_dataset, read_classes, split_pairs
+from data.image_splits import checked_dataset, class_info, folder_pairs, read_class_file, read_classes, split_pairs
 from tests.tiny_images import write_classes, write_pictures
 
 DATA = {"image_paths": [], "mask_paths": [], "val_image_paths": [], "val_mask_paths": [], "test_image_paths": [], "test_mask_paths": [],
@@ -57,12 +57,61 @@ def test_classes(tmp_path):
 @pytest.mark.parametrize("content, message", [
     ("{", "expected"), ("[1, 2]", "expected"), ('{"classes": ["a"]}', "1 names"), ('{"names": []}', "expected"),
     ('{"classes": ["a", "b"], "palette": [[0, 0, 0], [0, 0, 300]]}', "0 to 255"),
-    ('{"classes": ["a", "b"], "palette": [[0, 0], [0, 0]]}', "palette of shape"),
+    ('{"classes": ["a", "b"], "palette": [[0, 0], [0, 0]]}', "palette of shape"), ('{"classes": ["a"], "palette": [[0], [0, 1]]}', "expected"),
 ])
 def test_wrong_class_files_are_refused(tmp_path, content, message):
     (tmp_path / "classes.json").write_text(content)
     with pytest.raises(ValueError, match=message):
         read_classes(tmp_path / "classes.json", 2)
+
+
+@pytest.mark.parametrize("content", ["0 background\n1 traffic light\n2 sky\n", "2\tsky\n\n 0: background \n1 traffic light", "background\ntraffic light\nsky"])
+def test_lists_of_names(tmp_path, content):
+    (tmp_path / "classes.txt").write_text(content)
+    assert read_class_file(tmp_path / "classes.txt") == (["background", "traffic light", "sky"], None)
+    names, colors = class_info(tmp_path, None, 3)                                         # found by itself
+    assert names[1] == "traffic light" and colors.shape == (3, 3) and colors.dtype == np.uint8
+
+
+def test_the_class_file_named_wins_then_json(tmp_path):
+    assert class_info(tmp_path, "", 2)[0] == ["class 0", "class 1"]
+    (tmp_path / "classes.txt").write_text("a\nb\nc")
+    write_classes(tmp_path / "classes.json")
+    (tmp_path / "mine.txt").write_text("x\ny\nz")
+    names, colors = class_info(tmp_path, None, 3)
+    assert names == ["sky", "ground", "box"] and colors.tolist()[2] == [200, 50, 40]
+    assert class_info(tmp_path, tmp_path / "mine.txt", 3)[0] == ["x", "y", "z"]
+    with pytest.raises(ValueError, match="3 names for num_classes=4"):
+        class_info(tmp_path, None, 4)
+    with pytest.raises(ValueError, match="gone.txt: .*FileNotFoundError"):
+        class_info(tmp_path, tmp_path / "gone.txt", 3)
+
+
+@pytest.mark.parametrize("content, message", [
+    ("1 a\n2 b", "the numbers of 2 classes are 1, 2; expected each of 0 to 1"), ("0 a\n0 b", "expected each of 0 to 1"),
+    ("0 a\nb", '"b" has no number in front')])
+def test_wrong_lists_of_names_are_refused(tmp_path, content, message):
+    (tmp_path / "classes.txt").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_class_file(tmp_path / "classes.txt")
+
+
+def test_folders_by_split(tmp_path):
+    write_pictures(tmp_path, 2)
+    for kind in ("images", "masks"):
+        (tmp_path / kind / "train").mkdir()
+        for path in (tmp_path / kind).glob("*.png"):
+            path.rename(path.parent / "train" / path.name)
+    assert stems(folder_pairs(tmp_path, "train")) == list("01")
+    with pytest.raises(ValueError, match="images/val: no such folder; expected images/SPLIT and masks/SPLIT in .*, with SPLIT train"):
+        folder_pairs(str(tmp_path), "val")
+    next((tmp_path / "masks" / "train").iterdir()).unlink()
+    with pytest.raises(ValueError, match="images/train: 1 of 2 files have no partner of the same name in .*masks/train"):
+        folder_pairs(tmp_path, "train")
+    (tmp_path / "images" / "empty").mkdir()
+    (tmp_path / "masks" / "empty").mkdir()
+    with pytest.raises(ValueError, match="images/empty: no images"):
+        folder_pairs(tmp_path, "empty")
 
 
 def test_every_file_is_checked_first(tmp_path):

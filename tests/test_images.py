@@ -1,4 +1,5 @@
 import json
+import math
 import struct
 import zlib
 from pathlib import Path
@@ -176,6 +177,26 @@ def test_counts_of_a_good_set(tmp_path):
     assert summary.class_counts.tolist() == [220, 204, 200] and summary.ignored == 24
 
 
+def test_a_table_of_labels(tmp_path):
+    table = np.full(256, IGNORE_INDEX)
+    table[[7, 8, 33]] = [0, 1, 2]
+    table[99] = images.OUT_OF_RANGE
+    pair = make_pair(tmp_path, mask=np.resize([7, 8, 33, 0, 255, 7], (20, 30)))
+    summary = check_pairs([pair], 3, table=table)
+    assert summary.class_counts.tolist() == [200, 100, 100] and summary.ignored == 200
+    for views, changes in (("whole", None), ("windows", None), ("crops", STILL)):
+        label = SegmentationDataset([pair], (20, 30), 3, changes, views=views, table=table)[0]["label"]
+        assert (label.numpy() == np.resize([0, 1, 2, IGNORE_INDEX, IGNORE_INDEX, 0], (20, 30))).all()
+    for wrong, message in ((table[:255], "expected 256 integers"), (table.astype(float), "expected 256 integers"), (np.arange(256), "one of 3 classes")):
+        with pytest.raises(ValueError, match=message):
+            check_pairs([pair], 3, table=wrong)
+        with pytest.raises(ValueError, match=message):
+            SegmentationDataset([pair], 20, 3, views="whole", table=wrong)
+    save(pair[1], np.full((20, 30), 99, np.uint8))
+    with pytest.raises(ValueError, match="value 99 at 600 pixels; expected 7 to 33"):
+        check_pairs([pair], 3, table=table)
+
+
 def empty_png(path):
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -288,18 +309,64 @@ def test_hue_turns_by_the_share_of_the_circle():
     assert {int(color.argmax()) for color in turned} == {0, 1, 2}
 
 
+def blended(pixels, other, factor):
+    return factor * pixels + (1 - factor) * other
+
+
+@pytest.mark.parametrize("name, change", [
+    ("brightness", lambda pixels, luma, factor: blended(pixels, 0, factor)),
+    ("contrast", lambda pixels, luma, factor: blended(pixels, luma.mean(), factor)),
+    ("saturation", lambda pixels, luma, factor: blended(pixels, luma[..., None], factor))])
+def test_factors_are_those_of_torchvision(tmp_path, name, change):
+    """Each as in its functions adjust_brightness ...; contrast around the mean of the crop, not of the photograph."""
+    pixels = noise(12, 24) // 2 + 40
+    pixels[:, 12:] //= 2
+    pair = make_pair(tmp_path, image=pixels, mask=np.zeros((12, 24)))
+    dataset = SegmentationDataset([pair], (12, 10), 1, STILL._replace(scale_of="photo", color="factors", **{name: 0.3}))
+    found = []
+    for epoch in range(40):
+        dataset.set_epoch(epoch)
+        shown = dataset[0]["image"].permute(1, 2, 0).numpy()
+        errors = {}
+        for left in range(15):
+            crop = pixels[:, left:left + 10].astype(float)
+            for factor in np.linspace(0.7, 1.3, 121):
+                wanted = change(crop, crop @ [0.299, 0.587, 0.114], factor).clip(0, 255)
+                errors[factor, left] = abs(shown - wanted).max()
+        best = min(errors, key=errors.get)
+        assert errors[best] < 2
+        found.append(best[0])
+    assert min(found) < 0.76 and max(found) > 1.24 and len(set(found)) > 25                # in all crops, not in half of them
+
+
+def test_all_four_factors_make_one_matrix():
+    settings = STILL._replace(color="factors", brightness=0.2, contrast=0.2, saturation=(0.5, 0.5), hue=0.1)
+    rows = np.array(color_matrix(settings, np.random.default_rng(3), 100.0)).reshape(3, 4)
+    brightness, contrast, _, hue = np.random.default_rng(3).uniform([-0.2, 0.8, 0.5, -0.1], [0.2, 1.2, 0.5, 0.1])
+    grey = contrast * (1 + brightness) * 60 + (1 - contrast) * (1 + brightness) * 100
+    np.testing.assert_allclose(rows @ [60, 60, 60, 1], np.full(3, grey))                  # grey has neither saturation nor hue
+    i, q = (images.YIQ @ rows[:, :3] @ np.linalg.inv(images.YIQ))[1:, 1]                  # where the first chroma axis goes
+    assert np.hypot(i, q) == pytest.approx(0.5 * contrast * (1 + brightness)) and np.arctan2(q, i) == pytest.approx(2 * np.pi * hue)
+
+
+def test_one_number_is_a_range_of_factors():
+    ranges = [color_matrix(STILL._replace(contrast=value, saturation=value), np.random.default_rng(2)) for value in (0.4, (0.6, 1.4))]
+    assert ranges[0] == ranges[1] != color_matrix(STILL, np.random.default_rng(2))
+
+
 # --- data set ----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("suffix", [".png", ".jpg"])
-@pytest.mark.parametrize("crop", [True, False])
-def test_image_and_mask_stay_in_step(tmp_path, suffix, crop):
+@pytest.mark.parametrize("suffix, crop, size, more", [
+    (".png", True, 64, {}), (".jpg", True, 64, {}), (".png", False, 64, {}), (".jpg", False, 64, {}), (".png", False, (40, 90), {}),
+    (".png", True, (48, 80), {"scale_of": "photo", "padding": 12, "vertical_flip": 0.5}), (".jpg", True, (80, 48), {"padding": 9})])
+def test_image_and_mask_stay_in_step(tmp_path, suffix, crop, size, more):
     """Traps 6 and 7: through 300 augmentations every pixel's label says the place that the photograph shows there."""
     y, x = np.mgrid[:96, :125].astype(np.uint8)
     image = save(tmp_path / f"a{suffix}", np.stack([x, y, 0 * x], -1), **({"quality": 100, "subsampling": 0} if suffix == ".jpg" else {}))
-    changes = Augmentation((0.3, 2.0), crop, 1.0, 0.5, 0, (1, 1), (1, 1), 0)
-    datasets = [SegmentationDataset([(image, save(tmp_path / f"{name}.png", values))], 64, 125, changes)
+    changes = Augmentation((0.3, 2.0), crop, 1.0, 0.5, 0, (1, 1), (1, 1), 0, **more)
+    datasets = [SegmentationDataset([(image, save(tmp_path / f"{name}.png", values))], size, 125, changes)
                 for name, values in (("x", x), ("y", y))]
-    flipped = 0
+    flipped = [0, 0]
     for epoch in range(300):
         for channel, dataset in enumerate(datasets):                                       # the same crop: same seed, epoch and item
             dataset.set_epoch(epoch)
@@ -309,8 +376,9 @@ def test_image_and_mask_stay_in_step(tmp_path, suffix, crop):
             off = (shown[channel] - label)[inside]
             assert abs(off).max() < 4 and abs(off.mean()) < 0.6, (epoch, off.min(), off.max(), off.mean())   # rounding: up to 0.5
             assert (shown[:, ~inside] == np.array(images.PADDING)[:, None]).all()
-            flipped += channel == 0 and label[0, 0] > label[0][inside[0]][-1]
-    assert 110 < flipped < 190
+            first, last = label[inside][[0, -1]] if channel else label.T[inside.T][[0, -1]]   # top and bottom, left and right
+            flipped[channel] += first > last
+    assert 110 < flipped[0] < 190 and (110 < flipped[1] < 190 if "vertical_flip" in more else flipped[1] == 0)
 
 
 def test_masks_are_never_blended(tmp_path):
@@ -362,6 +430,64 @@ def test_scale_crop_and_padding(tmp_path):
     assert min(drawn) <= 22 and max(drawn) >= 38 and all(20 <= rows <= 40 for rows in drawn)
 
 
+def labelled_sizes(pair, size, changes, epochs=40):
+    """(rows, columns) of the part of each crop that is photograph."""
+    dataset, found = SegmentationDataset([pair], size, 3, changes), []
+    for epoch in range(epochs):
+        dataset.set_epoch(epoch)
+        inside = dataset[0]["label"] >= 0
+        found.append((int(inside.any(1).sum()), int(inside.any(0).sum())))
+        assert inside.sum() == math.prod(found[-1]) and inside.shape == torch.Size(dataset.size)
+    return set(found)
+
+
+def test_a_rectangular_crop_is_covered_by_the_photograph(tmp_path):
+    pair = make_pair(tmp_path, image=noise(40, 60), mask=np.arange(2400).reshape(40, 60) % 3)
+    assert labelled_sizes(pair, (20, 50), STILL) == {(20, 50)}                            # x 50 / 60: 33 rows, 20 of them shown
+    assert labelled_sizes(pair, [20, 50], STILL._replace(scale_range=(0.6, 0.6))) == {(20, 30)}     # then x 0.6: 20 rows
+    assert labelled_sizes(pair, (50, 20), STILL) == {(50, 20)}                            # x 50 / 40
+    assert labelled_sizes(pair, (20, 50), STILL._replace(crop=False)) == {(20, 30)}       # all of it: x 20 / 40
+
+
+def test_scale_of_the_photograph_itself_in_steps(tmp_path):
+    pair = make_pair(tmp_path, image=noise(40, 60), mask=np.arange(2400).reshape(40, 60) % 3)
+    photo = STILL._replace(scale_of="photo")
+    item = SegmentationDataset([pair], (40, 60), 3, photo)[0]
+    assert (item["image"].permute(1, 2, 0).numpy() == noise(40, 60)).all()
+    deeplab = photo._replace(scale_range=(0.5, 1.5), scale_step=0.25)
+    assert labelled_sizes(pair, (60, 90), deeplab) == {(20, 30), (30, 45), (40, 60), (50, 75), (60, 90)}
+    assert len(labelled_sizes(pair, (60, 90), deeplab._replace(scale_step=0.0))) > 20
+
+
+@pytest.mark.parametrize("flips", [{}, {"flip": 1.0}, {"vertical_flip": 1.0}])
+def test_padding_on_all_sides(tmp_path, flips):
+    """torchvision's RandomCrop(padding): every place of the crop in the padded photograph occurs, and no other."""
+    pair = make_pair(tmp_path, image=noise(10, 14), mask=np.arange(140).reshape(10, 14) % 3)
+    padded = np.full((16, 20, 3), images.PADDING, np.uint8)
+    padded[3:13, 3:17] = noise(10, 14)
+    labels = np.full((16, 20), IGNORE_INDEX)
+    labels[3:13, 3:17] = np.arange(140).reshape(10, 14) % 3
+    if flips:
+        axis = 1 if "flip" in flips else 0
+        padded, labels = np.flip(padded, axis), np.flip(labels, axis)
+    known = {(padded[y:y + 12, x:x + 16].tobytes(), labels[y:y + 12, x:x + 16].tobytes()) for y in range(5) for x in range(5)}
+    dataset = SegmentationDataset([pair], (12, 16), 3, STILL._replace(scale_of="photo", padding=3, **flips))
+    shown = set()
+    for epoch in range(250):
+        dataset.set_epoch(epoch)
+        item = dataset[0]
+        shown.add((item["image"].permute(1, 2, 0).numpy().tobytes(), item["label"].numpy().tobytes()))
+    assert shown == known                                                                 # 25 places
+
+
+def test_what_is_too_small_lies_in_the_corner_mirrored_or_not(tmp_path):
+    pair = make_pair(tmp_path, image=noise(10, 14), mask=np.zeros((10, 14)))
+    for flips in ({}, {"flip": 1.0}, {"vertical_flip": 1.0}):
+        item = SegmentationDataset([pair], 20, 3, STILL._replace(scale_of="photo", **flips))[0]
+        shown = np.flip(noise(10, 14), int("flip" in flips)) if flips else noise(10, 14)
+        assert (item["image"][:, :10, :14].permute(1, 2, 0).numpy() == shown).all() and (item["label"][:10, :14] == 0).all()
+
+
 def test_crops_avoid_one_class(tmp_path):
     mask = np.zeros((40, 400), np.uint8)
     mask[:, 180:220] = 1
@@ -394,6 +520,9 @@ def test_windows_show_every_pixel(tmp_path):
     assert shown[0][1][0, 0] <= 1 and shown[1][1][0, -1] >= 123                           # both ends of the photograph
     assert abs(float(shown[1][1][0, 0]) - 14 * 125 / 62) < 2                              # the last one moved back by 34
     assert set(np.unique(np.concatenate([shown[0][0], shown[1][0]]))) == set(np.unique(mask))
+    wide = SegmentationDataset(pairs[:1], (24, 48), 48, views="windows")                  # 37 x 48 pixels: two, one above the other
+    assert [item["label"].shape for item in wide] == [(24, 48)] * 2
+    assert wide[0]["image"][1, 0, 0] <= 2 and wide[1]["image"][1, -1, 0] >= 93 and wide[0]["image"][0, 0, -1] >= 122
     dataset.set_epoch(5)
     assert (dataset[1]["label"].numpy() == shown[1][0]).all()
 
@@ -436,7 +565,10 @@ def test_wrong_files_are_named_when_met(tmp_path):
 
 @pytest.mark.parametrize("changes, message", [
     ({"scale_range": (2.0, 0.5)}, "scale_range"), ({"scale_range": (0, 1)}, "scale_range"), ({"contrast": (-1, 1)}, "contrast"),
-    ({"saturation": (1,)}, "saturation"), ({"flip": 1.5}, "flip"), ({"hue": -0.1}, "hue")])
+    ({"saturation": (1,)}, "saturation"), ({"flip": 1.5}, "flip"), ({"hue": -0.1}, "hue"), ({"contrast": 1.5}, "contrast"),
+    ({"scale_of": "image"}, "scale_of"), ({"color": "factor"}, "color"), ({"vertical_flip": 2}, "vertical_flip"), ({"padding": -1}, "padding"),
+    ({"scale_range": (0.5, 1.5), "scale_step": 0.3}, "scale_step=0.3: does not lead from 0.5 to 1.5"),
+    ({"crop": False, "padding": 4}, "crop"), ({"crop": False, "scale_of": "photo"}, "crop"), ({"padding": 32}, "padding=32: a crop")])
 def test_wrong_augmentation(changes, message):
     with pytest.raises(ValueError, match=f"augmentation.{message}"):
         SegmentationDataset([], 32, 3, Augmentation(**changes))
@@ -444,7 +576,8 @@ def test_wrong_augmentation(changes, message):
 
 @pytest.mark.parametrize("arguments, message", [
     ({"views": "crop"}, "did you mean crops"), ({"views": "crops"}, "needs an augmentation"),
-    ({"views": "windows", "augmentation": STILL}, "leave out the augmentation"), ({"views": "whole", "image_size": 0}, "image_size")])
+    ({"views": "windows", "augmentation": STILL}, "leave out the augmentation"), ({"views": "whole", "image_size": 0}, "image_size"),
+    ({"views": "whole", "image_size": (4, 0)}, "image_size"), ({"views": "whole", "image_size": (4, 4, 3)}, "height and width")])
 def test_wrong_settings(arguments, message):
     with pytest.raises(ValueError, match=message):
         SegmentationDataset([], **{"image_size": 32, "num_classes": 3, **arguments})
