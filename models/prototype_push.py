@@ -25,8 +25,8 @@ TOP_SHARE = 0.05                 # of a map's pixels: where a prototype is activ
 MARGIN = 5                       # pixels around the active part of a patch
 
 
-def cell_counts(label: Tensor, size: tuple[int, int], num_classes: int) -> Tensor:
-    """label (H, W) -> pixels of each class in each cell (C + 1, h, w) int64; the last entry counts the ignored ones.
+def cell_classes(label: Tensor, size: tuple[int, int], num_classes: int) -> Tensor:
+    """label (H, W) int64 -> (C, h, w) bool: which classes have a pixel in the cell; it may be several, or none.
 
     Pixel (y, x) is in cell (int(y / (H / h)), int(x / (W / w))), as published, in double precision.
     """
@@ -36,12 +36,8 @@ def cell_counts(label: Tensor, size: tuple[int, int], num_classes: int) -> Tenso
     place = torch.where(label == IGNORE_INDEX, num_classes, label) * (h * w)                   # (H, W)
     place += (row * w)[:, None]
     place += column
-    return place.flatten().bincount(minlength=(num_classes + 1) * h * w).view(num_classes + 1, h, w)
-
-
-def cell_classes(label: Tensor, size: tuple[int, int], num_classes: int) -> Tensor:
-    """label (H, W) int64 -> (C, h, w) bool: which classes have a pixel in the cell; it may be several, or none."""
-    return cell_counts(label, size, num_classes)[:-1] > 0
+    counts = place.flatten().bincount(minlength=(num_classes + 1) * h * w)                     # ignored ones at the end
+    return counts.view(num_classes + 1, h, w)[:-1] > 0
 
 
 class PatchTable:
@@ -194,8 +190,8 @@ class NearestPatches(PatchTable):
     """The k nearest patches of each prototype, of any class, at most one per image, nearest first.
 
     distance (P, k) float32, image (P, k) and patch_class (P, k) int64, cell (P, k, 2); infinite and -1 where there
-    are fewer images. Cells whose middle pixel is ignored are left out. The class of a patch is the prototype's own
-    where any of its pixels is, else that of most pixels, -1 where most are ignored.
+    are fewer images. Cells whose middle pixel is ignored are left out. The class of a patch (its cell_box) is the
+    prototype's own where any of its pixels is, else that of most pixels, -1 where most are ignored.
     """
 
     FIELDS = ("distance", "image", "cell", "patch_class")
@@ -208,18 +204,25 @@ class NearestPatches(PatchTable):
     @torch.no_grad()
     def update(self, index: int, distances: Tensor, label: Tensor, class_identity: Tensor) -> None:
         """Look at image `index`: distances (P, h, w), label (H, W) int64, class_identity (P, C), all on one device."""
-        grid, num_classes = distances.shape[1:], class_identity.shape[1]
+        grid = distances.shape[1:]
         void = resize_label(label[None], grid)[0] == IGNORE_INDEX                              # (h, w)
         distances = distances.float().masked_fill(void, math.inf).flatten(1)                   # (P, h * w)
         place = distances.argmin(1)
-        counts = cell_counts(label, grid, num_classes).flatten(1)[:, place].T                  # (P, C + 1)
-        own = class_identity.argmax(1)
-        majority = counts.roll(1, 1).argmax(1) - 1                     # ignored first: it wins ties, as published
-        patch_class = torch.where(counts.gather(1, own[:, None])[:, 0] > 0, own, majority)
         found, place = distances.gather(1, place[:, None]).cpu(), place.cpu()[:, None]         # (P, 1) each
         self._add({"distance": found, "image": torch.where(found.isfinite(), index, -1),
                    "cell": torch.stack([place // grid[1], place % grid[1]], 2),
-                   "patch_class": patch_class.cpu()[:, None]})
+                   "patch_class": self._classes(place[:, 0].tolist(), grid, label.cpu(), class_identity)[:, None]})
+
+    @staticmethod
+    def _classes(places: list[int], grid: Sequence[int], label: Tensor, class_identity: Tensor) -> Tensor:
+        """Classes (P,) of the patches at cells `places`: label (H, W) on the CPU."""
+        classes, counted = class_identity.argmax(1).tolist(), torch.where(label == IGNORE_INDEX, -1, label) + 1
+        for p, place in enumerate(places):
+            y0, x0, y1, x1 = cell_box(divmod(place, grid[1]), grid, label.shape)
+            counts = counted[y0:y1, x0:x1].flatten().bincount(minlength=class_identity.shape[1] + 1)
+            if not counts[classes[p] + 1]:
+                classes[p] = int(counts.argmax()) - 1                  # ignored first: it wins ties, as published
+        return torch.tensor(classes)
 
     def _add(self, new: Mapping[str, Tensor]) -> None:
         k = self.distance.shape[1]
