@@ -32,11 +32,14 @@ from data.mesh import (
     MeshSpec,
     custom_collate_fn,
     feature_statistics,
+    hold_out,
     split_meshes,
 )
-from data.mesh_io import list_meshes, read_mesh
+from data.mesh_io import MESH_SUFFIXES, list_meshes, read_mesh
 from data.mesh_results import write_mesh_result
+from data.mesh_texture import MeshTextureDataset
 from models.downstream import DownstreamClassifier
+from models.mesh_texture import FUSIONS, IntegratedDownstreamClassifier, IntegratedTextureGeometryModel
 from models.nomeformer import Nomeformer
 from models.pretrained_mesh import check_features, read_encoder
 from utils.checkpoint import (
@@ -47,6 +50,7 @@ from utils.checkpoint import (
     find_resume,
     load_checkpoint,
 )
+from utils.checks import check_choice
 from utils.cli import ArgumentParser, StopRequested, StopSignal, run
 from utils.config import Config, Required, Setting, check_range, load_config
 from utils.device import amp_settings, autocast, describe, pick_device
@@ -77,7 +81,8 @@ from utils.training import EpochTotals, check_same_run, restore_rng, rng_entries
 from utils.weights import load_weights, sha256_file
 
 SCRIPT = Path(__file__).name
-AT_LEAST = {1: ("model.n_classes", "model.embedding_dim", "training.epochs", "training.batch_size", "evaluation.views",
+AT_LEAST = {1: ("model.n_classes", "model.embedding_dim", "model.texture_embed_dim", "model.max_texture_pixels",
+                "training.epochs", "training.batch_size", "evaluation.views",
                 "training.accumulation_steps", "evaluation.interval", "evaluation.batch_size", "logging.log_interval"),
             0: ("training.weight_decay", "training.gradient_clip_val", "early_stopping.patience",
                 "checkpointing.save_interval", "checkpointing.save_top_k")}
@@ -96,13 +101,15 @@ DEFAULTS = {
         "checkpoint_pretrain": Setting(None, (str,)),       # the same as --pretrained_path
         "json_dir": Setting(None, (str,)),                  # not needed: clusters are computed, not read
         "val_json_dir": Setting(None, (str,)),
-        "texture_dir": Setting(None, (str,)),               # textures: not yet
+        "texture_dir": Setting(None, (str,)),               # not needed: a mesh file names its textures
         "val_texture_dir": Setting(None, (str,)),
         "checkpoint_dir": Setting(None, (str,)),            # default OUTPUT_DIR/model
         "log_dir": Setting(None, (str,)),                   # default OUTPUT_DIR/log
         "cache_dir": Setting(".cache/meshes", (str, type(None))),      # prepared meshes; null switches the cache off
     },
     "data": {
+        "suffixes": [],                                     # [.obj]: leave other kinds of files in a folder alone
+        "test_split": [],                                   # name patterns: kept out of mesh_dir for --test-only
         "val_split": [],                                    # name patterns ("faust_08*") or one number, a share
         "class_names": [],
         "label_offset": 0,                                  # added to the files' values: -1 for files that count from 1
@@ -130,11 +137,11 @@ DEFAULTS = {
         "include_normals": Setting(None, (bool,)),          # with or without "normal", whatever features says
         "additional_geometrical_features": Setting(None, (bool,)),      # the same for "ground"
         "num_attention_blocks_predictor": Setting(None, (int,)),        # train_jepa.py's
-        "use_texture": False,                               # textures: not yet
-        "texture_embed_dim": Setting(None, (int,)),
-        "fusion_method": Setting(None, (str,), ("gated", "concat", "add")),
-        "max_texture_pixels": Setting(None, (int,)),
-        "texture_patch_size": Setting(None, (int,)),
+        "use_texture": False,                               # colours of the faces beside their geometry
+        "texture_embed_dim": 32,
+        "fusion_method": Setting("gated", (str,), FUSIONS),
+        "max_texture_pixels": 16,                           # texture samples a face
+        "texture_patch_size": Setting(None, (int,)),        # not needed: samples are single points
     },
     "masking": {},                                          # train_jepa.py's, so that one file can serve both scripts
     "loss": {},
@@ -215,12 +222,14 @@ def parse_args(argv=None):
 
 def check_config(config: Config) -> None:
     """Errors that need more than one key to see. Raises ValueError."""
-    if config.model.use_texture:
-        raise ValueError("model.use_texture: textures cannot be used yet; set it to false to train on geometry alone")
     for lowest, keys in AT_LEAST.items():
         for section, key in (name.split(".") for name in keys):
             check_range(f"{section}.{key}", config[section][key], lowest)
     check_range("model.dropout", config.model.dropout, 0, 1)
+    for suffix in config.data.suffixes:
+        check_choice("data.suffixes", suffix, MESH_SUFFIXES)
+    if config.data.test_split and config.paths.test_mesh_dir:
+        raise ValueError("data.test_split and paths.test_mesh_dir both say what the test meshes are; give one of them")
     augmentation(config)
     spec = mesh_spec(config)
     if "ground" in spec.features and config.augmentation.mode == "so3":
@@ -263,44 +272,69 @@ def class_names(config: Config) -> list[str]:
     return list(config.data.class_names) or [f"class {c}" for c in range(config.model.n_classes)]
 
 
+def split_files(config: Config, split: str) -> tuple[list[Path], str]:
+    """Mesh files and label folder of train | val | test."""
+    paths, data = config.paths, config.data
+    for name, mesh_dir, label_dir in (("val", paths.val_mesh_dir, paths.val_label_dir),
+                                      ("test", paths.test_mesh_dir, paths.test_label_dir)):
+        if split == name and mesh_dir is not None:
+            return list_meshes(mesh_dir, data.suffixes), label_dir or mesh_dir
+    files, held_out = hold_out(list_meshes(paths.mesh_dir, data.suffixes), data.test_split)
+    if split == "test":
+        if not held_out:
+            raise ValueError("there is no test split: set paths.test_mesh_dir (and paths.test_label_dir) or "
+                             "data.test_split")
+        files = held_out
+    elif paths.val_mesh_dir is None:
+        files = split_meshes(files, data.val_split)[0 if split == "train" else 1]
+    return files, paths.label_dir or paths.mesh_dir
+
+
 def build_dataset(config: Config, split: str, seed: int = 0, data_dir: str | None = None,
                   label_dir: str | None = None) -> MeshDataset:
     """split train | val | test, or the meshes of `data_dir`. All but "train" give every face exactly once a view."""
-    paths = config.paths
     if data_dir is not None:
-        files, label_dir = list_meshes(data_dir), label_dir or data_dir
-    elif split == "test":
-        if paths.test_mesh_dir is None:
-            raise ValueError("there is no test split: set paths.test_mesh_dir (and paths.test_label_dir)")
-        files, label_dir = list_meshes(paths.test_mesh_dir), paths.test_label_dir or paths.test_mesh_dir
+        files, label_dir = list_meshes(data_dir, config.data.suffixes), label_dir or data_dir
     else:
-        files, label_dir = list_meshes(paths.mesh_dir), paths.label_dir or paths.mesh_dir
-        if paths.val_mesh_dir is None:
-            files = split_meshes(files, config.data.val_split)[0 if split == "train" else 1]
-        elif split == "val":
-            files, label_dir = list_meshes(paths.val_mesh_dir), paths.val_label_dir or paths.val_mesh_dir
+        files, label_dir = split_files(config, split)
     ignore = list(config.data.ignore_labels)
     if config.training.ignore_index is not None:
         ignore.append(config.training.ignore_index)
-    return MeshDataset(files, label_dir, mesh_spec(config), config.model.n_classes, augmentation(config),
-                       views=0 if split == "train" else config.evaluation.views, label_offset=config.data.label_offset,
-                       ignore_labels=ignore, label_kind=config.data.label_kind, cache_dir=paths.cache_dir, seed=seed,
-                       description=f"{split} meshes")
+    return make_dataset(config, files, label_dir, config.model.n_classes, augmentation(config),
+                        views=0 if split == "train" else config.evaluation.views, label_offset=config.data.label_offset,
+                        ignore_labels=ignore, label_kind=config.data.label_kind, seed=seed,
+                        description=f"{split} meshes")
+
+
+def make_dataset(config: Config, files: list[Path], label_dir: str | None, *args, **options) -> MeshDataset:
+    """The meshes with texture where the config wants it; without labels where label_dir is None."""
+    options["cache_dir"], spec = config.paths.cache_dir, mesh_spec(config)
+    if config.model.use_texture:
+        return MeshTextureDataset(files, label_dir, spec, *args, **options,
+                                  texture_samples=config.model.max_texture_pixels)
+    return MeshDataset(files, label_dir, spec, *args, **options)
 
 
 def build_model(config: Config, unfrozen_layers: int | str) -> DownstreamClassifier:
     model = config.model
-    encoder = Nomeformer(mesh_spec(config).feature_dim, model.embedding_dim, model.num_heads,
-                         model.num_attention_blocks, model.mlp_ratio, model.encoder_dropout, model.drop_path,
-                         model.use_pe, model.gradient_checkpointing)
-    return DownstreamClassifier(encoder, model.n_classes, model.head, model.dropout, unfrozen_layers)
+    sizes = (mesh_spec(config).feature_dim, model.embedding_dim, model.num_heads, model.num_attention_blocks,
+             model.mlp_ratio, model.encoder_dropout, model.drop_path, model.use_pe, model.gradient_checkpointing)
+    if not model.use_texture:
+        return DownstreamClassifier(Nomeformer(*sizes), model.n_classes, model.head, model.dropout, unfrozen_layers)
+    encoder = IntegratedTextureGeometryModel(*sizes, texture_embed_dim=model.texture_embed_dim,
+                                             fusion=model.fusion_method)
+    return IntegratedDownstreamClassifier(encoder, model.n_classes, model.head, model.dropout, unfrozen_layers)
 
 
 def load_pretrained(model: DownstreamClassifier, path: str, spec: MeshSpec) -> tuple[dict, str]:
     """Fill the encoder from a file, whole or not at all. Returns the checkpoint's `encoder` entry and a log line."""
     state, layout, feature_spec = read_encoder(path)
     check_features(feature_spec, spec.features, path, model.encoder.blocks[0].local_layer.attn.num_heads)
-    line = load_weights(model.encoder, state, path, layout=layout)
+    fresh = {name: tensor for name, tensor in model.encoder.state_dict().items()
+             if name.startswith("texture_") and name not in state}
+    line = load_weights(model.encoder, {**fresh, **state}, path, layout=layout)
+    if fresh:
+        line += f"; {len(fresh)} of them, the texture's, are not in the file and start afresh"
     return {"name": type(model.encoder).__name__, "file": str(path), "sha256": sha256_file(path)}, line
 
 
@@ -308,7 +342,7 @@ def parameter_groups(model: DownstreamClassifier, config: Config) -> list[dict]:
     depth, (head_multiplier, decay) = len(model.encoder.blocks), config.training.layer_wise_lr_decay
 
     def layer_id(name):
-        if name.startswith("head."):
+        if name.startswith(("head.", "encoder.texture_")):
             return depth + 2
         if name.startswith("encoder.blocks."):
             return int(name.split(".")[2]) + 1
@@ -337,7 +371,12 @@ def make_criterion(config: Config, device: torch.device) -> MaskedCrossEntropyLo
 
 def forward(model: nn.Module, batch: dict) -> torch.Tensor:
     """Logits (B, N, F, C) of a collated batch, on the embeddings where they were computed before."""
-    return model(batch.get("features"), batch["mask"], batch.get("centroid"), embedding=batch.get("embedding"))
+    return model(batch.get("features"), batch["mask"], batch.get("centroid"), embedding=batch.get("embedding"),
+                 **texture_of(batch))
+
+
+def texture_of(batch: dict) -> dict:
+    return {name: batch[name] for name in ("texture_sequences", "texture_masks") if name in batch}
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
@@ -499,7 +538,7 @@ list_inputs = list_meshes                                   # the files of a fol
 
 
 def has_test_split(config: Config) -> bool:
-    return config.paths.test_mesh_dir is not None
+    return config.paths.test_mesh_dir is not None or bool(config.data.test_split)
 
 
 def load_model(checkpoint: dict, device: torch.device) -> DownstreamClassifier:
@@ -525,8 +564,8 @@ def predict(model: DownstreamClassifier, path: str | Path, amp_dtype=None) -> di
     """Label a mesh file: label and confidence (P,) for the face lines of the file, in its order (a quad has one label,
     that of its triangles together), and for drawing vertices (V, 3), faces (F, 3) and their face_label (F,)."""
     device, mesh = next(model.parameters()).device, read_mesh(path)
-    dataset = MeshDataset([path], None, model.spec, augmentation=augmentation(model.config),
-                          views=model.config.evaluation.views, cache_dir=model.config.paths.cache_dir)
+    dataset = make_dataset(model.config, [path], None, augmentation=augmentation(model.config),
+                           views=model.config.evaluation.views)
     (_, probability, _, _), = mesh_probabilities(model, dataset, device, amp_dtype, batch_size=1)
     line = torch.arange(len(mesh.faces)) if mesh.polygon is None else torch.from_numpy(mesh.polygon)
     total = torch.zeros(int(line[-1]) + 1, model.num_classes).index_add_(0, line, probability)
@@ -556,11 +595,11 @@ def example_pictures(model: DownstreamClassifier, dataset: MeshDataset, index: i
 @torch.no_grad()
 def embed_mesh(model: DownstreamClassifier, path: str | Path) -> np.ndarray:
     """The encoder's embedding (F, E) float32 of every face of a mesh file, in file order."""
-    dataset = MeshDataset([path], None, model.spec, views=1, cache_dir=model.config.paths.cache_dir)
+    dataset = make_dataset(model.config, [path], None, views=1)
     out = np.zeros((dataset.num_faces[0], model.encoder.embed_dim), np.float32)
     for item in range(len(dataset)):
         batch = to_device(custom_collate_fn([dataset[item]]), next(model.parameters()).device)
-        embedding = model.embed(batch["features"], batch["mask"], batch["centroid"])
+        embedding = model.embed(batch["features"], batch["mask"], batch["centroid"], **texture_of(batch))
         out[batch["face_index"][batch["mask"]].cpu().numpy()] = embedding[batch["mask"]].float().cpu().numpy()
     return out
 
@@ -612,8 +651,8 @@ def cache_features(config, model, train_set, val_set, amp_dtype, messages):
     if not config.training.cache_features:
         return train_set, val_set
     if not model.encoder_is_frozen:
-        raise ValueError("training.cache_features needs a frozen encoder: set training.num_unfrozen_encoder_layers=0 "
-                         "and give a --pretrained_path")
+        raise ValueError("training.cache_features needs a frozen encoder without texture: set "
+                         "training.num_unfrozen_encoder_layers=0 and give a --pretrained_path")
     device = next(model.parameters()).device
     weights = b"".join(tensor.cpu().numpy().tobytes() for tensor in model.encoder.state_dict().values())
     heads = model.encoder.blocks[0].local_layer.attn.num_heads
@@ -656,7 +695,7 @@ def test_only(args, config, checkpoint, path, device, amp_dtype) -> dict:
     """Score a checkpoint on the test split, or the validation split where there is none."""
     check_same_run(checkpoint, config, checkpoint["total_steps"], ("model",))
     model = load_model(checkpoint, device)
-    split = "val" if config.paths.test_mesh_dir is None else "test"
+    split = "test" if has_test_split(config) else "val"
     result = evaluate(model, build_dataset(config, split), device, amp_dtype, config.evaluation.batch_size,
                       args.num_workers, args.limit_batches)
     if is_main():

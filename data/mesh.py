@@ -16,10 +16,10 @@ import math
 import os
 import tempfile
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ from utils.seed import derived_seed
 CACHE_VERSION = 2                   # raise it when prepare_mesh computes something else
 FACES_IN_MEMORY = 20_000_000        # prepared meshes beyond this are read again from the cache
 PADDING = {"features": 0.0, "embedding": 0.0, "centroid": 0.0, "area": 0.0, "label": IGNORE_INDEX, "mask": False,
-           "face_index": -1}
+           "face_index": -1, "texture_sequences": 0.0, "texture_masks": False}
 
 
 @dataclass(frozen=True)
@@ -132,19 +132,11 @@ def prepare_mesh(path: str | Path, spec: MeshSpec, cache_dir: str | Path | None 
 
     Raises what read_mesh raises, and ValueError where "hks" is asked of a mesh too large for it.
     """
-    entry = None
-    if cache_dir is not None:
-        key = hashlib.sha256(Path(path).read_bytes())
-        key.update(json.dumps([CACHE_VERSION, Path(path).suffix.lower(), spec.unit, _wants_neighbors(spec),
-                               HKS_EIGENPAIRS if "hks" in spec.features else 0]).encode())
-        entry = Path(cache_dir) / f"{key.hexdigest()[:32]}.npz"
-        prepared = _read_cache(entry, spec)
-        if prepared is not None:
-            return prepared
-    prepared = _prepare(read_mesh(path), spec, path)
-    if entry is not None:
-        _write_cache(entry, prepared)
-    return prepared
+    names = {"vertices", "faces", "area", *(["neighbors"] if _wants_neighbors(spec) else []),
+             *(["hks"] if "hks" in spec.features else [])}
+    settings = [CACHE_VERSION, spec.unit, _wants_neighbors(spec), HKS_EIGENPAIRS if "hks" in spec.features else 0]
+    arrays = cached_arrays(path, settings, names, cache_dir, lambda: _prepare(read_mesh(path), spec, path))
+    return PreparedMesh(**{name: arrays.get(name) for name in PreparedMesh._fields})
 
 
 def _wants_neighbors(spec):
@@ -158,30 +150,62 @@ def _prepare(mesh, spec, path):
         hks = heat_kernel_signature(vertices, faces) if "hks" in spec.features else None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return PreparedMesh(vertices.astype(np.float32), faces, face_neighbors(faces) if _wants_neighbors(spec) else None,
-                        face_geometry(vertices, faces)[2].astype(np.float32), hks)
+    arrays = {"vertices": vertices.astype(np.float32), "faces": faces,
+              "neighbors": face_neighbors(faces) if _wants_neighbors(spec) else None,
+              "area": face_geometry(vertices, faces)[2].astype(np.float32), "hks": hks}
+    return {name: value for name, value in arrays.items() if value is not None}
 
 
-def _read_cache(entry, spec):
-    names = {"vertices", "faces", "area", *(["neighbors"] if _wants_neighbors(spec) else []),
-             *(["hks"] if "hks" in spec.features else [])}
+def cached_arrays(path: str | Path, settings: list, names: Collection[str], cache_dir: str | Path | None,
+                  compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """compute() -> {name: array}, from the cache where the content of the file at path and the settings are the
+    same."""
+    if cache_dir is None:
+        return compute()
+    key = hashlib.sha256(Path(path).read_bytes())
+    key.update(json.dumps([Path(path).suffix.lower(), *settings]).encode())
+    entry = Path(cache_dir) / f"{key.hexdigest()[:32]}.npz"
+    arrays = _read_cache(entry, names)
+    if arrays is None:
+        arrays = compute()
+        write_whole(entry, lambda file: np.savez(file, **arrays))
+    return arrays
+
+
+def _read_cache(entry, names):
     try:
         with np.load(entry, allow_pickle=False) as stored:
-            return PreparedMesh(**{name: stored[name] if name in names else None for name in PreparedMesh._fields})
+            return {name: stored[name] for name in names}
     except (OSError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile):
         return None                                         # absent or damaged: prepared again, and written over
 
 
-def _write_cache(entry, prepared):
+def write_whole(entry: Path, save: Callable[[IO[bytes]], None]) -> None:
+    """Write a file through save(file) that is there whole or not at all."""
     entry.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=entry.parent, suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
-            np.savez(file, **{name: value for name, value in prepared._asdict().items() if value is not None})
+            save(file)
         os.replace(temporary, entry)
     except BaseException:                                   # Ctrl-C too: leave nothing half written
         os.unlink(temporary)
         raise
+
+
+def hold_out(files: Sequence[Path], patterns: Sequence[str]) -> tuple[list[Path], list[Path]]:
+    """(the other files, those whose name without suffix matches one of the patterns). Raises ValueError for a pattern
+    that matches none: it is misspelt, or the file is gone."""
+    for pattern in patterns:
+        if not _matching(files, [pattern]):
+            raise ValueError(f"data.test_split: {pattern!r} matches none of the {len(files)} meshes, as "
+                             f"{files[0].stem!r}")
+    held = _matching(files, patterns)
+    return [file for file in files if file not in held], held
+
+
+def _matching(files, patterns):
+    return [file for file in files if any(fnmatch.fnmatchcase(file.stem, str(pattern)) for pattern in patterns)]
 
 
 def split_meshes(files: Sequence[Path], val_split: Sequence[str] | Sequence[float]) -> tuple[list[Path], list[Path]]:
@@ -191,7 +215,7 @@ def split_meshes(files: Sequence[Path], val_split: Sequence[str] | Sequence[floa
         every = max(2, round(1 / val_split[0]))
         val = list(files[every - 1::every])
     else:
-        val = [file for file in files if any(fnmatch.fnmatchcase(file.stem, str(pattern)) for pattern in val_split)]
+        val = _matching(files, val_split)
     train = [file for file in files if file not in val]
     if not val or not train:
         raise ValueError(f"data.val_split={list(val_split)} leaves {len(train)} training and {len(val)} validation "

@@ -23,6 +23,7 @@ LABEL_FILES = ("{}.txt", "{}.npy", "{}_labels.npy", "{}.seg", "{}.eseg")
 LABEL_KINDS = ("auto", "face", "polygon", "vertex", "edge")
 BOM = b"\xef\xbb\xbf"                              # what Windows editors put before UTF-8
 PLY_LABEL_NAMES = ("label", "labels", "class")
+PLY_CORNERS = ("vertex_indices", "vertex_index")
 PLY_TYPES = {"char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4", "float": "f4",
              "double": "f8", "int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2", "int32": "i4", "uint32": "u4",
              "int64": "i8", "uint64": "u8", "float32": "f4", "float64": "f8"}
@@ -114,21 +115,31 @@ def _numbers(text: bytes, dtype: type) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def _read_obj(path: Path) -> Parsed:
-    text = path.read_bytes().removeprefix(BOM).replace(b"\r\n", b"\n").replace(b"\r", b"\n") + b"\n"
+    text = obj_text(path)
     parsed = _parse_obj(text)
     return parsed if parsed is not None else _parse_obj_by_line(text, path)
 
 
-def _parse_obj(text: bytes) -> Parsed | None:
-    """The `v` and `f` lines of an OBJ at numpy's speed. None where anything is odd, the slow parser's matter."""
+def obj_text(path: Path) -> bytes:
+    """The bytes of an OBJ or MTL file with line ends as \\n and one at its end."""
+    return path.read_bytes().removeprefix(BOM).replace(b"\r\n", b"\n").replace(b"\r", b"\n") + b"\n"
+
+
+def plain_lines(text: bytes) -> bytes:
+    """An OBJ's text without comments and indents, continued lines joined."""
     if b"#" in text:
         text = re.sub(rb"#[^\n]*", b"", text)
     if b"\\" in text:
         text = re.sub(rb"\\[ \t]*\n", b" ", text)
     if b"\n " in text or b"\n\t" in text or text[:1] in (b" ", b"\t"):
         text = re.sub(rb"(?m)^[ \t]+", b"", text)
+    return text
+
+
+def _parse_obj(text: bytes) -> Parsed | None:
+    """The `v` and `f` lines of an OBJ at numpy's speed. None where anything is odd, the slow parser's matter."""
     values, corners, sides, seen = [], [], [], 0
-    for block in _blocks(text + b"\n", 1 << 20):                           # of a size that stays in the cache
+    for block in _blocks(plain_lines(text) + b"\n", 1 << 20):              # of a size that stays in the cache
         byte = np.frombuffer(block, np.uint8)
         end = np.flatnonzero(byte == ord("\n")) + 1
         start = np.append(0, end[:-1])
@@ -222,9 +233,24 @@ def _read_off(path: Path) -> Parsed:
 
 
 def _read_ply(path: Path) -> Parsed:
+    columns = ply_columns(path)[0]
+    if any(axis not in columns.get("vertex", {}) for axis in "xyz"):
+        raise ValueError(f"{path}: cannot be read as PLY (no vertices with x, y and z); is it cut short or damaged?")
+    vertices = np.stack([columns["vertex"][axis][0] for axis in "xyz"], 1).astype(np.float64)
+    face = columns.get("face", {})
+    index = next((face[n] for n in PLY_CORNERS if n in face), (np.empty(0), np.empty(0)))
+    label = next((face[n][0] for n in PLY_LABEL_NAMES if n in face and face[n][1] is None), None)
+    if label is not None and len(label):
+        label = _as_integers(label, path)
+    return vertices, index[0].astype(np.int64), index[1].astype(np.int64), label
+
+
+def ply_columns(path: Path) -> tuple[dict[str, dict], list[str]]:
+    """{element: {property: (values, None)}}, for a list (values in a row, length of each); and the header's comments.
+    Raises ValueError for a file that is no PLY or cut short."""
     data = path.read_bytes()
     try:
-        format_, elements, offset = _ply_header(data)
+        format_, elements, comments, offset = _ply_header(data)
         if format_ == "ascii":                      # from here on like a binary file that holds doubles only
             parsed = _numbers(data[offset:], np.float64)
             if parsed is None:
@@ -235,28 +261,26 @@ def _read_ply(path: Path) -> Parsed:
         for name, length, properties in elements:
             types = [(n, *("f8" if format_ == "ascii" and t else t and order + t for t in ts)) for n, *ts in properties]
             columns[name], offset = _ply_element(data, offset, length, types)
-        vertices = np.stack([columns["vertex"][axis][0] for axis in "xyz"], 1).astype(np.float64)
-        face = columns.get("face", {})
-        index = next((face[n] for n in ("vertex_indices", "vertex_index") if n in face), (np.empty(0), np.empty(0)))
     except (ValueError, KeyError, IndexError) as error:
         raise ValueError(f"{path}: cannot be read as PLY ({type(error).__name__}: {error}); "
                          f"is it cut short or damaged?") from error
-    label = next((face[n][0] for n in PLY_LABEL_NAMES if n in face and face[n][1] is None), None)
-    if label is not None and len(label):
-        label = _as_integers(label, path)
-    return vertices, index[0].astype(np.int64), index[1].astype(np.int64), label
+    return columns, comments
 
 
-def _ply_header(data: bytes) -> tuple[str, list, int]:
-    """Format, elements as (name, length, [(property, type, type of the list's length or None)]), offset of the body."""
+def _ply_header(data: bytes) -> tuple[str, list, list[str], int]:
+    """Format, elements as (name, length, [(property, type, type of the list's length or None)]), comments, offset of
+    the body."""
     end = re.search(rb"^end_header[ \t]*(\r\n|\n|\r)", data, re.MULTILINE)
     lines = re.split(r"[\r\n]+", data[:end.start()].decode("latin-1")) if end else []
     if not lines or lines[0].strip() != "ply":
         raise ValueError("no PLY header")
-    format_, elements = "", []
-    for word in (line.split() for line in lines[1:]):
+    format_, elements, comments = "", [], []
+    for line in lines[1:]:
+        word = line.split()
         if word[:1] == ["format"]:
             format_ = word[1]
+        elif word[:1] == ["comment"]:
+            comments.append(line.strip().removeprefix("comment").strip())
         elif word[:1] == ["element"]:
             elements.append((word[1], int(word[2]), []))
         elif word[:2] == ["property", "list"]:
@@ -265,7 +289,7 @@ def _ply_header(data: bytes) -> tuple[str, list, int]:
             elements[-1][2].append((word[2], PLY_TYPES[word[1]], None))
     if format_ not in ("ascii", "binary_little_endian", "binary_big_endian"):
         raise ValueError(f"format {format_!r}")
-    return format_, elements, end.end()
+    return format_, elements, comments, end.end()
 
 
 def _ply_element(data: bytes, offset: int, length: int, properties: list) -> tuple[dict, int]:
@@ -321,8 +345,9 @@ def _read_with_trimesh(path: Path) -> Parsed:
     return vertices, faces.reshape(-1).astype(np.int64), np.full(len(faces), 3), None
 
 
-def list_meshes(mesh_dir: str | Path) -> list[Path]:
-    """The mesh files of a folder (not of its sub-folders, no hidden ones), sorted by name.
+def list_meshes(mesh_dir: str | Path, suffixes: Sequence[str] = ()) -> list[Path]:
+    """The mesh files of a folder (not of its sub-folders, no hidden ones), sorted by name; suffixes (".obj") chooses
+    among MESH_SUFFIXES, () takes all.
 
     Raises FileNotFoundError, and ValueError for a folder without meshes or with two meshes of one stem.
     """
@@ -330,13 +355,14 @@ def list_meshes(mesh_dir: str | Path) -> list[Path]:
     if not mesh_dir.is_dir():
         raise FileNotFoundError(f"{mesh_dir}: no such folder of meshes; check the path")
     paths = sorted(p for p in mesh_dir.iterdir()
-                   if p.suffix.lower() in MESH_SUFFIXES and not p.name.startswith(".") and p.is_file())
+                   if p.suffix.lower() in (suffixes or MESH_SUFFIXES) and not p.name.startswith(".") and p.is_file())
     if not paths:
-        raise ValueError(f"{mesh_dir}: no mesh in this folder (looked for {' '.join(MESH_SUFFIXES)})")
+        raise ValueError(f"{mesh_dir}: no mesh in this folder (looked for {' '.join(suffixes or MESH_SUFFIXES)})")
     stems = {}
     for path in paths:
         if stems.setdefault(path.stem, path) != path:
-            raise ValueError(f"{mesh_dir}: {stems[path.stem].name} and {path.name} would share a label file; keep one")
+            raise ValueError(f"{mesh_dir}: {stems[path.stem].name} and {path.name} would share a label file; keep one, "
+                             f"or choose the kind by data.suffixes, as [{path.suffix.lower()}]")
     return paths
 
 

@@ -50,15 +50,15 @@ class DownstreamClassifier(nn.Module):
                         child.training = parent.training
         return self
 
-    def embed(self, features: Tensor, masks: Tensor, centroid: Tensor) -> Tensor:
-        """(B, N, F, E) embeddings of the faces.
+    def embed(self, features: Tensor, masks: Tensor, centroid: Tensor, **texture: Tensor) -> Tensor:
+        """(B, N, F, E) embeddings of the faces; texture: what models/mesh_texture.py wants besides.
 
         A frozen encoder runs without gradient, and on each mesh alone, without the padding behind its last cluster and
         face: then an embedding depends on nothing but its mesh, and one that was computed once and kept
         (training.cache_features) is the same to the last bit.
         """
         if not self.encoder_is_frozen:
-            return self.encoder(features, masks, centroid)
+            return self.encoder(features, masks, centroid, **texture)
         embedding = features.new_zeros(*features.shape[:3], self.encoder.embed_dim)
         with torch.no_grad():
             for b in range(len(features)):
@@ -70,7 +70,7 @@ class DownstreamClassifier(nn.Module):
         return embedding
 
     def forward(self, features: Tensor | None, masks: Tensor | None, centroid: Tensor | None,
-                embedding: Tensor | None = None) -> Tensor:
+                embedding: Tensor | None = None, **texture: Tensor) -> Tensor:
         """Logits (B, N, F, C); with `embedding` (B, N, F, E), the result of an earlier embed, the encoder is not
         run."""
-        return self.head(self.embed(features, masks, centroid) if embedding is None else embedding)
+        return self.head(self.embed(features, masks, centroid, **texture) if embedding is None else embedding)

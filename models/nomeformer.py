@@ -17,6 +17,7 @@ features, E embedding width.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +41,8 @@ class PositionCode(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over T tokens through scaled_dot_product_attention. x (G, T, E), valid (G, T) bool."""
+    """Multi-head self-attention over T tokens through scaled_dot_product_attention. x (G, T, E), valid (G, T) bool;
+    queries: only the first so many tokens ask, and come out."""
 
     def __init__(self, embed_dim: int, num_heads: int, dropout: float) -> None:
         super().__init__()
@@ -48,12 +50,12 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
         self.proj = nn.Linear(embed_dim, embed_dim)
 
-    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
+    def forward(self, x: Tensor, valid: Tensor, queries: int | None = None) -> Tensor:
         G, T, E = x.shape
         query, key, value = self.qkv(x).view(G, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(query, key, value, attn_mask=valid[:, None, None, :],     # (G, heads, T, -1)
-                                           dropout_p=self.dropout if self.training else 0.0)
-        return self.proj(x.transpose(1, 2).reshape(G, T, E))
+        x = F.scaled_dot_product_attention(query[:, :, :queries], key, value, attn_mask=valid[:, None, None, :],
+                                           dropout_p=self.dropout if self.training else 0.0)     # (G, heads, T, -1)
+        return self.proj(x.transpose(1, 2).reshape(G, -1, E))
 
 
 class DropPath(nn.Module):
@@ -81,8 +83,8 @@ class Layer(nn.Module):
                                  nn.Linear(hidden, embed_dim))
         self.drop, self.drop_path = nn.Dropout(dropout), DropPath(drop_path)
 
-    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
-        x = x + self.drop_path(self.drop(self.attn(self.norm1(x), valid)))
+    def forward(self, x: Tensor, valid: Tensor, queries: int | None = None) -> Tensor:
+        x = x[:, :queries] + self.drop_path(self.drop(self.attn(self.norm1(x), valid, queries)))
         return x + self.drop_path(self.drop(self.mlp(self.norm2(x))))
 
 
@@ -142,11 +144,13 @@ class Nomeformer(nn.Module):
         self.norm = nn.LayerNorm(embed_dim)
         self.apply(init_weights)
 
-    def forward(self, features: Tensor, masks: Tensor, centroid: Tensor, visible: Tensor | None = None) -> Tensor:
+    def forward(self, features: Tensor, masks: Tensor, centroid: Tensor, visible: Tensor | None = None,
+                fuse: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """masks (B, N, F) bool, True = a face; centroid (B, N, F, 3) face centres in the normalised frame.
 
         visible (B, N) bool hides the other clusters: their features are zeroed, and no token ever attends to them
-        (I-JEPA's context). Their own output slots are 0. Returns (B, N, F, E).
+        (I-JEPA's context). Their own output slots are 0. fuse maps the face tokens (B, N, F, E) to others of that shape
+        before the first block. Returns (B, N, F, E).
         """
         if visible is not None:
             masks = masks & visible[:, :, None]
@@ -155,6 +159,8 @@ class Nomeformer(nn.Module):
         centroid = torch.where(masks[..., None], centroid, 0.0)
         center = centroid.sum(2) / masks.sum(2, keepdim=True).clamp(min=1)                       # (B, N, 3)
         faces = self.embed(features)                                                             # (B, N, F, E)
+        if fuse is not None:
+            faces = fuse(faces)
         summary = self.summary_token.expand(*center.shape[:2], -1)                               # (B, N, E)
         if self.use_position:
             faces, summary = faces + self.face_position(centroid), summary + self.cluster_position(center)

@@ -174,7 +174,8 @@ def test_damaged_cache_file_is_written_anew(folder, tmp_path, damage):
         entry.write_bytes({"empty": b"", "cut": content[:len(content) // 2], "text": b"hello",
                            "bit in the data": content}[damage])
     assert same_mesh(prepare_mesh(path, SPEC, cache), good)
-    assert same_mesh(data.mesh._read_cache(entry, SPEC), good)
+    stored = data.mesh._read_cache(entry, ("vertices", "faces", "neighbors", "area"))
+    assert all(np.array_equal(value, getattr(good, name)) for name, value in stored.items())
 
 
 def test_mesh_too_large_for_signatures_is_named(folder, monkeypatch):

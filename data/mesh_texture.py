@@ -1,0 +1,350 @@
+"""Textures of meshes: reading them with their faces in file order, and colours sampled all over each face.
+
+    OBJ: v, vt, f, usemtl, mtllib; of an MTL: Kd (a plain colour), map_Kd with -clamp, -o and -s. A picture replaces Kd.
+    PLY as the SUM cities have it: per face a list texcoord of 6 numbers and texnumber, `comment TextureFile NAME`.
+Every face has one picture, one plain colour (a picture of one pixel), or nothing: then its samples are masked. A
+picture is kept as a pyramid of halved copies, and a face is read from the copy in which one pixel is about as large
+as the piece of the face that one sample stands for, so that samples of fine textures are means, not noise.
+Pixel (row 0, column 0) is at the top left; v points up; u and v repeat outside 0..1 unless the file says -clamp on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from data.mesh import MeshDataset, cached_arrays, custom_collate_fn, write_whole
+from data.mesh_io import PLY_CORNERS, _fan, _numbers, obj_text, plain_lines, ply_columns
+from utils.log import progress
+from utils.seed import derived_seed
+
+CACHE_VERSION = 1                   # raise it when read_texture or read_pyramid gives something else
+CHUNK = 1 << 19                     # samples at a time
+NO_TEXTURE = ".off", ".stl", ".glb"
+texture_custom_collate_fn = custom_collate_fn               # pads the texture entries like all others
+
+
+class Material(NamedTuple):
+    """A picture, else a plain colour (r, g, b) in 0..1, else neither. Texture coordinates are uv * scale + offset."""
+
+    image: Path | None = None
+    color: tuple[float, float, float] | None = None
+    clamp: bool = False
+    scale: tuple[float, float] = (1.0, 1.0)
+    offset: tuple[float, float] = (0.0, 0.0)
+
+
+class Texture(NamedTuple):
+    """uv (F, 3, 2) float32 of the corners of all faces in file order (NaN where the file gives none), material (F,)
+    int32 = number in materials, -1 = none."""
+
+    uv: np.ndarray
+    material: np.ndarray
+    materials: list[Material]
+
+
+class Pyramid(NamedTuple):
+    """texels (P, 3) uint8, all levels row by row, the finest first; sizes of the levels [(height, width)]."""
+
+    texels: np.ndarray
+    sizes: list[tuple[int, int]]
+
+
+# -- texture coordinates and materials ---------------------------------------------------------------------------------
+
+def read_texture(path: str | Path, cache_dir: str | Path | None = None) -> Texture:
+    """The texture coordinates and materials of a mesh file that read_mesh can read. Only .obj and .ply have any.
+
+    Faces of a material that no MTL defines have none. Raises ValueError for what cannot be read, FileNotFoundError for
+    a material file that is not there.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix in NO_TEXTURE:
+        return Texture(np.empty((0, 3, 2), np.float32), np.empty(0, np.int32), [])
+    reader = {".obj": _read_obj, ".ply": _read_ply}[suffix]
+    arrays = cached_arrays(path, ["texture", CACHE_VERSION], ("uv", "material", "names", "libraries"), cache_dir,
+                           lambda: reader(path))
+    if suffix == ".ply":
+        materials = [Material(path.parent / name) for name in arrays["names"].tolist()]
+    else:
+        known: dict[str, Material] = {}
+        for library in arrays["libraries"].tolist():
+            known |= read_mtl(path.parent / library)
+        materials = [known.get(name, Material()) for name in arrays["names"].tolist()]
+    return Texture(arrays["uv"], arrays["material"], materials)
+
+
+def _read_obj(path: Path) -> dict[str, np.ndarray]:
+    positions, faces, above, material, names, libraries = [], [], [], [], {}, []
+    current = -1
+    for match in re.finditer(rb"(?m)^(vt|f|usemtl|mtllib)[ \t]+([^\n]*)", plain_lines(obj_text(path))):
+        keyword, rest = match.groups()
+        if keyword == b"f":
+            faces.append(rest)
+            above.append(len(positions))
+            material.append(current)
+        elif keyword == b"vt":
+            positions.append(rest)
+        elif keyword == b"usemtl":
+            current = names.setdefault(_file_name(rest), len(names))
+        else:
+            libraries.append(_file_name(rest))
+    uv = _numbers(b"\n".join(positions), np.float64)
+    # Of corners like 7/1/3 the second number, with a 0 behind it, so that one that is not there (7 or 7//3) becomes 0.
+    index = _numbers(re.sub(rb"[^\s/]+/?([^\s/]*)\S*", rb"\g<1>0", b"\n".join(faces)), np.int64)
+    if uv is None or index is None or uv[1].min(initial=2) < 2:
+        raise ValueError(f"{path}: the texture coordinates cannot be read; 'vt u v' and 'f v/vt ...' are expected")
+    start = np.cumsum(uv[1]) - uv[1]
+    uv = uv[0][start[:, None] + np.arange(2)]                                    # (number of vt, 2)
+    corner, count = index[0] // 10, index[1]
+    corner = np.where(corner < 0, corner + np.repeat(above, count), corner - 1)
+    if len(corner) and not -1 <= corner.min() <= corner.max() < len(uv):
+        raise ValueError(f"{path}: a face names texture coordinate {corner.max() + 1} of {len(uv)}; is the file cut "
+                         f"short?")
+    return _by_face(path, np.append(uv, [[np.nan, np.nan]], axis=0)[corner], count, np.array(material, np.int32),
+                    list(names), libraries)
+
+
+def _read_ply(path: Path) -> dict[str, np.ndarray]:
+    columns, comments = ply_columns(path)
+    face, names = columns["face"], [_file_name(c.split(None, 1)[1]) for c in comments if c.startswith("TextureFile ")]
+    count = next(face[name] for name in PLY_CORNERS if name in face)[1].astype(np.int64)
+    if "texcoord" not in face or not names:
+        return _by_face(path, np.full((count.sum(), 2), np.nan), count, np.full(len(count), -1, np.int32), [], [])
+    uv, length = face["texcoord"]
+    has = length == 2 * count
+    if not (has | (length == 0)).all():
+        raise ValueError(f"{path}: face {np.argmin(has | (length == 0))} has a texcoord list that is not two numbers a "
+                         f"corner; write it anew")
+    corners = np.full((count.sum(), 2), np.nan)
+    corners[np.repeat(has, count)] = uv.reshape(-1, 2)
+    number = face["texnumber"][0].astype(np.int32) if "texnumber" in face else np.zeros(len(count), np.int32)
+    if number.max(initial=-1) >= len(names):
+        raise ValueError(f"{path}: texnumber {number.max()}, but the header names {len(names)} TextureFile")
+    return _by_face(path, corners, count, np.where(has, np.maximum(number, -1), -1), names, [])
+
+
+def _by_face(path, uv, count, material, names, libraries):
+    """uv (all corners, 2) of polygons of `count` corners, material of each polygon -> the same of their triangles."""
+    if np.isinf(uv).any():
+        raise ValueError(f"{path}: an infinite texture coordinate; repair the file")
+    corner, polygon = _fan(np.arange(len(uv)), count)                            # (F, 3)
+    return {"uv": uv[corner].astype(np.float32), "material": material if polygon is None else material[polygon],
+            "names": np.array(names, str), "libraries": np.array(libraries, str)}
+
+
+def _file_name(text: bytes | str) -> str:
+    text = text.decode("utf-8", errors="replace") if isinstance(text, bytes) else text
+    return text.strip().strip('"').replace("\\", "/")
+
+
+def read_mtl(path: str | Path) -> dict[str, Material]:
+    """{name: Material} of an MTL file. Raises FileNotFoundError, and ValueError naming the line."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such material file, and a mesh names it (mtllib); put it there")
+    materials, name = {}, None
+    for number, line in enumerate(obj_text(path).split(b"\n"), 1):
+        word = line.decode("utf-8", errors="replace").split("#", 1)[0].split(None, 1)
+        try:
+            if word[:1] == ["newmtl"]:
+                name = _file_name(word[1])
+                materials[name] = Material()
+            elif word[:1] == ["Kd"]:
+                red, green, blue = map(float, word[1].split())
+                materials[name] = materials[name]._replace(color=(red, green, blue))
+            elif word[:1] == ["map_Kd"]:
+                materials[name] = materials[name]._replace(**_picture(word[1], path.parent))
+        except (ValueError, IndexError, KeyError):
+            raise ValueError(f"{path}: line {number} cannot be read: {line[:60].decode(errors='replace')!r}; "
+                             f"'newmtl NAME', 'Kd r g b' or 'map_Kd FILE' is expected") from None
+    return materials
+
+
+def _picture(text: str, folder: Path) -> dict:
+    """The file and the options -clamp, -s and -o of a map_Kd; other options say nothing about colour and are passed
+    over."""
+    found, text = {}, text.strip()
+    while match := re.match(r"-(\w+)\s+((?:-?[\d.]+(?:[eE][-+]?\d+)?\s+){1,3}|\S+\s+)", text):
+        option, values = match[1], match[2].split()
+        text = text[match.end():]
+        if option == "clamp":
+            found["clamp"] = values == ["on"]
+        elif option in ("s", "o"):
+            default = 1.0 if option == "s" else 0.0
+            found["scale" if option == "s" else "offset"] = (*map(float, values[:2]), default)[:2]
+    return {**found, "image": folder / _file_name(text)}
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+def read_pyramid(path: Path, cache_dir: str | Path | None = None) -> Pyramid:
+    """A picture in RGB, on white where it is transparent, and its halved copies down to one pixel; memory-mapped from
+    the cache where there is one. Raises FileNotFoundError and ValueError."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such picture, and a mesh names it as texture; put it there")
+    try:
+        with Image.open(path) as image:
+            sizes = [(image.height, image.width)]
+            while max(sizes[-1]) > 1:
+                sizes.append(tuple(-(-side // 2) for side in sizes[-1]))
+            entry, key = None, hashlib.sha256(path.read_bytes() + bytes([CACHE_VERSION])).hexdigest()
+            if cache_dir is not None:
+                entry = Path(cache_dir) / f"texture_{key[:32]}.npy"
+                stored = _stored_texels(entry, sum(height * width for height, width in sizes))
+                if stored is not None:
+                    return Pyramid(stored, sizes)
+            texels = _texels(image)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read as a picture ({error}); is it damaged?") from error
+    if entry is not None:
+        write_whole(entry, lambda file: np.save(file, texels))
+        texels = np.load(entry, mmap_mode="r")
+    return Pyramid(texels, sizes)
+
+
+def _stored_texels(entry, count):
+    try:
+        stored = np.load(entry, mmap_mode="r")
+    except (OSError, EOFError, ValueError):
+        return None                                         # absent or damaged: made again, and written over
+    return stored if stored.shape == (count, 3) and stored.dtype == np.uint8 else None
+
+
+def _texels(image):
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    levels = [image]
+    while max(levels[-1].size) > 1:
+        levels.append(levels[-1].reduce(2))
+    return np.concatenate([np.asarray(level).reshape(-1, 3) for level in levels])
+
+
+def plain_pyramid(color: Sequence[float]) -> Pyramid:
+    """A plain colour (r, g, b) in 0..1 as a picture of one pixel."""
+    return Pyramid(np.uint8([np.clip(np.rint(255 * np.asarray(color)), 0, 255)]), [(1, 1)])
+
+
+# -- samples -----------------------------------------------------------------------------------------------------------
+
+def fixed_weights(count: int) -> np.ndarray:
+    """(1, count, 3) barycentric weights spread evenly over a triangle: the additive sequence R2 of Roberts (2018), the
+    generalised golden ratio, folded into the triangle."""
+    steps = np.arange(1, count + 1)[:, None] * np.array([0.7548776662466927, 0.5698402909980532])
+    return _fold((0.5 + steps) % 1)[None].astype(np.float32)
+
+
+def random_weights(rng: np.random.Generator, faces: int, count: int) -> np.ndarray:
+    """(faces, count, 3) barycentric weights, uniform over the triangle."""
+    return _fold(rng.random((faces, count, 2), dtype=np.float32))
+
+
+def _fold(square):
+    square = np.where(square.sum(-1, keepdims=True) > 1, 1 - square, square)
+    return np.concatenate([1 - square.sum(-1, keepdims=True), square], axis=-1)
+
+
+def sample_pyramid(pyramid: Pyramid, uv: np.ndarray, weights: np.ndarray, clamp: bool = False) -> np.ndarray:
+    """Colours of points on faces: uv (P, 3, 2), weights (P or 1, T, 3) -> (P, T, 3) float32 in 0..1, bilinear."""
+    sizes = np.array(pyramid.sizes)
+    start = np.concatenate([[0], sizes.prod(1).cumsum()])
+    edge = uv[:, 1:] - uv[:, :1]                                                 # (P, 2, 2)
+    texels = np.abs(edge[:, 0, 0] * edge[:, 1, 1] - edge[:, 0, 1] * edge[:, 1, 0]) / 2 * sizes[0].prod()
+    level = np.rint(np.log2(np.maximum(texels / weights.shape[1], 1)) / 2).astype(np.int64).clip(max=len(sizes) - 1)
+    (height, width), first = sizes[level].T[..., None], start[level][:, None]    # (P, 1) each
+    if not clamp:
+        uv = uv - np.floor(uv.min(1, keepdims=True))                             # small numbers keep their digits
+    point = np.matmul(weights, uv)                                               # (P, T, 2)
+    if clamp:
+        point = point.clip(0, 1)
+    column, row = point[..., 0] * width - 0.5, (1 - point[..., 1]) * height - 0.5
+    left, top = np.floor(column), np.floor(row)
+    across, down = (column - left)[..., None].astype(np.float32), (row - top)[..., None].astype(np.float32)
+    left, top = left.astype(np.int64), top.astype(np.int64)
+
+    def texel(i, j):
+        i, j = (i.clip(0, height - 1), j.clip(0, width - 1)) if clamp else (i % height, j % width)
+        return pyramid.texels[first + i * width + j]                             # (P, T, 3) uint8
+
+    upper = texel(top, left) * (1 - across) + texel(top, left + 1) * across
+    lower = texel(top + 1, left) * (1 - across) + texel(top + 1, left + 1) * across
+    return (upper * (1 - down) + lower * down) / np.float32(255)
+
+
+def sample_faces(texture: Texture, pyramids: Sequence[Pyramid | None], faces: np.ndarray,
+                 weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Colours (P, T, 3) float32 in 0..1 of chosen faces (P,) at barycentric weights (P or 1, T, 3), and (P,) bool: does
+    the face have any? Without, they are 0. pyramids: one a material, None = neither picture nor colour."""
+    colors = np.zeros((len(faces), weights.shape[1], 3), np.float32)
+    has = np.zeros(len(faces), bool)
+    if not len(texture.material):
+        return colors, has
+    material, step = texture.material[faces], max(1, CHUNK // weights.shape[1])
+    for number in np.unique(material[material >= 0]):
+        pyramid, settings = pyramids[number], texture.materials[number]
+        rows = np.flatnonzero(material == number)
+        if pyramid is None:
+            continue
+        if len(pyramid.texels) == 1:
+            colors[rows], has[rows] = pyramid.texels[0] / np.float32(255), True
+            continue
+        rows = rows[~np.isnan(texture.uv[faces[rows]]).any((1, 2))]
+        has[rows] = True
+        for part in (rows[i:i + step] for i in range(0, len(rows), step)):
+            uv = texture.uv[faces[part]] * np.float32(settings.scale) + np.float32(settings.offset)
+            colors[part] = sample_pyramid(pyramid, uv, weights if len(weights) == 1 else weights[part], settings.clamp)
+    return colors, has
+
+
+# -- data set ----------------------------------------------------------------------------------------------------------
+
+@dataclass
+class MeshTextureDataset(MeshDataset):
+    """MeshDataset whose items also hold texture_sequences (N, F, T, 3) float32, RGB in 0..1, and texture_masks
+    (N, F, T) bool, T = texture_samples: points drawn anew every time in training, the same ones in evaluation."""
+
+    texture_samples: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._textures: dict[int, Texture] = {}
+        self._pyramids: dict[Material, Pyramid | None] = {}
+        for index, path in enumerate(progress(self.files, "textures")):
+            texture = read_texture(path, self.cache_dir)
+            assert len(texture.material) in (0, self.num_faces[index]), f"{path}: not one material a face"
+            if index in self._prepared:
+                self._textures[index] = texture
+            for material in texture.materials:
+                if material not in self._pyramids:
+                    self._pyramids[material] = self._read_pyramid(material)
+
+    def _read_pyramid(self, material):
+        if material.image is not None:
+            return read_pyramid(material.image, self.cache_dir)
+        return None if material.color is None else plain_pyramid(material.color)
+
+    def __getitem__(self, item: int) -> dict:
+        sample, index = super().__getitem__(item), self.items[item][0]
+        texture = self._textures[index] if index in self._textures else read_texture(self.files[index], self.cache_dir)
+        mask, T = sample["mask"], self.texture_samples                           # (N, F)
+        faces = sample["face_index"][mask].numpy()
+        rng = np.random.default_rng(derived_seed(self.seed, self.epoch, item, 1))
+        weights = fixed_weights(T) if self.views else random_weights(rng, len(faces), T)
+        pyramids = [self._pyramids[material] for material in texture.materials]
+        colors, has = sample_faces(texture, pyramids, faces, weights)
+        sample["texture_sequences"] = torch.zeros(*mask.shape, T, 3)
+        sample["texture_sequences"][mask] = torch.from_numpy(colors)
+        sample["texture_masks"] = torch.zeros(*mask.shape, T, dtype=torch.bool)
+        sample["texture_masks"][mask] = torch.from_numpy(has)[:, None]
+        return sample

@@ -1,0 +1,95 @@
+"""Texture beside geometry: colours sampled on every face become one vector, fused into the face's token.
+
+After the seeds' IntegratedTextureGeometryModel: the texture joins the geometry of a face BEFORE the transformer blocks,
+so neighbours see it. Deviations: fusion happens at width E, behind the encoder's own first layer, so that a pre-trained
+geometry encoder keeps all its tensors; "concat" uses the texture; faces without texture keep their geometry token
+exactly, whatever lies in their texture slots. Shapes as in models/nomeformer.py, and T texture samples of a face, Et
+texture width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from models.downstream import DownstreamClassifier
+from models.nomeformer import Layer, Nomeformer, init_weights
+
+FUSIONS = ("gated", "concat", "add")
+
+
+class TextureEncoder(nn.Module):
+    """Colours (G, T, 3) in 0..1, valid (G, T) bool -> one vector (G, Et) a face: a linear layer, one attention layer in
+    which a summary token looks at the samples (their order does not matter), a norm."""
+
+    def __init__(self, embed_dim: int) -> None:
+        super().__init__()
+        self.embed = nn.Linear(3, embed_dim)
+        self.summary_token = nn.Parameter(torch.zeros(embed_dim))
+        self.layer = Layer(embed_dim, math.gcd(embed_dim, 4), 2.0, 0.0, 0.0)
+        self.norm = nn.LayerNorm(embed_dim)
+        self.apply(init_weights)
+
+    def forward(self, colors: Tensor, valid: Tensor) -> Tensor:
+        samples = self.embed(torch.where(valid[..., None], 4 * colors - 2, 0.0))         # (G, T, Et)
+        tokens = torch.cat([self.summary_token.expand(len(samples), 1, -1), samples], dim=1)
+        # The summary token is a valid key of its own, so that a face without samples is no softmax over nothing (NaN).
+        valid = nn.functional.pad(valid, (1, 0), value=True)
+        return self.norm(self.layer(tokens, valid, queries=1)[:, 0])                     # (G, Et)
+
+
+class TextureFusion(nn.Module):
+    """Geometry (G, E) and texture (G, Et) -> (G, E). gated: geometry + gate * W texture, the gate from both; add: the
+    same without the gate; concat: W [geometry, texture]."""
+
+    def __init__(self, embed_dim: int, texture_dim: int, method: str) -> None:
+        super().__init__()
+        if method not in FUSIONS:
+            raise ValueError(f"model.fusion_method={method!r}: expected one of {', '.join(FUSIONS)}")
+        self.method = method
+        self.proj = nn.Linear(texture_dim + (embed_dim if method == "concat" else 0), embed_dim)
+        self.gate = nn.Linear(embed_dim + texture_dim, embed_dim) if method == "gated" else None
+        self.apply(init_weights)
+
+    def forward(self, geometry: Tensor, texture: Tensor) -> Tensor:
+        both = torch.cat([geometry, texture], dim=-1)
+        if self.method == "concat":
+            return self.proj(both)
+        return geometry + self.proj(texture) * (1.0 if self.gate is None else self.gate(both).sigmoid())
+
+
+class IntegratedTextureGeometryModel(Nomeformer):
+    """A Nomeformer whose face tokens know the texture. Arguments of the Nomeformer, then texture_embed_dim Et and
+    fusion (FUSIONS). All that is new lies under texture_*: the other tensors are those of the geometry encoder."""
+
+    def __init__(self, *geometry, texture_embed_dim: int = 32, fusion: str = "gated", **options) -> None:
+        super().__init__(*geometry, **options)
+        self.texture_encoder = TextureEncoder(texture_embed_dim)
+        self.texture_fusion = TextureFusion(self.embed_dim, texture_embed_dim, fusion)
+
+    def forward(self, features: Tensor, masks: Tensor, centroid: Tensor, visible: Tensor | None = None,
+                texture_sequences: Tensor | None = None, texture_masks: Tensor | None = None) -> Tensor:
+        """As the Nomeformer, with texture_sequences (B, N, F, T, 3) in 0..1 and texture_masks (B, N, F, T) bool;
+        without them, geometry alone. Returns (B, N, F, E)."""
+        if texture_sequences is None:
+            return super().forward(features, masks, centroid, visible)
+
+        def fuse(faces: Tensor) -> Tensor:                                       # (B, N, F, E)
+            texture = self.texture_encoder(texture_sequences.flatten(0, 2), texture_masks.flatten(0, 2))
+            fused = self.texture_fusion(faces, texture.view(*faces.shape[:3], -1))
+            return torch.where(texture_masks.any(-1, keepdim=True), fused, faces)
+
+        return super().forward(features, masks, centroid, visible, fuse)
+
+
+class IntegratedDownstreamClassifier(DownstreamClassifier):
+    """DownstreamClassifier on an IntegratedTextureGeometryModel; unfrozen_layers speaks of the geometry encoder, the
+    texture parts are always trained."""
+
+    def __init__(self, encoder: IntegratedTextureGeometryModel, *args, **options) -> None:
+        super().__init__(encoder, *args, **options)
+        encoder.texture_encoder.requires_grad_(True)
+        encoder.texture_fusion.requires_grad_(True)
+        self.train()
