@@ -31,9 +31,9 @@ def cell_classes(label: Tensor, size: tuple[int, int], num_classes: int) -> Tens
     Pixel (y, x) is in cell (int(y / (H / h)), int(x / (W / w))), as published, in double precision.
     """
     (H, W), (h, w) = label.shape, size
-    row = (torch.arange(H, dtype=torch.float64) / (H / h)).long().to(label.device)
-    column = (torch.arange(W, dtype=torch.float64) / (W / w)).long().to(label.device)
-    place = torch.where(label == IGNORE_INDEX, num_classes, label) * (h * w)                   # (H, W)
+    row = (torch.arange(H, dtype=torch.float64) / (H / h)).int().to(label.device)              # on the CPU: MPS has
+    column = (torch.arange(W, dtype=torch.float64) / (W / w)).int().to(label.device)           # no double precision
+    place = label.int().masked_fill_(label == IGNORE_INDEX, num_classes) * (h * w)             # (H, W)
     place += (row * w)[:, None]
     place += column
     counts = place.flatten().bincount(minlength=(num_classes + 1) * h * w)                     # ignored ones at the end
