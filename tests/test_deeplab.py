@@ -120,7 +120,8 @@ def torchvision_file(counters=True):
 
 
 def same_backbone(a, b):
-    return all(torch.equal(tensor, b.state_dict()[name]) for name, tensor in a.state_dict().items()
+    b = b.state_dict()
+    return all(torch.equal(tensor, b[name]) for name, tensor in a.state_dict().items()
                if not name.startswith("aspp.") and not name.endswith("num_batches_tracked"))
 
 
@@ -173,7 +174,8 @@ def test_torchvision_weights_compute_the_same_with_their_stride(tmp_path):
 def test_deeplab_files(tmp_path, kind):
     """COCO initialisation (626 names, fc) and a network trained on VOC (632 names, prefix base., ASPP of 21 classes)."""
     source = randomize(tiny(21, RESNET_101))
-    state = {name: source.state_dict().get(name.removeprefix("base."), torch.zeros(1)) for name in SCHEMA[kind]}
+    own = source.state_dict()
+    state = {name: own.get(name.removeprefix("base."), torch.zeros(1)) for name in SCHEMA[kind]}
     path = save(tmp_path, state)
     model = MultiScale(tiny(5, RESNET_101))
     message = load_deeplab_weights(model, path)

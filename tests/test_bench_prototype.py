@@ -1,0 +1,26 @@
+"""benchmarks/bench_prototype.py runs, at a tiny size, and refuses results that differ."""
+
+import pytest
+import torch
+
+from benchmarks import bench_prototype
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("part", bench_prototype.PARTS)
+def test_part(part, capsys):
+    bench_prototype.main([part, "--tiny", "--repeats", "1"])
+    line, = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"| {part} |")
+
+
+def test_different_results_are_an_error(monkeypatch):
+    monkeypatch.setattr(bench_prototype, "prototype_divergence", lambda *arguments: (arguments[0].mean(), 1))
+    with pytest.raises(RuntimeError, match="the values differ by"):
+        bench_prototype.main(["kld", "--tiny", "--repeats", "1"])
