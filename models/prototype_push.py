@@ -20,8 +20,8 @@ from torch import Tensor
 from models.ppnet import PPNet
 from utils.losses import IGNORE_INDEX
 from utils.prototype_losses import resize_label
+from utils.prototype_metrics import TOP_SHARE
 
-TOP_SHARE = 0.05                 # of a map's pixels: where a prototype is active
 MARGIN = 5                       # pixels around the active part of a patch
 
 

@@ -1,19 +1,18 @@
 """Numbers that describe the prototypes of a network over a set of images: how different, how few, how steady they are.
 
-A prototype's active cells in an image are the 5 % of the feature grid nearest to it (published code takes them from the
-map resized to the image). Part labels are not needed.
+`model` is a models.ppnet.PPNet. A prototype's active cells in an image are the 5 % of the feature grid nearest to it;
+published code takes them from the map resized to the image. Part labels are not needed.
 """
 
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from models.ppnet import PPNet
-from models.prototype_push import TOP_SHARE
 from utils.distributed import all_reduce_sum
 from utils.prototype_losses import off_class_l1
 
+TOP_SHARE = 0.05                 # of a map: where a prototype is active
 SMALL_WEIGHT = 0.05              # ScaleProtoSeg's: weights up to it hardly count
 EXPLAINED = 0.9                  # of the winning logit
 NOISE = 0.2                      # standard deviation, on the normalised image
@@ -26,7 +25,7 @@ def active_cells(distances: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def noise_stability(model: PPNet, image: Tensor, seed: int) -> Tensor:
+def noise_stability(model: nn.Module, image: Tensor, seed: int) -> Tensor:
     """IoU (P,) of the active cells before and after normal noise on the normalised image (1, 3, H, W); eval mode.
 
     Noise of deviation 0.2 from `seed`, the same on every device. Not the part-based stability of the papers, which
@@ -41,7 +40,7 @@ def noise_stability(model: PPNet, image: Tensor, seed: int) -> Tensor:
 class PrototypeStatistics:
     """Sums over images, in float64 on the CPU; result() adds up all processes, which may have seen unequal shares."""
 
-    def __init__(self, model: PPNet):
+    def __init__(self, model: nn.Module):
         self.model = model
         P = len(model.class_identity)
         self.overlap = torch.zeros(P, P, dtype=torch.float64)          # cells active for both; the diagonal: for one
@@ -63,8 +62,8 @@ class PrototypeStatistics:
         parts = (similarity * weight[winner]).sort(1, descending=True)                         # (N, P)
         self.wins += parts.indices[:, 0].bincount(minlength=len(identity)).cpu().double()
         positive = logit > 0
-        short = parts.values.cumsum(1) < EXPLAINED * logit[:, None]    # sums that do not reach it yet
-        self.needed += int((short.cummin(1).values.sum(1) + 1)[positive].sum())
+        short = parts.values.cumsum(1) < EXPLAINED * logit[:, None]    # partial sums below it, the first ones
+        self.needed += int((short.sum(1) + 1)[positive].sum())
         self.explained += int(positive.sum())
 
     def add_stability(self, iou: Tensor) -> None:
