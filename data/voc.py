@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from data.images import label_table
+
 OFFICIAL = ("train", "val", "trainval")     # 1,464, 1,449 and 2,913 photographs; train_aug has 10,582
 CLASS_NAMES = ["background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
                "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
@@ -26,6 +28,7 @@ def color_map(num_colors: int) -> np.ndarray:
 
 
 PALETTE = color_map(len(CLASS_NAMES))                                                        # (21, 3)
+LABEL_TABLE = label_table(len(CLASS_NAMES))                                                  # (256,), 255 is ignored
 
 
 def find_root(root: str | Path) -> Path:

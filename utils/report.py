@@ -101,15 +101,21 @@ def write_report(path: str | os.PathLike, title: str, class_names: Sequence[str]
         raise ValueError(f"{path}: {C} class names, {len(palette)} colours, {len(metrics['iou'])} scores and a matrix "
                          f"{matrix.shape}; a report needs one name, colour, score and row per class")
     colors = ["#{:02x}{:02x}{:02x}".format(*map(int, color)) for color in palette]
-    body = [f"<h1>{escape(title)}</h1>", _headline(metrics), _notes(notes),
+    body = [f"<h1>{escape(title)}</h1>", _headline(metrics), notes_list(notes),
             _classes(class_names, colors, metrics, matrix), _confusion(class_names, matrix),
             *(_table(*table) for table in extra_tables), _curves(history), _gallery(class_names, colors, examples)]
+    write_page(path, title, [part for part in body if part])
+
+
+def write_page(path: str | os.PathLike, title: str, body: Sequence[str], css: str = "") -> None:
+    """Write one page: parts of HTML in this file's style, with rules of its own behind it. Texts in `body` must be
+    escaped already; the title is plain."""
     page = ('<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
             '<meta http-equiv="Content-Security-Policy" '
             'content="default-src \'none\'; img-src data:; style-src \'unsafe-inline\'">\n'
-            f"<title>{escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
-            + "\n".join(part for part in body if part) + "\n</main>\n</body>\n</html>\n")
+            f"<title>{escape(title)}</title>\n<style>{CSS}{css}</style>\n</head>\n<body>\n<main>\n"
+            + "\n".join(body) + "\n</main>\n</body>\n</html>\n")
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(page, encoding="utf-8")
@@ -133,7 +139,8 @@ def _headline(metrics: Mapping[str, Any]) -> str:
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
 
-def _notes(notes: Sequence[tuple[str, Any]]) -> str:
+def notes_list(notes: Sequence[tuple[str, Any]]) -> str:
+    """(key, value) pairs as a list of terms."""
     rows = "".join(f"<div><dt>{escape(str(key))}</dt><dd>{escape(str(value))}</dd></div>" for key, value in notes)
     return f"<dl>{rows}</dl>" if rows else ""
 
@@ -151,7 +158,8 @@ def _table(title: str, header: Sequence, rows: Sequence[Sequence]) -> str:
             f"<tbody>{body}</tbody></table></div>")
 
 
-def _dot(color: str) -> str:
+def dot(color: str) -> str:
+    """A small square of a CSS colour."""
     return f'<i style="background:{color}"></i>'
 
 
@@ -164,7 +172,7 @@ def _classes(names: Sequence[str], colors: Sequence[str], metrics: Mapping[str, 
 
     share = matrix.sum(1) / max(matrix.sum(), 1e-30)
     rows = "".join(
-        f'<tr><td class="name">{_dot(colors[c])}{escape(name)}</td><td class="n small">{_percent(share[c], 1)}</td>'
+        f'<tr><td class="name">{dot(colors[c])}{escape(name)}</td><td class="n small">{_percent(share[c], 1)}</td>'
         f'{bar("iou", c, "--one")}<td class="n">{_percent(metrics["iou"][c])}</td>'
         f'{bar("f1", c, "--tint")}<td class="n">{_percent(metrics["f1"][c])}</td>'
         f'<td class="n">{_percent(metrics["accuracy"][c])}</td></tr>' for c, name in enumerate(names))
@@ -292,10 +300,12 @@ def _chart(title: str, series: Sequence[tuple[str, list[tuple[float, float]]]], 
 # Pictures
 # -----------------------------------------------------------------------------------------------------------------
 
-def _data_uri(image: Image.Image) -> str:
+def data_uri(image: Image.Image, max_png: int = MAX_PNG) -> str:
+    """The picture as text for an img tag: PNG, or JPEG where that has more than max_png bytes and nothing is
+    transparent."""
     kind, stream = "png", io.BytesIO()
     image.save(stream, "PNG", optimize=True)
-    if stream.tell() > MAX_PNG and "A" not in image.mode:
+    if stream.tell() > max_png and "A" not in image.mode:
         kind, stream = "jpeg", io.BytesIO()
         image.convert("RGB").save(stream, "JPEG", quality=88)
     return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
@@ -309,7 +319,7 @@ def _gallery(names: Sequence[str], colors: Sequence[str], examples: Sequence[Map
     def card(example: Mapping) -> str:
         name = escape(str(example["name"]))
         pictures = [("truth", example.get("truth")), ("prediction", example["pred"])]
-        pair = "".join(f'<div><p>{word}</p><img src="{_data_uri(image)}" alt="{word}, {name}"></div>'
+        pair = "".join(f'<div><p>{word}</p><img src="{data_uri(image)}" alt="{word}, {name}"></div>'
                        for word, image in pictures if image is not None)
         caption = f'<figcaption>{escape(str(example["caption"]))}</figcaption>' if example.get("caption") else ""
         return (f"<figure><header><span>{name}</span><b>{_percent(example['score'], 1)}</b></header>"
@@ -318,7 +328,7 @@ def _gallery(names: Sequence[str], colors: Sequence[str], examples: Sequence[Map
     ranked = sorted(examples, key=lambda example: (math.isnan(example["score"]), example["score"]))
     half = (len(ranked) + 1) // 2
     groups = [("Lowest scores", ranked[:half]), ("Highest scores", ranked[half:][::-1])]
-    legend = "".join(f"<span>{_dot(color)}{escape(name)}</span>" for name, color in zip(names, colors, strict=True))
+    legend = "".join(f"<span>{dot(color)}{escape(name)}</span>" for name, color in zip(names, colors, strict=True))
     sections = "".join(f'<h3>{heading}</h3><div class="gallery">{"".join(map(card, group))}</div>'
                        for heading, group in groups if group)
     return f'<h2>Examples</h2><div class="keys" style="margin-top:14px">{legend}</div>{sections}'
