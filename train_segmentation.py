@@ -55,13 +55,15 @@ from utils.log import RunLog
 from utils.losses import WeightedLoss, lovasz_softmax_loss, soft_dice_loss
 from utils.metrics import metrics_table
 from utils.params import split_decay
+from utils.postprocess import crf_refine, morphology
 from utils.schedule import SCHEDULES, build_scheduler
 from utils.seed import seed_everything, seed_worker
 from utils.training import LossTotals, check_same_run, restore_rng, rng_entries, write_run_files
 from utils.weights import load_weights
 
 SCRIPT = Path(__file__).name
-RESULTS = {"labels": ("png", "npy"), "picture": ("png", "none"), "html": False}       # for predict.py, default first
+# For predict.py, default first.
+RESULTS = {"labels": ("png", "npy"), "picture": ("png", "none"), "html": False, "pca": False}
 # Names in the config -> in the result of an evaluation.
 MONITORS = {"val/mIoU": "miou", "val/loss": "loss", "val/accuracy": "overall_accuracy", "val/FWIoU": "fw_iou",
             "val/Dice": "mean_f1", "val/mAcc": "mean_accuracy"}
@@ -152,6 +154,13 @@ DEFAULTS = {
         "stride": Setting(None, (int,)),                    # None: two thirds of the window
         "tta": False,                                       # five scales and their mirror images
         "interval": 1,                                      # epochs between evaluations
+    },
+    "postprocess": {                                        # of predictions, see utils/postprocess.py; 0: not this step
+        "crf": {"use": False, "appearance": 1.0, "smoothness": 1.0, "color_std": 10.0, "position_std": 3.0,
+                "radius": 3, "dilation": 1, "iterations": 5, "shrink": 1},
+        "opening": 0, "closing": 0,                         # sides of squares, odd
+        "closing_order": [],                                # numbers of the classes that may grow, first to last
+        "mode": 0, "min_area": 0,
     },
     "checkpointing": {
         "dir": Setting(None, (str,)),                       # None: OUTPUT_DIR/model
@@ -261,6 +270,9 @@ def check_config(config: Config) -> None:
                          f"window's side are needed")
     WeightedLoss(loss_terms(config), gamma=config.losses.gamma, label_smoothing=config.losses.label_smoothing)
     augmentation(config).check()
+    refine = refine_function(config)
+    if refine is not None:                                  # the settings are checked where they are used
+        refine(torch.full((data.num_classes, 1, 1), 1 / data.num_classes), torch.zeros(3, 1, 1, dtype=torch.uint8))
 
 
 def two_sides(size) -> tuple[int, int]:
@@ -276,7 +288,7 @@ def augmentation(config: Config) -> Augmentation:
     settings = config.augmentations
     return Augmentation(tuple(settings.scale_range), cat_max_ratio=1.0, flip=0.5 * settings.horizontal_flip,
                         vertical_flip=0.5 * settings.vertical_flip, padding=settings.random_crop.padding,
-                        color="factors", **settings.color_jitter)
+                        cover=two_sides(config.dataset.image_size), color="factors", **settings.color_jitter)
 
 
 def loss_terms(config: Config) -> dict[str, float]:
@@ -490,6 +502,22 @@ def evaluation_view(config: Config) -> View:
                 TTA_SCALES if settings.tta else (1.0,), settings.tta)
 
 
+def refine_function(config: Config):
+    """The post-processing as a function of probability (C, H, W) and image (3, H, W) uint8 -> label (H, W), or None."""
+    settings = {**config.postprocess}
+    crf = {**settings.pop("crf")}
+    use_crf = crf.pop("use")
+    if not use_crf and not any(settings[name] for name in ("opening", "closing", "mode", "min_area")):
+        return None
+
+    def refine(probability, image):
+        if use_crf:
+            probability = crf_refine(probability, image, **crf)
+        label = probability.argmax(0)                                            # (H, W)
+        return torch.from_numpy(morphology(label.cpu().numpy(), len(probability), **settings)).to(label.device)
+    return refine
+
+
 def score_function(model: nn.Module, device: torch.device, amp_dtype):
     """image (B, 3, h, w) normalised, any size -> logits (B, C, h, w) float32."""
     def score(image):
@@ -504,7 +532,7 @@ def evaluate(model, dataset, device=None, amp_dtype=None, batch_size=4, num_work
     device = device or next(model.parameters()).device
     return evaluate_images(score_function(model, device, amp_dtype), normalizer(model.config), dataset,
                            model.config.dataset.num_classes, evaluation_view(model.config), device, batch_size,
-                           num_workers, limit_batches)
+                           num_workers, limit_batches, refine_function(model.config))
 
 
 def log_epoch(log: RunLog, state: dict, train: dict, result: dict | None, seconds: float, averaged: bool) -> None:
@@ -555,14 +583,12 @@ def predict(model: nn.Module, path: str | Path, amp_dtype=None) -> dict:
     device, photo = next(model.parameters()).device, read_image(path, exif=True)
     image = torch.from_numpy(np.array(photo)).permute(2, 0, 1).to(device)                   # (3, H, W) uint8
     result = segment_image(score_function(model, device, amp_dtype), normalizer(model.config), image,
-                           evaluation_view(model.config))
+                           evaluation_view(model.config), refine=refine_function(model.config))
     return {"label": result["label"].cpu().numpy(), "confidence": result["confidence"].cpu().numpy(), "photo": photo}
 
 
 def write_prediction(model: nn.Module, path: Path, prediction: dict, stem: Path, options) -> list[Path]:
     """Write what predict.py's options ask for as STEM*: labels in the numbers of the training masks, an overlay."""
-    if options.pca:
-        raise ValueError("--pca shows the features of a frozen encoder, which this network does not have; leave it out")
     data = model.config.dataset
     return write_image_result(stem, prediction, model.palette, options.labels, options.picture, data.ignore_label,
                               data.reduce_zero_label)
@@ -595,7 +621,9 @@ def test_only(args, config, checkpoint, path, device, amp_dtype) -> dict:
     result = evaluate(model, dataset, device, amp_dtype, num_workers=config.training.num_workers,
                       limit_batches=args.limit_batches)
     if is_main():
-        print(f"{path} on the {split} split:\n{metrics_table(result['metrics'], model.class_names)}", flush=True)
+        lines = [f"{path} on the {split} split:", metrics_table(result["metrics"], model.class_names)]
+        lines += [f"{name}: mIoU {100 * other['miou']:.2f}" for name, other in result["tables"].items()]
+        print(*lines, sep="\n", flush=True)
     cleanup()
     return headline(result)
 

@@ -63,6 +63,7 @@ class Augmentation(NamedTuple):
     saturation: tuple[float, float] | float = (0.5, 1.5)    # factor, or x for 1 - x to 1 + x
     hue: float = 18 / 360                                   # turn, up to this share of the circle
     scale_of: str = "image_size"                            # | photo
+    cover: tuple[int, int] | None = None                    # (height, width) in place of image_size, if that is a part
     scale_step: float = 0.0                                 # factors lowest, lowest + step ... only; 0: any
     padding: int = 0
     color: str = "ssd"                                      # | factors
@@ -529,7 +530,8 @@ class SegmentationDataset(Dataset):
         elif settings.scale_of == "photo":
             scale = factor
         else:
-            scale = max(width * factor / mask.size[0], height * factor / mask.size[1])
+            rows, columns = settings.cover or self.size
+            scale = max(columns * factor / mask.size[0], rows * factor / mask.size[1])
         size, around = resized(mask.size, scale), settings.padding
         for _ in range(CROP_TRIES):
             # of the crop in the image, negative where it starts in the padding

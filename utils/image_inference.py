@@ -29,6 +29,7 @@ from utils.seed import seed_worker
 
 TTA_SCALES = (0.9, 0.95, 1.0, 1.05, 1.1)      # each also mirrored: the ten views of DINOv3's ADE20K evaluation
 KEPT = 32                                     # best and worst images whose predictions are kept, for a report
+Refine = Callable[[Tensor, Tensor], Tensor]   # probability (C, H, W), image (3, H, W) uint8 -> label (H, W) int64
 STRIP_ELEMENTS = 1 << 25                      # scores held at once at the photograph's own size: 128 MiB of float32
 
 
@@ -119,12 +120,14 @@ def slide(score: Callable[[Tensor], Tensor], image: Tensor, window: int | None, 
 
 @torch.no_grad()
 def segment_image(score: Callable[[Tensor], Tensor], normalize: Callable[[Tensor], Tensor], image: Tensor, view: View,
-                  batch_size: int = 1, label: Tensor | None = None) -> dict:
+                  batch_size: int = 1, label: Tensor | None = None, refine: Refine | None = None) -> dict:
     """Label every pixel of a photograph (3, H, W) uint8, on the device where `score` computes.
 
     Returns label (H, W) int64, confidence (H, W) float32, the mean over the views of the class's softmax, and with a
     true `label` (H, W) given, nll: the sum of -log of that mean at the true class, over the pixels that count. What
-    has the photograph's own size is done in strips of rows; scores at the size of `view` are held whole.
+    has the photograph's own size is done in strips of rows; scores at the size of `view` are held whole. With `refine`
+    (post-processing of the whole probability map) label is what it returns, confidence that label's, and
+    unrefined (H, W) what there was before.
     """
     height, width = image.shape[1:]
     views = []
@@ -139,7 +142,7 @@ def segment_image(score: Callable[[Tensor], Tensor], normalize: Callable[[Tensor
         if view.flip:
             views.append(slide(score, resized.flip(-1), window, view.stride, batch_size).flip(-1))
     rows = max(1, STRIP_ELEMENTS // (views[0].shape[0] * width))
-    labels, confidences, nll = [], [], 0.0
+    labels, confidences, probabilities, nll = [], [], [], 0.0
     for begin in range(0, height, rows):
         end = min(begin + rows, height)
         strips = [resize_rows(scores, (height, width), begin, end).softmax(0) for scores in views]      # (C, R, W) each
@@ -147,38 +150,49 @@ def segment_image(score: Callable[[Tensor], Tensor], normalize: Callable[[Tensor
         confidence, pred = probability.max(0)
         labels.append(pred)
         confidences.append(confidence)
+        if refine is not None:
+            probabilities.append(probability)
         if label is not None:
             truth = label[begin:end]
             at_truth = probability.gather(0, truth.clamp(min=0)[None])[0]
             nll -= float(at_truth.clamp(min=1e-12).log()[truth != IGNORE_INDEX].cpu().double().sum())
-    return {"label": torch.cat(labels), "confidence": torch.cat(confidences), "nll": nll}
+    result = {"label": torch.cat(labels), "confidence": torch.cat(confidences), "nll": nll}
+    if refine is not None:
+        probability = torch.cat(probabilities, 1)                                               # (C, H, W)
+        label = refine(probability, image)
+        result |= {"label": label, "unrefined": result["label"], "confidence": probability.gather(0, label[None])[0]}
+    return result
 
 
 # -- a split -----------------------------------------------------------------------------------------------------------
 
 def segment_dataset(score, normalize, dataset, view: View, device: torch.device, batch_size: int = 1,
-                    num_workers: int = 0, limit: int = 0) -> Iterator[tuple[int, Tensor, Tensor, float]]:
-    """Yield (index, true label, predicted label (H, W) int64 on the CPU, nll) of this process's share of a data set of
-    whole photographs; at most `limit` of them, 0 for all."""
+                    num_workers: int = 0, limit: int = 0, refine: Refine | None = None) -> Iterator[tuple]:
+    """Yield (index, true label (H, W) int64, result of segment_image) of this process's share of a data set of whole
+    photographs; at most `limit` of them, 0 for all."""
     mine = list(shard_indices(len(dataset), rank(), world_size()))
     loader = DataLoader(Subset(dataset, mine[:limit] if limit else mine), batch_size=None, num_workers=num_workers,
                         worker_init_fn=seed_worker, generator=torch.Generator())
     for item in progress(loader, "evaluating"):
-        result = segment_image(score, normalize, item["image"].to(device), view, batch_size, item["label"].to(device))
-        yield int(item["index"]), item["label"], result["label"].cpu(), result["nll"]
+        yield int(item["index"]), item["label"], segment_image(score, normalize, item["image"].to(device), view,
+                                                               batch_size, item["label"].to(device), refine)
 
 
 def evaluate_images(score, normalize, dataset, num_classes: int, view: View, device: torch.device, batch_size: int = 1,
-                    num_workers: int = 0, limit: int = 0) -> dict:
+                    num_workers: int = 0, limit: int = 0, refine: Refine | None = None) -> dict:
     """Score every labelled pixel of a data set of whole photographs exactly once, at the photograph's own size.
 
-    Returns metrics, tables {}, loss (mean -log probability of the true class), matrix, examples [(index, name, mIoU)]
-    of this process, predictions {index: (H, W) uint8 or int16} of its KEPT best and KEPT worst, and seconds.
+    Returns metrics, tables (with `refine`, the metrics before it), loss (mean -log probability of the true class),
+    matrix, examples [(index, name, mIoU)] of this process, predictions {index: (H, W) uint8 or int16} of its KEPT best
+    and KEPT worst, and seconds.
     """
     started, C = time.monotonic(), num_classes
-    confusion, examples, predictions, nll, pixels = ConfusionMatrix(C), [], {}, 0.0, 0
-    for index, label, pred, loss in segment_dataset(score, normalize, dataset, view, device, batch_size, num_workers,
-                                                    limit):
+    confusion, unrefined, examples, predictions, nll, pixels = ConfusionMatrix(C), ConfusionMatrix(C), [], {}, 0.0, 0
+    for index, label, result in segment_dataset(score, normalize, dataset, view, device, batch_size, num_workers, limit,
+                                                refine):
+        pred = result["label"].cpu()
+        if refine is not None:
+            unrefined.update(result["unrefined"].cpu(), label)
         before = 0 if confusion.counts is None else confusion.counts
         confusion.update(pred, label)
         own = (confusion.counts - before).numpy()
@@ -187,8 +201,10 @@ def evaluate_images(score, normalize, dataset, num_classes: int, view: View, dev
         if len(predictions) > 2 * KEPT:                     # a split of photographs is gigabytes of labels
             ranked = sorted((score if score == score else -1, i) for i, _, score in examples if i in predictions)
             del predictions[ranked[0 if ranked[0][0] < 0 else KEPT][1]]
-        nll, pixels = nll + loss, pixels + int(own.sum())
+        nll, pixels = nll + result["nll"], pixels + int(own.sum())
     matrix = confusion.all_reduce().matrix()
-    return {"metrics": segmentation_metrics(matrix), "tables": {},
+    tables = {} if refine is None else \
+        {"before post-processing": segmentation_metrics(unrefined.all_reduce().matrix())}
+    return {"metrics": segmentation_metrics(matrix), "tables": tables,
             "loss": all_reduce_sum(nll) / max(all_reduce_sum(pixels), 1), "matrix": matrix, "examples": examples,
             "predictions": predictions, "seconds": time.monotonic() - started}
