@@ -26,7 +26,7 @@ HEAT = np.array([[0, 0, 130], [0, 70, 255], [0, 230, 255], [130, 255, 120], [255
 CSS = """
 h2 + p.lead { margin-top: 4px; } .gallery { margin-top: 12px; }
 .pair img { aspect-ratio: 4 / 3; object-fit: contain; background: var(--card); }
-figure.none { border-style: dashed; } td img { display: block; max-height: 110px; max-width: 160px; }
+figure.none { border-style: dashed; } td img { display: block; width: 144px; height: 108px; object-fit: contain; }
 main > img { display: block; max-width: 100%; }
 """
 
@@ -87,7 +87,7 @@ def source_photo(entry: Mapping, read_photo: Callable) -> Image.Image | None:
 
 
 def _img(image, text):
-    return f'<img src="{data_uri(image, max_png=0)}" alt="{escape(text)}">'
+    return f'<img src="{data_uri(image, jpeg=True)}" alt="{escape(text)}">'
 
 
 def _name(p, entry):

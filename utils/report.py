@@ -300,12 +300,13 @@ def _chart(title: str, series: Sequence[tuple[str, list[tuple[float, float]]]], 
 # Pictures
 # -----------------------------------------------------------------------------------------------------------------
 
-def data_uri(image: Image.Image, max_png: int = MAX_PNG) -> str:
-    """The picture as text for an img tag: PNG, or JPEG where that has more than max_png bytes and nothing is
-    transparent."""
+def data_uri(image: Image.Image, jpeg: bool = False) -> str:
+    """The picture as text for an img tag: PNG, or JPEG on request and where PNG is too large; the latter never loses
+    transparency."""
     kind, stream = "png", io.BytesIO()
-    image.save(stream, "PNG", optimize=True)
-    if stream.tell() > max_png and "A" not in image.mode:
+    if not jpeg:
+        image.save(stream, "PNG", optimize=True)
+    if jpeg or (stream.tell() > MAX_PNG and "A" not in image.mode):
         kind, stream = "jpeg", io.BytesIO()
         image.convert("RGB").save(stream, "JPEG", quality=88)
     return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
