@@ -1,0 +1,330 @@
+"""train_prototype.py with evaluate.py and predict.py, run whole on tiny pictures: every phase trains what it should and nothing else, it resumes
+exactly wherever it is stopped, and the pushed prototypes are patches of the photographs they name."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import evaluate
+import predict
+import train_prototype as script
+from models.prototype_push import NearestPatches, PushTable
+from tests.tiny_images import write_classes, write_pictures
+from tests.whole_runs import assert_equal, sigterm_in_call
+from utils.checkpoint import load_checkpoint
+from utils.cli import StopRequested
+from utils.config import load_config
+from utils.config_file import write_yaml
+from utils.log import read_log
+from utils.seed import seed_everything
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """images/SPLIT and masks/SPLIT; the third class is in every picture."""
+    root = tmp_path_factory.mktemp("pictures")
+    for split, count, first in (("train", 6, 0), ("val", 2, 100), ("test", 2, 200)):
+        folder = write_pictures(root / split, count, first, size=(48, 64) if split == "train" else (50, 61))
+        for kind in ("images", "masks"):
+            (root / kind).mkdir(exist_ok=True)
+            (folder / kind).rename(root / kind / split)
+        folder.rmdir()
+    write_classes(root / "classes.json")
+    return root
+
+
+def write_config(data, folder):
+    write_yaml({"dataset": {"root": str(data), "window_size": [41, 49], "cache_dir": str(data / "cache")},
+                "model": {"num_classes": 3, "prototype_shape": [12, 8, 1, 1], "weights": "random", "n_blocks": [1, 1, 1, 1], "base_width": 8,
+                          "freeze_bn": False},
+                "training": {"steps": [6, 12, 6], "accumulate": 2, "prune": True, "prune_neighbors": 3, "prune_threshold": 1},
+                "optimizer": {"backbone_lr": 3e-3, "aspp_lr": 3e-3, "prototype_lr": 3e-3, "last_layer_lr": 3e-3, "finetune_lr": 3e-3},
+                "evaluation": {"interval": 6}, "logging": {"log_interval": 1, "tensorboard": False}}, folder / "config.yaml")
+    return str(folder / "config.yaml")
+
+
+@pytest.fixture
+def config(data, tmp_path):
+    return write_config(data, tmp_path)
+
+
+def train(config, output, *more):
+    return script.main([config, "--device", "cpu", "--num-workers", "0", "--output-dir", str(output), *map(str, more)])
+
+
+def checkpoint(output, name="model_last"):
+    return load_checkpoint(Path(output) / "model" / f"{name}.pth")
+
+
+def changed(first, second):
+    return {name for name in first["model"] if not torch.equal(first["model"][name], second["model"][name])}
+
+
+def start(config, *overrides):
+    """The network before the first step, as a checkpoint's entry."""
+    seed_everything(0)
+    return {"model": {name: value.clone() for name, value in script.build_model(load_config(config, script.DEFAULTS, overrides)).state_dict().items()}}
+
+
+# -- what each phase changes ---------------------------------------------------
+
+def parts(names):
+    """features.base.layer2.block1.reduce.bn.weight -> what the table of phases calls it."""
+    found = set()
+    for name in names:
+        kind = name.split(".")[-1]
+        found.add("aspp" if ".aspp." in name else name if not name.startswith("features.") else
+                  "statistics" if kind.startswith(("running", "num")) else "norm" if ".bn." in name else "backbone")
+    return found
+
+
+@pytest.mark.parametrize("freeze_bn, last_layer, expected", [
+    (True, "[false,false,true]", [{"aspp", "prototype_vectors"}, {"aspp", "prototype_vectors", "backbone"}, {"last_layer.weight"}]),
+    (False, "[true,true,true]", [{"aspp", "prototype_vectors", "last_layer.weight"},
+                                 {"aspp", "prototype_vectors", "backbone", "norm", "statistics", "last_layer.weight"}, {"last_layer.weight"}])])
+def test_each_phase_trains_exactly_its_parameters(config, tmp_path, freeze_bn, last_layer, expected):
+    settings = [f"model.freeze_bn={str(freeze_bn).lower()}", f"training.train_last_layer={last_layer}", "training.prune=false"]
+    train(config, tmp_path / "run", *settings)
+    stages = [start(config, *settings), *(checkpoint(tmp_path / "run", name) for name in ("warmup", "joint"))]
+    for before, after, names in zip(stages, stages[1:], expected, strict=False):
+        assert parts(changed(before, after)) == names
+    assert parts(changed(checkpoint(tmp_path / "run", "push"), checkpoint(tmp_path / "run", "finetune"))) == expected[2]
+
+
+def test_push_moves_prototypes_onto_features_and_fine_tuning_leaves_them_there(config, tmp_path):
+    train(config, tmp_path / "run", "training.prune=false")
+    pushed, last = checkpoint(tmp_path / "run", "push"), checkpoint(tmp_path / "run")
+    assert torch.equal(pushed["model"]["prototype_vectors"], last["model"]["prototype_vectors"])
+    model = script.load_model(last, torch.device("cpu"))
+    push_set = script.build_dataset(model.config, "push")
+    normalize = script.normalizer(model.config)
+    for vector, entry in zip(model.prototype_vectors, model.provenance, strict=True):
+        item = push_set[entry["index"]]
+        assert str(push_set.files[entry["index"]]) == entry["image"] and entry["pushed"]
+        with torch.no_grad():
+            features = model.features_of(normalize(item["image"][None]))[0]                              # (D, h, w)
+        y, x = entry["cell"]
+        assert torch.allclose(features[:, y, x], vector[:, 0, 0], atol=1e-6)
+        y0, x0, y1, x1 = entry["cell_box"]
+        assert (item["label"][y0:y1, x0:x1] == entry["class"]).any()
+    listed = json.loads((tmp_path / "run" / "prototypes" / "prototypes.json").read_text())
+    assert listed == model.provenance
+
+
+def test_pruning_slices_everything_alike(config, tmp_path):
+    train(config, tmp_path / "run", "training.prune_neighbors=2", "training.prune_threshold=2")
+    before, after = checkpoint(tmp_path / "run", "finetune"), checkpoint(tmp_path / "run", "prune")
+    kept = [index for entry in after["prototypes"] for index, old in enumerate(before["prototypes"]) if entry == old]
+    assert 0 < len(kept) == len(after["prototypes"]) <= len(before["prototypes"])
+    for name in ("prototype_vectors", "class_identity", "ones"):
+        assert torch.equal(before["model"][name][kept], after["model"][name])
+    assert torch.equal(before["model"]["last_layer.weight"][:, kept], after["model"]["last_layer.weight"])
+    again = script.load_model(after, torch.device("cpu"))
+    assert [entry["class"] for entry in again.provenance] == again.class_identity.argmax(1).tolist()
+
+
+# -- schedule and accumulation -------------------------------------------------
+
+def test_schedule_is_in_updates_and_only_in_the_joint_phase(config, tmp_path, monkeypatch):
+    rates = []
+    original = torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self, *a, **k: rates.append([g["lr"] for g in self.param_groups]) or original(self, *a, **k))
+    train(config, tmp_path / "run", "training.prune=false", "optimizer.backbone_lr=0.001")
+    assert len(rates) == 3 + 6 + 3                                                       # updates of two micro-steps
+    assert all(rate == pytest.approx(3e-3) for update in (*rates[:3], *rates[9:]) for rate in update)
+    for k, update in enumerate(rates[3:9]):
+        factor = (1 - k / 6) ** 0.9
+        assert update[0] == pytest.approx(1e-3 * factor) and update[-1] == pytest.approx(3e-3 * factor)
+
+
+def test_an_update_is_the_mean_of_its_micro_losses(config):
+    """Not the loss of the pooled images: their labelled cells differ in number."""
+    settings = load_config(config, script.DEFAULTS, ["training.accumulate=2", "model.freeze_bn=true"])
+    torch.manual_seed(0)
+    model, criterion = script.build_model(settings), script.MaskedCrossEntropyLoss()
+    script.set_train_mode(model, "warmup", settings)
+    images, labels = torch.randn(2, 1, 3, 33, 33), torch.zeros(2, 1, 33, 33, dtype=torch.int64)
+    labels[0, :, :30], labels[1, :, :5] = -100, 1
+    losses = [script.compute_loss(criterion, model, model(x), y, settings)["total"] for x, y in zip(images, labels, strict=True)]
+    model.zero_grad()
+    (sum(losses) / 2).backward()
+    wanted = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    for x, y in zip(images, labels, strict=True):
+        (script.compute_loss(criterion, model, model(x), y, settings)["total"] / 2).backward()
+    for gradient, p in zip(wanted, [p for p in model.parameters() if p.grad is not None], strict=True):
+        assert torch.allclose(gradient, p.grad, atol=1e-6)
+    pooled = script.compute_loss(criterion, model, model(images[:, 0]), labels[:, 0], settings)["total"]
+    assert abs(float(pooled - sum(losses) / 2)) > 1e-4
+
+
+def test_loss_terms(config):
+    settings = load_config(config, script.DEFAULTS)
+    torch.manual_seed(0)
+    model, criterion = script.build_model(settings), script.MaskedCrossEntropyLoss()
+    model.eval()
+    image, label = torch.randn(2, 3, 33, 33), torch.randint(0, 3, (2, 33, 33))
+    terms = script.compute_loss(criterion, model, model(image), label, settings)
+    assert float(terms["l1"]) == pytest.approx(0.5 * 12 * 2)
+    assert float(terms["total"]) == pytest.approx(float(terms["ce"] + 0.25 * terms["kld"] + 1e-4 * terms["l1"]), rel=1e-6)
+    settings.loss.kld_labels = "published"
+    assert abs(float(script.compute_loss(criterion, model, model(image), label, settings)["kld"] - terms["kld"])) > 1e-6
+    settings.loss.kld_labels = "correct"
+    void = script.compute_loss(criterion, model, model(image), torch.full_like(label, -100), settings)
+    assert float(void["ce"]) == float(void["kld"]) == 0 and torch.isfinite(void["total"])
+    void["total"].backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_multi_scale_training_has_four_outputs(config, tmp_path):
+    result = train(config, tmp_path / "run", "model.scales=[0.5,0.75]", "training.steps=[2,2,2]", "training.prune=false", "evaluation.interval=2")
+    assert np.isfinite(result["miou"])
+
+
+# -- resuming ------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """One undisturbed run of all six stages, with its config file."""
+    folder = tmp_path_factory.mktemp("whole")
+    path = write_config(data, folder)
+    train(path, folder / "run")
+    return path, folder / "run"
+
+
+@pytest.mark.parametrize("owner, method, call", [
+    (torch.optim.Adam, "step", 2), (torch.optim.Adam, "step", 5), (PushTable, "update", 3), (torch.optim.Adam, "step", 11), (NearestPatches, "update", 2),
+    (torch.optim.Adam, "step", 14)], ids=["warmup", "joint", "push", "finetune", "prune", "refinetune"])
+def test_a_run_stopped_anywhere_ends_in_the_same_weights(whole, tmp_path, monkeypatch, owner, method, call):
+    path, undisturbed = whole
+    with monkeypatch.context() as patch:
+        sigterm_in_call(patch, owner, method, call)
+        with pytest.raises(StopRequested):
+            train(path, tmp_path / "run")
+    train(path, tmp_path / "run", "--resume", "auto")
+    first, second = checkpoint(undisturbed), checkpoint(tmp_path / "run")
+    for section in ("model", "prototypes", "best", "step", "stage"):
+        assert_equal(first[section], second[section], section)
+    assert read_log(undisturbed / "log" / "log.jsonl")[-1]["miou"] == read_log(tmp_path / "run" / "log" / "log.jsonl")[-1]["miou"]
+
+
+def test_phases_one_by_one_equal_the_whole_run(whole, tmp_path):
+    path, undisturbed = whole
+    with pytest.raises(ValueError, match="run --phase 0 first"):
+        train(path, tmp_path / "run", "--phase", 1)
+    for phase, last in ((0, "warmup"), (1, "push"), (2, "refinetune")):
+        train(path, tmp_path / "run", "--phase", phase)
+        assert (tmp_path / "run" / "model" / f"{last}.pth").is_file()
+    assert_equal(checkpoint(undisturbed)["model"], checkpoint(tmp_path / "run")["model"])
+    with pytest.raises(ValueError, match="in joint, phase 1"):
+        train(path, tmp_path / "run", "--phase", 2, "--resume", tmp_path / "run" / "model" / "warmup.pth")
+
+
+def test_pruning_can_be_decided_afterwards(whole, tmp_path):
+    path, undisturbed = whole
+    train(path, tmp_path / "run", "training.prune=false")
+    assert not (tmp_path / "run" / "model" / "prune.pth").exists()
+    train(path, tmp_path / "run", "--resume", "auto")
+    assert_equal(checkpoint(undisturbed)["model"], checkpoint(tmp_path / "run")["model"])
+
+
+def test_resume_refuses_another_run(whole, tmp_path):
+    path, undisturbed = whole
+    last = undisturbed / "model" / "joint.pth"
+    for change, message in ((["--seed", "1"], "--seed 1"), (["optimizer.aspp_lr=1"], "optimizer.aspp_lr"), (["training.steps=[6,12,8]"], "steps")):
+        with pytest.raises(ValueError, match=message):
+            train(path, tmp_path / "other", "--resume", last, *change)
+
+
+def test_early_stopping_ends_fine_tuning(config, tmp_path, capsys):
+    train(config, tmp_path / "run", "training.steps=[0,6,60]", "training.patience=1", "evaluation.interval=2", "optimizer.finetune_lr=1e-9",
+          "training.prune=false")
+    assert "the accuracy has not risen" in capsys.readouterr().out
+    assert checkpoint(tmp_path / "run", "finetune")["step"] < 3 + 30
+
+
+# -- scoring, predicting, looking ----------------------------------------------
+
+def test_every_reader_agrees(whole, tmp_path, capsys):
+    path, run = whole
+    best = run / "model" / "model_last.pth"
+    logged = [record for record in read_log(run / "log" / "log.jsonl") if record["split"] == "val"][-1]
+    assert train(path, tmp_path / "none", "--resume", best, "--test-only", "evaluation.interpretability=false")["miou"] == logged["miou"]
+    scores = evaluate.main([str(best), "--device", "cpu", "--output-dir", str(tmp_path / "scores"), "--split", "val"])
+    assert scores["miou"] == logged["miou"]
+    record = json.loads((tmp_path / "scores" / "metrics.json").read_text())
+    assert record["prototypes"]["prototypes"] == len(checkpoint(run)["prototypes"])
+    output = capsys.readouterr().out
+    assert "purity" in output and "stability" in output
+
+
+def test_predictions_and_explanations(whole, data, tmp_path):
+    path, run = whole
+    photo = sorted((data / "images" / "test").iterdir())[0]
+    labels = predict.main([str(run / "model" / "model_last.pth"), str(photo), "--output", str(tmp_path / "out"), "--device", "cpu", "--explain", "5,7", "40,30"])
+    assert labels[str(photo)].shape == (50, 61)
+    names = {file.name.removeprefix(photo.stem) for file in (tmp_path / "out").iterdir()}
+    assert {".png", "_overlay.png", "_prototypes.png", "_explain.json"} <= names
+    for entry in json.loads((tmp_path / "out" / f"{photo.stem}_explain.json").read_text())["pixels"]:
+        total = sum(part["contribution"] for part in entry["prototypes"]) + entry["other_prototypes"]["contribution"]
+        assert total == pytest.approx(entry["logit"], abs=1e-4)
+    with pytest.raises(ValueError, match="not on the photograph"):
+        predict.main([str(run / "model" / "model_last.pth"), str(photo), "--output", str(tmp_path / "out2"), "--device", "cpu", "--explain", "5,700"])
+
+
+def test_gallery(whole, tmp_path):
+    path, run = whole
+    assert (run / "prototypes" / "index.html").is_file()
+    train(path, tmp_path / "again", "--resume", run / "model" / "model_last.pth", "--gallery")
+    page = (tmp_path / "again" / "prototypes" / "index.html").read_text()
+    assert page.count("data:image/jpeg") >= len(checkpoint(run)["prototypes"])
+    with pytest.raises(ValueError, match="not pushed yet"):
+        train(path, tmp_path / "again", "--resume", run / "model" / "joint.pth", "--gallery")
+
+
+def test_learns_and_the_labels_matter(config, tmp_path):
+    """Far above one class everywhere; a network trained on the same pictures with other pictures' labels is not."""
+    more = ["training.steps=[0,160,20]", "evaluation.interval=160", "training.prune=false", "dataset.val_split=train", "dataset.scale_range=[1.0,1.0]",
+            "optimizer.backbone_lr=0.005", "optimizer.aspp_lr=0.005", "optimizer.prototype_lr=0.01", "optimizer.last_layer_lr=0.01"]
+    assert train(config, tmp_path / "run", *more)["miou"] > 0.8
+
+
+# -- errors --------------------------------------------------------------------
+
+@pytest.mark.parametrize("changes, message", [
+    (["model.prototype_shape=[13,8,1,1]"], "multiple of"), (["model.num_classes=19", "dataset.name=pascal", "model.prototype_shape=[19,8,1,1]"], "has 21 classes"),
+    (["training.steps=[3,12,6]"], r"training.steps\[0\]"), (["evaluation.interval=5"], "evaluation.interval"), (["training.steps=[6,12]"], "three phases"),
+    (["model.n_blocks=[1,1,1]"], "n_blocks"), (["dataset.window_size=[4,4]"], "window_size"), (["optimizer.aspp_lr=0"], "aspp_lr"),
+    (["model.weights=null"], "model.weights"), (["model.weights=missing.pth"], "missing.pth"), (["evaluation.squash=[513]"], "squash"),
+    (["dataset.train_split=nowhere"], "nowhere"), (["training.prune_treshold=1"], "prune_threshold")])
+def test_mistakes_are_one_clear_line(config, tmp_path, changes, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train(config, tmp_path / "run", *changes)
+    assert not (tmp_path / "run").exists()
+
+
+# -- several processes ---------------------------------------------------------
+
+def test_two_processes_equal_one_with_the_double_batch(config, tmp_path):
+    """Five push images for two processes; batch norm frozen, which would see other batches."""
+    more = ["training.steps=[2,8,4]", "evaluation.interval=4", "model.freeze_bn=true", "training.prune=true", "--limit-batches", "5"]
+    flags = ["--device", "cpu", "--num-workers", "0", *more[:-2]]
+    for name, start_with, batch in (("one", [sys.executable], 2),
+                                    ("two", [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"], 1)):
+        done = subprocess.run([*start_with, "train_prototype.py", config, f"training.batch_size={batch}", "--output-dir", str(tmp_path / name), *flags],
+                              cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    one, two = (checkpoint(tmp_path / name) for name in ("one", "two"))
+    assert [entry["image"] for entry in one["prototypes"]] == [entry["image"] for entry in two["prototypes"]]
+    for name, value in one["model"].items():
+        assert torch.allclose(value.float(), two["model"][name].float(), atol=2e-4), name
+    curves = [[record["loss"] for record in read_log(tmp_path / name / "log" / "log.jsonl") if record["split"] == "train"] for name in ("one", "two")]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
