@@ -29,7 +29,7 @@ OPTIONS = {
     "opening 3": {"opening": 3}, "opening 5": {"opening": 5}, "mode 3": {"mode": 3}, "mode 5": {"mode": 5},
     "min_area 16": {"min_area": 16}, "min_area 64": {"min_area": 64}, "min_area 256": {"min_area": 256},
     "crf": {"crf": {}}, "crf, wide": {"crf": {"dilation": 2, "position_std": 6.0}},
-    "crf, half size": {"crf": {"shrink": 2}}, "crf, strong": {"crf": {"appearance": 10.0, "smoothness": 3.0}}}
+    "crf, half size": {"crf": {"shrink": 2}}, "crf, smooth": {"crf": {"smoothness": 1.0}}}
 
 
 def parse_args(argv=None):

@@ -96,19 +96,19 @@ def _without_small(label, min_area):
 # -- CRF ---------------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def crf_refine(probability: Tensor, image: Tensor, appearance: float = 1.0, smoothness: float = 1.0,
+def crf_refine(probability: Tensor, image: Tensor, appearance: float = 3.0, smoothness: float = 0.0,
                color_std: float = 10.0, position_std: float = 3.0, radius: int = 3, dilation: int = 1,
                iterations: int = 5, shrink: int = 1) -> Tensor:
     """Probabilities that follow the edges of the image: mean field of the dense CRF of Krahenbuhl and Koltun (2011)
     with Potts' compatibility, within a square window (Teichmann and Cipolla 2018).
 
     probability (C, H, W), image (3, H, W) uint8 RGB -> (C, H, W) float32 on the device of probability, summing to one.
-    appearance, smoothness: weight of the kernel over place and colour, and of that over place alone; 0 and 0 change
-    nothing. color_std: of the image's 256 steps; position_std: pixels; both kernels have the same. The window reaches
-    radius * dilation pixels to each side, in steps of dilation. shrink: the neighbours' opinion is found at 1 / shrink
-    of the size, with these numbers in pixels of the smaller image, and added at full size. Kernels are normalised
-    symmetrically by their sums over the window, the pixel itself is not in it. Memory: radius * (radius + 1) * 2 maps
-    of the size of one class.
+    appearance, smoothness: weight of the kernel over place and colour, and of that over place alone, which costs thin
+    things most and is off by default; 0 and 0 change nothing. color_std: of the image's 256 steps; position_std:
+    pixels, of both kernels. The window reaches radius * dilation pixels to each side, in steps of dilation. shrink: the
+    neighbours' opinion is found at 1 / shrink of the size, with these numbers in pixels of the smaller image, and added
+    at full size. Kernels are normalised symmetrically by their sums over the window; the pixel itself is not in it.
+    Memory: 2 * radius * (radius + 1) maps of the size of one class. ValueError for shapes and settings that cannot be.
     """
     if probability.ndim != 3 or image.shape != (3, *probability.shape[1:]) or image.dtype != torch.uint8:
         raise ValueError(f"expected probability (C, H, W) and image (3, H, W) uint8, got {tuple(probability.shape)} "
@@ -157,5 +157,7 @@ def _kernels(colors, appearance, smoothness, color_std, position_std, radius, di
             own[here] += kernel
             own[there] += kernel
     total = total.rsqrt_()
-    return [(here, there, appearance * near * total[0][here] * total[0][there]
-             + smoothness * place * total[1][here] * total[1][there]) for here, there, near, place in pairs]
+    for here, there, near, place in pairs:
+        near.mul_(appearance * total[0][here]).mul_(total[0][there])
+        near.add_(smoothness * place * total[1][here] * total[1][there])
+    return [pair[:3] for pair in pairs]
