@@ -33,11 +33,10 @@ def cell_classes(label: Tensor, size: tuple[int, int], num_classes: int) -> Tens
     (H, W), (h, w) = label.shape, size
     row = (torch.arange(H, dtype=torch.float64) / (H / h)).int().to(label.device)              # on the CPU: MPS has
     column = (torch.arange(W, dtype=torch.float64) / (W / w)).int().to(label.device)           # no double precision
-    place = label.int().masked_fill_(label == IGNORE_INDEX, num_classes) * (h * w)             # (H, W)
-    place += (row * w)[:, None]
+    place = label.int().clamp_(min=-1).mul_(h * w)                     # (H, W), those of ignored pixels below 0
+    place += ((row + h) * w)[:, None]
     place += column
-    counts = place.flatten().bincount(minlength=(num_classes + 1) * h * w)                     # ignored ones at the end
-    return counts.view(num_classes + 1, h, w)[:-1] > 0
+    return place.flatten().bincount(minlength=(num_classes + 1) * h * w).view(num_classes + 1, h, w)[1:] > 0
 
 
 class PatchTable:
@@ -91,7 +90,7 @@ class PushTable(PatchTable):
         class_identity (P, C) one-hot, all on one device."""
         grid = distances.shape[1:]
         own = cell_classes(label, grid, class_identity.shape[1])[class_identity.argmax(1)]     # (P, h, w)
-        distances = distances.float().masked_fill(~own, math.inf).flatten(1)                   # (P, h * w)
+        distances = torch.where(own, distances.float(), math.inf).flatten(1)                   # (P, h * w)
         place = distances.argmin(1)                                    # the first of equal ones, says torch
         found = distances.gather(1, place[:, None])[:, 0].cpu()
         vector, place = features.flatten(1).float()[:, place].T.cpu(), place.cpu()             # (P, D)
