@@ -70,19 +70,21 @@ def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module | No
 class ResNet(nn.Module):
     """image (B, in_channels, H, W) normalised -> five maps at strides 2, 4, 8, 16, 32 with `channels` channels.
 
-    Kaiming initialisation (fan out) of the convolutions, norms 1 and 0, as torchvision has it.
+    width: channels of the first stage, 64 in all published ones. Kaiming initialisation (fan out) of the convolutions,
+    norms 1 and 0, as torchvision has it.
     """
 
-    def __init__(self, block: type[nn.Module], depths: tuple[int, ...], in_channels: int = 3) -> None:
+    def __init__(self, block: type[nn.Module], depths: tuple[int, ...], in_channels: int = 3, width: int = 64) -> None:
         super().__init__()
-        self.channels = [64, *(width * block.expansion for width in (64, 128, 256, 512))]
-        self.conv1 = nn.Conv2d(in_channels, 64, 7, 2, 3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
+        widths = (width, 2 * width, 4 * width, 8 * width)
+        self.channels = [width, *(channels * block.expansion for channels in widths)]
+        self.conv1 = nn.Conv2d(in_channels, width, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
-        for i, (width, depth) in enumerate(zip((64, 128, 256, 512), depths, strict=True)):
-            layers = [block(self.channels[i], width, 1 if i == 0 else 2)]
-            layers += [block(width * block.expansion, width, 1) for _ in range(depth - 1)]
+        for i, (channels, depth) in enumerate(zip(widths, depths, strict=True)):
+            layers = [block(self.channels[i], channels, 1 if i == 0 else 2)]
+            layers += [block(channels * block.expansion, channels, 1) for _ in range(depth - 1)]
             setattr(self, f"layer{i + 1}", nn.Sequential(*layers))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

@@ -99,9 +99,10 @@ def read_unet_weights(path: str | Path) -> dict[str, Tensor]:
     architecture and for scSE attention, which this U-Net does not have."""
     path = Path(path)
     if path.is_dir() and (path / "config.json").is_file():
-        kind = json.loads((path / "config.json").read_text(encoding="utf-8")).get("_model_class", "Unet")
-        if kind != "Unet":
-            raise ValueError(f"{path}: holds a {kind}; only a Unet of segmentation_models.pytorch is read")
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        for key, ours in (("_model_class", "Unet"), ("decoder_interpolation", "nearest")):
+            if config.get(key, ours) != ours:
+                raise ValueError(f"{path}: {key} is {config[key]!r} in config.json; only {ours!r} is read")
         path = path / "model.safetensors"
     state = read_weights(path)
     state = next((state[key] for key in ("state_dict", "model") if isinstance(state.get(key), dict)), state)

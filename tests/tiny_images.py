@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+import models.unet
 from models.dinov3 import ViTConfig
+from models.resnet import ENCODERS, BasicBlock, ResNet
 
 TINY = ViTConfig(32, 4, 2, "mlp", 64, taps=(0, 1, 2, 3))       # 4 blocks of 32 channels, patches of 16 pixels
 COLORS = np.array([[40, 60, 200], [60, 160, 60], [200, 50, 40]])
@@ -39,3 +41,9 @@ def write_pictures(folder: Path, count: int, first_seed: int = 0, size: tuple[in
 def write_classes(path: Path) -> Path:
     path.write_text(json.dumps({"classes": ["sky", "ground", "box"], "palette": COLORS.tolist(), "ignore_index": 255}))
     return path
+
+
+def shrink_unet(monkeypatch) -> None:
+    """model.backbone resnet18 becomes a small network of that name, with a small decoder."""
+    monkeypatch.setitem(ENCODERS, "resnet18", lambda: ResNet(BasicBlock, (1, 1, 1, 1), width=8))
+    monkeypatch.setattr(models.unet, "DECODER_CHANNELS", (32, 16, 16, 8, 8))
