@@ -26,7 +26,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.files, self.mode, self.cuts, self.asked = {}, "range", [], []
+        self.files, self.mode, self.cuts, self.asked, self.slept = {}, "range", [], [], []
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
 
@@ -60,8 +60,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(download.time, "sleep", lambda _: None)
     with Server() as running:
+        monkeypatch.setattr(download.time, "sleep", running.slept.append)
         threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
         running.files["/data.bin"] = CONTENT
         yield running
@@ -106,7 +106,7 @@ def test_gives_up_and_keeps_what_arrived(server, tmp_path):
     server.cuts = [100_000] + 9 * [0]
     with pytest.raises(ValueError, match=r"data\.bin could not be downloaded: .*broke off.*offline.*to go on"):
         fetched(server, tmp_path)
-    assert len(server.asked) == 1 + download.TRIES
+    assert len(server.asked) == 1 + download.TRIES and server.slept == [0.5, 1, 2, 4]
     assert (tmp_path / "data.bin.part").read_bytes() == CONTENT[:100_000] and not (tmp_path / "data.bin").exists()
     server.cuts = []
     assert fetched(server, tmp_path)[-1] == "bytes=100000-"

@@ -97,7 +97,7 @@ def _download(url, part, size, pause):
         failed = 0 if part.exists() and part.stat().st_size > have else failed + 1
         if failed == TRIES:
             raise error
-        time.sleep(pause * 2 ** failed)
+        time.sleep(pause * 2 ** (failed - 1))
 
 
 def _receive(response, part, have, size):
