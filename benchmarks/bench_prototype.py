@@ -1,12 +1,16 @@
 """Prototype segmentation: what its vectorised parts cost beside the literal loops they replace, with equal results.
 
     python benchmarks/bench_prototype.py kld       # divergence of prototypes, as for two 513 x 513 crops of Cityscapes
+    python benchmarks/bench_prototype.py push      # nearest patches in 8 photographs of CamVid's size
+    python benchmarks/bench_prototype.py model     # the full-size network: parameters, file, a joint step on 513 x 513
 
-A part prints one line: milliseconds of both, best of --repeats rounds by turns, their ratio, and how far apart the
-results are. Too far is an error.
+kld and push print one line: milliseconds of both, best of --repeats rounds by turns, their ratio, and how far apart the
+results are. Too far is an error. With one thread they are CPU time, which other work disturbs little, else wall-clock.
 """
 
+import resource
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -14,18 +18,24 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import train_prototype as script  # noqa: E402
+from models.prototype_push import PushTable  # noqa: E402
 from utils.cli import ArgumentParser, run  # noqa: E402
+from utils.config import Config, load_config  # noqa: E402
+from utils.device import autocast, describe, pick_device  # noqa: E402
+from utils.losses import IGNORE_INDEX, MaskedCrossEntropyLoss  # noqa: E402
 from utils.prototype_losses import prototype_divergence  # noqa: E402
 
 
 def best_times(repeats, *functions):
     """[(seconds, result)] of each function: the shortest of `repeats` rounds in which they take turns."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     results = [(float("inf"), None)] * len(functions)
     for _ in range(repeats):
         for i, function in enumerate(functions):
-            start = time.perf_counter()
+            start = clock()
             result = function()
-            results[i] = min(results[i][0], time.perf_counter() - start), result
+            results[i] = min(results[i][0], clock() - start), result
     return results
 
 
@@ -73,7 +83,96 @@ def kld(args):
     return {"seconds": ours[0], "loop_seconds": loop[0], "error": error}
 
 
-PARTS = {"kld": kld}
+def pixel_loop(images, owners):
+    """Per prototype (distance, image, row, column): the cells of each class a pixel at a time, as published."""
+    best = [(float("inf"), -1, -1, -1)] * len(owners)
+    for index, (_, distances, label) in enumerate(images):
+        (H, W), (h, w) = label.shape, distances.shape[1:]
+        cells = [set() for _ in range(max(owners) + 1)]
+        for y in range(H):
+            for x in range(W):
+                if (c := int(label[y, x])) != IGNORE_INDEX:
+                    cells[c].add((int(y / (H / h)), int(x / (W / w))))
+        for p, c in enumerate(owners):
+            for row, column in sorted(cells[c]):
+                if (distance := float(distances[p, row, column])) < best[p][0]:
+                    best[p] = distance, index, row, column
+    return best
+
+
+def push(args):
+    """Filling the table from features and distances that are there; the network's own time is in neither."""
+    (H, W), grid, side, count = ((360, 480), (46, 61), 24, 8) if not args.tiny else ((33, 41), (5, 6), 4, 2)
+    num_classes, per_class, channels = 11, 10, 64
+    torch.manual_seed(0)
+    identity = torch.eye(num_classes).repeat_interleave(per_class, 0)
+    vectors, images = torch.rand(num_classes * per_class, channels), []
+    for _ in range(count):
+        features = torch.rand(channels, *grid)
+        blocks = torch.randint(0, num_classes + 1, (H // side + 1, W // side + 1))
+        label = torch.where(blocks < num_classes, blocks, IGNORE_INDEX).repeat_interleave(side, 0)
+        distances = torch.cdist(vectors, features.flatten(1).T).square()                       # (P, h * w)
+        images.append((features, distances.unflatten(1, grid), label.repeat_interleave(side, 1)[:H, :W].contiguous()))
+
+    def scatter():
+        table = PushTable(len(identity), channels)
+        for index, image in enumerate(images):
+            table.update(index, *image, identity)
+        return table
+
+    owners, arrays = identity.argmax(1).tolist(), [[part.numpy() for part in image] for image in images]
+    ours, loop, quick = best_times(args.repeats, scatter, lambda: pixel_loop(images, owners),
+                                   lambda: pixel_loop(arrays, owners))
+    table, best = ours[1], loop[1]
+    rows = zip(table.distance.tolist(), table.image.tolist(), *table.cell.T.tolist(), strict=True)
+    if not (list(rows) == best == quick[1] and
+            all(torch.equal(table.vector[p], images[i][0][:, y, x]) for p, (_, i, y, x) in enumerate(best))):
+        raise RuntimeError("push: the tables differ")
+    ms, loop_ms, quick_ms = (1e3 * seconds / count for seconds, _ in (ours, loop, quick))
+    print(f"| push | {ms:.2f} ms an image | pixel loop {loop_ms:.0f} ms, {quick_ms:.0f} ms on NumPy arrays | "
+          f"{loop_ms / ms:.0f}x, {quick_ms / ms:.0f}x | identical |")
+    return {"seconds": ours[0], "loop_seconds": loop[0], "error": 0.0}
+
+
+def model(args):
+    """Forward, losses, backward and Adam on 2 crops; peak memory is the process's (CPU) or PyTorch's (CUDA)."""
+    path = Path(__file__).resolve().parents[1] / "configs" / "prototype_cityscapes.yaml"
+    tiny = ["model.n_blocks=[1,1,1,1]", "model.base_width=8", "dataset.window_size=[65,65]"] if args.tiny else []
+    config: Config = load_config(path, script.DEFAULTS, ["model.weights=random", *tiny])
+    device, criterion = pick_device(args.device), MaskedCrossEntropyLoss()
+    dtype = torch.bfloat16 if args.bfloat16 else None
+    torch.manual_seed(0)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    network = script.build_model(config).to(device)
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(network.state_dict(), Path(folder, "model.pth"))
+        size = Path(folder, "model.pth").stat().st_size / 2**20
+    optimizer, _ = script.start_stage("joint", network, config, 10)
+    script.set_train_mode(network, "joint", config)
+    image = torch.randn(2, 3, *config.dataset.window_size, device=device)
+    label = torch.randint(0, 19, (2, *config.dataset.window_size), device=device)
+
+    def step():
+        with autocast(device, dtype):
+            outputs = network(image)
+        script.compute_loss(criterion, network, outputs, label, config)["total"].backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    step()                                                  # Adam's averages and the libraries' buffers exist from here
+    seconds = best_times(args.repeats, step)[0][0]
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else \
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 - before
+    height, width = config.dataset.window_size
+    print(f"| model | {sum(p.numel() for p in network.parameters()):,} parameters, file {size:.0f} MiB | step of 2 x "
+          f"{height} x {width}, {'bfloat16' if dtype else 'float32'}: {seconds:.2f} s, peak {peak:.2f} GiB | "
+          f"{describe(device)}, {torch.get_num_threads()} thread(s) |")
+    return {"seconds": seconds, "peak": peak}
+
+
+PARTS = {"kld": kld, "push": push, "model": model}
 
 
 def main(argv=None):
@@ -81,6 +180,8 @@ def main(argv=None):
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--repeats", type=int, default=5, help="rounds; the best counts")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
+    parser.add_argument("--device", help="of `model`: cpu, cuda; default: the best there is")
+    parser.add_argument("--bfloat16", action="store_true", help="autocast of `model`")
     parser.add_argument("--tiny", action="store_true", help="a small size, to try the benchmark itself")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)

@@ -24,3 +24,10 @@ def test_different_results_are_an_error(monkeypatch):
     monkeypatch.setattr(bench_prototype, "prototype_divergence", lambda *arguments: (arguments[0].mean(), 1))
     with pytest.raises(RuntimeError, match="the values differ by"):
         bench_prototype.main(["kld", "--tiny", "--repeats", "1"])
+
+
+def test_another_patch_is_an_error(monkeypatch):
+    loop = bench_prototype.pixel_loop
+    monkeypatch.setattr(bench_prototype, "pixel_loop", lambda *arguments: loop(*arguments)[::-1])
+    with pytest.raises(RuntimeError, match="the tables differ"):
+        bench_prototype.main(["push", "--tiny", "--repeats", "1"])
