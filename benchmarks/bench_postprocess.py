@@ -1,6 +1,6 @@
 """What post-processing does to the score: mIoU, accuracy and IoU of every class before and after each option.
 
-    python benchmarks/bench_postprocess.py                                     # 12 made-up street scenes, half a minute
+    python benchmarks/bench_postprocess.py                                    # 6 made-up street scenes, a minute or two
     python benchmarks/bench_postprocess.py --data datasets/mine --split val --num-classes 11 --limit 20
 
 The prediction is made from the labels: their shares in cells of --cell pixels, blown up bilinearly, which is what a
@@ -38,7 +38,7 @@ def parse_args(argv=None):
     parser.add_argument("--data", help="folder of images/SPLIT and masks/SPLIT; default: made-up scenes, 480 x 360")
     parser.add_argument("--split", default="test")
     parser.add_argument("--num-classes", type=int, default=len(IMAGE_CLASSES))
-    parser.add_argument("--limit", type=int, default=12, help="images, evenly spaced")
+    parser.add_argument("--limit", type=int, default=6, help="images, evenly spaced")
     parser.add_argument("--cell", type=int, default=16, help="pixels")
     parser.add_argument("--noise", type=float, default=0.02, help="share of the pixels")
     parser.add_argument("--seed", type=int, default=0)
