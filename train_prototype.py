@@ -374,7 +374,7 @@ def train_until(network, batches, criterion, optimizer, scheduler, scaler, total
 
 
 @torch.no_grad()
-def scan(model, dataset, table, state, end, config, args, device, stop) -> bool:
+def scan(model, dataset, table, state, end, config, args, device, stop=None) -> bool:
     """Show the photographs state["done"]..end-1 (shared among the processes) at their own size to a PushTable or
     NearestPatches; False if stopped. Afterwards every process's table holds what all of them saw."""
     model.eval()
@@ -394,7 +394,7 @@ def scan(model, dataset, table, state, end, config, args, device, stop) -> bool:
             else:
                 table.update(mine[turn], distances[0], label, model.class_identity)
         state["done"] = min(end, begin + (turn + 1) * world)
-        if all_agree_max(stop.requested or 0) and state["done"] < end:
+        if all_agree_max((stop and stop.requested) or 0) and state["done"] < end:
             break
     table.merge(all_gather(table.state_dict()))
     return state["done"] == end
@@ -569,14 +569,18 @@ def read_source(entry: dict):
     return read_image(entry["image"]) if entry["image"] and Path(entry["image"]).is_file() else None
 
 
-def write_pages(model: PPNet, config: Config, folder: Path, device, num_workers: int) -> Path:
-    """OUTPUT_DIR/prototypes: the page of all prototypes, and prototypes.json, where each comes from."""
-    dataset = build_dataset(config, "push", num_workers=num_workers)
-    activations = {p: similarity.numpy() for p, similarity, _ in self_activations(model, dataset, device)}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "prototypes.json").write_text(json.dumps(model.provenance, indent=1) + "\n", encoding="utf-8")
-    return write_gallery(folder, model.provenance, model.class_names, model.palette, read_source, activations,
-                         model.last_layer.weight.detach().cpu().numpy())
+def write_pages(model: PPNet, config: Config, args, device, stop=None) -> Path:
+    """OUTPUT_DIR/prototypes: the page of all prototypes with their purity, and prototypes.json, where each comes from.
+    All processes have to call it; the first writes."""
+    folder, dataset = Path(args.output_dir) / "prototypes", build_dataset(config, "push", num_workers=args.num_workers)
+    nearest, end = new_table("prune", model, config), min(len(dataset), args.limit_batches or len(dataset))
+    scan(model, dataset, nearest, {"stage": STAGES.index("prune"), "done": 0}, end, config, args, device, stop)
+    if is_main():
+        activations = {p: similarity.numpy() for p, similarity, _ in self_activations(model, dataset, device)}
+        write_gallery(folder, model.provenance, model.class_names, model.palette, read_source, activations,
+                      model.last_layer.weight.detach().cpu().numpy(), purity(nearest, model.class_identity).numpy())
+        (folder / "prototypes.json").write_text(json.dumps(model.provenance, indent=1) + "\n", encoding="utf-8")
+    return folder / "index.html"
 
 
 # -- set-up and resume -------------------------------------------------------------------------------------------------
@@ -628,7 +632,10 @@ def test_only(args, config, checkpoint, path, device, amp_dtype) -> dict:
     if args.gallery:
         if model.provenance is None:
             raise ValueError(f"{path}: its prototypes are not pushed yet, so there are no patches to show")
-        print(f"wrote {write_pages(model, config, Path(args.output_dir) / 'prototypes', device, args.num_workers)}")
+        page = write_pages(model, config, args, device)
+        if is_main():
+            print(f"wrote {page}", flush=True)
+        cleanup()
         return {}
     split = "test" if has_test_split(config) else "val"
     result = evaluate(model, build_dataset(config, split, num_workers=args.num_workers), device, amp_dtype,
@@ -800,8 +807,8 @@ def main(argv=None) -> dict:
                 stop_here()
         log.info(f"Best mIoU: {'none' if keeper.best_score is None else f'{keeper.best_score:.4f}'}; checkpoints in "
                  f"{folder.model}")
-        if model.provenance is not None and is_main():
-            log.info(f"prototypes: {write_pages(model, config, folder.root / 'prototypes', device, args.num_workers)}")
+        if model.provenance is not None:
+            log.info(f"all prototypes: {write_pages(model, config, args, device, stop)}")
     cleanup()
     return {**(headline(result) if result else {}), "best": keeper.best_score, "prototypes": len(model.class_identity)}
 

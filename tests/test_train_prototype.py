@@ -314,14 +314,13 @@ def test_mistakes_are_one_clear_line(config, tmp_path, changes, message):
 # -- several processes ---------------------------------------------------------
 
 def test_two_processes_equal_one_with_the_double_batch(config, tmp_path):
-    """Five push images for two processes; batch norm frozen, which would see other batches."""
-    more = ["training.steps=[2,8,4]", "evaluation.interval=4", "model.freeze_bn=true", "training.prune=true", "--limit-batches", "5"]
-    flags = ["--device", "cpu", "--num-workers", "0", *more[:-2]]
-    for name, start_with, batch in (("one", [sys.executable], 2),
-                                    ("two", [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"], 1)):
-        done = subprocess.run([*start_with, "train_prototype.py", config, f"training.batch_size={batch}", "--output-dir", str(tmp_path / name), *flags],
-                              cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    """Training, push and pruning; batch norm is frozen, because it would see other batches."""
+    more = ["training.steps=[2,8,4]", "evaluation.interval=4", "model.freeze_bn=true"]
+    train(config, tmp_path / "one", "training.batch_size=2", *more)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_prototype.py"]
+    done = subprocess.run([*launch, config, "training.batch_size=1", "--output-dir", str(tmp_path / "two"), "--device", "cpu", "--num-workers", "0", *more],
+                          cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     one, two = (checkpoint(tmp_path / name) for name in ("one", "two"))
     assert [entry["image"] for entry in one["prototypes"]] == [entry["image"] for entry in two["prototypes"]]
     for name, value in one["model"].items():
