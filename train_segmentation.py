@@ -43,6 +43,7 @@ from utils.distributed import (
     all_agree_max,
     all_reduce_sum,
     barrier,
+    broadcast_buffers,
     cleanup,
     init_distributed,
     is_main,
@@ -473,6 +474,8 @@ def train_one_epoch(model, loader, criterion, optimizer, scheduler, scaler, ema,
         scaler.update()
         scheduler.step()
         optimizer.zero_grad(set_to_none=True)
+        if device.type != "cuda":                            # there SyncBatchNorm has the same statistics everywhere
+            broadcast_buffers(model)
         if ema is not None:
             ema.update(model)
         state["step"] += 1

@@ -103,6 +103,13 @@ def all_gather(value: Any) -> list:
     return values
 
 
+def broadcast_buffers(module: nn.Module) -> None:
+    """Give all processes the first one's buffers: running statistics of batch norms that are not synchronised."""
+    if _active():
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
+
+
 def _reduced(tensor: Tensor, operation: dist.ReduceOp) -> Tensor:
     home = tensor.device
     if dist.get_backend() == "nccl":               # nccl knows GPU memory only
