@@ -330,8 +330,9 @@ def load_pretrained(model: DownstreamClassifier, path: str, spec: MeshSpec) -> t
     """Fill the encoder from a file, whole or not at all. Returns the checkpoint's `encoder` entry and a log line."""
     state, layout, feature_spec = read_encoder(path)
     check_features(feature_spec, spec.features, path, model.encoder.blocks[0].local_layer.attn.num_heads)
-    fresh = {name: tensor for name, tensor in model.encoder.state_dict().items()
-             if name.startswith("texture_") and name not in state}
+    own = model.encoder.state_dict()
+    fresh = {} if any(name.startswith("texture_") for name in state) else \
+        {name: tensor for name, tensor in own.items() if name.startswith("texture_")}
     line = load_weights(model.encoder, {**fresh, **state}, path, layout=layout)
     if fresh:
         line += f"; {len(fresh)} of them, the texture's, are not in the file and start afresh"

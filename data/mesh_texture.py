@@ -312,7 +312,8 @@ def sample_faces(texture: Texture, pyramids: Sequence[Pyramid | None], faces: np
 @dataclass
 class MeshTextureDataset(MeshDataset):
     """MeshDataset whose items also hold texture_sequences (N, F, T, 3) float32, RGB in 0..1, and texture_masks
-    (N, F, T) bool, T = texture_samples: points drawn anew every time in training, the same ones in evaluation."""
+    (N, F, T) bool, T = texture_samples: points drawn anew every time in training, the same ones in evaluation. Raises
+    ValueError for training meshes that have neither pictures nor colours."""
 
     texture_samples: int = 16
 
@@ -328,6 +329,9 @@ class MeshTextureDataset(MeshDataset):
             for material in texture.materials:
                 if material not in self._pyramids:
                     self._pyramids[material] = self._read_pyramid(material)
+        if not self.views and not any(self._pyramids.values()):
+            raise ValueError(f"model.use_texture: none of the {len(self.files)} training meshes, as {self.files[0]}, "
+                             f"has a texture or a colour; set it to false to train on geometry alone")
 
     def _read_pyramid(self, material):
         if material.image is not None:

@@ -15,7 +15,7 @@ import evaluate
 import predict
 import train_downstream
 from data.mesh_io import read_mesh
-from tests.tiny_meshes import tiny_mesh, write_obj, write_set
+from tests.tiny_meshes import tiny_mesh, write_obj, write_set, write_textured_set
 from tests.whole_runs import assert_equal, sigterm_in_call
 from utils.checkpoint import load_checkpoint
 from utils.cli import StopRequested
@@ -308,6 +308,57 @@ def test_an_interruption_leaves_nothing_half_written(config, data, tmp_path, mon
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.fixture
+def textured(config, tmp_path):
+    """The tiny configuration for meshes whose labels only the texture tells; .ply files lie beside the .obj files."""
+    folder = write_textured_set(tmp_path / "textured", 8)
+    for path in folder.glob("*.obj"):
+        path.with_suffix(".ply").write_text("not read")
+    settings = yaml.safe_load(Path(config).read_text())
+    settings["paths"] = {"mesh_dir": str(folder), "cache_dir": str(tmp_path / "cache")}
+    settings["data"] = {"suffixes": [".obj"], "val_split": ["mesh_06"], "test_split": ["mesh_07", "mesh_05"]}
+    settings["model"] |= {"n_classes": 2, "use_texture": True, "texture_embed_dim": 8, "max_texture_pixels": 4}
+    Path(config).write_text(yaml.safe_dump(settings))
+    return config
+
+
+def test_texture_is_learnt_resumed_scored_and_predicted(textured, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(StopRequested):
+        sigterm_in_step(patch, 5)
+        train(textured, run, "training.epochs=12")
+    train(textured, run, "training.epochs=12", "--resume", "auto")
+    final = train(textured, tmp_path / "whole", "training.epochs=12")
+    assert_same_run(weights(tmp_path / "whole"), weights(run))
+    assert final["overall_accuracy"] == 1.0
+    best = str(run / "model" / "model_best.pth")
+    assert train(textured, run, "--resume", best, "--test-only")["overall_accuracy"] == 1.0
+    assert evaluate.main([best, "--device", "cpu", "--output-dir", str(tmp_path / "scored")])["overall_accuracy"] == 1.0
+    assert "2 files" in capsys.readouterr().out                                    # mesh_05 and mesh_07, the test split
+    mesh = tmp_path / "textured" / "mesh_07.obj"
+    labels, = predict.main([best, str(mesh), "--output", str(tmp_path / "out"), "--device", "cpu", "--pca"]).values()
+    assert np.array_equal(labels, np.loadtxt(mesh.with_suffix(".txt"), dtype=int))
+
+
+@pytest.mark.parametrize("unfrozen", [0, "all"])
+def test_texture_joins_a_pretrained_geometry_encoder(textured, encoder_file, tmp_path, capsys, unfrozen):
+    train(textured, tmp_path / "run", "--pretrained_path", encoder_file, f"training.num_unfrozen_encoder_layers={unfrozen}",
+          "training.layer_wise_lr_decay=[10, 2]")
+    before, after = load_checkpoint(encoder_file)["model"], weights(tmp_path / "run")["model"]
+    geometry = [name for name in before if name.startswith("encoder.")]
+    fresh = [name for name in after if name.startswith("encoder.texture_")]
+    assert f"matched {len(geometry + fresh)}/{len(geometry + fresh)} encoder tensors" in (out := capsys.readouterr().out)
+    assert f"{len(fresh)} of them, the texture's, are not in the file" in out
+    same = [torch.equal(before[name], after[name]) for name in geometry]
+    assert all(same) if unfrozen == 0 else not all(same)
+    with pytest.raises(ValueError, match="without texture"):
+        train(textured, tmp_path / "cached", "--pretrained_path", encoder_file, "training.cache_features=true",
+              "augmentation.mode=none", "augmentation.scale_range=[1, 1]", "augmentation.recluster=false")
+    with pytest.raises(ValueError, match="1 missing"):                             # half a texture encoder is none
+        torch.save({"model": {n: t for n, t in after.items() if n != fresh[0]}}, tmp_path / "half.pth")
+        train(textured, tmp_path / "half", "--pretrained_path", tmp_path / "half.pth")
+
+
 def test_early_stopping(config, tmp_path, capsys):
     train(config, tmp_path / "run", "training.epochs=30", "early_stopping.patience=1", "optimizer.learning_rate=1e-5")
     assert "stopped early" in capsys.readouterr().out
@@ -340,7 +391,7 @@ def test_keys_of_the_original_add_and_remove_features(config, normals, more, exp
     (["data.suffixes=[obj]"], "data.suffixes"),
     (["data.test_split=[mesh_00]"], "both say what the test meshes are"),
     (["data.test_split=[house*]", "paths.test_mesh_dir=null"], "matches none of the 6 meshes"),
-    (["model.use_texture=true", "training.cache_features=true"], "without texture"),
+    (["model.use_texture=true"], "has a texture or a colour"),
     (["paths.checkpoint_pertrain=x"], "checkpoint_pretrain"),
     (["data.class_names=[a, b]"], "2 entries"),
     (["class_weights.class_percentages=[1, 0, 3]"], "above 0"),

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import trimesh
+from PIL import Image
 
 CLASSES = ["low", "high", "cap"]
 
@@ -28,5 +29,27 @@ def write_set(folder: Path, count: int, first_seed: int = 0) -> Path:
     for i in range(count):
         vertices, faces, label = tiny_mesh(first_seed + i)
         write_obj(folder / f"mesh_{i:02d}.obj", vertices, faces)
+        (folder / f"mesh_{i:02d}.txt").write_text("\n".join(map(str, label)) + "\n")
+    return folder
+
+
+def write_textured_set(folder: Path, count: int, first_seed: int = 0) -> Path:
+    """As write_set, but the label of a face is a coin's fall, and the face's picture shows it: noise in red, or in blue."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        rng = np.random.default_rng(first_seed + i)
+        vertices, faces, _ = tiny_mesh(first_seed + i)
+        label = rng.integers(0, 2, len(faces))
+        for c, name in enumerate(("red", "blue")):
+            picture = rng.integers(0, 100, (16, 16, 3), dtype=np.uint8)
+            picture[..., 2 * c] += 120
+            Image.fromarray(picture).save(folder / f"{name}_{i:02d}.png")
+        (folder / f"mesh_{i:02d}.mtl").write_text("".join(f"newmtl {n}\nmap_Kd {n}_{i:02d}.png\n" for n in ("red", "blue")))
+        write_obj(folder / f"mesh_{i:02d}.obj", vertices, faces[:0])
+        with open(folder / f"mesh_{i:02d}.obj", "a") as file:
+            file.write(f"mtllib mesh_{i:02d}.mtl\n" + "".join(f"vt {u:.4f} {v:.4f}\n" for u, v in rng.uniform(-3, 3, (9, 2))))
+            for (a, b, c), which in zip(faces + 1, label, strict=True):
+                s, t, u = rng.integers(1, 10, 3)
+                file.write(f"usemtl {('red', 'blue')[which]}\nf {a}/{s} {b}/{t} {c}/{u}\n")
         (folder / f"mesh_{i:02d}.txt").write_text("\n".join(map(str, label)) + "\n")
     return folder
