@@ -1,4 +1,5 @@
-"""Time and memory of the mesh path: preparing 1 M faces by stages, clustering, the encoder from 1.5 k to 1 M faces.
+"""Time and memory of the mesh path: preparing 1 M faces by stages, their textures, clustering, the encoder from 1.5 k
+to 1 M faces.
 
     python benchmarks/bench_meshes.py                  # all; a few minutes on two cores
     python benchmarks/bench_meshes.py prepare --faces 200000
@@ -18,17 +19,19 @@ from pathlib import Path
 import numpy as np
 import torch
 import trimesh
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.mesh import MeshDataset, MeshSpec, custom_collate_fn  # noqa: E402
 from data.mesh_clusters import connected_clusters, recursive_bisection  # noqa: E402
 from data.mesh_features import face_features, face_neighbors, normalize_vertices, weld  # noqa: E402
 from data.mesh_io import read_mesh  # noqa: E402
+from data.mesh_texture import fixed_weights, random_weights, read_pyramid, read_texture, sample_faces  # noqa: E402
 from models.nomeformer import Nomeformer  # noqa: E402
 from utils.cli import ArgumentParser, run  # noqa: E402
 from utils.device import describe, pick_device  # noqa: E402
 
-PARTS = ("prepare", "clusters", "encoder")
+PARTS = ("prepare", "texture", "clusters", "encoder")
 FEATURES = ("corners", "normal", "area", "angles", "curvature", "dihedral")
 SIZES = ((1_500, 24), (100_000, 256), (1_000_000, 512))            # faces, faces per cluster
 
@@ -98,6 +101,37 @@ def prepare(args) -> None:
             print(f"  {name:<28}{time.perf_counter() - start:>8.2f} s   peak {peak_gib():.2f} GiB")
 
 
+def texture(args) -> None:
+    """Reading the texture coordinates of an OBJ with four pictures, and 32 samples of every face."""
+    rng, F = np.random.default_rng(0), args.faces
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "textured.obj"
+        uv = (rng.uniform(0, 8, (F, 1, 2)) + rng.uniform(0, 0.05, (F, 3, 2))).reshape(-1, 2)       # 1,300 texels a face
+        with open(path, "w") as file:
+            file.write("mtllib textured.mtl\n" + "v 0 0 0\n" * 3)
+            np.savetxt(file, uv, "vt %.5f %.5f")
+            for i, part in enumerate(np.array_split(np.arange(1, 3 * F + 1).reshape(F, 3), 4)):
+                file.write(f"usemtl m{i}\n")
+                np.savetxt(file, part, "f 1/%d 2/%d 3/%d")
+        for i in range(4):
+            Image.fromarray(rng.integers(0, 256, (1024, 1024, 3), np.uint8)).save(Path(folder) / f"{i}.jpg")
+        path.with_suffix(".mtl").write_text("".join(f"newmtl m{i}\nmap_Kd {i}.jpg\n" for i in range(4)))
+        found = timed("read OBJ, vt and usemtl", read_texture, path, folder)
+        pyramids = timed("4 pictures of 1024 x 1024", lambda: [read_pyramid(m.image, folder) for m in found.materials])
+        timed("32 samples a face, fixed", sample_faces, found, pyramids, np.arange(F), fixed_weights(32))
+        weights = timed("32 random points a face", random_weights, rng, F, 32)
+        timed("32 samples a face, random", sample_faces, found, pyramids, np.arange(F), weights)
+        timed("coordinates from the cache", read_texture, path, folder)
+        print(f"  {F:,} faces, peak {peak_gib():.2f} GiB")
+
+
+def timed(name, function, *inputs):
+    start, cpu = time.perf_counter(), time.process_time()
+    result = function(*inputs)
+    print(f"  {name:<28}{time.perf_counter() - start:>8.2f} s{time.process_time() - cpu:>8.2f} s of CPU", flush=True)
+    return result
+
+
 def clusters(args) -> None:
     for num_faces in sorted({100_000, args.faces}):
         vertices, faces = noisy_sphere(num_faces)
@@ -133,9 +167,9 @@ def encoder(args) -> None:
 def main(argv=None) -> None:
     args = parse_args(argv)
     if args.part is not None:
-        return {"prepare": prepare, "clusters": clusters, "encoder": encoder}[args.part](args)
+        return {"prepare": prepare, "texture": texture, "clusters": clusters, "encoder": encoder}[args.part](args)
     print(describe(pick_device(args.device)), flush=True)
-    for title, part, more in (("Preparing a mesh", "prepare", [[]]),
+    for title, part, more in (("Preparing a mesh", "prepare", [[]]), ("Textures of a mesh", "texture", [[]]),
                               ("Clustering, 400 faces a cluster", "clusters", [[]]),
                               ("Encoder forward, 5 blocks, E 64", "encoder",
                                [["--faces", str(faces), "--faces-per-cluster", str(size)] for faces, size in SIZES])):

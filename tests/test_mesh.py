@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,9 +18,11 @@ from data.mesh import (
     augment,
     custom_collate_fn,
     feature_statistics,
+    hold_out,
     prepare_mesh,
     random_rotation,
     rotation_about_z,
+    split_meshes,
 )
 from data.mesh_features import FEATURES, face_features, face_neighbors, feature_width
 from models.downstream import DownstreamClassifier
@@ -191,6 +194,18 @@ def test_meshes_beyond_the_memory_are_read_again_from_the_cache(folder, tmp_path
     assert len(meshes._prepared) < 4
     assert all(equal(meshes[i], expected[i]) for i in range(4))
     assert len(dataset(folder)._prepared) == 4                                   # without a cache they have to stay
+
+
+def test_parts_by_name_share_no_mesh():
+    files = [Path(f"house_{i}{part}.obj") for i in range(4) for part in "ab"]
+    rest, test = hold_out(files, ["house_1*", "house_3b"])
+    train, val = split_meshes(rest, ["house_2*"])
+    assert [path.stem for path in test] == ["house_1a", "house_1b", "house_3b"]
+    assert [path.stem for path in val] == ["house_2a", "house_2b"]
+    assert [path.stem for path in train] == ["house_0a", "house_0b", "house_3a"]
+    assert hold_out(files, []) == (files, [])
+    with pytest.raises(ValueError, match="data.test_split: 'hause_1' matches none of the 8 meshes, as 'house_0a'"):
+        hold_out(files, ["house_1*", "hause_1"])
 
 
 # --- items ----------------------------------------------------------------------------------------------------------

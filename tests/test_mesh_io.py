@@ -265,8 +265,11 @@ def test_list_meshes(tmp_path):
     (tmp_path / "folder.obj").mkdir()
     assert [p.name for p in list_meshes(tmp_path)] == ["a10.ply", "a2.OFF", "b.obj"]
     write(tmp_path / "b.glb", "")
-    with pytest.raises(ValueError, match="b.glb and b.obj would share a label file"):
+    with pytest.raises(ValueError, match=r"b.glb and b.obj would share a label file; .* data.suffixes, as \[.obj\]"):
         list_meshes(str(tmp_path))
+    assert [p.name for p in list_meshes(tmp_path, [".obj", ".off"])] == ["a2.OFF", "b.obj"]
+    with pytest.raises(ValueError, match=r"no mesh in this folder \(looked for .stl\)"):
+        list_meshes(tmp_path, [".stl"])
 
 
 # --- labels ---------------------------------------------------------------------------------------------------------
