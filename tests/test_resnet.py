@@ -66,7 +66,7 @@ def test_old_files_without_counters_and_wrapped_ones_load(small, tmp_path):
     torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}}, tmp_path / "old.pth")
     encoder = tiny()
     assert "matched 70/70" in load_resnet_weights(encoder, tmp_path / "old.pth")
-    assert torch.equal(encoder.layer4[1].conv2.weight, small.layer4[1].conv2.weight)
+    assert torch.equal(encoder.layer4[0].conv2.weight, small.layer4[0].conv2.weight)
 
 
 def test_files_of_another_resnet_are_refused_whole(small, tmp_path):
