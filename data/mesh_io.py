@@ -91,7 +91,7 @@ def _fan(corner: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray 
     return np.stack([corner[first], corner[first + step + 1], corner[first + step + 2]], 1), polygon
 
 
-def _numbers(text: bytes, dtype: type) -> tuple[np.ndarray, np.ndarray] | None:
+def parse_numbers(text: bytes, dtype: type) -> tuple[np.ndarray, np.ndarray] | None:
     """The numbers of a text and how many each line has; of tokens like 7/1/3 the first. None: not all are numbers."""
     if not text.strip():
         return np.empty(0, dtype), np.empty(0, np.int64)
@@ -151,7 +151,7 @@ def _parse_obj(text: bytes) -> Parsed | None:
             length = (end - start)[mask]
             chosen = byte[np.repeat(mask, end - start)]
             chosen[np.cumsum(length) - length] = ord(" ")                  # the keyword itself
-            parsed.append(_numbers(chosen.tobytes(), dtype))
+            parsed.append(parse_numbers(chosen.tobytes(), dtype))
             if parsed[-1] is None or parsed[-1][1].min(initial=3) < 3:
                 return None
         (value, count), (corner, side) = parsed                            # x y z [w] [r g b] and i j k ...
@@ -212,7 +212,7 @@ def _read_off(path: Path) -> Parsed:
     header = re.match(rb"\s*(?:ST)?C?N?OFF(?!\s*BINARY)", text)
     if header is None:
         raise ValueError(f"{path}: does not begin with OFF, so it is no (text) OFF file; convert it")
-    parsed = _numbers(text[header.end():], np.float64)
+    parsed = parse_numbers(text[header.end():], np.float64)
     if parsed is None:
         raise ValueError(f"{path}: holds something that is not a number; is it an OFF file?")
     value, count = parsed[0], parsed[1][parsed[1] > 0]                     # without empty lines
@@ -252,7 +252,7 @@ def ply_columns(path: Path) -> tuple[dict[str, dict], list[str]]:
     try:
         format_, elements, comments, offset = _ply_header(data)
         if format_ == "ascii":                      # from here on like a binary file that holds doubles only
-            parsed = _numbers(data[offset:], np.float64)
+            parsed = parse_numbers(data[offset:], np.float64)
             if parsed is None:
                 raise ValueError("something in the body is not a number")
             data, offset = parsed[0].tobytes(), 0
@@ -430,7 +430,7 @@ def _read_label_file(path: Path) -> np.ndarray:
     if path.suffix.lower() not in (".txt", ".seg", ".eseg"):
         raise ValueError(f"{path}: '{path.suffix}' is no label suffix; use .txt .npy .seg .eseg or a .ply with labels")
     text = path.read_bytes().removeprefix(BOM).replace(b"\r", b"\n")
-    parsed = None if b"/" in text else _numbers(text, np.float64)
+    parsed = None if b"/" in text else parse_numbers(text, np.float64)
     if parsed is not None:
         return parsed[0]
     for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from data.mesh import MeshDataset, cached_arrays, custom_collate_fn, write_whole
-from data.mesh_io import PLY_CORNERS, _fan, _numbers, obj_text, plain_lines, ply_columns
+from data.mesh_io import PLY_CORNERS, _fan, obj_text, parse_numbers, plain_lines, ply_columns
 from utils.log import progress
 from utils.seed import derived_seed
 
@@ -98,9 +98,9 @@ def _read_obj(path: Path) -> dict[str, np.ndarray]:
             current = names.setdefault(_file_name(rest), len(names))
         else:
             libraries.append(_file_name(rest))
-    uv = _numbers(b"\n".join(positions), np.float64)
+    uv = parse_numbers(b"\n".join(positions), np.float64)
     # Of corners like 7/1/3 the second number, with a 0 behind it, so that one that is not there (7 or 7//3) becomes 0.
-    index = _numbers(re.sub(rb"[^\s/]+/?([^\s/]*)\S*", rb"\g<1>0", b"\n".join(faces)), np.int64)
+    index = parse_numbers(re.sub(rb"[^\s/]+/?([^\s/]*)\S*", rb"\g<1>0", b"\n".join(faces)), np.int64)
     if uv is None or index is None or uv[1].min(initial=2) < 2:
         raise ValueError(f"{path}: the texture coordinates cannot be read; 'vt u v' and 'f v/vt ...' are expected")
     start = np.cumsum(uv[1]) - uv[1]

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from data.mesh_io import _numbers, _ply_element, _ply_header
+from data.mesh_io import ply_columns
 from data.point_transforms import (
     NORMAL_NEIGHBORS,
     VIEWS,
@@ -127,6 +127,8 @@ def read_cloud(path: str | Path, label_field: str | None = None) -> PointCloud:
     try:
         raw = _read_fields(path, label_field)
     except (ValueError, KeyError, IndexError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        if str(error).startswith(f"{path}: "):              # told already, by the reader of PLY files
+            raise
         raise ValueError(f"{path}: cannot be read ({type(error).__name__}: {error}); is it cut short or damaged?"
                          ) from error
     coord = raw.get("coord")
@@ -198,20 +200,10 @@ def _from_columns(columns, label_field):
 
 def read_ply_vertices(path: str | Path) -> dict[str, np.ndarray]:
     """The vertex properties of a PLY file (ASCII or binary), {name: (N,)}. ValueError where it is damaged or none."""
-    data = Path(path).read_bytes()
-    kind, elements, offset = _ply_header(data)
-    if kind == "ascii":                                     # from here on like a binary file that holds doubles only
-        parsed = _numbers(data[offset:], np.float64)
-        if parsed is None:
-            raise ValueError("something in the body is not a number")
-        data, offset = parsed[0].tobytes(), 0
-    order = ">" if kind == "binary_big_endian" else "<"
-    for name, length, properties in elements:
-        types = [(n, *("f8" if kind == "ascii" and t else t and order + t for t in ts)) for n, *ts in properties]
-        columns, offset = _ply_element(data, offset, length, types)
-        if name == "vertex":
-            return {column: values for column, (values, lengths) in columns.items() if lengths is None}
-    raise ValueError("no vertices")
+    columns = ply_columns(Path(path))[0].get("vertex")
+    if columns is None:
+        raise ValueError(f"{path}: cannot be read, a PLY file without vertices; is it damaged?")
+    return {name: values for name, (values, lengths) in columns.items() if lengths is None}
 
 
 def write_ply(path: str | Path, coord: np.ndarray, color: np.ndarray, label: np.ndarray | None = None) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.mesh_io import _numbers  # noqa: E402
+from data.mesh_io import parse_numbers  # noqa: E402
 from data.point_classes import BENCHMARKS  # noqa: E402
 from data.point_transforms import estimate_normals, rotate  # noqa: E402
 from data.points import write_cloud  # noqa: E402
@@ -35,7 +35,7 @@ STRAY = re.compile(rb"[^0-9eE+\-. \t\r\n]")
 def read_annotation(path: Path) -> np.ndarray:
     """(N, 6) float64 x y z r g b. ValueError names the first line that cannot be repaired."""
     data = path.read_bytes()
-    parsed = _numbers(data, np.float64)
+    parsed = parse_numbers(data, np.float64)
     if parsed is None or not np.isin(parsed[1], (0, 6)).all():
         lines = []
         for number, line in enumerate(data.split(b"\n"), 1):

@@ -153,11 +153,13 @@ def test_every_defect_names_the_file(tmp_path, change, message):
 
 @pytest.mark.parametrize("name, content", [("a.npz", b"PK\3\4 cut"), ("a.npy", b"\x93NUMPY"), ("a.ply", b"ply\nformat"),
                                            ("a.ply", b"ply\nformat ascii 1.0\nelement vertex 2\nproperty float x\n"
-                                                     b"end_header\n1\n")])
+                                                     b"end_header\n1\n"),
+                                           ("a.ply", b"ply\nformat ascii 1.0\nelement face 0\nend_header\n")])
 def test_damaged_files_are_told(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match="cannot be read.*damaged"):
+    with pytest.raises(ValueError, match="cannot be read.*damaged") as error:
         read_cloud(tmp_path / name)
+    assert str(error.value).count(name) == 1 and "\n" not in str(error.value)
 
 
 def test_unknown_paths_and_suffixes(tmp_path):
