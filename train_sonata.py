@@ -246,11 +246,7 @@ def open_encoder(config: Config) -> tuple[dict, dict | None]:
             raise ValueError("without --pretrained_path the size of the network must be given: set model.encoder")
         return given, None
     found = read_sonata(path)
-    arguments = found.config or guess_config(found.state)
-    stages = {name.split(".")[1] for name in found.state if name.startswith("enc.")}
-    if found.config is None and len(stages) != len(arguments["enc_channels"]):          # else it would be cut short
-        raise ValueError(f"{path}: tensors of {len(stages)} stages, but enc.enc{len(arguments['enc_channels'])}.block0"
-                         f".cpe.0.weight is missing; is a tensor renamed? Use sonata.pth")
+    arguments = found.config or guess_config(found.state, path)
     arguments = {**arguments, **given}
     return arguments, {"name": "PointTransformerV3", "file": str(path), "sha256": sha256_file(path),
                        "config": arguments}
@@ -530,7 +526,7 @@ def headline(result: dict) -> dict:
 
 def test_only(args, config, checkpoint, path, device) -> dict:
     """The precise test (evaluation.precise) of a checkpoint on the test split, or on validation where there is none."""
-    check_same_run({**checkpoint, "batch": 0}, config, checkpoint["total_steps"], ("model",))
+    check_same_run(checkpoint, config, checkpoint["total_steps"], ("model",))
     checkpoint["config"] = config.to_dict()
     model = load_model(checkpoint, device)
     split = "test" if has_test_split(config) else "val"
@@ -588,9 +584,8 @@ def main(argv=None) -> dict:
     batches = min(len(sampler), args.limit_batches or len(sampler))
     total_steps = config.training.eval_epochs * -(-batches // accumulate)
     if checkpoint is not None:
-        # batch 0: no check by batches of one process; batch_size, which is compared, counts those of all
-        check_same_run({**checkpoint, "batch": 0}, config, total_steps, ("data", "model", "training", "optimizer",
-                       "scheduler", "augmentation"), args.seed, FREE_ON_RESUME)
+        check_same_run(checkpoint, config, total_steps, ("data", "model", "training", "optimizer", "scheduler",
+                       "augmentation"), args.seed, FREE_ON_RESUME, batch_of_all_processes=True)
 
     # model
     model, encoder_entry = prepare_model(config, checkpoint, resume_path, messages)

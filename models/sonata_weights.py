@@ -76,19 +76,29 @@ def load_sonata(model: PointTransformerV3, path: str | Path, with_decoder: bool 
     return load_weights(target, state, path, "encoder and decoder" if with_decoder else "encoder", found.layout)
 
 
-def guess_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
+def guess_config(state: Mapping[str, Tensor], source: str | Path = "weights") -> dict[str, Any]:
     """The config of a backbone from the shapes of its tensors, for files that store none.
 
     What shapes do not tell is as in all released models: heads of 16 channels, patches of 1024, four orders.
+    ValueError, naming `source`, where tensors are left that belong to no block found: with a renamed one among them
+    the network would be cut short.
     """
     config: dict[str, Any] = {"in_channels": state[MARK].shape[1], "order": list(SONATA_ORDER), "drop_path": 0.3,
                               "mask_token": "embedding.mask_token" in state, "enc_mode": True}
-    for part in ("enc", "dec"):
-        depths, channels = [], []
+    for part, link in (("enc", "down"), ("dec", "up")):
+        depths, channels, known = [], [], set()
         while f"{part}.{part}{len(depths)}.block0.cpe.0.weight" in state:
-            name = f"{part}.{part}{len(depths)}.block"
-            depths.append(len({key[len(name):].split(".")[0] for key in state if key.startswith(name)}))
-            channels.append(state[f"{name}0.cpe.0.weight"].shape[0])
+            stage, depth = f"{part}.{part}{len(depths)}", 0
+            while f"{stage}.block{depth}.cpe.0.weight" in state:
+                depth += 1
+            known |= {f"{stage}.{name}" for name in (link, *(f"block{i}" for i in range(depth)))}
+            depths.append(depth)
+            channels.append(state[f"{stage}.block0.cpe.0.weight"].shape[0])
+        left = next((name for name in state if name.startswith(f"{part}.")
+                     and ".".join(name.split(".")[:3]) not in known), None)
+        if left is not None:
+            raise ValueError(f"{source}: {left} belongs to none of the {len(depths)} stages of {depths} blocks that "
+                             f"the names tell; is a cpe.0.weight renamed? Use sonata.pth")
         if depths:
             config |= {f"{part}_depths": depths, f"{part}_channels": channels,
                        f"{part}_num_head": [width // 16 for width in channels],

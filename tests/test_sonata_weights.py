@@ -125,6 +125,18 @@ def test_guessed_config():
     assert again.load_state_dict(model.state_dict())
 
 
+@pytest.mark.parametrize("block, blocks", [("enc.enc0.block0", "0 stages of []"), ("enc.enc1.block0", "1 stages of [1]"),
+                                           ("enc.enc1.block1", "2 stages of [1, 1]"), ("dec.dec0.block1", "1 stages of [1]")])
+@pytest.mark.parametrize("whole", [False, True], ids=["one tensor", "the whole block"])
+def test_a_guessed_config_is_never_cut_short(block, blocks, whole):
+    state = build_segmenter(CONFIG, 5, "dec").backbone.state_dict()
+    name = f"{block}." if whole else f"{block}.cpe.0.weight"
+    state = {key.replace(name, f"{block[:3]}.odd."): tensor for key, tensor in state.items()}
+    with pytest.raises(ValueError, match="^w.pth: .* belongs to none of the .* renamed") as error:
+        guess_config(state, "w.pth")
+    assert blocks in str(error.value)
+
+
 @pytest.mark.parametrize("prefix", ["", "module.", "model."])
 def test_linear_head(tmp_path, prefix):
     path = tmp_path / "head.pth"

@@ -31,6 +31,7 @@ from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.cli import StopRequested
 from utils.log import read_log
 from utils.losses import IGNORE_INDEX
+from utils.training import check_same_run
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -231,14 +232,9 @@ def test_weights_that_are_not_there(root, tmp_path):
         train(config, tmp_path / "out", "--pretrained_path", tmp_path / "renamed.pth")
     with pytest.raises(ValueError, match="set model.encoder"):
         train(write_config(tmp_path / "d.yaml", root, model={"encoder": {}}), tmp_path / "out")
-    del content["config"]                                    # the size is then read from the shapes: never a smaller network
-    content["state_dict"][name] = content["state_dict"].pop("enc.enc1.block0.cpe.conv.weight")
-    for stage in (1, 2):
-        state = dict(content["state_dict"])
-        state[f"enc.enc{stage}.renamed"] = state.pop(f"enc.enc{stage}.block0.cpe.0.weight")
-        torch.save(state, tmp_path / "plain.pth")
-        with pytest.raises(ValueError, match=rf"plain.pth: tensors of 3 stages, but enc.enc{stage}.block0.cpe.0.weight is missing"):
-            train(config, tmp_path / "out", "--pretrained_path", tmp_path / "plain.pth", "model.encoder={}")
+    torch.save(content["state_dict"], tmp_path / "plain.pth")                            # the size is then read from the shapes
+    with pytest.raises(ValueError, match=r"plain.pth: enc.enc1.* belongs to none of the 1 stages"):
+        train(config, tmp_path / "out", "--pretrained_path", tmp_path / "plain.pth", "model.encoder={}")
     assert not (tmp_path / "out").exists()
 
 
@@ -304,6 +300,8 @@ def test_a_run_of_two_processes_goes_on_in_one(whole, tmp_path, monkeypatch):
             train(config, tmp_path / "cut")
     checkpoint = load_checkpoint(last(tmp_path / "cut"))
     save_checkpoint(last(tmp_path / "cut"), **{**checkpoint, "rng_others": [checkpoint["rng"]]})
+    with pytest.raises(ValueError, match="6 items a batch, over all processes, and now there would be 3"):
+        check_same_run(load_checkpoint(last(tmp_path / "cut")), checkpoint["config"], 6, (), 0)          # counted as batches of one process
     train(config, tmp_path / "cut", "--resume", "auto")
     assert load_checkpoint(last(tmp_path / "cut"))["step"] == 6
 

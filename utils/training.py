@@ -105,9 +105,14 @@ def restore_rng(checkpoint: Mapping | None, seed: int, step: int) -> None:
 
 
 def check_same_run(checkpoint: Mapping, config: Mapping, total_steps: int, sections: Sequence[str],
-                   seed: int | None = None, except_keys: Sequence[str] = ()) -> None:
+                   seed: int | None = None, except_keys: Sequence[str] = (),
+                   batch_of_all_processes: bool = False) -> None:
     """A resumed run must be the same run: ValueError where `sections` of the config (but for except_keys, written as
-    section.key), the seed or the number of steps differ."""
+    section.key), the seed, the number of steps or, within an epoch, the items a batch over all processes differ.
+
+    seed None: the checkpoint is only tested, in batches of any size. batch_of_all_processes: training.batch_size
+    counts the items of all processes together, not of one.
+    """
     advice = "resume with the same config and data, or start afresh in another --output-dir"
     for section in sections:
         for key, value in config[section].items():
@@ -116,9 +121,10 @@ def check_same_run(checkpoint: Mapping, config: Mapping, total_steps: int, secti
                 raise ValueError(f"{section}.{key} is {value!r}, but {before!r} in the checkpoint; {advice}")
     if seed is not None and checkpoint["seed"] != seed:
         raise ValueError(f"--seed {seed}, but {checkpoint['seed']} in the checkpoint; {advice}")
-    before = checkpoint["config"]["training"]["batch_size"] * (1 + len(checkpoint.get("rng_others", [])))
-    now = config["training"]["batch_size"] * world_size()
-    if checkpoint.get("batch") and before != now:
+    before, now = checkpoint["config"]["training"]["batch_size"], config["training"]["batch_size"]
+    if not batch_of_all_processes:
+        before, now = before * (1 + len(checkpoint.get("rng_others", []))), now * world_size()
+    if seed is not None and checkpoint.get("batch") and before != now:
         raise ValueError(f"stopped within an epoch at {before} items a batch, over all processes, and now there "
                          f"would be {now}: the place in the epoch is counted in batches; {advice}")
     if checkpoint["total_steps"] != total_steps:
