@@ -1,270 +1,40 @@
-"""train_m2f_head.py with evaluate.py and predict.py, run whole on tiny pictures and a tiny backbone: it learns, resumes exactly,
-never touches the backbone, and every reader has the same numbers."""
+"""What only train_m2f_head.py has, its loss, its widths and a released head, and two processes. Other whole runs:
+tests/test_frozen_backbone.py."""
 
-import hashlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-import evaluate
-import models.dinov3 as dinov3
-import predict
-import train_m2f_head
-from models.dinov3 import VisionTransformer
-from tests.tiny_images import TINY, write_classes, write_pictures
-from tests.whole_runs import assert_equal, sigterm_in_call
-from utils.checkpoint import load_checkpoint
-from utils.cli import StopRequested
+import train_m2f_head as script
+from tests.tiny_heads import add_tiny_backbone, flags, train, val, weights, write_backbone, write_data
+from tests.tiny_images import write_pictures
 from utils.log import read_log
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = train_m2f_head
-SMALL = ["--hidden-dim", "32", "--ffn-dim", "64", "--num-queries", "8", "--num-points", "256"]
-
-
-@pytest.fixture(autouse=True)
-def tiny_backbone(monkeypatch):
-    monkeypatch.setitem(dinov3.BACKBONES, "dinov3_tiny", TINY)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
-    write_pictures(folder / "train", 6)
-    write_pictures(folder / "val", 2, first_seed=100, size=(70, 93))
-    write_pictures(folder / "test", 2, first_seed=200, size=(48, 50))
-    write_classes(folder / "classes.json")
-    return folder
 
 
 @pytest.fixture
-def backbone_file(tmp_path):
-    """The tiny backbone as a file with the official names."""
-    torch.manual_seed(3)
-    state = VisionTransformer(TINY).state_dict()
-    torch.save(state, tmp_path / "tiny.pth")
-    return str(tmp_path / "tiny.pth")
-
-
-def flags(data, output, *more, split="train"):
-    return ["--image-paths", f"{data}/{split}/images/*.png", "--mask-paths", f"{data}/{split}/masks", "--num-classes", "3",
-            "--classes", f"{data}/classes.json", "--backbone", "tiny", "--backbone-weights", "random", "--image-size", "64",
-            "--batch-size", "2", "--epochs", "2", "--log-interval", "1", "--num-workers", "0", "--device", "cpu", "--cache-dir",
-            f"{data}/cache", "--output-dir", str(output), *SMALL, *map(str, more)]
-
-
-def val(data):
-    return ["--validate", "--val-image-paths", f"{data}/val/images", "--val-mask-paths", f"{data}/val/masks"]
-
-
-def train(data, output, *more):
-    return SCRIPT.main(flags(data, output, *more))
-
-
-def weights(output, name="model_last.pth"):
-    return load_checkpoint(Path(output) / "model" / name)
-
-
-def assert_same_run(first, second):
-    for section in ("model", "optimizer"):
-        assert_equal(first[section], second[section], section)
-    assert (first["epoch"], first["step"], first["best"]) == (second["epoch"], second["step"], second["best"])
-
-
-def sigterm_in_step(patch, step):
-    sigterm_in_call(patch, torch.optim.AdamW, "step", step)
-
-
-def sha(state):
-    return hashlib.sha256(b"".join(value.numpy().tobytes() for _, value in sorted(state.items()))).hexdigest()
-
-
-def test_overfits_four_pictures(tmp_path):
-    folder = write_pictures(tmp_path / "data", 4)
-    write_classes(folder / "classes.json")
-    paths = ["--image-paths", f"{folder}/images", "--mask-paths", f"{folder}/masks", "--val-image-paths", f"{folder}/images",
-             "--val-mask-paths", f"{folder}/masks", "--classes", f"{folder}/classes.json"]
-    result = SCRIPT.main([*flags(folder, tmp_path / "out", *OVERFIT), *paths, "--validate", "--batch-size", "4", "--augment", "windows"])
-    assert result["miou"] > 0.95
-
-
-OVERFIT = ["--epochs", "100", "--lr", "0.003", "--val-interval", "100", "--warmup-epochs", "5", "--clip-grad", "0.1"]
+def data(tmp_path, monkeypatch):
+    add_tiny_backbone(monkeypatch)
+    return write_data(tmp_path / "pictures")
 
 
 def test_first_loss_is_of_the_known_size(data, tmp_path):
     """About 11 to 15 for each of the ten outputs of an untrained head; a forgotten term or output would be far off."""
-    train(data, tmp_path, "--limit-batches", "1", "--epochs", "1", "--num-queries", "100")
+    train(script, data, tmp_path, "--limit-batches", "1", "--epochs", "1", "--num-queries", "100")
     loss = read_log(tmp_path / "log" / "log.jsonl")[0]["loss"]
     assert 80 < loss < 160
 
 
-def test_every_reader_agrees(data, tmp_path, capsys):
-    out = tmp_path / "run"
-    result = train(data, out, *val(data), "--eval-size", "0", "--test-image-paths", f"{data}/test/images", "--test-mask-paths",
-                   f"{data}/test/masks", "--save-interval", "1")
-    names = ["model_best.pth", "model_last.pth", "checkpoint_epoch_1.pth", "checkpoint_epoch_2.pth"]
-    assert [name for name in names if not (out / "model" / name).is_file()] == []
-    last = str(out / "model" / "model_last.pth")
-    again = SCRIPT.main(["--resume", last, "--test-only", "--device", "cpu", "--num-workers", "0"])
-    assert again != {} and "test split" in capsys.readouterr().out
-    scored = evaluate.main([last, "--split", "val", "--device", "cpu", "--output-dir", str(tmp_path / "scores"), "--batch-size", "3"])
-    assert scored["miou"] == pytest.approx(result["miou"], abs=1e-9)
-    other = evaluate.main([last, "--device", "cpu", "--output-dir", str(tmp_path / "scores2"), "--data-dir", f"{data}/test/images",
-                           "--label-dir", f"{data}/test/masks"])
-    assert other["miou"] == pytest.approx(again["miou"], abs=1e-9)
-    assert (tmp_path / "scores" / "report.html").is_file()
-
-    labels = predict.main([last, f"{data}/val/images", "--output", str(tmp_path / "pred"), "--device", "cpu", "--pca"])
-    matrix = np.zeros((3, 3), int)
-    for path, label in labels.items():
-        written = np.array(Image.open(tmp_path / "pred" / f"{Path(path).stem}.png"))
-        assert (written == label).all() and written.shape == (70, 93)
-        truth = np.array(Image.open(f"{data}/val/masks/{Path(path).name}"))
-        np.add.at(matrix, (truth[truth != 255], label[truth != 255]), 1)
-    iou = np.diag(matrix) / np.maximum(matrix.sum(0) + matrix.sum(1) - np.diag(matrix), 1)
-    assert np.mean(iou[matrix.sum(0) + matrix.sum(1) > 0]) == pytest.approx(scored["miou"], abs=1e-9)
-    with pytest.raises(ValueError, match="--html"):
-        predict.main([last, f"{data}/val/images", "--output", str(tmp_path / "pred"), "--device", "cpu", "--html"])
-
-
-def test_backbone_is_untouched_and_in_no_checkpoint(data, tmp_path, backbone_file, monkeypatch):
-    loaded = []
-    original = SCRIPT.load_backbone
-    monkeypatch.setattr(SCRIPT, "load_backbone", lambda *args: loaded.append(original(*args)) or loaded[-1])
-    before = sha(torch.load(backbone_file, weights_only=True))
-    train(data, tmp_path / "run", "--backbone-weights", backbone_file)
-    vit = loaded[0][0].vit
-    assert sha(vit.state_dict()) == before and all(p.grad is None and not p.requires_grad for p in vit.parameters())
-    checkpoint = weights(tmp_path / "run")
-    assert not any("backbone" in name or "blocks." in name for name in checkpoint["model"])
-    assert checkpoint["encoder"]["file"] == backbone_file
-    model = SCRIPT.load_model(checkpoint, torch.device("cpu"))
-    in_optimizer = sum(len(group["params"]) for group in checkpoint["optimizer"]["param_groups"])
-    assert in_optimizer == len(list(model.parameters())) and sha(model.backbone.vit.state_dict()) == before
-    assert not model.backbone.vit.training and not model.train().backbone.vit.training
-
-    state = torch.load(backbone_file, weights_only=True)
-    state["norm.weight"][0] += 1e-3
-    torch.save(state, backbone_file)
-    with pytest.raises(ValueError, match="sha256"):
-        SCRIPT.load_model(weights(tmp_path / "run"), torch.device("cpu"))
-    Path(backbone_file).unlink()
-    with pytest.raises(ValueError, match="not stored in checkpoints"):
-        evaluate.main([str(tmp_path / "run" / "model" / "model_last.pth"), "--data-dir", f"{data}/val/images", "--label-dir",
-                       f"{data}/val/masks", "--device", "cpu"])
-
-
-@pytest.mark.parametrize("step", [1, 3, 5])
-def test_resume_is_exact_wherever_it_stopped(data, tmp_path, monkeypatch, step):
-    train(data, tmp_path / "whole", *val(data))
-    with monkeypatch.context() as patch:
-        sigterm_in_step(patch, step)
-        with pytest.raises(StopRequested, match="resume auto"):
-            train(data, tmp_path / "cut", *val(data))
-    assert weights(tmp_path / "cut")["step"] == step
-    train(data, tmp_path / "cut", *val(data), "--resume", "auto")
-    assert_same_run(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
-    whole, cut = (read_log(tmp_path / name / "log" / "log.jsonl") for name in ("whole", "cut"))
-    assert [record["loss"] for record in whole] == pytest.approx([record["loss"] for record in cut], rel=1e-6)
-
-
-def test_resume_is_exact_with_workers_and_accumulation(data, tmp_path, monkeypatch):
-    more = ["--num-workers", "2", "--accumulate", "2", "--batch-size", "1"]
-    train(data, tmp_path / "whole", *more)
-    with monkeypatch.context() as patch:
-        sigterm_in_step(patch, 4)
-        with pytest.raises(StopRequested):
-            train(data, tmp_path / "cut", *more)
-    train(data, tmp_path / "cut", *more, "--resume-checkpoint", tmp_path / "cut" / "model" / "model_last.pth")
-    assert_same_run(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
-
-
-def test_cached_features_give_the_same_loss_curve(data, tmp_path, capsys):
-    losses = []
-    for name, more in (("plain", []), ("cached", ["--cache-features"]), ("again", ["--cache-features"])):
-        train(data, tmp_path / name, "--augment", "windows", *more)
-        losses.append([record["loss"] for record in read_log(tmp_path / name / "log" / "log.jsonl")])
-    assert losses[1] == pytest.approx(losses[0], rel=1e-6) and losses[2] == losses[1]
-    printed = capsys.readouterr().out
-    assert "embedded into" in printed and "read from" in printed
-
-
-def test_validation_images_can_be_held_out(data, tmp_path, capsys):
-    result = train(data, tmp_path, "--validate", "--val-share", "0.34", "--epochs", "1")
-    assert "4 training and 2 validation" in capsys.readouterr().out and np.isfinite(result["miou"])
-
-
-def test_test_time_augmentation_and_whole_images_run(data, tmp_path):
-    train(data, tmp_path, "--epochs", "1")
-    last = str(tmp_path / "model" / "model_last.pth")
-    for more in (["evaluation.tta=true"], ["evaluation.eval_mode=whole"], ["evaluation.eval_size=96", "evaluation.eval_stride=40"]):
-        scores = evaluate.main([last, "--data-dir", f"{data}/val/images", "--label-dir", f"{data}/val/masks", "--device", "cpu",
-                                "--output-dir", str(tmp_path / "scores"), "--limit-batches", "1", *more])
-        assert np.isfinite(scores["miou"])
-
-
-def test_random_weights_are_announced_and_no_weights_refused(data, tmp_path, capsys):
-    train(data, tmp_path, "--epochs", "1", "--limit-batches", "1")
-    assert "randomly initialised" in capsys.readouterr().out
-    command = flags(data, tmp_path / "b")
-    at = command.index("--backbone-weights")
-    with pytest.raises(ValueError, match="--backbone-weights is missing"):
-        SCRIPT.main(command[:at] + command[at + 2:])
-
-
-@pytest.mark.parametrize("more, message", [
-    (["--image-size", "80"], "--image-size 80: must be a multiple"),
-    (["--cache-features"], "--augment windows"),
-    (["--mask-paths", "nowhere/*.png"], "--mask-paths"),
-    (["--num-classes", "4"], "4"),
-    (["--epochs", "0"], "--epochs"),
-    (["--lr", "0"], "--lr"), (["--lr", "nan"], "--lr"),
-    (["--eval-stride", "0"], "--eval-stride"), (["--eval-stride", "70"], "--eval-stride"), (["--eval-size", "-5"], "--eval-size"),
-    (["--hidden-dim", "0"], "--hidden-dim"), (["--hidden-dim", "100"], "--hidden-dim"),
-    (["--ignore-label", "1"], "--ignore-label 1 is one of the 3 classes"),
-    (["--backbone", "vits17"], "vits16"),
-    (["--val-image-paths", "x"], "--val-mask-paths"),
-    (["--test-only"], "--test-only needs"),
-])
-def test_user_errors_name_the_place(data, tmp_path, more, message):
-    if "--val-image-paths" in more:
-        more = [*more, "--validate"]
-    with pytest.raises((ValueError, OSError), match=message):
-        train(data, tmp_path, *more)
-
-
-def test_resume_of_another_run_is_refused(data, tmp_path):
-    train(data, tmp_path, "--epochs", "1")
-    for more, message in ((["--lr", "0.5"], "training.lr"), (["--seed", "1"], "--seed 1"), (["--epochs", "3"], "epochs"),
-                          (["--augment", "windows"], "data.augment")):
-        with pytest.raises(ValueError, match=message):
-            train(data, tmp_path, "--epochs", "1", *more, "--resume", "auto")
-
-
-def test_a_diverging_run_says_so(data, tmp_path, monkeypatch):
-    original = SCRIPT.compute_loss
-
-    def broken(*args):
-        terms = original(*args)
-        return {**terms, "total": terms["total"] * float("nan")}
-
-    monkeypatch.setattr(SCRIPT, "compute_loss", broken)
-    with pytest.raises(FloatingPointError, match="at step 1"):
-        train(data, tmp_path)
-
-
-def test_command_line(data, tmp_path):
-    done = subprocess.run([sys.executable, f"{SCRIPT.__name__}.py", "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "--backbone-weights" in done.stdout and "--cache-features" in done.stdout
-    done = subprocess.run([sys.executable, f"{SCRIPT.__name__}.py", "--image-pats", "x"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "--image-paths" in done.stderr and "Traceback" not in done.stderr
+@pytest.mark.parametrize("width", ["0", "100"])
+def test_a_width_the_heads_cannot_share_is_refused(data, tmp_path, width):
+    with pytest.raises(ValueError, match="--hidden-dim"):
+        train(script, data, tmp_path, "--hidden-dim", width)
 
 
 def launch(*command, processes=0):
@@ -276,9 +46,9 @@ def launch(*command, processes=0):
 
 def test_two_processes_train_together_and_score_like_one(data, tmp_path):
     """Three photographs for two processes: nothing is dropped, repeated or padded."""
-    command = flags(data, tmp_path / "run", "--backbone", "dinov3_vits16", "--epochs", "1", "--batch-size", "1",
+    command = flags(script, data, tmp_path / "run", "--backbone", "dinov3_vits16", "--epochs", "1", "--batch-size", "1",
                     "--limit-batches", "1", "--save-interval", "1")
-    launch(f"{SCRIPT.__name__}.py", *command, processes=2)
+    launch(f"{script.__name__}.py", *command, processes=2)
     write_pictures(tmp_path / "odd", 3, first_seed=30, size=(40, 40))
     scores = []
     for processes in (0, 2):
@@ -291,118 +61,20 @@ def test_two_processes_train_together_and_score_like_one(data, tmp_path):
     assert scores[0]["loss"] == pytest.approx(scores[1]["loss"], rel=1e-9)
 
 
-def test_the_best_checkpoint_is_that_of_the_highest_miou(data, tmp_path, monkeypatch):
-    original, scores = SCRIPT.evaluate, iter([0.2, 0.6, 0.4])
-
-    def scripted(*args, **kwargs):
-        result = original(*args, **kwargs)
-        return {**result, "loss": -1.0, "metrics": {**result["metrics"], "miou": next(scores), "overall_accuracy": 0.5}}
-
-    monkeypatch.setattr(SCRIPT, "evaluate", scripted)
-    result = train(data, tmp_path, *val(data), "--epochs", "3", "--limit-batches", "1")
-    assert result["best_epoch"] == 2 == weights(tmp_path, "model_best.pth")["epoch"] and result["best"] == 0.6
-
-
-def test_an_odd_number_of_pictures_and_bfloat16(data, tmp_path):
-    write_pictures(tmp_path / "odd", 5)
-    train(tmp_path / "odd" / "..", tmp_path / "run", "--image-paths", f"{tmp_path}/odd/images", "--mask-paths", f"{tmp_path}/odd/masks",
-          "--classes", f"{data}/classes.json", "--epochs", "1", "--amp-dtype", "bfloat16")
-    checkpoint = weights(tmp_path / "run")
-    assert checkpoint["step"] == 3 and all(value.dtype != torch.bfloat16 for value in checkpoint["model"].values())
-
-
-def test_any_size_is_padded_and_cropped_exactly(data, tmp_path):
-    train(data, tmp_path, "--epochs", "1", "--limit-batches", "1")
-    model = SCRIPT.load_model(weights(tmp_path), torch.device("cpu"))
-    score, image = SCRIPT.score_function(model, torch.device("cpu"), None), torch.randn(2, 3, 70, 93)
-    padded = torch.zeros(2, 3, 96, 96)
-    padded[..., :70, :93] = image
-    with torch.no_grad():
-        assert torch.equal(score(image), model.scores(padded, model.backbone(padded))[..., :70, :93])
-
-
-def test_masks_that_count_from_one(data, tmp_path):
-    """0 is unlabelled, k is class k - 1: in training, in the score and in the files that are written."""
-    for kind in ("images", "masks"):
-        (tmp_path / kind).mkdir()
-    for path in sorted((data / "train" / "masks").iterdir())[:2]:
-        label = np.array(Image.open(path)).astype(int)
-        shifted = np.where(label == 255, 0, label + 1)
-        Image.fromarray(shifted.astype(np.uint8)).save(tmp_path / "masks" / path.name)
-        Image.open(data / "train" / "images" / path.name).save(tmp_path / "images" / path.name)
-    paths = ["--image-paths", f"{tmp_path}/images", "--mask-paths", f"{tmp_path}/masks", "--reduce-zero-label", "--epochs", "1"]
-    train(data, tmp_path / "run", *paths)
-    last = str(tmp_path / "run" / "model" / "model_last.pth")
-    result = predict.main([last, f"{tmp_path}/images", "--output", str(tmp_path / "out"), "--device", "cpu"])
-    for path, label in result.items():
-        assert (np.array(Image.open(tmp_path / "out" / f"{Path(path).stem}.png")) == label + 1).all()
-    scores = evaluate.main([last, "--data-dir", f"{tmp_path}/images", "--label-dir", f"{tmp_path}/masks", "--device", "cpu",
-                            "--output-dir", str(tmp_path / "scores")])
-    first, label = next((np.array(Image.open(tmp_path / "masks" / Path(p).name)).astype(int) - 1, l) for p, l in result.items())
-    record = json.loads((tmp_path / "scores" / "metrics.json").read_text())
-    assert np.sum(record["confusion_matrix"]) == sum((np.array(Image.open(p)) > 0).sum() for p in (tmp_path / "masks").iterdir())
-    assert np.isfinite(scores["miou"]) and first.shape == label.shape
-
-
-def test_test_only_takes_exactly_the_flags_that_are_given(data, tmp_path, capsys):
-    out = tmp_path / "run"
-    train(data, out, *val(data), "--epochs", "1", "--eval-size", "96", "--test-image-paths", f"{data}/test/images", "--test-mask-paths",
-          f"{data}/test/masks")
-    seen = []
-    original = SCRIPT.evaluate_images
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SCRIPT, "evaluate_images", lambda *args: seen.append((args[4], len(args[2]))) or original(*args))
-        common = ["--resume", str(out / "model" / "model_last.pth"), "--test-only", "--device", "cpu", "--num-workers", "0"]
-        SCRIPT.main(common)
-        SCRIPT.main([*common, "--eval-size", "0", "--eval-mode", "slide"])
-        SCRIPT.main([*common, "--tta", *val(data)[1:], "--limit-batches", "1"])
-    assert [view.size for view, _ in seen] == [96, None, 96] and seen[2][0].flip and len(seen[2][0].scales) == 5
-    printed = capsys.readouterr().out
-    assert printed.count("on the test split") == 2 and printed.count("on the val split") == 1
-    for more, message in ((["--backbone", "vitb16"], "--backbone"), (["--normalization", "sat493m"], "--normalization")):
-        with pytest.raises(ValueError, match=message):
-            SCRIPT.main([*common, *more])
-    with pytest.raises(ValueError, match="no checkpoint in"):
-        SCRIPT.main(["--resume", "auto", "--test-only", "--device", "cpu", "--output-dir", str(tmp_path / "empty")])
-
-
-def test_without_a_validation_split_nothing_is_scored(data, tmp_path):
-    train(data, tmp_path, "--epochs", "1", "--limit-batches", "1")
-    last = str(tmp_path / "model" / "model_last.pth")
-    for call in (lambda: SCRIPT.main(["--resume", last, "--test-only", "--device", "cpu"]), lambda: evaluate.main([last, "--device", "cpu"])):
-        with pytest.raises(ValueError, match="no validation split"):
-            call()
-    with pytest.raises(ValueError, match="--label-dir is needed"):
-        evaluate.main([last, "--data-dir", f"{data}/val/images", "--device", "cpu"])
-
-
-def test_dinov2_with_its_patches_of_14(data, tmp_path, monkeypatch):
-    config = dinov3.ViTConfig(32, 4, 2, "mlp", 64, taps=(0, 1, 2, 3), **dinov3._V2)
-    monkeypatch.setitem(dinov3.BACKBONES, "dinov2_tiny", config._replace(pos_grid=4))
-    train(data, tmp_path, "--backbone", "dinov2_tiny", "--image-size", "224", "--epochs", "1", "--limit-batches", "1", "--batch-size", "1")
-    scores = evaluate.main([str(tmp_path / "model" / "model_last.pth"), "--data-dir", f"{data}/val/images", "--label-dir", f"{data}/val/masks",
-                            "--device", "cpu", "--output-dir", str(tmp_path / "scores"), "--limit-batches", "1"])
-    assert np.isfinite(scores["miou"])
-
-
-def test_a_released_head_is_scored_and_continued(data, tmp_path, backbone_file, capsys):
-    more = ["--backbone-weights", backbone_file]
-    result = train(data, tmp_path / "run", *val(data), *more, "--epochs", "1")
+def test_a_released_head_is_scored_and_continued(data, tmp_path, capsys):
+    more = ["--backbone-weights", write_backbone(tmp_path / "tiny.pth")]
+    result = train(script, data, tmp_path / "run", *val(data), *more, "--epochs", "1")
     torch.save(weights(tmp_path / "run")["model"], tmp_path / "head.pth")
     head = ["--head-weights", tmp_path / "head.pth"]
-    again = train(data, tmp_path / "none", *val(data)[1:], *more, *head, "--test-only")
+    again = train(script, data, tmp_path / "none", *val(data)[1:], *more, *head, "--test-only")
     assert again["miou"] == result["miou"]
-    train(data, tmp_path / "next", *more, *head, "--num-classes", "4", "--classes", four_classes(tmp_path), "--epochs", "1", "--limit-batches", "1",
-          "--lr", "1e-12")
+    (tmp_path / "four.json").write_text(json.dumps({"classes": ["a", "b", "c", "d"]}))
+    train(script, data, tmp_path / "next", *more, *head, "--num-classes", "4", "--classes", tmp_path / "four.json",
+          "--epochs", "1", "--limit-batches", "1", "--lr", "1e-12")
     assert "class layer starts anew: 3 classes in the file, 4 here" in capsys.readouterr().out
     first, second = weights(tmp_path / "run")["model"], weights(tmp_path / "next")["model"]
     name = "segmentation_model.1.predictor.mask_embed.layers.0.weight"
     assert torch.allclose(first[name], second[name], atol=1e-6)
     (tmp_path / "other.pth").write_bytes((tmp_path / "head.pth").read_bytes()[:100])
     with pytest.raises(ValueError, match="truncated"):
-        train(data, tmp_path / "none", *val(data)[1:], *more, "--head-weights", tmp_path / "other.pth", "--test-only")
-
-
-def four_classes(folder):
-    (folder / "four.json").write_text(json.dumps({"classes": ["a", "b", "c", "d"]}))
-    return folder / "four.json"
+        train(script, data, tmp_path / "none", *val(data)[1:], *more, "--head-weights", tmp_path / "other.pth", "--test-only")
