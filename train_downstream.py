@@ -180,6 +180,7 @@ DEFAULTS = {
         "flip_probability": 0.0,
         "recluster": False,
         "cluster_dropout": 0.0,
+        "color_jitter": 0.0,
     },
     "evaluation": {
         "views": 1,                                         # average over that many rotations and clusterings

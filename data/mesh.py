@@ -98,6 +98,7 @@ class Augmentation:
     flip_probability: float = 0.0                           # mirror, with the winding turned round
     recluster: bool = False                                 # other cluster borders every time
     cluster_dropout: float = 0.0                            # hide up to this share of the clusters (labels too)
+    color_jitter: float = 0.0                               # of the texture: each channel of a mesh times 1 +- this
 
     def __post_init__(self) -> None:
         for name in ("rotation_range", "scale_range"):
@@ -105,8 +106,9 @@ class Augmentation:
             if len(ends) != 2 or ends[0] > ends[1] or (name == "scale_range" and ends[0] <= 0):
                 raise ValueError(f"augmentation.{name}={list(ends)}: expected [lowest, highest]"
                                  f"{', both above 0' * (name == 'scale_range')}")
-        for name in ("deformation", "noise_std", "hks_noise", "flip_probability", "cluster_dropout"):
-            most = 1 if name in ("flip_probability", "cluster_dropout") else math.inf
+        for name in ("deformation", "noise_std", "hks_noise", "flip_probability", "cluster_dropout",
+                     "color_jitter"):
+            most = 1 if name in ("flip_probability", "cluster_dropout", "color_jitter") else math.inf
             check_range(f"augmentation.{name}", getattr(self, name), 0, most)
 
     @property

@@ -347,6 +347,9 @@ class MeshTextureDataset(MeshDataset):
         weights = fixed_weights(T) if self.views else random_weights(rng, len(faces), T)
         pyramids = [self._pyramids[material] for material in texture.materials]
         colors, has = sample_faces(texture, pyramids, faces, weights)
+        if not self.views:
+            jitter = self.augmentation.color_jitter
+            colors = (colors * rng.uniform(1 - jitter, 1 + jitter, 3).astype(np.float32)).clip(0, 1)
         sample["texture_sequences"] = torch.zeros(*mask.shape, T, 3)
         sample["texture_sequences"][mask] = torch.from_numpy(colors)
         sample["texture_masks"] = torch.zeros(*mask.shape, T, dtype=torch.bool)
