@@ -50,15 +50,14 @@ from utils.distributed import (
     all_gather,
     all_reduce_sum,
     barrier,
+    broadcast_buffers,
     cleanup,
     init_distributed,
     is_main,
     shard_indices,
+    this_rank,
     unwrap,
     world_size,
-)
-from utils.distributed import (
-    rank as this_rank,
 )
 from utils.image_inference import TTA_SCALES, View, evaluate_images, segment_image
 from utils.log import RunLog, progress
@@ -79,7 +78,8 @@ SCAN_CHUNK = 200                                            # photographs betwee
 DATASETS = {"cityscapes": cityscapes, "pascal": voc}
 RESULTS = {"labels": ("png", "npy"), "picture": ("png", "none"), "html": False, "pca": False,
            "explain": True}                                 # for predict.py, default first
-FREE_ON_RESUME = ("training.prune", "training.patience", "model.weights", "dataset.cache_dir", "dataset.test_split")
+FREE_ON_RESUME = ("training.prune", "training.patience", "training.resume", "model.weights", "dataset.cache_dir",
+                  "dataset.test_split")
 
 DEFAULTS = {
     "dataset": {
@@ -206,13 +206,26 @@ def check_config(config: Config) -> None:
                         ("evaluation.interval", config.evaluation.interval)):
         if not isinstance(steps, int) or steps < 0 or steps % training.accumulate:
             raise ValueError(f"{name}={steps}: micro-steps, a multiple of training.accumulate={training.accumulate}")
+    # what would otherwise fail after the push, or in the pruning
+    if not training.train_last_layer[2] and training.steps[2]:
+        raise ValueError("training.train_last_layer: fine-tuning trains nothing else, so the third must be true (or "
+                         "training.steps[2]=0)")
+    if training.prune_threshold > training.prune_neighbors:
+        raise ValueError(f"training.prune_threshold={training.prune_threshold}: at most training.prune_neighbors="
+                         f"{training.prune_neighbors}, or no prototype is left")
     if len(model.n_blocks) != 4 or min(model.n_blocks) < 1:
         raise ValueError(f"model.n_blocks={model.n_blocks}: the number of blocks of four stages")
+    if not all(0 < scale <= 2 for scale in model.scales):
+        raise ValueError(f"model.scales={model.scales}: factors above 0, such as [0.5, 0.75]; [] for one scale")
+    if len(dataset.mean) != 3 or len(dataset.std) != 3 or min(dataset.std) <= 0:
+        raise ValueError(f"dataset.mean={dataset.mean}, std={dataset.std}: red, green and blue, std above 0")
     for name, size in (("dataset.window_size", dataset.window_size), ("evaluation.squash", config.evaluation.squash)):
         if size is not None and (len(size) != 2 or min(size) < 8):
             raise ValueError(f"{name}={size}: [height, width] in pixels")
-    check_range("evaluation.window", config.evaluation.window or 8, 8)
-    check_range("evaluation.size", config.evaluation.size or 8, 8)
+    for name in ("window", "size"):
+        check_range(f"evaluation.{name}", config.evaluation[name] or 8, 8)
+        if config.evaluation.squash and config.evaluation[name]:
+            raise ValueError(f"evaluation.squash and evaluation.{name}: squashing is of whole photographs; name one")
     augmentation(config).check()
 
 
@@ -448,15 +461,19 @@ def evaluation_view(config: Config) -> View:
     return View(view.size, view.window, -(-2 * (view.window or 3) // 3), TTA_SCALES if tta else (1.0,), tta)
 
 
+def squashed(image, config: Config):
+    """image (B, 3, H, W) normalised -> as the network is shown it: of the size evaluation.squash, where that is set."""
+    size = config.evaluation.squash
+    return image if size is None else F.interpolate(image, tuple(size), mode="bilinear", antialias=True)
+
+
 def score_function(model: PPNet, device: torch.device, amp_dtype):
     """image (B, 3, h, w) normalised, any size -> logits (B, C, h, w) float32."""
-    squash = model.config.evaluation.squash
-
     def score(image):
-        shown = image if squash is None else F.interpolate(image, tuple(squash), mode="bilinear", antialias=True)
         with autocast(device, amp_dtype):
-            scores = model.scores(shown)
-        return scores if squash is None else F.interpolate(scores, image.shape[-2:], mode="bilinear")
+            scores = model.scores(squashed(image, model.config))
+        return scores if scores.shape[-2:] == image.shape[-2:] else \
+            F.interpolate(scores, image.shape[-2:], mode="bilinear")
     return score
 
 
@@ -533,11 +550,14 @@ def load_model(checkpoint: dict, device: torch.device) -> PPNet:
 @torch.no_grad()
 def predict(model: PPNet, path: str | Path, amp_dtype=None) -> dict:
     """Label a photograph: label (H, W) int64 and confidence (H, W) at its own size, the photograph itself, and the
-    squared distances (P, h, w) of the grid cells to the prototypes."""
+    squared distances (P, h, w) of the grid cells to the prototypes. The distances are those behind the label unless
+    evaluation.size, window or tta change how it is made: they are of one pass over the whole photograph."""
     device, photo = next(model.parameters()).device, read_image(path, exif=True)
     image, normalize = torch.from_numpy(np.array(photo)).permute(2, 0, 1).to(device), normalizer(model.config)
     result = segment_image(score_function(model, device, amp_dtype), normalize, image, evaluation_view(model.config))
-    distances = model.prototype_distances(model.features_of(normalize(image[None])))[0]         # (P, h, w)
+    with autocast(device, amp_dtype):
+        features = model.features_of(squashed(normalize(image[None]), model.config))            # (1, D, h, w)
+    distances = model.prototype_distances(features)[0]                                          # (P, h, w)
     return {"label": result["label"].cpu().numpy(), "confidence": result["confidence"].cpu().numpy(), "photo": photo,
             "distances": distances.cpu()}
 
@@ -569,12 +589,14 @@ def read_source(entry: dict):
     return read_image(entry["image"]) if entry["image"] and Path(entry["image"]).is_file() else None
 
 
-def write_pages(model: PPNet, config: Config, args, device, stop=None) -> Path:
-    """OUTPUT_DIR/prototypes: the page of all prototypes with their purity, and prototypes.json, where each comes from.
-    All processes have to call it; the first writes."""
-    folder, dataset = Path(args.output_dir) / "prototypes", build_dataset(config, "push", num_workers=args.num_workers)
-    nearest, end = new_table("prune", model, config), min(len(dataset), args.limit_batches or len(dataset))
-    scan(model, dataset, nearest, {"stage": STAGES.index("prune"), "done": 0}, end, config, args, device, stop)
+def write_pages(model: PPNet, dataset, config: Config, args, device, stop=None) -> Path:
+    """OUTPUT_DIR/prototypes: the page of all prototypes with their purity over the push set, and prototypes.json, where
+    each comes from. All processes have to call it; the first writes."""
+    folder, end = Path(args.output_dir) / "prototypes", min(len(dataset), args.limit_batches or len(dataset))
+    nearest = new_table("prune", model, config)
+    if not scan(model, dataset, nearest, {"stage": STAGES.index("prune"), "done": 0}, end, config, args, device, stop):
+        raise StopRequested(all_agree_max(stop.requested or 0), "all stages are done and saved; --resume auto "
+                            "--gallery makes the page of prototypes")
     if is_main():
         activations = {p: similarity.numpy() for p, similarity, _ in self_activations(model, dataset, device)}
         write_gallery(folder, model.provenance, model.class_names, model.palette, read_source, activations,
@@ -616,7 +638,7 @@ def begin_of_phase(args, folder: RunFolder, config: Config) -> tuple[Path | None
     """Which checkpoint to start from: --resume, or for --phase 1 and 2 where the phase before ended."""
     resume = args.resume or ("auto" if config.training.resume else None)
     path, messages = find_resume(resume, folder.model, SCRIPT)
-    if args.phase and path is None:
+    if path is None and (args.phase == 2 or args.phase == 1 and config.training.steps[0]):
         path = folder.model / f"{('warmup', 'push')[args.phase - 1]}.pth"
         if not path.is_file():
             raise ValueError(f"--phase {args.phase}: there is no {path}; run --phase {args.phase - 1} first, or name "
@@ -632,7 +654,7 @@ def test_only(args, config, checkpoint, path, device, amp_dtype) -> dict:
     if args.gallery:
         if model.provenance is None:
             raise ValueError(f"{path}: its prototypes are not pushed yet, so there are no patches to show")
-        page = write_pages(model, config, args, device)
+        page = write_pages(model, build_dataset(config, "push", num_workers=args.num_workers), config, args, device)
         if is_main():
             print(f"wrote {page}", flush=True)
         cleanup()
@@ -685,10 +707,9 @@ def main(argv=None) -> dict:
     updates = {name: length // config.training.accumulate for name, length in lengths.items() if name not in SCANS}
     total_steps = sum(updates.values())
     if checkpoint is not None:
-        total_steps = total_steps if config.training.prune == checkpoint["config"]["training"]["prune"] else \
-            checkpoint["total_steps"]                       # pruning may be decided after having seen the result
-        check_same_run(checkpoint, config, total_steps, ("dataset", "model", "training", "optimizer", "loss"),
-                       args.seed, FREE_ON_RESUME)
+        same = config.training.prune == checkpoint["config"]["training"]["prune"]      # may be decided afterwards
+        check_same_run(checkpoint, config, total_steps if same else checkpoint["total_steps"],
+                       ("dataset", "model", "training", "optimizer", "loss"), args.seed, FREE_ON_RESUME)
 
     # model
     model, encoder_entry, lines = prepare_model(config, checkpoint, names, colors)
@@ -704,6 +725,7 @@ def main(argv=None) -> dict:
         keeper.load_state_dict(checkpoint["best"])
         state = {key: checkpoint[key] for key in state}
         totals.load_state_dict(checkpoint["totals"])
+        next_stage(state, lengths, args.phase)              # refuses a --phase that is not its turn, before any change
     restore_rng(checkpoint, args.seed, state["step"])
 
     def saved_state() -> dict:
@@ -713,6 +735,7 @@ def main(argv=None) -> dict:
                 "optimizer": optimizer.state_dict() if optimizing else None,
                 "scheduler": scheduler.state_dict() if optimizing else None, "scaler": scaler.state_dict(),
                 "table": None if table is None else table.state_dict(), "epoch": state["stage"], "seed": args.seed,
+                "batch": state["done"] if optimizing else 0,              # where another number of processes is refused
                 "total_steps": total_steps, "totals": totals.state_dict(), **rng_entries(), **state}
 
     def wrapped() -> nn.Module:
@@ -767,6 +790,8 @@ def main(argv=None) -> dict:
                 finished = train_until(network, micro_batches(loader, train_set, sampler, state["stage"], state["done"],
                                                               end), criterion, optimizer, scheduler, scaler, totals,
                                        state, config, args, device, amp_dtype, log, stop)
+                if device.type != "cuda":                   # there SyncBatchNorm has the same statistics everywhere
+                    broadcast_buffers(model)
             checkpoint = None                               # what it held is in use now
             complete = state["done"] == lengths[name]
             if not finished or (name in SCANS and not complete):
@@ -800,15 +825,15 @@ def main(argv=None) -> dict:
             if is_main():
                 if keeper.save_best_if(result["metrics"]["miou"], snapshot):
                     log.info(f"New best mIoU: {result['metrics']['miou']:.4f}. Checkpoint saved.")
-                keeper.save_last(snapshot)
-                if complete:
+                if complete:                                # before model_last, which passes on to the next stage
                     save_checkpoint(folder.model / f"{name}.pth", **snapshot, best=keeper.state_dict())
+                keeper.save_last(snapshot)
             if all_agree_max(stop.requested or 0) and next_stage(state, lengths, args.phase) is not None:
                 stop_here()
         log.info(f"Best mIoU: {'none' if keeper.best_score is None else f'{keeper.best_score:.4f}'}; checkpoints in "
                  f"{folder.model}")
         if model.provenance is not None:
-            log.info(f"all prototypes: {write_pages(model, config, args, device, stop)}")
+            log.info(f"all prototypes: {write_pages(model, push_set, config, args, device, stop)}")
     cleanup()
     return {**(headline(result) if result else {}), "best": keeper.best_score, "prototypes": len(model.class_identity)}
 
