@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 import data.mesh_texture
-from data.mesh import MeshSpec, feature_statistics
+from data.mesh import Augmentation, MeshSpec, feature_statistics
 from data.mesh_io import read_mesh
 from data.mesh_texture import (
     Material,
@@ -352,6 +352,20 @@ def test_training_draws_other_points_every_epoch_and_the_same_again(folder, tmp_
     assert torch.equal(views[0]["texture_sequences"], views[0]["texture_sequences"])
     dataset.set_epoch(1)
     assert not torch.equal(first, dataset[0]["texture_sequences"])
+
+
+def test_colour_jitter_scales_the_channels_of_a_training_item(folder):
+    plain, jittered = (meshes(folder, augmentation=Augmentation(color_jitter=j))[0] for j in (0.0, 0.5))
+    has = plain["texture_masks"]
+    factor = jittered["texture_sequences"][has] / plain["texture_sequences"][has].clamp(min=1e-3)
+    inside = (jittered["texture_sequences"][has] < 0.999) & (plain["texture_sequences"][has] > 0.05)
+    groups = [factor[:, channel][inside[:, channel]] for channel in range(3)]
+    assert all(len(values) > 50 and values.max() - values.min() < 1e-4 for values in groups)
+    means = torch.stack([values.mean() for values in groups])
+    assert means.min() >= 0.5 and means.max() <= 1.5 and means.std() > 0.05
+    assert jittered["texture_sequences"].max() <= 1
+    views = [meshes(folder, views=1, augmentation=Augmentation(color_jitter=j))[0]["texture_sequences"] for j in (0, 0.5)]
+    assert torch.equal(*views)
 
 
 def test_meshes_beyond_the_memory_keep_their_textures(folder, tmp_path, monkeypatch):
