@@ -6,23 +6,28 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
 
 import evaluate
 import predict
 import train_prototype as script
+from data import cityscapes
 from models.prototype_push import NearestPatches, PushTable
 from tests.tiny_images import write_classes, write_pictures
 from tests.whole_runs import assert_equal, sigterm_in_call
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import RunFolder, load_checkpoint
 from utils.cli import StopRequested
 from utils.config import load_config
 from utils.config_file import write_yaml
 from utils.log import read_log
 from utils.seed import seed_everything
+from utils.training import LossTotals
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -104,17 +109,18 @@ def test_push_moves_prototypes_onto_features_and_fine_tuning_leaves_them_there(c
     pushed, last = checkpoint(tmp_path / "run", "push"), checkpoint(tmp_path / "run")
     assert torch.equal(pushed["model"]["prototype_vectors"], last["model"]["prototype_vectors"])
     model = script.load_model(last, torch.device("cpu"))
-    push_set = script.build_dataset(model.config, "push")
     normalize = script.normalizer(model.config)
     for vector, entry in zip(model.prototype_vectors, model.provenance, strict=True):
-        item = push_set[entry["index"]]
-        assert str(push_set.files[entry["index"]]) == entry["image"] and entry["pushed"]
+        photo = np.asarray(Image.open(entry["image"]))                      # the file itself: no crop, no scale, not mirrored
+        label = np.asarray(Image.open(entry["image"].replace("images", "masks")))
+        assert entry["pushed"] and tuple(entry["size"]) == label.shape
         with torch.no_grad():
-            features = model.features_of(normalize(item["image"][None]))[0]                              # (D, h, w)
+            features = model.features_of(normalize(torch.tensor(photo).permute(2, 0, 1)[None]))          # (1, D, h, w)
         y, x = entry["cell"]
-        assert torch.allclose(features[:, y, x], vector[:, 0, 0], atol=1e-6)
+        assert torch.allclose(features[0, :, y, x], vector[:, 0, 0], atol=1e-6)
+        assert model.similarity(model.prototype_distances(features))[0, :, y, x].max() > 9.0
         y0, x0, y1, x1 = entry["cell_box"]
-        assert (item["label"][y0:y1, x0:x1] == entry["class"]).any()
+        assert (label[y0:y1, x0:x1] == entry["class"]).any()
     listed = json.loads((tmp_path / "run" / "prototypes" / "prototypes.json").read_text())
     assert listed == model.provenance
 
@@ -145,25 +151,30 @@ def test_schedule_is_in_updates_and_only_in_the_joint_phase(config, tmp_path, mo
         assert update[0] == pytest.approx(1e-3 * factor) and update[-1] == pytest.approx(3e-3 * factor)
 
 
-def test_an_update_is_the_mean_of_its_micro_losses(config):
-    """Not the loss of the pooled images: their labelled cells differ in number."""
-    settings = load_config(config, script.DEFAULTS, ["training.accumulate=2", "model.freeze_bn=true"])
+def test_an_update_is_the_mean_of_its_micro_losses(config, monkeypatch):
+    """Not the loss of the pooled images: their labelled cells differ in number. And the next update starts from nothing."""
+    settings = load_config(config, script.DEFAULTS, ["training.accumulate=5", "model.freeze_bn=true"])
     torch.manual_seed(0)
-    model, criterion = script.build_model(settings), script.MaskedCrossEntropyLoss()
+    model, criterion, normalize = script.build_model(settings), script.MaskedCrossEntropyLoss(), script.normalizer(settings)
+    groups = script.start_stage("warmup", model, settings, 2)[0].param_groups
     script.set_train_mode(model, "warmup", settings)
-    images, labels = torch.randn(2, 1, 3, 33, 33), torch.zeros(2, 1, 33, 33, dtype=torch.int64)
-    labels[0, :, :30], labels[1, :, :5] = -100, 1
-    losses = [script.compute_loss(criterion, model, model(x), y, settings)["total"] for x, y in zip(images, labels, strict=True)]
-    model.zero_grad()
-    (sum(losses) / 2).backward()
-    wanted = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    model.zero_grad()
-    for x, y in zip(images, labels, strict=True):
-        (script.compute_loss(criterion, model, model(x), y, settings)["total"] / 2).backward()
-    for gradient, p in zip(wanted, [p for p in model.parameters() if p.grad is not None], strict=True):
-        assert torch.allclose(gradient, p.grad, atol=1e-6)
-    pooled = script.compute_loss(criterion, model, model(images[:, 0]), labels[:, 0], settings)["total"]
-    assert abs(float(pooled - sum(losses) / 2)) > 1e-4
+    images, labels = torch.randint(0, 256, (5, 3, 33, 33), dtype=torch.uint8), torch.randint(0, 3, (5, 33, 33))
+    for k, label in enumerate(labels):
+        label[:6 * k] = -100
+    losses = [script.compute_loss(criterion, model, model(normalize(x[None])), y[None], settings)["total"] for x, y in zip(images, labels, strict=True)]
+    trained = [p for group in groups for p in group["params"]]
+    wanted, seen = torch.autograd.grad(sum(losses) / 5, trained), []
+    pooled = torch.autograd.grad(script.compute_loss(criterion, model, model(normalize(images)), labels, settings)["total"], trained)
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self, *a, **k: seen.append([p.grad.clone() for p in trained]))
+    batches = 2 * [{"image": x[None], "label": y[None]} for x, y in zip(images, labels, strict=True)]
+    state, totals, nothing = {"stage": 0, "done": 0, "step": 0}, LossTotals(), SimpleNamespace(step=lambda: None, get_last_lr=lambda: [0.0])
+    assert script.train_until(model, batches, criterion, torch.optim.SGD(groups, lr=1.0), nothing, torch.amp.GradScaler(enabled=False), totals, state,
+                              settings, None, torch.device("cpu"), None, SimpleNamespace(train_step=lambda *a, **k: None), SimpleNamespace(requested=None))
+    assert (state["done"], state["step"], len(seen)) == (10, 2, 2)
+    assert totals.means()["total"] == pytest.approx(float(sum(losses).detach() / 5), rel=1e-5)
+    for gradients in zip(wanted, *seen, pooled, strict=True):
+        assert all(torch.allclose(gradients[0], other, atol=1e-6) for other in gradients[1:3])
+    assert not torch.allclose(wanted[-1], pooled[-1], atol=1e-4)
 
 
 def test_loss_terms(config):
@@ -184,9 +195,49 @@ def test_loss_terms(config):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
-def test_multi_scale_training_has_four_outputs(config, tmp_path):
-    result = train(config, tmp_path / "run", "model.scales=[0.5,0.75]", "training.steps=[2,2,2]", "training.prune=false", "evaluation.interval=2")
-    assert np.isfinite(result["miou"])
+def test_an_unusual_folder(config, data, tmp_path, capsys):
+    """One prototype a class, one image a batch, a class that never occurs, crops larger than the pictures, several scales of odd sizes."""
+    for split, count in (("train", 3), ("val", 1)):
+        folder = write_pictures(tmp_path / "made", count, size=(33, 47))
+        for mask in (folder / "masks").iterdir():
+            label = np.array(Image.open(mask))
+            Image.fromarray(np.where(label == 2, 1, label).astype(np.uint8)).save(mask)                  # no box anywhere
+        for kind in ("images", "masks"):
+            (tmp_path / "data" / kind).mkdir(parents=True, exist_ok=True)
+            (folder / kind).rename(tmp_path / "data" / kind / split)
+    settings = [f"dataset.root={tmp_path / 'data'}", "dataset.window_size=[65,81]", "model.prototype_shape=[3,8,1,1]", "model.scales=[0.5,0.75]",
+                "training.steps=[2,4,2]", "training.batch_size=1", "training.accumulate=1", "evaluation.interval=4"]
+    assert np.isfinite(train(config, tmp_path / "run", *settings)["miou"])
+    output = capsys.readouterr().out
+    assert "class 2 never occurs in the push set" in output and "no prototype is left of class 2" in output
+    pushed, untouched = checkpoint(tmp_path / "run", "push"), checkpoint(tmp_path / "run", "joint")
+    assert [entry["pushed"] for entry in pushed["prototypes"]] == [True, True, False]
+    assert torch.equal(pushed["model"]["prototype_vectors"][2], untouched["model"]["prototype_vectors"][2])
+    photo = sorted((tmp_path / "data" / "images" / "val").iterdir())[0]
+    for name in ("warmup", "push", "refinetune"):                           # not pushed, pushed, pruned
+        path = str(tmp_path / "run" / "model" / f"{name}.pth")
+        assert np.isfinite(evaluate.main([path, "--device", "cpu", "--output-dir", str(tmp_path / name)])["miou"])
+        predict.main([path, str(photo), "--output", str(tmp_path / name), "--device", "cpu", "--explain", "46,32"])
+        sources = [part["source"] for part in json.loads((tmp_path / name / f"{photo.stem}_explain.json").read_text())["pixels"][0]["prototypes"]]
+        assert [source and source["pushed"] for source in sources].count(True) == {"warmup": 0, "push": 2, "refinetune": 2}[name]
+
+
+def test_cityscapes_end_to_end(config, tmp_path):
+    """From its folders and label ids to label ids in the predictions."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for kind, ending, shape in (("leftImg8bit", "leftImg8bit", (32, 48, 3)), ("gtFine", "gtFine_labelIds", (32, 48))):
+            folder = tmp_path / "data" / kind / split / "ulm"
+            folder.mkdir(parents=True)
+            picture = rng.integers(0, 256, shape) if kind == "leftImg8bit" else rng.choice([0, 7, 26, 33], shape)
+            Image.fromarray(picture.astype(np.uint8)).save(folder / f"ulm_000000_000019_{ending}.png")
+    train(config, tmp_path / "run", "dataset.name=cityscapes", f"dataset.root={tmp_path / 'data'}", "model.num_classes=19", "training.prune=false",
+          "model.prototype_shape=[19,8,1,1]", "training.steps=[0,2,0]")
+    last = checkpoint(tmp_path / "run")
+    assert {entry["class"] for entry in last["prototypes"] if entry["pushed"]} <= {0, 13, 18} and last["class_names"][13] == "car"
+    photo = next((tmp_path / "data" / "leftImg8bit" / "val" / "ulm").iterdir())
+    label = predict.main([str(tmp_path / "run" / "model" / "model_last.pth"), str(photo), "--output", str(tmp_path / "out"), "--device", "cpu"])[str(photo)]
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / photo.name)), cityscapes.LABEL_IDS[label])
 
 
 # -- resuming ------------------------------------------------------------------
@@ -209,6 +260,7 @@ def test_a_run_stopped_anywhere_ends_in_the_same_weights(whole, tmp_path, monkey
         sigterm_in_call(patch, owner, method, call)
         with pytest.raises(StopRequested):
             train(path, tmp_path / "run")
+    assert (checkpoint(tmp_path / "run")["batch"] > 0) == (owner is torch.optim.Adam)    # within an epoch: not with other processes
     train(path, tmp_path / "run", "--resume", "auto")
     first, second = checkpoint(undisturbed), checkpoint(tmp_path / "run")
     for section in ("model", "prototypes", "best", "step", "stage"):
@@ -216,23 +268,40 @@ def test_a_run_stopped_anywhere_ends_in_the_same_weights(whole, tmp_path, monkey
     assert read_log(undisturbed / "log" / "log.jsonl")[-1]["miou"] == read_log(tmp_path / "run" / "log" / "log.jsonl")[-1]["miou"]
 
 
-def test_phases_one_by_one_equal_the_whole_run(whole, tmp_path):
+def test_phases_one_by_one_equal_the_whole_run(whole, tmp_path, monkeypatch):
     path, undisturbed = whole
+    run = tmp_path / "run"
     with pytest.raises(ValueError, match="run --phase 0 first"):
-        train(path, tmp_path / "run", "--phase", 1)
-    for phase, last in ((0, "warmup"), (1, "push"), (2, "refinetune")):
-        train(path, tmp_path / "run", "--phase", phase)
-        assert (tmp_path / "run" / "model" / f"{last}.pth").is_file()
-    assert_equal(checkpoint(undisturbed)["model"], checkpoint(tmp_path / "run")["model"])
+        train(path, run, "--phase", 1)
+    train(path, run, "--phase", 0)
+    with monkeypatch.context() as patch:                     # killed while it writes the first file of a finished stage, joint.pth
+        patch.setattr(script, "save_checkpoint", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(path, run, "--phase", 1)
+    train(path, run, "--phase", 1, "--resume", "auto")
+    train(path, run, "--phase", 2)
+    assert {f"{stage}.pth" for stage in script.STAGES} <= {file.name for file in (run / "model").iterdir()}
+    assert_equal(checkpoint(undisturbed)["model"], checkpoint(run)["model"])
+    log = (run / "log" / "log.jsonl").read_bytes()
     with pytest.raises(ValueError, match="in joint, phase 1"):
-        train(path, tmp_path / "run", "--phase", 2, "--resume", tmp_path / "run" / "model" / "warmup.pth")
+        train(path, run, "--phase", 2, "--resume", run / "model" / "warmup.pth")
+    assert (run / "log" / "log.jsonl").read_bytes() == log
 
 
-def test_pruning_can_be_decided_afterwards(whole, tmp_path):
+def test_a_phase_without_steps_is_no_reason_to_wait(config, tmp_path):
+    arguments = SimpleNamespace(resume=None, phase=1), RunFolder(tmp_path)
+    assert script.begin_of_phase(*arguments, load_config(config, script.DEFAULTS, ["training.steps=[0,12,6]"])) == (None, [])
+
+
+def test_pruning_can_be_decided_afterwards(whole, tmp_path, monkeypatch):
     path, undisturbed = whole
     train(path, tmp_path / "run", "training.prune=false")
     assert not (tmp_path / "run" / "model" / "prune.pth").exists()
-    train(path, tmp_path / "run", "--resume", "auto")
+    with monkeypatch.context() as patch:
+        sigterm_in_call(patch, NearestPatches, "update", 2)
+        with pytest.raises(StopRequested):
+            train(path, tmp_path / "run", "--resume", "auto")
+    train(path, tmp_path / "run", "--resume", "auto", "training.resume=true")
     assert_equal(checkpoint(undisturbed)["model"], checkpoint(tmp_path / "run")["model"])
 
 
@@ -276,6 +345,12 @@ def test_predictions_and_explanations(whole, data, tmp_path):
     for entry in json.loads((tmp_path / "out" / f"{photo.stem}_explain.json").read_text())["pixels"]:
         total = sum(part["contribution"] for part in entry["prototypes"]) + entry["other_prototypes"]["contribution"]
         assert total == pytest.approx(entry["logit"], abs=1e-4)
+    for change, shown in (([], (50, 61)), (["evaluation.squash=[33,41]"], (33, 41))):               # the distances are those behind the label
+        _, model, _ = evaluate.load(str(run / "model" / "model_last.pth"), change, torch.device("cpu"))
+        prediction = script.predict(model, photo)
+        scores = torch.einsum("cp,phw->chw", model.last_layer.weight.detach(), model.similarity(prediction["distances"]))[None]
+        scores = F.interpolate(F.interpolate(scores, shown, mode="bilinear"), (50, 61), mode="bilinear")
+        assert (scores[0].argmax(0).numpy() == prediction["label"]).mean() > 0.999
     with pytest.raises(ValueError, match="not on the photograph"):
         predict.main([str(run / "model" / "model_last.pth"), str(photo), "--output", str(tmp_path / "out2"), "--device", "cpu", "--explain", "5,700"])
 
@@ -291,10 +366,23 @@ def test_gallery(whole, tmp_path):
 
 
 def test_learns_and_the_labels_matter(config, tmp_path):
-    """Far above one class everywhere; a network trained on the same pictures with other pictures' labels is not."""
-    more = ["training.steps=[0,160,20]", "evaluation.interval=160", "training.prune=false", "dataset.val_split=train", "dataset.scale_range=[1.0,1.0]",
-            "optimizer.backbone_lr=0.005", "optimizer.aspp_lr=0.005", "optimizer.prototype_lr=0.01", "optimizer.last_layer_lr=0.01"]
-    assert train(config, tmp_path / "run", *more)["miou"] > 0.8
+    """On new pictures far above one class everywhere (0.2), and above a network for which each picture's classes were exchanged."""
+    scores = []
+    for turn in (0, 1):
+        root = tmp_path / f"data{turn}"
+        for split, count, first in (("train", 12, 0), ("val", 4, 100)):
+            folder = write_pictures(tmp_path / f"{turn}{split}", count, first, size=(48, 64))
+            for k, mask in enumerate(sorted((folder / "masks").iterdir())):
+                label = np.array(Image.open(mask))
+                changed = np.where(label == 255, 255, (label + turn * k) % 3) if split == "train" else label
+                Image.fromarray(changed.astype(np.uint8)).save(mask)
+            for kind in ("images", "masks"):
+                (root / kind).mkdir(parents=True, exist_ok=True)
+                (folder / kind).rename(root / kind / split)
+        scores.append(train(config, tmp_path / f"run{turn}", f"dataset.root={root}", "training.steps=[0,160,20]", "evaluation.interval=160",
+                            "training.prune=false", "dataset.scale_range=[1.0,1.0]", "optimizer.backbone_lr=0.005", "optimizer.aspp_lr=0.005",
+                            "optimizer.prototype_lr=0.01", "optimizer.last_layer_lr=0.01")["miou"])
+    assert scores[0] > 0.7 and scores[1] < scores[0] - 0.3, scores
 
 
 # -- errors --------------------------------------------------------------------
@@ -304,7 +392,9 @@ def test_learns_and_the_labels_matter(config, tmp_path):
     (["training.steps=[3,12,6]"], r"training.steps\[0\]"), (["evaluation.interval=5"], "evaluation.interval"), (["training.steps=[6,12]"], "three phases"),
     (["model.n_blocks=[1,1,1]"], "n_blocks"), (["dataset.window_size=[4,4]"], "window_size"), (["optimizer.aspp_lr=0"], "aspp_lr"),
     (["model.weights=null"], "model.weights"), (["model.weights=missing.pth"], "missing.pth"), (["evaluation.squash=[513]"], "squash"),
-    (["dataset.train_split=nowhere"], "nowhere"), (["training.prune_treshold=1"], "prune_threshold")])
+    (["training.train_last_layer=[true,true,false]"], "the third must be true"), (["training.prune_threshold=4"], "at most training.prune_neighbors=3"),
+    (["model.scales=[0]"], r"model\.scales"), (["dataset.mean=[0.5]"], "red, green and blue"),
+    (["evaluation.squash=[33,33]", "evaluation.window=32"], "name one"), (["dataset.train_split=nowhere"], "nowhere"), (["training.prune_treshold=1"], "prune_threshold")])
 def test_mistakes_are_one_clear_line(config, tmp_path, changes, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         train(config, tmp_path / "run", *changes)
