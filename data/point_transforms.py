@@ -9,7 +9,7 @@ in Pointcept (MIT), with the exceptions named below; Mix3D: Nekrasov et al. 2021
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -179,11 +179,11 @@ def representatives(voxels: Voxels, rng: np.random.Generator) -> np.ndarray:
     return voxels.order[voxels.start + rng.integers(0, voxels.count)]
 
 
-def fragments(voxels: Voxels) -> np.ndarray:
-    """(F, V) points, F the largest count: fragment f takes point f modulo count of every voxel, so that every point
-    occurs and every fragment fills all voxels."""
-    turn = np.arange(voxels.count.max(initial=0))[:, None] % voxels.count
-    return voxels.order[voxels.start + turn]
+def fragments(voxels: Voxels) -> Iterator[np.ndarray]:
+    """F times (V,) points, F the largest count: fragment f takes point f modulo count of every voxel, so that every
+    point occurs and every fragment fills all voxels. One at a time: of a dense scan there are thousands."""
+    for turn in range(voxels.count.max(initial=0)):
+        yield voxels.order[voxels.start + turn % voxels.count]
 
 
 def sphere_crop(cloud: Cloud, num_points: int, center: np.ndarray) -> Cloud:

@@ -99,7 +99,7 @@ def test_far_apart_voxels_stay_apart_without_memory():
 
 def test_fragments_show_every_point_and_fill_every_voxel(rng):
     voxels = transforms.voxelize(rng.uniform(0, 1, (500, 3)), 0.3)
-    index = transforms.fragments(voxels)
+    index = np.stack(list(transforms.fragments(voxels)))
     assert index.shape == (voxels.count.max(), len(voxels.count))
     assert set(index.ravel()) == set(range(500))
     assert (voxels.inverse[index] == np.arange(len(voxels.count))).all()
