@@ -38,7 +38,10 @@ def read_fold(path: Path) -> dict:
         raise ValueError(f"{path}: not a metrics.json that evaluate.py wrote for train_sonata.py") from error
     if matrix.shape != (len(names), len(names)) or matrix.dtype.kind != "i" or matrix.min() < 0 or not matrix.any():
         raise ValueError(f"{path}: confusion_matrix holds no counts of {len(names)} classes; run evaluate.py again")
-    split = {"val split": val, "test split": val if test is None else test}.get(data, Path(data).name)
+    if record.get("limit_batches"):
+        raise ValueError(f"{path}: scored on {record['limit_batches']} rooms alone (--limit-batches); run evaluate.py "
+                         f"on the whole area")
+    split = {"val split": val, "test split": test}.get(data, Path(data).name)
     area = split[0] if isinstance(split, list) and len(split) == 1 else split
     if area not in AREAS:
         raise ValueError(f"{path}: scored on {area}, expected one of {', '.join(AREAS)}")

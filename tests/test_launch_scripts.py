@@ -307,6 +307,7 @@ def test_missing_folds(tmp_path, capsys):
     (3, {"config.data.val": "Area_1", "config.data.test": "Area_1", "config.data.train": ["Area_3"]}, "both are of Area_1"),
     (3, {"sha256": "hash 1"}, "both are of the same checkpoint"),
     (3, {"config.data.train": ["Area_1", "Area_3"]}, "scored on Area_3, which is among its training areas"),
+    (3, {"limit_batches": 2}, "scored on 2 rooms alone"),
     (3, {"config.data.test": "val"}, "scored on val, expected one of Area_1"),
     (3, {"data": "datasets/s3dis/Area_4"}, "which is among its training areas"),
     (2, {"config.evaluation.precise": False}, "other model or evaluation settings"),
