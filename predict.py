@@ -59,10 +59,15 @@ def input_files(script, inputs) -> list[Path]:
         files += script.list_inputs(path) if path.is_dir() else [path]
     names = {}
     for path in files:
-        if names.setdefault(path.stem, path) != path:
-            raise ValueError(f"{names[path.stem]} and {path} would both write {path.stem}.*; predict them into two "
-                             f"folders")
+        name = result_name(path)
+        if names.setdefault(name, path) != path:
+            raise ValueError(f"{names[name]} and {path} would both write {name}.*; predict them into two folders")
     return list(names.values())
+
+
+def result_name(path: Path) -> str:
+    """A file's name without its suffix; the whole name of a folder (a scene), in which a dot is no suffix."""
+    return path.name if path.is_dir() else path.stem
 
 
 def main(argv=None) -> dict:
@@ -92,7 +97,7 @@ def main(argv=None) -> dict:
     labels = {}
     for path in progress(files, "predicting"):
         prediction = script.predict(model, path, amp_dtype)
-        script.write_prediction(model, path, prediction, output / path.stem, args)
+        script.write_prediction(model, path, prediction, output / result_name(path), args)
         if argv is not None:                                # a caller wants them; a folder of photographs is gigabytes
             labels[str(path)] = prediction["label"]
         counts = {name: int((prediction["label"] == c).sum()) for c, name in enumerate(model.class_names)}

@@ -218,7 +218,9 @@ def build_dataset(config: Config, split: str, seed: int = 0, data_dir: str | Non
     if data_dir is not None:
         files = list_inputs(data_dir)
     else:
-        files = find_clouds(data.root, data.val if split == "test" and data.test is None else data[split])
+        if data[split] is None:
+            raise ValueError("data.test names no clouds; set data.test=SPLIT, or score the val split")
+        files = find_clouds(data.root, data[split])
     field = data.label_field or (BENCHMARKS[data.benchmark].field if data.benchmark else None)
     train, listed = split == "train" and data_dir is None, class_list(config)
     ignored = sorted({*data.ignore_labels, *(listed.ignore_labels if listed else ())})
@@ -236,20 +238,25 @@ def open_encoder(config: Config) -> tuple[dict, dict | None]:
     """(the network's arguments, the `encoder` entry of checkpoints or None) of the file in paths.checkpoint_pretrain,
     under model.encoder; without a file model.encoder is all there is. Raises ValueError."""
     path, given = config.paths.checkpoint_pretrain, config.model.encoder.to_dict()
-    if config.training.use_pretrained is False:
-        path = None
-    if path is None:
+    if config.training.use_pretrained is False or path is None:
         if config.training.use_pretrained or (config.model.mode != "ft" and config.training.use_pretrained is None):
             raise ValueError(f"model.mode={config.model.mode} needs --pretrained_path FILE (sonata.pth); "
                              f"training.use_pretrained=false takes a random encoder, to compare with")
         if not given:
             raise ValueError("without --pretrained_path the size of the network must be given: set model.encoder")
-        return given, None
-    found = read_sonata(path)
-    arguments = found.config or guess_config(found.state, path)
-    arguments = {**arguments, **given}
-    return arguments, {"name": "PointTransformerV3", "file": str(path), "sha256": sha256_file(path),
-                       "config": arguments}
+        arguments, entry = given, None
+    else:
+        found = read_sonata(path)
+        stored = found.config or guess_config(found.state, path)
+        if stored.get("enc_mode"):                          # an encoder alone: its dec_ keys describe nothing
+            stored = {key: value for key, value in stored.items() if not key.startswith("dec_")}
+        arguments = {**stored, **given}
+        entry = {"name": "PointTransformerV3", "file": str(path), "sha256": sha256_file(path), "config": arguments}
+    channels = 3 * len(config.data.features)
+    if arguments.get("in_channels", channels) != channels:
+        raise ValueError(f"data.features={config.data.features} are {channels} channels, the encoder takes "
+                         f"{arguments['in_channels']} (in_channels{f' in {path}' if entry else ' of model.encoder'})")
+    return arguments, entry
 
 
 def parameter_groups(model: SonataSegmenter, config: Config) -> list[dict]:
@@ -312,7 +319,7 @@ def train_one_epoch(model, loader, criterion, optimizer, scheduler, scaler, tota
         state["step"] += 1
         state["batch"] += len(micro_batches)
         micro_batches = []
-        if state["step"] % config.logging.log_interval == 0:                     # the only place that waits for the GPU
+        if state["step"] % config.logging.log_interval == 0:
             trim_memory()
             mean = float(all_reduce_sum(loss_sum))
             if not np.isfinite(mean):
@@ -338,11 +345,11 @@ def fixed_orders(model: SonataSegmenter, index: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def label_cloud(model: SonataSegmenter, cloud: dict, precise: bool, index: int = 0, sample: dict | None = None):
-    """A raw cloud -> (label (R,) int64, its mean probability (R,), the voxels' logits and sample of the single view).
+def label_cloud(model: SonataSegmenter, cloud: dict | None, precise: bool, index: int = 0, sample: dict | None = None):
+    """A raw cloud -> (label (R,) int64, its mean probability (R,), the voxels' logits of the single view).
 
-    precise: votes of 13 views and all their fragments; else one view, one point a voxel, copied to the voxel's points.
-    In float32 without autocast, as upstream.
+    precise: votes of 13 views and all their fragments; else one view, one point a voxel, copied to the voxel's points;
+    `sample` is then evaluation_sample(cloud), where that is done. In float32 without autocast, as upstream.
     """
     device, orders = next(model.parameters()).device, fixed_orders(model, index)
     if precise:
@@ -350,12 +357,12 @@ def label_cloud(model: SonataSegmenter, cloud: dict, precise: bool, index: int =
         for batch in test:
             test.add(batch, model(to_device(batch, device), orders))
         share = (test.votes / test.votes.sum(1, keepdim=True)).max(1).values.cpu()
-        return test.prediction(), share if test.inverse is None else share[test.inverse], None, None
+        return test.prediction(), share if test.inverse is None else share[test.inverse], None
     sample = evaluation_sample(cloud, model.spec) if sample is None else sample
     batch = collate_points([sample])
     logits = model(to_device(batch, device), orders).cpu()
     confidence, label = logits.softmax(1).max(1)
-    return label[sample["inverse"]], confidence[sample["inverse"]], logits, sample
+    return label[sample["inverse"]], confidence[sample["inverse"]], logits
 
 
 def only_item(items: list) -> dict:
@@ -380,15 +387,17 @@ def evaluate(model, dataset, device=None, amp_dtype=None, batch_size=1, num_work
                                              worker_init_fn=seed_worker, generator=torch.Generator())
     examples, predictions, loss, weight = [], {}, 0.0, 0.0
     for index, item in zip(mine, progress(loader, "evaluating"), strict=True):
-        cloud = dataset.cloud(index)
-        label, _, logits, sample = label_cloud(model, cloud, precise, index, None if precise else item)
-        if logits is not None:
-            part = criterion.sum_and_weight(logits, sample["label"])
+        if precise:
+            cloud = dataset.cloud(index)
+            (label, _, _), truth = label_cloud(model, cloud, True, index), torch.from_numpy(cloud["label"])
+        else:
+            (label, _, logits), truth = label_cloud(model, None, False, index, item), item["raw_label"]
+            part = criterion.sum_and_weight(logits, item["label"])
             loss, weight = loss + float(part[0]), weight + float(part[1])
         before = 0 if confusion.counts is None else confusion.counts
-        confusion.update(label, torch.from_numpy(cloud["label"]))
-        own = (confusion.counts - before).numpy()
-        examples.append((index, dataset.files[index].stem, float(miou_of_each(own[None])[0])))
+        confusion.update(label, truth)
+        own, file = (confusion.counts - before).numpy(), dataset.files[index]
+        examples.append((index, file.name if file.is_dir() else file.stem, float(miou_of_each(own[None])[0])))
         predictions[index] = label.numpy().astype(np.int16)
     matrix = confusion.all_reduce().matrix()
     metrics = segmentation_metrics(matrix)
@@ -474,7 +483,7 @@ def predict(model: SonataSegmenter, path: str | Path, amp_dtype=None) -> dict:
     for line in (*raw.warnings, *(f"{path}: no {name}s in the file" for name in missing)):
         print(line, flush=True)
     cloud = {name: value for name, value in to_cloud(raw, model.spec).items() if name != "label"}
-    label, confidence, _, _ = label_cloud(model, cloud, model.config.evaluation.precise)
+    label, confidence, _ = label_cloud(model, cloud, model.config.evaluation.precise)
     return {"label": label.numpy(), "confidence": confidence.numpy(), "coord": raw.coord, "cloud": cloud}
 
 
@@ -498,13 +507,14 @@ def example_pictures(model: SonataSegmenter, dataset: PointDataset, index: int, 
 
 # -- set-up and resume -------------------------------------------------------------------------------------------------
 
-def prepare_model(config, checkpoint, resume_path, messages) -> tuple[SonataSegmenter, dict]:
-    """The model and its `encoder` entry: from the resumed checkpoint, with pre-trained weights, or from scratch."""
+def prepare_model(config, encoder, checkpoint, resume_path, messages) -> tuple[SonataSegmenter, dict]:
+    """The model and its `encoder` entry: from the resumed checkpoint, or else of `encoder` (open_encoder's), with
+    pre-trained weights or from scratch."""
     if checkpoint is not None:
         model = build_model(config, checkpoint["encoder"]["config"])
         messages.append(fill_model(model, config, checkpoint, resume_path))
         return model, checkpoint["encoder"]
-    arguments, entry = open_encoder(config)
+    arguments, entry = encoder
     model = build_model(config, arguments)
     if entry is not None:
         messages.append(load_sonata(model.backbone, entry["file"]))
@@ -551,6 +561,9 @@ def main(argv=None) -> dict:
     config = load_config(args.config, DEFAULTS, args.overrides)
     check_config(config)
     if args.pretrained_path:
+        if config.training.use_pretrained is False:
+            raise ValueError(f"--pretrained_path {args.pretrained_path}, but training.use_pretrained=false would not "
+                             f"read it; leave the flag out, or set training.use_pretrained=true")
         config.paths.checkpoint_pretrain = args.pretrained_path
     # device and processes                                                        # same in all scripts
     device = pick_device(args.device)
@@ -573,11 +586,16 @@ def main(argv=None) -> dict:
         raise ValueError(f"training.batch_size={config.training.batch_size} clouds cannot be shared among {world} "
                          f"processes; take a multiple")
 
+    encoder = open_encoder(config) if checkpoint is None else None          # a wrong file is told before all is read
+
     # data: rank 0 fills the cache of estimated normals, the others read it
     for turn in (True, False):
         if is_main() == turn:
             train_set, val_set = build_dataset(config, "train", args.seed), build_dataset(config, "val")
         barrier()
+    if both := {*train_set.files} & {*val_set.files}:
+        messages.append(f"WARNING: {len(both)} of {len(val_set.files)} validation clouds are in training too, such as "
+                        f"{min(both)}: their score says nothing about new clouds")
     accumulate = config.training.accumulation_steps
     sampler = EpochBatchSampler(len(train_set), config.training.batch_size // world, args.seed, drop_last=True,
                                 group=accumulate)
@@ -588,7 +606,7 @@ def main(argv=None) -> dict:
                        "augmentation"), args.seed, FREE_ON_RESUME, batch_of_all_processes=True)
 
     # model
-    model, encoder_entry = prepare_model(config, checkpoint, resume_path, messages)
+    model, encoder_entry = prepare_model(config, encoder, checkpoint, resume_path, messages)
     attach(model, config, class_names(config), class_colors(config))
     model.to(device)
     network = torch.compile(model) if args.compile else model

@@ -30,7 +30,7 @@ from tests.whole_runs import assert_equal, sigterm_in_call
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.cli import StopRequested
 from utils.log import read_log
-from utils.losses import IGNORE_INDEX
+from utils.losses import IGNORE_INDEX, MaskedCrossEntropyLoss, lovasz_softmax_loss
 from utils.training import check_same_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,13 +85,14 @@ def network():
 
 # -- training ----------------------------------------------------------------------------------------------------------
 
-def test_overfits_three_clouds(tmp_path):
+def test_overfits_three_clouds(tmp_path, capsys):
     write_clouds(tmp_path / "train", 3)
     config = write_config(tmp_path / "c.yaml", write_classes(tmp_path), data={"val": "train"}, augmentation=STILL,
                           training={"epochs": 25, "eval_epochs": 1}, optimizer={"lr": 0.01, "block_lr": 0.005})
     result = train(config, tmp_path / "out")
     labels = np.concatenate([tiny_cloud(seed, 300 + 7 * seed)["segment"] for seed in range(3)])
     majority = np.bincount(labels[labels >= 0]).max() / (labels >= 0).sum()
+    assert "WARNING: 3 of 3 validation clouds are in training too" in capsys.readouterr().out
     assert result["overall_accuracy"] > 0.9 > majority + 0.3 and result["official_miou"] > 0.85
 
 
@@ -151,6 +152,18 @@ def test_batches_that_do_not_divide_and_a_batch_without_labels(root, tmp_path, c
     losses = [float(line.split("loss")[1].split()[0]) for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
     assert load_checkpoint(last(tmp_path / "d"))["step"] == 3 and np.isfinite(result["loss"])
     assert sorted(loss == 0 for loss in losses[-3:]) == [False, False, True]
+
+
+def test_the_loss_is_cross_entropy_of_the_step_and_lovasz_of_each_micro_batch():
+    torch.manual_seed(0)
+    logits, label, criterion = torch.randn(40, 3), torch.randint(-1, 3, (40,)), MaskedCrossEntropyLoss()
+    label[label < 0] = IGNORE_INDEX
+    weight, pieces = criterion.label_weight(label), (slice(0, 8), slice(8, 40))
+    entropy = torch.nn.functional.cross_entropy(logits, label, ignore_index=IGNORE_INDEX)
+    whole = SCRIPT.compute_loss(criterion, logits, label, weight, 1.0)
+    torch.testing.assert_close(whole, entropy + lovasz_softmax_loss(logits, label))
+    step = sum(SCRIPT.compute_loss(criterion, logits[piece], label[piece], weight, 0.5) for piece in pieces)
+    torch.testing.assert_close(step, entropy + sum(lovasz_softmax_loss(logits[piece], label[piece]) for piece in pieces) / 2)
 
 
 def test_mixed_collate():
@@ -215,6 +228,14 @@ def test_a_checkpoint_serves_as_weights_and_its_head_too(root, tmp_path, capsys)
     assert torch.equal(*heads)
     with pytest.raises(ValueError, match="head tensors"):
         train(config, tmp_path / "wrong", "--pretrained_path", last(tmp_path / "ft"), f"paths.head={last(tmp_path / 'ft')}")
+
+
+def test_the_file_of_an_encoder_says_nothing_about_the_decoder(root, tmp_path):
+    weights = write_encoder(tmp_path / "sonata.pth", dec_depths=[9, 9], dec_channels=[8, 8])
+    for given, channels in (({}, (64, 32)), ({key: ENCODER[key] for key in ENCODER if key.startswith("dec_")}, (16, 32))):
+        config = write_config(tmp_path / "c.yaml", root, model={"mode": "dec", "encoder": given}, training={"use_pretrained": None})
+        config = SCRIPT.load_config(config, SCRIPT.DEFAULTS, [f"paths.checkpoint_pretrain={weights}"])
+        assert SCRIPT.build_model(config, SCRIPT.open_encoder(config)[0]).backbone.dec_channels == channels
 
 
 def test_weights_that_are_not_there(root, tmp_path):
@@ -366,14 +387,29 @@ def test_scores_are_of_raw_points(tmp_path, network):
     assert (result["matrix"] == matrix).all() and result["metrics"]["overall_accuracy"] <= 11 / 18
 
 
+def test_scores_pool_the_points_of_all_clouds(tmp_path, monkeypatch, network):
+    """Two clouds of a class each, all called floor: not the mean of 1 and 0."""
+    (write_classes(tmp_path) / "val").mkdir()
+    for c, count in enumerate((100, 300)):
+        np.savez(tmp_path / "val" / f"{c}.npz", **{**tiny_cloud(c, count), "segment": np.full(count, c)})
+    monkeypatch.setattr(SCRIPT, "label_cloud", lambda model, cloud, *_: (torch.zeros(len(cloud["label"]), dtype=torch.int64), None, None))
+    model = network(tmp_path, tmp_path, data={"test": "val"}, evaluation={"precise": True})
+    with pytest.raises(ValueError, match="data.test names no clouds"):
+        SCRIPT.build_dataset(network(tmp_path, tmp_path).config, "test")
+    result = SCRIPT.evaluate(model, SCRIPT.build_dataset(model.config, "test"))
+    assert result["matrix"].tolist() == [[100, 0, 0], [300, 0, 0], [0, 0, 0]]
+    assert result["metrics"]["miou"] == 0.25 / 2 and result["tables"][SCRIPT.OFFICIAL]["miou"] == pytest.approx(0.25 / 3)
+    assert [example[2] for example in result["examples"]] == [1, 0]                      # of each cloud, for the report alone
+
+
 def test_absent_classes_count_as_0_in_the_official_mean(root, tmp_path, monkeypatch, network, capsys):
     folder = write_classes(tmp_path, ("floor", "box", "ball", "ghost"))
     write_clouds(folder / "val", 2)
     model = network(folder, tmp_path, model={"mode": "lin", "num_classes": 4})
 
     def perfect(model, cloud, precise, index, sample):
-        label = torch.from_numpy(cloud["label"]).clamp(min=0)
-        return label, torch.ones(len(label)), None, sample
+        label = sample["raw_label"].clamp(min=0)
+        return label, torch.ones(len(label)), torch.zeros(len(sample["label"]), 4)
 
     monkeypatch.setattr(SCRIPT, "label_cloud", perfect)
     result = SCRIPT.evaluate(model, SCRIPT.build_dataset(model.config, "val"))
@@ -455,6 +491,9 @@ def test_predict_one_scene_folder_as_text(whole, tmp_path):
     (label,) = labels.values()
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["scene0001_00.txt"]
     assert (np.loadtxt(tmp_path / "out" / "scene0001_00.txt") == label).all() and len(label) == len(clouds["scene0001_00"]["coord"])
+    (tmp_path / "in" / "scene0001_00").rename(tmp_path / "in" / "scene0001.v2")             # a dot in a folder's name is no suffix
+    predict.main([str(last(whole[1])), str(tmp_path / "in" / "scene0001.v2"), "--output", str(tmp_path / "dot"), "--device", "cpu"])
+    assert sorted(file.name for file in (tmp_path / "dot").iterdir()) == ["scene0001.v2.npy", "scene0001.v2.ply"]
     with pytest.raises(ValueError, match="--html"):
         predict.main([str(last(whole[1])), str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--device", "cpu", "--html"])
     (tmp_path / "empty").mkdir()
@@ -478,7 +517,8 @@ def test_predict_one_scene_folder_as_text(whole, tmp_path):
     (["data.benchmark=scannet"], "data.benchmark"),
     (["augmentation.mix_probability=2"], "augmentation.mix_probability"),
     (["augmentation.elastic=[0.2]"], "augmentation.elastic"),
-    (["data.features=[coord,color]"], "6 channels, the model takes 9"),
+    (["data.features=[coord,color]"], "6 channels, the encoder takes 9 .in_channels of model.encoder"),
+    (["--pretrained_path", "sonata.pth"], "--pretrained_path sonata.pth, but training.use_pretrained=false would not read it"),
     (["--test-only"], "--test-only needs --resume"),
     (["--limit-batches", "-1"], "--limit-batches"),
     (["--num-workers", "-1"], "--num-workers"),
