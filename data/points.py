@@ -114,7 +114,7 @@ def read_cloud(path: str | Path, label_field: str | None = None) -> PointCloud:
 
     label_field: the name of the labels, e.g. "segment200"; an absent one means no labels. None: the first of segment,
     label, labels, class, semantic, else segment20. Colours that never exceed 1 are taken as 0..1 and multiplied by 255,
-    and map coordinates (float64, beyond 10 km) are moved near 0, both with a warning. Raises FileNotFoundError, and
+    and map coordinates (beyond 10 km) are moved near 0, or in float32 left, all with a warning. FileNotFoundError, and
     ValueError for an unknown suffix, a damaged file, no point, wrong shapes, NaN or infinite coordinates, colours
     outside 0..255 and labels that are not whole numbers.
     """
@@ -149,10 +149,14 @@ def read_cloud(path: str | Path, label_field: str | None = None) -> PointCloud:
         raise ValueError(f"{path}: {(~finite).sum()} of {len(coord)} points have a NaN or infinite coordinate, the "
                          f"first is point {finite.argmin()}; remove them")
     warnings: list[str] = []
-    if coord.dtype != np.float32 and np.abs(coord).max() > FAR:            # float32 would round these to centimetres
-        origin = np.floor(coord.min(0))
-        warnings.append(f"{path}: coordinates up to {np.abs(coord).max():.0f}; moved by {(-origin).tolist()}")
-        coord = coord - origin
+    if (farthest := np.abs(coord).max()) > FAR:                            # float32 rounds these to centimetres
+        if coord.dtype == np.float32:
+            warnings.append(f"{path}: float32 coordinates up to {farthest:.0f} are rounded to "
+                            f"{np.spacing(farthest):g}; export them in float64, or with an offset")
+        else:
+            origin = np.floor(coord.min(0))
+            warnings.append(f"{path}: coordinates up to {farthest:.0f}; moved by {(-origin).tolist()}")
+            coord = coord - origin
     coord = coord.astype(np.float32)
     color = _as_color(raw.get("color"), path, warnings)
     normal, label = raw.get("normal"), raw.get("label")
@@ -301,8 +305,12 @@ def read_classes(path: str | Path) -> ClassList:
         names, ignored, palette = value["classes"], value.get("ignore_index"), value.get("palette")
         if not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
             raise ValueError("the class names must be texts, each once")
-        ignored = {-1, *(ignored if isinstance(ignored, list) else [] if ignored is None else [int(ignored)])}
-        palette = None if palette is None else np.array(palette, np.uint8).reshape(len(names), 3)
+        ignored = {-1, *map(int, ignored if isinstance(ignored, list) else [] if ignored is None else [ignored])}
+        if palette is not None:
+            palette = np.array(palette).reshape(len(names), 3)
+            if palette.dtype.kind not in "iu" or palette.min() < 0 or palette.max() > 255:
+                raise ValueError("the colours of the palette must be whole numbers from 0 to 255")
+            palette = palette.astype(np.uint8)
     except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f'{path}: expected a list of class names or {{"classes": [...], "ignore_index": -1}}; '
                          f"{type(error).__name__}: {error}") from error
@@ -325,12 +333,13 @@ def find_clouds(root: str | Path, split: str | Sequence[str]) -> list[Path]:
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder; set data.root")
-    listed = json.loads((root / "splits.json").read_text()) if (root / "splits.json").is_file() else {}
+    listed = root / "splits.json"
+    listed = _read_json(listed, dict, '{"train": [names], ...}') if listed.is_file() else {}
     found = []
     for name in [split] if isinstance(split, str) else split:
         file = next((file for file in (root / name, Path(name)) if name.endswith(".json") and file.is_file()), None)
         if file is not None:
-            clouds = [_locate(root, entry, file) for entry in json.loads(file.read_text())]
+            clouds = [_locate(root, entry, file) for entry in _read_json(file, list, "a list of clouds")]
         elif name in listed:
             clouds = [_locate(root, entry, root / "splits.json") for entry in listed[name]]
         elif (root / name).is_dir():
@@ -344,6 +353,16 @@ def find_clouds(root: str | Path, split: str | Sequence[str]) -> list[Path]:
                              f"with coord.npy")
         found += clouds
     return sorted(found)
+
+
+def _read_json(path, kind, expected):
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(value, kind):
+        raise ValueError(f"{path}: expected {expected}, got a {type(value).__name__}")
+    return value
 
 
 def _locate(root, entry, source):
@@ -428,15 +447,15 @@ class PointDataset(Dataset):
     def __post_init__(self) -> None:
         self.epoch = 0
         self.files = [Path(file) for file in self.files]
-        self.messages: list[str] = []
         self.num_points: list[int] = []
         self.class_counts = np.zeros(self.num_classes or 0, np.int64)
         self._kept: dict[int, PointCloud] = {}
         missing: dict[str, list[Path]] = {"color": [], "normal": [], "label": []}
+        warnings: list[str] = []
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             read = progress(pool.map(self._read, self.files), self.description, len(self.files))
             for index, (cloud, lacking) in enumerate(read):
-                self.messages += cloud.warnings
+                warnings += cloud.warnings
                 self.num_points.append(len(cloud.coord))
                 for name in lacking:
                     missing[name].append(self.files[index])
@@ -447,6 +466,7 @@ class PointDataset(Dataset):
                         missing["label"].append(self.files[index])
                 if sum(self.num_points) <= POINTS_IN_MEMORY:
                     self._kept[index] = cloud
+        self.messages = warnings[:5] + [f"... and {len(warnings) - 5} more such lines"] * (len(warnings) > 5)
         self._report(missing)
 
     def _report(self, missing):

@@ -186,10 +186,10 @@ def test_help(repository):
 
 
 def test_the_training_script_takes_what_train_sh_hands_over(repository, monkeypatch):
-    """The real script, stopped by data that are not there."""
+    """The real script, stopped by weights that are not there, before it looks for data."""
     words = asked(launch(repository, *ARGUMENTS, "--", "data.root=/nowhere", "--output-dir", str(repository / "run"), gpus=0))
     monkeypatch.chdir(ROOT)
-    with pytest.raises(FileNotFoundError, match="/nowhere: no such folder; set data.root"):
+    with pytest.raises(FileNotFoundError, match="sonata.pth: no such file"):
         train_sonata.main(words[1:])
 
 

@@ -131,6 +131,8 @@ def test_map_coordinates_keep_their_millimetres(tmp_path):
     read = read_cloud(save(tmp_path / "a.npz", {**cloud, "coord": far}))
     np.testing.assert_allclose(read.coord - read.coord[0], cloud["coord"] - cloud["coord"][0], atol=1e-6)
     assert len(read.warnings) == 1 and "moved by [-500000.0, -5400000.0, -300.0]" in read.warnings[0]
+    rounded = read_cloud(save(tmp_path / "c.npz", {**cloud, "coord": far.astype(np.float32)})).warnings
+    assert len(rounded) == 1 and "float32 coordinates up to 5400002 are rounded to 0.5" in rounded[0]
     near = read_cloud(save(tmp_path / "b.npz", {**cloud, "coord": cloud["coord"].astype(np.float64) + 50}))
     assert near.warnings == () and near.coord.min() >= 50 and near.coord.dtype == np.float32
 
@@ -208,6 +210,12 @@ def test_find_clouds_in_every_layout(tmp_path):
             find_clouds(tmp_path, split)
     with pytest.raises(FileNotFoundError, match="data.root"):
         find_clouds(tmp_path / "nowhere", "train")
+    for file, split in (("list.json", "list.json"), ("splits.json", "few")):
+        for text, message in (("{", "Expecting"), ("3", "expected .* got a int")):
+            (tmp_path / file).write_text(text)
+            with pytest.raises(ValueError, match=f"{file}: {message}"):
+                find_clouds(tmp_path, split)
+        (tmp_path / file).unlink()
 
 
 def test_read_classes(tmp_path):
@@ -216,7 +224,9 @@ def test_read_classes(tmp_path):
     (tmp_path / "c.json").write_text('{"classes": ["a"], "ignore_index": 255, "palette": [[1, 2, 3]]}')
     names, ignored, palette = read_classes(tmp_path / "c.json")
     assert names == ["a"] and ignored == (-1, 255) and palette.tolist() == [[1, 2, 3]]
-    for text in ("{", "3", '{"names": []}', '["a", "a"]', '[1]', '{"classes": ["a"], "palette": [[1, 2]]}'):
+    for text in ("{", "3", '{"names": []}', '["a", "a"]', '[1]', '{"classes": ["a"], "palette": [[1, 2]]}',
+                 '{"classes": ["a"], "palette": [[0, 0, 300]]}', '{"classes": ["a"], "palette": [[0, 0.5, 1]]}',
+                 '{"classes": ["a"], "ignore_index": ["none"]}'):
         (tmp_path / "c.json").write_text(text)
         with pytest.raises(ValueError, match="c.json: expected a list of class names"):
             read_classes(tmp_path / "c.json")
@@ -309,6 +319,9 @@ def test_whole_set_is_checked_at_construction(tmp_path):
     message, = PointDataset([far], PointSpec(9.0), 4).messages
     assert re.search(r"far.npz: the cloud is \d{4} m wide; is it in millimetres", message)
     assert PointDataset([far], PointSpec(unit=0.001), 4).messages == []
+    assert len(PointDataset([far] * 4, PointSpec(9.0), 4).messages) == 4                 # a line a cloud, but not 1,000 of them
+    messages = PointDataset([far] * 9, PointSpec(9.0), 4).messages
+    assert len(messages) == 6 and messages[-1] == "... and 4 more such lines"
 
 
 def test_missing_normals_and_colours(tmp_path):
