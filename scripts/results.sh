@@ -3,7 +3,8 @@
 # datasets/camvid/{images,masks}/{train,val,test} with NAME.jpg + NAME.png and classes.json.
 #   bash scripts/results.sh humanbody            # all rows, one after another; hours on two cores
 #   bash scripts/results.sh humanbody_hks        # one row: humanbody_{linear,nohks,hks,random,jepa}
-#   bash scripts/results.sh camvid               # camvid_upernet and camvid_m2f: heads on an untrained frozen ViT-S
+#   bash scripts/results.sh camvid               # camvid_upernet and camvid_m2f: heads on an untrained frozen ViT-S; camvid_unet;
+#                                                # camvid_prototype and camvid_deeplab, the ordinary classifier beside it
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 
 humanbody_linear() {    # raw features without and with signatures, multinomial logistic regression
@@ -54,11 +55,26 @@ camvid_m2f() {
     camvid_head train_m2f_head.py exp/camvid_m2f --hidden-dim 128 --ffn-dim 512 --num-queries 50 --num-points 4096 \
         --image-size 192 --batch-size 2 --epochs 12 --val-interval 4 --lr 5e-4 --clip-grad 0.1
 }
+camvid_unet() {         # from scratch, one thread
+    OMP_NUM_THREADS=1 python train_segmentation.py configs/segmentation_camvid.yaml --device cpu --output-dir exp/camvid_unet
+    python evaluate.py exp/camvid_unet/model/model_best.pth --device cpu --amp-dtype bfloat16
+}
+camvid_prototype() {    # all three phases, push and pruning, from scratch
+    OMP_NUM_THREADS=1 python train_prototype.py configs/prototype_camvid.yaml --device cpu --amp-dtype bfloat16 --num-workers 0 \
+        --output-dir exp/camvid_prototype
+    for stage in joint push finetune prune refinetune; do
+        python evaluate.py "exp/camvid_prototype/model/$stage.pth" --device cpu --output-dir "exp/camvid_prototype/evaluation_$stage"
+    done
+}
+camvid_deeplab() {
+    OMP_NUM_THREADS=1 python train_segmentation.py configs/segmentation_camvid_deeplab.yaml --device cpu --output-dir exp/camvid_deeplab
+    python evaluate.py exp/camvid_deeplab/model/model_last.pth --device cpu
+}
 camvid() {
-    camvid_upernet; camvid_m2f
+    camvid_upernet; camvid_m2f; camvid_unet; camvid_prototype; camvid_deeplab
 }
 
 case "${1:-}" in
-    camvid | camvid_upernet | camvid_m2f | humanbody | humanbody_linear | humanbody_nohks | humanbody_hks | humanbody_random | humanbody_jepa) "$1" ;;
-    *) echo "error: name a run: camvid, camvid_{upernet,m2f}, humanbody or humanbody_{linear,nohks,hks,random,jepa}, got '${1:-}'" >&2; exit 2 ;;
+    camvid | camvid_upernet | camvid_m2f | camvid_unet | camvid_prototype | camvid_deeplab | humanbody | humanbody_linear | humanbody_nohks | humanbody_hks | humanbody_random | humanbody_jepa) "$1" ;;
+    *) echo "error: name a run: camvid, camvid_{upernet,m2f,unet,prototype,deeplab}, humanbody or humanbody_{linear,nohks,hks,random,jepa}, got '${1:-}'" >&2; exit 2 ;;
 esac
