@@ -19,6 +19,7 @@ import shlex
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -659,7 +660,7 @@ def main(argv=None) -> dict:
         log.info(line)
 
     loader = DataLoader(train_set, batch_sampler=sampler, num_workers=args.num_workers, worker_init_fn=seed_worker,
-                        collate_fn=MixedCollate(config.augmentation.mix_probability),
+                        collate_fn=partial(collate_points, mix_probability=config.augmentation.mix_probability),
                         pin_memory=device.type == "cuda", generator=torch.Generator())
     go_on = f"go on with: {shlex.join(['python', *sys.argv, '--resume', 'auto'])}"
     result = {}
@@ -694,17 +695,6 @@ def main(argv=None) -> dict:
                  f"{folder.model / 'model_best.pth'}")
     cleanup()
     return {**(headline(result) if result else {}), "best": keeper.best_score, "best_epoch": keeper.best_epoch}
-
-
-class MixedCollate:
-    """collate_points with a Mix3D probability; a class, because loader processes may have to pickle it."""
-
-    def __init__(self, mix_probability: float) -> None:
-        self.mix_probability = mix_probability
-
-    def __call__(self, samples: list[dict]) -> dict:
-        batch = collate_points(samples, self.mix_probability)
-        return {name: batch[name] for name in ("coord", "grid_coord", "feat", "label", "offset")}
 
 
 if __name__ == "__main__":

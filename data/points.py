@@ -20,7 +20,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +30,7 @@ from torch.utils.data import Dataset
 
 from data.mesh_io import ply_columns
 from data.point_transforms import (
+    MAX_GRID_INDEX,
     NORMAL_NEIGHBORS,
     VIEWS,
     Cloud,
@@ -64,7 +65,7 @@ PLAIN_COLUMNS = {3: (), 4: ("label",), 6: ("color",), 7: ("color", "label"), 9: 
 
 @dataclass(frozen=True)
 class PointSpec:
-    """How clouds become voxels. It travels in every checkpoint, so that prediction prepares a cloud as training did.
+    """How clouds become voxels: the same in training and prediction, from the config in the checkpoint.
 
     Raises ValueError for unknown features or choices and for sizes that are not above 0.
     """
@@ -86,13 +87,6 @@ class PointSpec:
         for name in ("grid_size", "unit", "test_grid_size"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"data.{name}={value}: expected a number above 0")
-
-    def to_dict(self) -> dict:
-        return {**asdict(self), "features": list(self.features)}
-
-    @classmethod
-    def from_dict(cls, value: dict) -> PointSpec:
-        return cls(**{**value, "features": tuple(value["features"])})
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -378,12 +372,16 @@ def complete(cloud: PointCloud, spec: PointSpec, path: str | Path = "cloud",
              cache_dir: str | Path | None = None) -> tuple[PointCloud, tuple[str, ...]]:
     """Fill in missing colours and normals as the spec says; -> cloud, and what was missing, for a message.
 
-    Estimated normals are kept in cache_dir. A cloud wider than 500 m gets a warning. ValueError where the spec says
-    "error".
+    Estimated normals are kept in cache_dir. A cloud wider than 500 m gets a warning. ValueError for one of more voxels
+    along an axis than can be, and where the spec says "error".
     """
-    if (extent := np.ptp(cloud.coord, 0).max() * spec.unit) > WIDEST:
-        warning = f"{path}: the cloud is {extent:.0f} m wide; is it in millimetres? Set data.unit=0.001"
-        cloud = cloud._replace(warnings=(*cloud.warnings, warning))
+    extent = np.ptp(cloud.coord, 0).max() * spec.unit
+    wide = f"{path}: the cloud is {extent:.0f} m wide; is it in millimetres? Set data.unit=0.001"
+    if extent > MAX_GRID_INDEX * spec.grid_size:
+        raise ValueError(f"{wide}, or a larger data.grid_size: {MAX_GRID_INDEX + 1} voxels of {spec.grid_size:g} m fit "
+                         f"along an axis")
+    if extent > WIDEST:
+        cloud = cloud._replace(warnings=(*cloud.warnings, wide))
     missing = [name for name in ("color", "normal") if name in spec.features and getattr(cloud, name) is None]
     for name in missing:
         way = spec.missing_color if name == "color" else spec.missing_normal
@@ -501,18 +499,18 @@ class PointDataset(Dataset):
         return to_cloud(cloud, self.spec)
 
     def __getitem__(self, item: int) -> dict:
-        """coord, grid_coord, feat, label (see the module), index of the cloud; inverse and raw_label or mix_draw."""
+        """coord, grid_coord, feat, label (see the module); inverse and raw_label or mix_draw."""
         index = item % len(self.files)
         cloud = self.cloud(index)
         if self.augmentation is None:
-            return {**evaluation_sample(cloud, self.spec), "index": index}
+            return evaluation_sample(cloud, self.spec)
         rng = np.random.default_rng(derived_seed(self.seed, self.epoch, item))
         mix_draw = float(rng.random())
         try:
             sample = training_sample(cloud, self.spec.grid_size, self.augmentation, rng)
         except ValueError as error:
             raise ValueError(f"{self.files[index]}: {error}") from None
-        return {**to_tensors(sample, self.spec), "index": index, "mix_draw": mix_draw}
+        return {**to_tensors(sample, self.spec), "mix_draw": mix_draw}
 
 
 def to_cloud(cloud: PointCloud, spec: PointSpec) -> Cloud:
@@ -539,22 +537,14 @@ def evaluation_sample(cloud: Cloud, spec: PointSpec) -> dict[str, torch.Tensor]:
     return {**to_tensors(sample, spec), **{name: torch.from_numpy(values) for name, values in rest.items()}}
 
 
-def collate_points(samples: Sequence[dict], mix_probability: float = 0.0) -> dict:
-    """Join items into a batch with offset (S,) int64 and index (items,) int64; training items with Mix3D.
-
-    inverse points into the joined voxels; raw_offset (S,) are the ends of the scenes in raw_label. With the given
-    probability (the first item's mix_draw decides) neighbouring scenes become one: mix_offsets.
-    """
-    names = [name for name in ("coord", "grid_coord", "feat", "label", "raw_label") if name in samples[0]]
-    batch = {name: torch.cat([sample[name] for sample in samples]) for name in names}
+def collate_points(samples: Sequence[dict], mix_probability: float = 0.0) -> dict[str, torch.Tensor]:
+    """Join the voxels of items into a batch with offset (S,) int64. With the given probability (the first item's
+    mix_draw decides) neighbouring scenes become one, Mix3D: mix_offsets."""
+    batch = {name: torch.cat([sample[name] for sample in samples]) for name in ("coord", "grid_coord", "feat", "label")
+             if name in samples[0]}
     offset = torch.tensor([len(sample["coord"]) for sample in samples]).cumsum(0)
-    if "inverse" in samples[0]:
-        begin = [0, *offset.tolist()[:-1]]
-        batch["inverse"] = torch.cat([sample["inverse"] + first for sample, first in zip(samples, begin, strict=True)])
-        batch["raw_offset"] = torch.tensor([len(sample["inverse"]) for sample in samples]).cumsum(0)
     mixed = samples[0].get("mix_draw", 1.0) < mix_probability
-    return {**batch, "offset": mix_offsets(offset) if mixed else offset,
-            "index": torch.tensor([sample.get("index", 0) for sample in samples])}
+    return {**batch, "offset": mix_offsets(offset) if mixed else offset}
 
 
 # -- the precise test --------------------------------------------------------------------------------------------------

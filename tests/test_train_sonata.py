@@ -136,13 +136,18 @@ def test_each_mode_trains_what_it_should(root, tmp_path, monkeypatch, mode):
         assert [rates[step][name] for step in (0, 3, 7)] == pytest.approx([peak / 10, peak, peak / 10 / 1000])
 
 
-def test_batches_that_do_not_divide_and_a_batch_without_labels(root, tmp_path, capsys):
-    """Five clouds three at a time are one step, and so they are 24 at a time; unlabelled points teach nothing and break nothing."""
+def test_batches_that_do_not_divide_and_a_batch_without_labels(root, tmp_path, capsys, monkeypatch):
+    """Five clouds three at a time are one step, and so they are 24 at a time; Mix3D makes two and three of them; unlabelled points teach
+    nothing and break nothing."""
+    scenes = []
+    monkeypatch.setattr(SCRIPT, "to_device", lambda batch, device: scenes.append(len(batch["offset"])) or batch)
     config = write_config(tmp_path / "c.yaml", root, training={"epochs": 1, "eval_epochs": 1}, augmentation={"mix_probability": 1.0})
     train(config, tmp_path / "a")
     assert load_checkpoint(last(tmp_path / "a"))["step"] == 1
     train(config, tmp_path / "b", "training.batch_size=24")
     assert load_checkpoint(last(tmp_path / "b"))["step"] == 1
+    train(config, tmp_path / "c", "augmentation.mix_probability=0")
+    assert scenes == [2, 1, 1, 1, 3, 1, 1, 1, 3, 1, 1, 1]                                # of a step, then of three validation clouds
     data = write_classes(tmp_path)
     write_clouds(data / "train", 2)
     cloud = tiny_cloud(5)
@@ -164,14 +169,6 @@ def test_the_loss_is_cross_entropy_of_the_step_and_lovasz_of_each_micro_batch():
     torch.testing.assert_close(whole, entropy + lovasz_softmax_loss(logits, label))
     step = sum(SCRIPT.compute_loss(criterion, logits[piece], label[piece], weight, 0.5) for piece in pieces)
     torch.testing.assert_close(step, entropy + sum(lovasz_softmax_loss(logits[piece], label[piece]) for piece in pieces) / 2)
-
-
-def test_mixed_collate():
-    samples = [{"coord": torch.zeros(n, 3), "grid_coord": torch.zeros(n, 3, dtype=torch.int32), "feat": torch.zeros(n, 9),
-                "label": torch.zeros(n, dtype=torch.int64), "index": 0, "mix_draw": 0.5} for n in (2, 3, 4)]
-    assert SCRIPT.MixedCollate(0.4)(samples)["offset"].tolist() == [2, 5, 9]
-    mixed = SCRIPT.MixedCollate(0.6)(samples)
-    assert mixed["offset"].tolist() == [5, 9] and len(mixed["label"]) == 9
 
 
 def test_a_diverging_run_says_so(root, tmp_path, monkeypatch):
