@@ -343,12 +343,9 @@ def _first_stage(batch: Mapping[str, Tensor], orders: Sequence[str], in_channels
     return Stage(sorted_grid, scene, sizes, largest, orders), order
 
 
-def upcast(stages: Sequence[StageOutput | Stage], levels: int | None = None) -> Tensor:
-    """Features of the finest stage beside those of the coarser voxels it lies in: (n, C_0 + C_1 + ...), finest first.
-
-    levels: how many stages, counted from the finest of `stages`; None takes all. For Sonata 48 + 96 + 192 + 384 + 512.
-    """
-    stages = list(stages)[:levels]
+def upcast(stages: Sequence[StageOutput]) -> Tensor:
+    """Features of the finest of `stages` beside those of the coarser voxels it lies in: (n, C_0 + C_1 + ...), finest
+    first. For Sonata 48 + 96 + 192 + 384 + 512."""
     feat = stages[-1].feat
     for stage in reversed(stages[:-1]):
         feat = torch.cat([stage.feat, take_parents(feat, stage.cluster)], 1)

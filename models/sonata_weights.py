@@ -61,19 +61,17 @@ def read_sonata(path: str | Path) -> SonataWeights:
     return SonataWeights(state, dict(config) if isinstance(config, Mapping) else None, layout)
 
 
-def load_sonata(model: PointTransformerV3, path: str | Path, with_decoder: bool = False) -> str:
-    """Load the encoder from a file into `model`, the decoder too where asked; returns load_weights' line.
+def load_sonata(model: PointTransformerV3, path: str | Path) -> str:
+    """Load the encoder from a file into `model`; returns load_weights' line. A decoder stays as it is.
 
     A mask token is read only where the model has one. Raises as read_sonata; ValueError, and the model is unchanged,
-    unless every tensor of the encoder (and decoder) is in the file in its shape.
+    unless every tensor of the encoder is in the file in its shape.
     """
     found = read_sonata(path)
-    parts = ["embedding", "enc", *(["dec"] if with_decoder else [])]
-    state = {name: tensor for name, tensor in found.state.items()
-             if model.embedding.mask_token is not None or name != "embedding.mask_token"}
-    state = {name: tensor for name, tensor in state.items() if name.split(".")[0] in parts}
-    target = nn.ModuleDict({part: getattr(model, part) for part in parts})
-    return load_weights(target, state, path, "encoder and decoder" if with_decoder else "encoder", found.layout)
+    state = {name: tensor for name, tensor in found.state.items() if name.startswith(("embedding.", "enc."))
+             and (model.embedding.mask_token is not None or name != "embedding.mask_token")}
+    target = nn.ModuleDict({"embedding": model.embedding, "enc": model.enc})
+    return load_weights(target, state, path, "encoder", found.layout)
 
 
 def guess_config(state: Mapping[str, Tensor], source: str | Path = "weights") -> dict[str, Any]:

@@ -218,7 +218,7 @@ def test_upcast():
     cluster = stages[0].cluster
     assert torch.equal(parts[0], stages[0].feat) and torch.equal(parts[1], stages[1].feat[cluster])
     assert torch.equal(parts[2], stages[2].feat[stages[1].cluster[cluster]])
-    assert torch.equal(upcast(stages, 2), feat[:, :48]) and upcast(stages[1:]).shape == (len(stages[1].feat), 64)
+    assert torch.equal(upcast(stages[:2]), feat[:, :48]) and upcast(stages[1:]).shape == (len(stages[1].feat), 64)
 
 
 # -- segmentation ----------------------------------------------------------------------------------------------------
