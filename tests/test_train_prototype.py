@@ -274,10 +274,21 @@ def test_phases_one_by_one_equal_the_whole_run(whole, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="run --phase 0 first"):
         train(path, run, "--phase", 1)
     train(path, run, "--phase", 0)
-    with monkeypatch.context() as patch:                     # killed while it writes the first file of a finished stage, joint.pth
-        patch.setattr(script, "save_checkpoint", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            train(path, run, "--phase", 1)
+    monkeypatch.setattr(script, "SCAN_CHUNK", 4)             # a save within a pass over the photographs
+    for owner, method, call, more in ((script, "save_checkpoint", 1, []), (PushTable, "update", 6, ["--resume", "auto"])):
+        with monkeypatch.context() as patch:                 # killed while it writes joint.pth, and behind that save
+            original, calls = getattr(owner, method), []
+
+            def killed(*arguments, original=original, calls=calls, call=call, **more):
+                calls.append(1)
+                if len(calls) == call:
+                    raise KeyboardInterrupt
+                return original(*arguments, **more)
+            patch.setattr(owner, method, killed)
+            with pytest.raises(KeyboardInterrupt):
+                train(path, run, "--phase", 1, *more)
+    stopped = checkpoint(run)
+    assert (script.STAGES[stopped["stage"]], stopped["done"], len(calls)) == ("push", 4, 6)
     train(path, run, "--phase", 1, "--resume", "auto")
     train(path, run, "--phase", 2)
     assert {f"{stage}.pth" for stage in script.STAGES} <= {file.name for file in (run / "model").iterdir()}
