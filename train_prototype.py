@@ -215,12 +215,12 @@ def check_config(config: Config) -> None:
                          f"{training.prune_neighbors}, or no prototype is left")
     if len(model.n_blocks) != 4 or min(model.n_blocks) < 1:
         raise ValueError(f"model.n_blocks={model.n_blocks}: the number of blocks of four stages")
-    if not all(0 < scale <= 2 for scale in model.scales):
+    if not all(isinstance(scale, int | float) and 0 < scale <= 2 for scale in model.scales):
         raise ValueError(f"model.scales={model.scales}: factors above 0, such as [0.5, 0.75]; [] for one scale")
     if len(dataset.mean) != 3 or len(dataset.std) != 3 or min(dataset.std) <= 0:
         raise ValueError(f"dataset.mean={dataset.mean}, std={dataset.std}: red, green and blue, std above 0")
     for name, size in (("dataset.window_size", dataset.window_size), ("evaluation.squash", config.evaluation.squash)):
-        if size is not None and (len(size) != 2 or min(size) < 8):
+        if size is not None and (len(size) != 2 or not all(isinstance(n, int) and n >= 8 for n in size)):
             raise ValueError(f"{name}={size}: [height, width] in pixels")
     for name in ("window", "size"):
         check_range(f"evaluation.{name}", config.evaluation[name] or 8, 8)

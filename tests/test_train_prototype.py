@@ -404,7 +404,7 @@ def test_learns_and_the_labels_matter(config, tmp_path):
     (["model.n_blocks=[1,1,1]"], "n_blocks"), (["dataset.window_size=[4,4]"], "window_size"), (["optimizer.aspp_lr=0"], "aspp_lr"),
     (["model.weights=null"], "model.weights"), (["model.weights=missing.pth"], "missing.pth"), (["evaluation.squash=[513]"], "squash"),
     (["training.train_last_layer=[true,true,false]"], "the third must be true"), (["training.prune_threshold=4"], "at most training.prune_neighbors=3"),
-    (["model.scales=[0]"], r"model\.scales"), (["dataset.mean=[0.5]"], "red, green and blue"),
+    (["model.scales=[0]"], r"model\.scales"), (["model.scales=[x]"], r"model\.scales"), (["evaluation.squash=[a,b]"], "squash"), (["dataset.mean=[0.5]"], "red, green and blue"),
     (["evaluation.squash=[33,33]", "evaluation.window=32"], "name one"), (["dataset.train_split=nowhere"], "nowhere"), (["training.prune_treshold=1"], "prune_threshold")])
 def test_mistakes_are_one_clear_line(config, tmp_path, changes, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
