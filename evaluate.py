@@ -122,11 +122,11 @@ def main(argv=None) -> dict:
         return metrics
 
     what = args.data_dir or f"{split} split"
-    print(f"{args.checkpoint} on {what}: {len(dataset.files)} files\n\n"
+    print(f"{args.checkpoint} on {what}: {len(dataset.files)} files; means over the classes that occur\n\n"
           f"{metrics_table(result['metrics'], model.class_names)}")
     for name, other in result["tables"].items():
         print(f"\n{name}: overall accuracy {100 * other['overall_accuracy']:.2f}, mIoU {100 * other['miou']:.2f}, "
-              f"mean F1 {100 * other['mean_f1']:.2f}")
+              f"mean F1 {100 * other['mean_f1']:.2f}, mean accuracy {100 * other['mean_accuracy']:.2f}")
     extra = result.get("extra", {})                         # numbers only this method has: {title: {name: value}}
     for title, values in extra.items():
         print(f"\n{title}: {', '.join(f'{name} {show_number(value)}' for name, value in values.items())}")

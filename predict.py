@@ -6,6 +6,7 @@
 Every input file NAME.* gives its labels, in the numbers of the label files the network was trained on, and a picture:
 meshes   OUT/NAME.txt (or .npy), one label per face in the order of the file; OUT/NAME.ply, coloured by class (.glb for
          Blender and viewers); --html adds a page in which the result can be turned
+clouds   OUT/NAME.npy (or .txt), one label per point in the order of the file; OUT/NAME.ply, coloured by class
 images   OUT/NAME.png (or .npy), one class id per pixel at the photograph's own size; OUT/NAME_overlay.png
 --pca adds a picture of the encoder's features. This file knows no method.
 """
@@ -30,8 +31,8 @@ def parse_args(argv=None):
                         help="files, or folders of files; section.key=value changes the config")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results")
     # results
-    parser.add_argument("--labels", help="format of the label files: txt or npy; for images png or npy")
-    parser.add_argument("--picture", help="coloured result: ply, glb or none; for images png or none")
+    parser.add_argument("--labels", help="format of the label files: txt or npy (clouds npy, txt; images png, npy)")
+    parser.add_argument("--picture", help="coloured result: ply, glb or none (clouds ply, none; images png, none)")
     parser.add_argument("--html", action="store_true", help="also a page in which the result can be turned")
     parser.add_argument("--pca", action="store_true", help="also the encoder's features as colours")
     parser.add_argument("--explain", nargs="+", metavar="X,Y", default=[], type=pixel,

@@ -417,7 +417,7 @@ def test_absent_classes_count_as_0_in_the_official_mean(root, tmp_path, monkeypa
     assert train(config, tmp_path / "out")["best"] == 0.75                              # the best is chosen by it
     assert "Val mIoU: 0.7500 (present classes 1.0000)" in capsys.readouterr().out
     score(last(tmp_path / "out"), tmp_path / "scores")
-    assert f"{SCRIPT.OFFICIAL}: overall accuracy 100.00, mIoU 75.00" in capsys.readouterr().out
+    assert f"{SCRIPT.OFFICIAL}: overall accuracy 100.00, mIoU 75.00, mean F1 75.00, mean accuracy 75.00" in capsys.readouterr().out
 
 
 def test_two_evaluations_are_the_same_and_leave_the_random_state_alone(root, tmp_path, network):
