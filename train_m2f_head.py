@@ -28,13 +28,25 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from data.feature_cache import CachedTaps
-from data.image_results import example_pair, write_image_result
-from data.image_splits import checked_dataset, read_classes, split_pairs
-from data.images import Augmentation, list_images, read_image
-from models.dinov3 import FrozenBackbone, backbone_name
+from data.frozen_backbone import (
+    FREE_ON_RESUME,
+    build_dataset,
+    cache_features,
+    check_flags,
+    evaluation_view,
+    label_photo,
+    open_backbone,
+    prepare,
+    report_pictures,
+    score_function,
+    tested_config,
+    write_files,
+)
+from data.image_splits import read_classes
+from data.images import list_images
+from models.dinov3 import FrozenBackbone
 from models.dinov3_adapter import DINOv3_Adapter
-from models.dinov3_weights import load_backbone, read_released_head, restore_backbone
+from models.dinov3_weights import read_released_head
 from models.mask2former import Mask2FormerHead, Mask2FormerSegmenter
 from utils.checkpoint import CheckpointKeeper, RunFolder, check_writable, find_resume, load_checkpoint
 from utils.checks import check_range
@@ -52,7 +64,7 @@ from utils.distributed import (
     unwrap,
     world_size,
 )
-from utils.image_inference import TTA_SCALES, View, evaluate_images, pad_to_multiple, resized_shape, segment_image
+from utils.image_inference import evaluate_images
 from utils.log import RunLog
 from utils.mask_losses import SetCriterion
 from utils.metrics import metrics_table
@@ -63,13 +75,6 @@ from utils.training import LossTotals, check_same_run, restore_rng, rng_entries,
 from utils.weights import load_weights
 
 SCRIPT = Path(__file__).name
-AT_LEAST = {"data.num_classes": 1, "data.image_size": 64, "model.num_queries": 1, "model.ffn_dim": 1,
-            "training.epochs": 1, "training.batch_size": 1, "training.accumulate": 1, "training.warmup_epochs": 0,
-            "training.clip_grad": 0, "training.num_points": 1, "training.weight_decay": 0, "training.save_interval": 0,
-            "training.log_interval": 1, "evaluation.val_interval": 1}
-FREE_ON_RESUME = ("training.batch_size", "training.log_interval", "training.save_interval", "model.backbone_weights",
-                  "data.val_image_paths", "data.val_mask_paths", "data.test_image_paths", "data.test_mask_paths",
-                  "data.classes", "data.cache_dir", "data.cache_features")                  # steps are compared as well
 RESULTS = {"labels": ("png", "npy"), "picture": ("png", "none"), "html": False}       # for predict.py, default first
 
 
@@ -158,21 +163,7 @@ def parse_args(argv=None):
 
 def check_config(config: Config) -> None:
     """Errors that can be seen in the flags alone. Raises ValueError."""
-    for name, lowest in AT_LEAST.items():
-        section, key = name.split(".")
-        check_range(f"--{key.replace('_', '-')}", config[section][key], lowest)
-    check_range("--val-share", config.data.val_share, 0, 0.5)
-    check_range("--ignore-label", config.data.ignore_label, 0, 255)
-    if not 0 < config.training.lr < float("inf"):
-        raise ValueError(f"--lr {config.training.lr}: must be a number above 0")
-    if config.data.ignore_label < config.data.num_classes + config.data.reduce_zero_label:
-        raise ValueError(f"--ignore-label {config.data.ignore_label} is one of the {config.data.num_classes} classes "
-                         f"in the masks; for masks that mean unlabelled by 0, use --reduce-zero-label")
-    view = evaluation_view(config)
-    if (view.size or 32) < 32 or not 1 <= view.stride <= (view.window or view.stride):
-        raise ValueError(f"--eval-size {config.evaluation.eval_size} --eval-stride {config.evaluation.eval_stride}: a "
-                         f"size of at least 32 (or 0) and a stride from 1 to the window's side are needed")
-    config.model.backbone = backbone_name(config.model.backbone)
+    check_flags(config, {"model.num_queries": 1, "model.ffn_dim": 1, "training.num_points": 1})
     if config.model.hidden_dim is None:
         config.model.hidden_dim = 2048 if config.model.backbone == "dinov3_vit7b16" else 256
     if config.model.hidden_dim < 32 or config.model.hidden_dim % 32:
@@ -181,12 +172,6 @@ def check_config(config: Config) -> None:
     if config.data.image_size % multiple:
         raise ValueError(f"--image-size {config.data.image_size}: must be a multiple of {multiple} for "
                          f"{config.model.backbone} and the adapter")
-    if config.data.cache_features and config.data.augment != "windows":
-        raise ValueError("--cache-features needs fixed views: add --augment windows, or train without the cache")
-    if config.data.cache_features and not config.data.cache_dir:
-        raise ValueError("--cache-features needs a --cache-dir to keep the features in")
-    if config.evaluation.validate and not config.data.val_image_paths and not config.data.val_share:
-        config.data.val_share = 0.1
 
 
 def build_model(config: Config, embed_dim: int, patch_size: int) -> Mask2FormerSegmenter:
@@ -216,30 +201,7 @@ def build_lr_scheduler(optimizer: torch.optim.Optimizer, config: Config, total_s
     return build_scheduler(optimizer, config.training.scheduler, total_steps, warmup, min_lr=0.0)
 
 
-def build_dataset(config: Config, split: str, seed: int = 0, data_dir: str | None = None, label_dir: str | None = None,
-                  num_workers: int = 2):
-    """The training views, or whole photographs of val, test or `data_dir` with masks in `label_dir`."""
-    if data_dir is not None:
-        if label_dir is None:
-            raise ValueError("--label-dir is needed: the folder of the masks of --data-dir")
-        pairs = split_pairs({**config.data, "val_image_paths": [data_dir], "val_mask_paths": [label_dir]}, "val")
-        return checked_dataset(config.data, pairs, num_workers)[0]
-    pairs = split_pairs(config.data, split)
-    if split != "train":
-        return checked_dataset(config.data, pairs, num_workers)[0]
-    crops = config.data.augment == "crops"
-    return checked_dataset(config.data, pairs, num_workers, seed, config.data.augment,
-                           Augmentation() if crops else None)[0]
-
-
 # -- one epoch, one evaluation -----------------------------------------------------------------------------------------
-
-def prepare(batch: dict, backbone: FrozenBackbone, device: torch.device):
-    """A batch on the device: normalised image (B, 3, S, S), four feature maps (computed, or from the cache), label."""
-    image = backbone.normalize(batch["image"].to(device, non_blocking=True))                # (B, 3, S, S) float32
-    taps = [tap.to(device, non_blocking=True) for tap in batch["taps"]] if "taps" in batch else backbone(image)
-    return image, taps, batch["label"].to(device, non_blocking=True)
-
 
 def train_one_epoch(model, backbone, loader, criterion, optimizer, scheduler, scaler, totals, state, config, args,
                     device, amp_dtype, log, stop):
@@ -292,27 +254,6 @@ def train_one_epoch(model, backbone, loader, criterion, optimizer, scheduler, sc
     return True
 
 
-def evaluation_view(config: Config) -> View:
-    size = config.data.image_size if config.evaluation.eval_size is None else config.evaluation.eval_size
-    window = size or config.data.image_size
-    whole = config.evaluation.eval_mode == "whole"
-    stride = -(-2 * window // 3) if config.evaluation.eval_stride is None else config.evaluation.eval_stride
-    return View(size or None, None if whole else window, stride, TTA_SCALES if config.evaluation.tta else (1.0,),
-                config.evaluation.tta)
-
-
-def score_function(model: Mask2FormerSegmenter, device: torch.device, amp_dtype):
-    """image (B, 3, h, w) normalised, any size -> scores (B, C, h, w) float32."""
-    model.backbone.to(device, amp_dtype)
-
-    def score(image):
-        height, width = image.shape[-2:]
-        image = pad_to_multiple(image, model.backbone.multiple)
-        with autocast(device, amp_dtype):
-            return model.scores(image, model.backbone(image))[..., :height, :width]
-    return score
-
-
 def evaluate(model, dataset, device=None, amp_dtype=None, batch_size=4, num_workers=0, limit_batches=0) -> dict:
     """Score every labelled pixel once; used in training, by --test-only and by evaluate.py. See evaluate_images."""
     model = unwrap(model).eval()
@@ -339,6 +280,7 @@ def log_epoch(log: RunLog, state: dict, train: dict, result: dict | None, second
 # -- what evaluate.py and predict.py call ------------------------------------------------------------------------------
 
 list_inputs = list_images                                   # the files of a folder that predict can read
+predict, write_prediction, example_pictures = label_photo, write_files, report_pictures
 
 
 def has_test_split(config: Config) -> bool:
@@ -348,92 +290,26 @@ def has_test_split(config: Config) -> bool:
 def attach(model: nn.Module, backbone: FrozenBackbone, config: Config, names, colors) -> None:
     """What evaluation needs besides the weights. FrozenBackbone is no nn.Module: it does not become part of model."""
     model.backbone, model.config, model.class_names, model.palette = backbone, config, names, colors
+    model.multiple = backbone.multiple
 
 
 def load_model(checkpoint: dict, device: torch.device) -> Mask2FormerSegmenter:
     """The network of a checkpoint of this script in eval mode, with the frozen backbone it was trained on."""
     config = Config(checkpoint["config"])
-    backbone = reopen_backbone(config, checkpoint["encoder"])
+    backbone, _ = open_backbone(config.model, checkpoint["encoder"])
     model = build_model(config, backbone.embed_dim, backbone.patch_size)
     load_weights(model, checkpoint["model"], "the checkpoint", what="model")
     attach(model, backbone, config, checkpoint["class_names"], np.array(checkpoint["palette"], np.uint8))
     return model.to(device).eval()
 
 
-def predict(model: Mask2FormerSegmenter, path: str | Path, amp_dtype=None) -> dict:
-    """Label a photograph: label (H, W) int64 and confidence (H, W) at its own size (as displayed: an EXIF orientation
-    is applied), and the photograph itself."""
-    device, photo = next(model.parameters()).device, read_image(path, exif=True)
-    image = torch.from_numpy(np.array(photo)).permute(2, 0, 1).to(device)                   # (3, H, W) uint8
-    result = segment_image(score_function(model, device, amp_dtype), model.backbone.normalize, image,
-                           evaluation_view(model.config))
-    return {"label": result["label"].cpu().numpy(), "confidence": result["confidence"].cpu().numpy(), "photo": photo}
-
-
-def write_prediction(model: Mask2FormerSegmenter, path: Path, prediction: dict, stem: Path, options) -> list[Path]:
-    """Write what predict.py's options ask for as STEM*: labels in the numbers of the training masks, an overlay."""
-    taps = None
-    if options.pca:
-        device = next(model.parameters()).device
-        photo, size = prediction["photo"], evaluation_view(model.config).size      # not larger than the network sees it
-        height, width = resized_shape(photo.height, photo.width, size)
-        image = torch.from_numpy(np.array(photo.resize((width, height)))).permute(2, 0, 1)[None].to(device)
-        taps = model.backbone(pad_to_multiple(model.backbone.normalize(image), model.backbone.multiple))
-    return write_image_result(stem, prediction, model.palette, options.labels, options.picture,
-                              model.config.data.ignore_label, model.config.data.reduce_zero_label,
-                              None if taps is None else taps[-1][0].float().cpu().numpy(), model.backbone.patch_size)
-
-
-def example_pictures(model: Mask2FormerSegmenter, dataset, index: int, pred: np.ndarray):
-    """Two pictures for the report: the truth (None without labels) and the prediction, over the photograph."""
-    return example_pair(dataset, index, pred, model.palette)
-
-
 # -- set-up and resume -------------------------------------------------------------------------------------------------
-
-def cache_features(config, args, backbone, train_set, device, amp_dtype, messages):
-    """Replace the training set by one that carries the backbone's features, where --cache-features asks for it."""
-    if not config.data.cache_features:
-        return train_set
-    key, started = f"{backbone.sha256()} {backbone.taps} {backbone.mean} {backbone.std} {device.type} {amp_dtype}", \
-        time.monotonic()
-    for turn in (True, False):                              # rank 0 computes, the others read
-        if is_main() == turn:
-            cached = CachedTaps(train_set, lambda image: backbone(backbone.normalize(image.to(device))), key,
-                                config.data.cache_dir, config.training.batch_size, args.num_workers)
-        barrier()
-    messages.append(f"cached features: {len(cached)} views {'read from' if cached.was_stored else 'embedded into'} "
-                    f"{cached.path} ({cached.path.stat().st_size / 2**20:.0f} MiB) in {time.monotonic() - started:.1f} "
-                    f"s; the backbone does not run again")
-    return cached
-
 
 def config_of(args) -> Config:
     """The flags as a checked config."""
     config = flags_config(make_parser(), args)
-    for key, value in config.data.items():
-        if key.endswith("_paths") and value is None:
-            config.data[key] = []
     check_config(config)
     return config
-
-
-def reopen_backbone(config, entry: dict) -> FrozenBackbone:
-    """The backbone of a checkpoint, from where it was, or from another place that --backbone-weights names."""
-    weights = config.model.backbone_weights
-    return restore_backbone(entry, None if weights in ("random", None, entry["file"]) else weights)
-
-
-def open_backbone(config, args, checkpoint) -> tuple[FrozenBackbone, str]:
-    weights = config.model.backbone_weights
-    if checkpoint is not None:
-        return reopen_backbone(config, checkpoint["encoder"]), \
-            f"frozen backbone as before: {checkpoint['encoder']['file'] or 'randomly initialised'}"
-    if weights is None:
-        raise ValueError("--backbone-weights is missing: name the official .pth file, a Hugging Face file or folder, "
-                         "or a URL; `random` tries the machinery on an untrained backbone")
-    return load_backbone(config.model.backbone, None if weights == "random" else weights, args.seed,
-                         config.model.normalization)
 
 
 def load_head(model: Mask2FormerSegmenter, path: str) -> list[str]:
@@ -453,37 +329,20 @@ def headline(result: dict) -> dict:
             "loss": result["loss"]}
 
 
-def tested_config(checkpoint: dict, config: Config, given: set[str]) -> Config:
-    """The checkpoint's config under the flags that are given, also written back into the checkpoint; ValueError for a
-    flag that would make it another network."""
-    stored = checkpoint["config"]
-    for key in config.model:
-        if key in given and key != "backbone_weights" and config.model[key] != stored["model"][key]:
-            raise ValueError(f"--{key.replace('_', '-')} {config.model[key]}: the checkpoint has "
-                             f"{stored['model'][key]}, and a trained network cannot be changed; leave the flag out")
-    for section in ("data", "evaluation", "model"):
-        stored[section] |= {key: config[section][key] for key in config[section] if key in given}
-    if "classes" in given:
-        names, colors = read_classes(config.data.classes, stored["data"]["num_classes"])
-        checkpoint |= {"class_names": names, "palette": colors.tolist()}
-    config = Config(stored)
-    check_config(config)
-    return config
-
-
 def test_only(args, argv, checkpoint, path, device, amp_dtype) -> dict:
     """Score a checkpoint (with its own settings, changed by the flags that are given) or a released head, on the test
     split, or the validation split where there is none."""
     config, given = config_of(args), given_flags(make_parser(), argv)
     if checkpoint is not None:
         config = tested_config(checkpoint, config, given)
+        check_config(config)
     asked_for_val = "val_image_paths" in given and "test_image_paths" not in given
     split = "test" if has_test_split(config) and not asked_for_val else "val"
     dataset = build_dataset(config, split, num_workers=args.num_workers)
     if checkpoint is not None:
         model = load_model(checkpoint, device)
     else:
-        backbone, message = open_backbone(config, args, None)
+        backbone, message = open_backbone(config.model, seed=args.seed)
         model = build_model(config, backbone.embed_dim, backbone.patch_size).to(device).eval()
         print(message, load_weights(model, read_released_head(path), path, what="head"), sep="\n", flush=True)
         attach(model, backbone, config, *read_classes(config.data.classes, config.data.num_classes))
@@ -538,10 +397,13 @@ def main(argv=None) -> dict:
         check_same_run(checkpoint, config, total_steps, ("data", "model", "training"), args.seed, FREE_ON_RESUME)
 
     # model: the frozen backbone, and what is trained on its features
-    backbone, message = open_backbone(config, args, checkpoint)
+    backbone, message = open_backbone(config.model, checkpoint and checkpoint["encoder"], args.seed)
     backbone.to(device, amp_dtype)
     messages.append(message)
-    train_set = cache_features(config, args, backbone, train_set, device, amp_dtype, messages)
+    if config.data.cache_features:
+        train_set, message = cache_features(train_set, backbone, device, amp_dtype, config.data.cache_dir,
+                                            config.training.batch_size, args.num_workers)
+        messages.append(message)
     seed_everything(args.seed, args.deterministic)          # the head's start does not depend on how the backbone came
     model = build_model(config, backbone.embed_dim, backbone.patch_size)
     if checkpoint is not None:

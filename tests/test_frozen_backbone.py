@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import data.frozen_backbone as frozen_backbone
 import evaluate
 import models.dinov3 as dinov3
 import predict
@@ -97,8 +98,8 @@ def test_every_reader_agrees(script, data, tmp_path, capsys):
 
 def test_backbone_is_untouched_and_in_no_checkpoint(script, data, tmp_path, backbone_file, monkeypatch):
     loaded = []
-    original = script.load_backbone
-    monkeypatch.setattr(script, "load_backbone", lambda *args: loaded.append(original(*args)) or loaded[-1])
+    original = frozen_backbone.load_backbone
+    monkeypatch.setattr(frozen_backbone, "load_backbone", lambda *args: loaded.append(original(*args)) or loaded[-1])
     before = sha(torch.load(backbone_file, weights_only=True))
     train(script, data, tmp_path / "run", "--backbone-weights", backbone_file)
     vit = loaded[0][0].vit
