@@ -58,6 +58,7 @@ from utils.distributed import (
     all_agree_max,
     all_reduce_sum,
     barrier,
+    broadcast_buffers,
     cleanup,
     init_distributed,
     is_main,
@@ -455,6 +456,8 @@ def main(argv=None) -> dict:
                 save(saved_state())
                 raise StopRequested(all_agree_max(stop.requested or 0),
                                     f"stopped at step {state['step']} of {total_steps}, saved; {go_on}")
+            if device.type != "cuda":                       # there SyncBatchNorm has the same statistics everywhere
+                broadcast_buffers(model)
             state["epoch"], state["batch"] = state["epoch"] + 1, 0
             train = totals.means()
             last = state["epoch"] == config.training.epochs
