@@ -74,8 +74,9 @@ AT_LEAST = {0: ("optimizer.weight_decay", "optimizer.momentum", "scheduler.warmu
                 "training.gradient_clip_val", "training.num_workers", "training.ema", "checkpointing.save_top_k",
                 "checkpointing.save_interval", "augmentations.color_jitter.brightness", "losses.ce", "losses.dice",
                 "losses.focal", "losses.lovasz"),
-            1: ("dataset.num_classes", "training.epochs", "training.batch_size", "training.accumulate_grad_batches",
-                "evaluation.interval", "logging.log_every_n_steps", "model.base_width")}
+            1: ("training.epochs", "training.batch_size", "training.accumulate_grad_batches",
+                "evaluation.interval", "logging.log_every_n_steps", "model.base_width"),
+            2: ("dataset.num_classes",)}                    # softmax of one class is always 1: nothing would be learnt
 FREE_ON_RESUME = ("dataset.test_split", "dataset.classes", "dataset.cache_dir", "model.weights", "model.pretrained",
                   "training.batch_size", "training.num_workers", "training.resume")       # steps are compared as well
 
@@ -150,7 +151,7 @@ DEFAULTS = {
     },
     "evaluation": {
         "mode": Setting("whole", (str,), ("whole", "slide")),
-        "size": Setting(None, (int,)),                      # short side; None: that of image_size; 0: as it is
+        "size": Setting(None, (int,)),                      # short side; None: as in training; 0: no change
         "window": Setting(None, (int,)),                    # side of the sliding window; None: that of a training crop
         "stride": Setting(None, (int,)),                    # None: two thirds of the window
         "tta": False,                                       # five scales and their mirror images
@@ -249,7 +250,7 @@ def check_config(config: Config) -> None:
     for name, size in (("dataset.image_size", data.image_size),
                        ("augmentations.random_crop.size", config.augmentations.random_crop.size)):
         sides = [size] if isinstance(size, int) else size
-        if sides is not None and not (len(sides) <= 2 and all(type(side) is int and side >= 16 for side in sides)):
+        if sides is not None and not (1 <= len(sides) <= 2 and all(type(side) is int and side >= 16 for side in sides)):
             raise ValueError(f"{name}={size}: expected [height, width] or one number, pixels, at least 16")
     for name, values in data.normalization.items():
         if len(values) != 3 or (name == "std" and min(values) <= 0):
@@ -265,7 +266,7 @@ def check_config(config: Config) -> None:
         raise ValueError(f"scheduler.max_epochs={config.scheduler.max_epochs}: onecycle cannot end before the "
                          f"{config.training.epochs} epochs of the run")
     view = evaluation_view(config)
-    if (view.size or 16) < 16 or not 1 <= view.stride <= (view.window or view.stride):
+    if (config.evaluation.size or 16) < 16 or not 1 <= view.stride <= (view.window or view.stride):
         raise ValueError(f"evaluation.size={config.evaluation.size}, window={config.evaluation.window}, stride="
                          f"{config.evaluation.stride}: a size of at least 16 (or 0) and a stride from 1 to the "
                          f"window's side are needed")
@@ -274,6 +275,23 @@ def check_config(config: Config) -> None:
     refine = refine_function(config)
     if refine is not None:                                  # the settings are checked where they are used
         refine(torch.full((data.num_classes, 1, 1), 1 / data.num_classes), torch.zeros(3, 1, 1, dtype=torch.uint8))
+
+
+def doubts(config: Config, names: list[str], counts: np.ndarray) -> list[str]:
+    """Warnings for the log of what can be trained but is rarely meant; counts (C,): pixels of the training masks.
+    ValueError where all of them are of one class: the score would be perfect."""
+    absent = [names[c] for c in np.flatnonzero(counts == 0)]
+    last, epochs = config.scheduler.max_epochs, config.training.epochs
+    ignored = f"{config.dataset.ignore_label} (dataset.ignore_label) is unlabelled, not a class"
+    if len(absent) == len(names) - 1:
+        raise ValueError(f"dataset.root={config.dataset.root}: all labelled pixels of the training masks are "
+                         f"{names[int(counts.argmax())]}, so that there is nothing to learn; {ignored}: for masks of "
+                         f"0 and 255, write 1 in place of 255")
+    lines = [f"WARNING: no pixel of the training masks is {', '.join(absent)}; {ignored}"] * bool(absent)
+    if (last or epochs) < epochs:
+        lines.append(f"WARNING: the schedule ends at scheduler.max_epochs={last}; the last {epochs - last} of {epochs} "
+                     f"epochs keep its last rate")
+    return lines
 
 
 def two_sides(size) -> tuple[int, int]:
@@ -342,7 +360,7 @@ def load_pretrained(model: nn.Module, config: Config) -> str:
     """Load what model.weights names, as model.pretrained says; returns the line for the log. Nothing is downloaded."""
     settings = config.model
     if settings.weights is None and settings.pretrained:
-        known = f"{URL}{FILES[settings.backbone]}" if settings.name == "unet" else f"{URL}resnet101-63fe2227.pth"
+        known = URL + FILES.get(settings.backbone if settings.name == "unet" else "resnet101", "")
         raise ValueError(f"model.pretrained=true needs a file of weights: fetch {known} and name it, --pretrained_path "
                          f"FILE (or model.weights); model.pretrained=false trains from scratch")
     if settings.weights is not None and settings.pretrained is False:
@@ -470,9 +488,11 @@ def train_one_epoch(model, loader, criterion, optimizer, scheduler, scaler, ema,
         scaler.unscale_(optimizer)
         if config.training.gradient_clip_val:
             nn.utils.clip_grad_norm_(model.parameters(), config.training.gradient_clip_val)
+        scale = scaler.get_scale()                           # 1, without waiting for the GPU, unless in float16
         scaler.step(optimizer)
         scaler.update()
-        scheduler.step()
+        if scaler.get_scale() >= scale:                      # else the gradient overflowed: no step, the rate stays
+            scheduler.step()
         optimizer.zero_grad(set_to_none=True)
         if device.type != "cuda":                            # there SyncBatchNorm has the same statistics everywhere
             broadcast_buffers(model)
@@ -498,7 +518,7 @@ def train_one_epoch(model, loader, criterion, optimizer, scheduler, scaler, ema,
 
 def evaluation_view(config: Config) -> View:
     settings = config.evaluation
-    size = min(two_sides(config.dataset.image_size)) if settings.size is None else settings.size
+    size = two_sides(config.dataset.image_size) if settings.size is None else settings.size
     window = max(crop_size(config)) if settings.window is None else settings.window
     stride = -(-2 * window // 3) if settings.stride is None else settings.stride
     return View(size or None, window if settings.mode == "slide" else None, stride,
@@ -663,6 +683,7 @@ def main(argv=None) -> dict:
         if is_main() == turn:
             train_set, val_set = build_dataset(config, "train", args.seed), build_dataset(config, "val")
         barrier()
+    messages += doubts(config, names, train_set.class_counts)
     sampler = EpochBatchSampler(len(train_set), training.batch_size, args.seed, drop_last=True,
                                 group=training.accumulate_grad_batches)
     batches = min(len(sampler), args.limit_batches or len(sampler))

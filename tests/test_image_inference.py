@@ -85,6 +85,8 @@ def test_resized_shape():
     assert resized_shape(480, 360, None) == (480, 360)
     assert min(resized_shape(600, 1000, 896, 0.9)) == 832              # rounded up to a multiple of 32
     assert min(resized_shape(600, 1000, 896, 1.05)) == 940             # larger scales are not
+    for height, width, expected in ((120, 160, (96, 128)), (768, 1024, (96, 128)), (100, 100, (128, 128)), (300, 200, (192, 128))):
+        assert resized_shape(height, width, (96, 128)) == expected     # as training crops are cut out of it
 
 
 def test_padding_is_at_the_right_and_bottom():

@@ -108,6 +108,7 @@ def test_steps_follow_one_another():
 @pytest.mark.parametrize("label, more, message", [
     (np.zeros((4, 4), int), {"opening": 4}, "opening=4: the side of a square"), (np.zeros((4, 4), int), {"mode": 1}, "mode=1"),
     (np.zeros((4, 4), int), {"closing": 3}, "needs closing_order"), (np.zeros((4, 4), int), {"closing": 3, "closing_order": [3]}, "expected classes, 0 to 2"),
+    (np.zeros((4, 4), int), {"closing": 3, "closing_order": ["road"]}, "expected classes, 0 to 2"),
     (np.zeros((4, 4), int), {"min_area": -1}, "min_area"), (np.full((4, 4), IGNORE_INDEX), {}, "expected 0 to 2, got -100"),
     (np.full((4, 4), 3), {}, "expected 0 to 2, got 3"), (np.zeros((4, 4)), {}, "expected .H, W. integers"), (np.zeros(4, int), {}, "shape")])
 def test_wrong_morphology(label, more, message):

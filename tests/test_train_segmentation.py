@@ -328,11 +328,13 @@ def whole(root, tmp_path_factory):
     return config, folder / "out", result
 
 
-@pytest.mark.parametrize("step", [1, 3, 5])
-def test_resume_is_exact_wherever_it_stopped(whole, tmp_path, monkeypatch, step):
+@pytest.mark.parametrize("owner, method, call, step", [(torch.optim.AdamW, "step", 1, 1), (torch.optim.AdamW, "step", 3, 3),
+                                                       (torch.optim.AdamW, "step", 5, 5), (UNet, "forward", 3, 2)])
+def test_resume_is_exact_wherever_it_stopped(whole, tmp_path, monkeypatch, owner, method, call, step):
+    """The last: within the accumulation of the second step, which is finished first."""
     config, reference, _ = whole
     with monkeypatch.context() as patch:
-        sigterm_in_call(patch, torch.optim.AdamW, "step", step)
+        sigterm_in_call(patch, owner, method, call)
         with pytest.raises(StopRequested, match="resume auto"):
             train(config, tmp_path / "cut")
     assert load_checkpoint(last(tmp_path / "cut"))["step"] == step
@@ -455,12 +457,57 @@ def test_the_crop_is_a_part_of_the_scaled_photograph(tmp_path):
     ("losses.class_weights=median", "median_frequency"), ("training.epochs=0", "training.epochs"), ("training.ema=1.5", "moving average"),
     ("checkpointing.mode=min", "better when it is larger"), ("training.early_stopping.metric=val/loss", "better when it is smaller"),
     ("checkpointing.monitor=val/miou", "val/mIoU"), ("scheduler.nam=poly", "scheduler.name"), ("evaluation.stride=0", "evaluation.size"),
-    ("training.amp=float8", "bfloat16"),
+    ("training.amp=float8", "bfloat16"), ("dataset.num_classes=1", "from 2"), ("dataset.image_size=[]", "height, width"),
 ])
 def test_user_errors_name_the_place(tmp_path, root, change, message):
     config = write_config(tmp_path / "c.yaml", root)
     with pytest.raises(ValueError, match=message):
         train(config, tmp_path / "out", change)
+
+
+def test_masks_of_0_and_255_have_one_class(tmp_path):
+    """255 meant as a class is unlabelled: without an error the run would score 100 %."""
+    for split in ("train", "val"):
+        write_split(tmp_path, split, 2, 0)
+        for path in (tmp_path / "masks" / split).iterdir():
+            Image.fromarray(np.where(np.array(Image.open(path)) == 1, 255, 0).astype(np.uint8)).save(path)
+    with pytest.raises(ValueError, match="are class 0.*255.*is unlabelled.*write 1"):
+        train(write_config(tmp_path / "c.yaml", tmp_path, dataset={"num_classes": 2, "root": str(tmp_path)}), tmp_path / "out")
+
+
+def test_what_is_rarely_meant_is_told(tmp_path, root):
+    """The document's own command, training.epochs=200, with its file, where the schedule has 100 epochs."""
+    config = load_config(write_config(tmp_path / "c.yaml", root, scheduler={"max_epochs": 100}), SCRIPT.DEFAULTS, ["training.epochs=200"])
+    absent, schedule = SCRIPT.doubts(config, ["sky", "ground", "box"], np.array([5, 0, 3]))
+    assert "no pixel of the training masks is ground" in absent and "max_epochs=100; the last 100 of 200" in schedule
+    config.training.epochs = 100
+    assert SCRIPT.doubts(config, ["sky", "ground", "box"], np.array([5, 1, 3])) == []
+
+
+def test_a_step_that_overflows_in_float16_does_not_count_for_the_schedule(tmp_path, root, monkeypatch):
+    original, calls = SCRIPT.compute_loss, []
+
+    def overflow(*args):
+        calls.append(1)
+        terms = original(*args)
+        return {**terms, "total": terms["total"] * (1e38 if len(calls) == 2 else 1)}      # finite, until the scaler multiplies it
+
+    monkeypatch.setattr(SCRIPT, "compute_loss", overflow)
+    monkeypatch.setattr(SCRIPT, "amp_settings", lambda *_: (None, torch.amp.GradScaler("cpu")))
+    config = write_config(tmp_path / "c.yaml", root, logging={"log_every_n_steps": 100}, scheduler={"name": "poly"}, training={"epochs": 1})
+    train(config, tmp_path / "out")
+    checkpoint = load_checkpoint(last(tmp_path / "out"))
+    assert (checkpoint["step"], checkpoint["scheduler"]["last_epoch"], len(calls)) == (3, 2, 3)
+    assert checkpoint["scaler"]["scale"] == 2.0 ** 15
+
+
+def test_evaluation_sees_photographs_as_large_as_training_does(tmp_path, root):
+    """A crop of [96, 128] comes out of a photograph that covers this, whichever of its sides is the tight one."""
+    config = load_config(write_config(tmp_path / "c.yaml", root), SCRIPT.DEFAULTS, ["dataset.image_size=[96, 128]"])
+    assert SCRIPT.evaluation_view(config).size == (96, 128)
+    for size, expected in ((80, 80), (0, None)):
+        config.evaluation.size = size
+        assert SCRIPT.evaluation_view(config).size == expected
 
 
 def test_a_diverging_run_says_so(tmp_path, root, monkeypatch):

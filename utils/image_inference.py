@@ -36,11 +36,12 @@ STRIP_ELEMENTS = 1 << 25                      # scores held at once at the photo
 class View(NamedTuple):
     """How a photograph is shown to the network.
 
-    size: its short side is resized to that, None leaves it; window and stride of the sliding window in pixels, window
-    None: the whole image at once; scales multiply size; flip adds the mirrored image of each scale.
+    size: its short side is resized to that, or all of it until it covers (height, width), None leaves it; window and
+    stride of the sliding window in pixels, window None: the whole image at once; scales multiply size; flip adds the
+    mirrored image of each scale.
     """
 
-    size: int | None
+    size: int | tuple[int, int] | None
     window: int | None
     stride: int
     scales: Sequence[float] = (1.0,)
@@ -63,10 +64,12 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
     return [*range(0, length - window, stride), length - window]
 
 
-def resized_shape(height: int, width: int, size: int | None, scale: float = 1.0) -> tuple[int, int]:
+def resized_shape(height: int, width: int, size: int | tuple[int, int] | None, scale: float = 1.0) -> tuple[int, int]:
     """(height, width) with the short side at size * scale, in its proportions; a shrunken side is rounded up to a
-    multiple of 32, as the official evaluation does."""
+    multiple of 32, as the official evaluation does. size (h, w): as large as it just covers h x w, and that * scale."""
     short = min(height, width)
+    if isinstance(size, tuple):
+        size = round(short * max(size[0] / height, size[1] / width))
     wanted = (size or short) * scale
     wanted = math.ceil(wanted / 32) * 32 if scale < 1 else int(wanted)
     return max(1, int(height * wanted / short)), max(1, int(width * wanted / short))

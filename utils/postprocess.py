@@ -43,7 +43,7 @@ def morphology(label: np.ndarray, num_classes: int, opening: int = 0, closing: i
                          f"has nothing unlabelled")
     if closing and not len(closing_order):
         raise ValueError("closing needs closing_order: the classes that may grow over others, first to last")
-    if any(not 0 <= c < num_classes for c in closing_order):
+    if any(c not in range(num_classes) for c in closing_order):                  # names neither
         raise ValueError(f"closing_order={list(closing_order)}: expected classes, 0 to {num_classes - 1}")
     check_range("min_area", min_area, 0)
     if opening:
