@@ -126,9 +126,14 @@ def obj_text(path: Path) -> bytes:
 
 
 def plain_lines(text: bytes) -> bytes:
-    """An OBJ's text without comments and indents, continued lines joined."""
+    """An OBJ's text without comments and indents, continued lines joined. Lines of names (usemtl, mtllib) keep what
+    follows a #: it may belong to the name, as in "Material #25"."""
+    def comment(found):
+        line = text[text.rfind(b"\n", 0, found.start()) + 1:found.start()].lstrip()
+        return found[0] if line.startswith((b"usemtl", b"mtllib")) else b""
+
     if b"#" in text:
-        text = re.sub(rb"#[^\n]*", b"", text)
+        text = re.sub(rb"#[^\n]*", comment, text)
     if b"\\" in text:
         text = re.sub(rb"\\[ \t]*\n", b" ", text)
     if b"\n " in text or b"\n\t" in text or text[:1] in (b" ", b"\t"):

@@ -19,15 +19,16 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 
+from data.images import opened, to_rgb
 from data.mesh import MeshDataset, cached_arrays, custom_collate_fn, write_whole
 from data.mesh_io import PLY_CORNERS, _fan, obj_text, parse_numbers, plain_lines, ply_columns
 from utils.log import progress
 from utils.seed import derived_seed
 
-CACHE_VERSION = 1                   # raise it when read_texture or read_pyramid gives something else
+CACHE_VERSION = 2                   # raise it when read_texture or read_pyramid gives something else
 CHUNK = 1 << 19                     # samples at a time
+LARGEST_UV = 1e6                    # beyond it float32 no longer tells texels apart
 NO_TEXTURE = ".off", ".stl", ".glb"
 texture_custom_collate_fn = custom_collate_fn               # pads the texture entries like all others
 
@@ -74,19 +75,22 @@ def read_texture(path: str | Path, cache_dir: str | Path | None = None) -> Textu
     arrays = cached_arrays(path, ["texture", CACHE_VERSION], ("uv", "material", "names", "libraries"), cache_dir,
                            lambda: reader(path))
     if suffix == ".ply":
-        materials = [Material(path.parent / name) for name in arrays["names"].tolist()]
+        materials = [Material(_file(path.parent, name)) for name in arrays["names"].tolist()]
     else:
         known: dict[str, Material] = {}
-        for library in arrays["libraries"].tolist():
-            known |= read_mtl(path.parent / library)
-        materials = [known.get(name, Material()) for name in arrays["names"].tolist()]
+        for line in arrays["libraries"].tolist():           # one name with spaces, or several names
+            whole = (path.parent / line).is_file()
+            for name in [line] if whole else re.split(r"(?<=\.mtl)\s+", line, flags=re.IGNORECASE):
+                known |= read_mtl(_file(path.parent, name))
+        materials = [known.get(name) or known.get(name.split(" #")[0].strip()) or Material()
+                     for name in arrays["names"].tolist()]
     return Texture(arrays["uv"], arrays["material"], materials)
 
 
 def _read_obj(path: Path) -> dict[str, np.ndarray]:
-    positions, faces, above, material, names, libraries = [], [], [], [], {}, []
+    positions, faces, above, material, names, libraries = [], [], [], [], {}, {}
     current = -1
-    for match in re.finditer(rb"(?m)^(vt|f|usemtl|mtllib)[ \t]+([^\n]*)", plain_lines(obj_text(path))):
+    for match in re.finditer(rb"(?m)^(vt|f|usemtl|mtllib)(?!\S)([^\n]*)", plain_lines(obj_text(path))):
         keyword, rest = match.groups()
         if keyword == b"f":
             faces.append(rest)
@@ -95,9 +99,9 @@ def _read_obj(path: Path) -> dict[str, np.ndarray]:
         elif keyword == b"vt":
             positions.append(rest)
         elif keyword == b"usemtl":
-            current = names.setdefault(_file_name(rest), len(names))
+            current = names.setdefault(_name(rest), len(names))
         else:
-            libraries.append(_file_name(rest))
+            libraries[_name(rest)] = True
     uv = parse_numbers(b"\n".join(positions), np.float64)
     # Of corners like 7/1/3 the second number, with a 0 behind it, so that one that is not there (7 or 7//3) becomes 0.
     index = parse_numbers(re.sub(rb"[^\s/]+/?([^\s/]*)\S*", rb"\g<1>0", b"\n".join(faces)), np.int64)
@@ -106,17 +110,18 @@ def _read_obj(path: Path) -> dict[str, np.ndarray]:
     start = np.cumsum(uv[1]) - uv[1]
     uv = uv[0][start[:, None] + np.arange(2)]                                    # (number of vt, 2)
     corner, count = index[0] // 10, index[1]
-    corner = np.where(corner < 0, corner + np.repeat(above, count), corner - 1)
-    if len(corner) and not -1 <= corner.min() <= corner.max() < len(uv):
-        raise ValueError(f"{path}: a face names texture coordinate {corner.max() + 1} of {len(uv)}; is the file cut "
+    given, corner = corner, np.where(corner < 0, corner + np.repeat(above, count), corner - 1)
+    wrong = (corner >= len(uv)) | (given < 0) & (corner < 0)
+    if wrong.any():
+        raise ValueError(f"{path}: a face names texture coordinate {given[wrong][0]} of {len(uv)}; is the file cut "
                          f"short?")
     return _by_face(path, np.append(uv, [[np.nan, np.nan]], axis=0)[corner], count, np.array(material, np.int32),
-                    list(names), libraries)
+                    list(names), list(libraries))
 
 
 def _read_ply(path: Path) -> dict[str, np.ndarray]:
     columns, comments = ply_columns(path)
-    face, names = columns["face"], [_file_name(c.split(None, 1)[1]) for c in comments if c.startswith("TextureFile ")]
+    face, names = columns["face"], [_name(c[12:].encode("latin-1")) for c in comments if c.startswith("TextureFile ")]
     count = next(face[name] for name in PLY_CORNERS if name in face)[1].astype(np.int64)
     if "texcoord" not in face or not names:
         return _by_face(path, np.full((count.sum(), 2), np.nan), count, np.full(len(count), -1, np.int32), [], [])
@@ -135,16 +140,28 @@ def _read_ply(path: Path) -> dict[str, np.ndarray]:
 
 def _by_face(path, uv, count, material, names, libraries):
     """uv (all corners, 2) of polygons of `count` corners, material of each polygon -> the same of their triangles."""
-    if np.isinf(uv).any():
-        raise ValueError(f"{path}: an infinite texture coordinate; repair the file")
+    if (np.abs(uv) > LARGEST_UV).any():
+        raise ValueError(f"{path}: a texture coordinate of {np.nanmax(np.abs(uv)):g}; they are about 0..1, repair the "
+                         f"file")
     corner, polygon = _fan(np.arange(len(uv)), count)                            # (F, 3)
     return {"uv": uv[corner].astype(np.float32), "material": material if polygon is None else material[polygon],
             "names": np.array(names, str), "libraries": np.array(libraries, str)}
 
 
-def _file_name(text: bytes | str) -> str:
-    text = text.decode("utf-8", errors="replace") if isinstance(text, bytes) else text
-    return text.strip().strip('"').replace("\\", "/")
+def _name(text: bytes) -> str:
+    """A name in a file: UTF-8, else Latin-1; no quotes, / for a backslash. Only a # between blanks begins a comment."""
+    try:
+        text = text.decode()
+    except UnicodeDecodeError:
+        text = text.decode("latin-1")
+    return re.sub(r"(^|\s)#(\s.*)?$", "", text).strip().strip('"').replace("\\", "/")
+
+
+def _file(folder: Path, name: str) -> Path:
+    """The file that a name in a file of this folder means: of a path that is not there, as on the machine that wrote
+    it, its last part."""
+    path = folder / name
+    return folder / path.name if not path.is_file() and (folder / path.name).is_file() else path
 
 
 def read_mtl(path: str | Path) -> dict[str, Material]:
@@ -154,16 +171,18 @@ def read_mtl(path: str | Path) -> dict[str, Material]:
         raise FileNotFoundError(f"{path}: no such material file, and a mesh names it (mtllib); put it there")
     materials, name = {}, None
     for number, line in enumerate(obj_text(path).split(b"\n"), 1):
-        word = line.decode("utf-8", errors="replace").split("#", 1)[0].split(None, 1)
+        keyword, *rest = line.split(None, 1) or [b""]
         try:
-            if word[:1] == ["newmtl"]:
-                name = _file_name(word[1])
+            if keyword == b"newmtl":
+                name = _name(rest[0])
                 materials[name] = Material()
-            elif word[:1] == ["Kd"]:
-                red, green, blue = map(float, word[1].split())
-                materials[name] = materials[name]._replace(color=(red, green, blue))
-            elif word[:1] == ["map_Kd"]:
-                materials[name] = materials[name]._replace(**_picture(word[1], path.parent))
+            elif keyword == b"Kd":
+                color = tuple(map(float, rest[0].split(b"#")[0].split()))
+                if len(color) != 3 or not np.isfinite(color).all():
+                    raise ValueError
+                materials[name] = materials[name]._replace(color=color)
+            elif keyword.lower() == b"map_kd":
+                materials[name] = materials[name]._replace(**_picture(_name(rest[0]), path.parent))
         except (ValueError, IndexError, KeyError):
             raise ValueError(f"{path}: line {number} cannot be read: {line[:60].decode(errors='replace')!r}; "
                              f"'newmtl NAME', 'Kd r g b' or 'map_Kd FILE' is expected") from None
@@ -173,8 +192,8 @@ def read_mtl(path: str | Path) -> dict[str, Material]:
 def _picture(text: str, folder: Path) -> dict:
     """The file and the options -clamp, -s and -o of a map_Kd; other options say nothing about colour and are passed
     over."""
-    found, text = {}, text.strip()
-    while match := re.match(r"-(\w+)\s+((?:-?[\d.]+(?:[eE][-+]?\d+)?\s+){1,3}|\S+\s+)", text):
+    found = {}
+    while match := re.match(r"-(\w+)\s+((?:[-+]?[\d.]+(?:[eE][-+]?\d+)?\s+){1,3}|\S+\s+)", text):
         option, values = match[1], match[2].split()
         text = text[match.end():]
         if option == "clamp":
@@ -182,34 +201,30 @@ def _picture(text: str, folder: Path) -> dict:
         elif option in ("s", "o"):
             default = 1.0 if option == "s" else 0.0
             found["scale" if option == "s" else "offset"] = (*map(float, values[:2]), default)[:2]
-    return {**found, "image": folder / _file_name(text)}
+    return {**found, "image": _file(folder, text.strip('"'))}
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------
 
 def read_pyramid(path: Path, cache_dir: str | Path | None = None) -> Pyramid:
-    """A picture in RGB, on white where it is transparent, and its halved copies down to one pixel; memory-mapped from
-    the cache where there is one. Raises FileNotFoundError and ValueError."""
+    """A picture in RGB (see data.images.read_image) and its halved copies down to one pixel; memory-mapped from the
+    cache where there is one. Raises FileNotFoundError and ValueError."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such picture, and a mesh names it as texture; put it there")
-    try:
-        with Image.open(path) as image:
-            sizes = [(image.height, image.width)]
-            while max(sizes[-1]) > 1:
-                sizes.append(tuple(-(-side // 2) for side in sizes[-1]))
-            entry, key = None, hashlib.sha256(path.read_bytes() + bytes([CACHE_VERSION])).hexdigest()
-            if cache_dir is not None:
-                entry = Path(cache_dir) / f"texture_{key[:32]}.npy"
-                stored = _stored_texels(entry, sum(height * width for height, width in sizes))
-                if stored is not None:
-                    return Pyramid(stored, sizes)
-            texels = _texels(image)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read as a picture ({error}); is it damaged?") from error
-    if entry is not None:
-        write_whole(entry, lambda file: np.save(file, texels))
-        texels = np.load(entry, mmap_mode="r")
-    return Pyramid(texels, sizes)
+    with opened(path, "picture") as image:
+        sizes = [(image.height, image.width)]
+        while max(sizes[-1]) > 1:
+            sizes.append(tuple(-(-side // 2) for side in sizes[-1]))
+        if cache_dir is None:
+            return Pyramid(_texels(image), sizes)
+        key = hashlib.sha256(path.read_bytes() + bytes([CACHE_VERSION])).hexdigest()
+        entry = Path(cache_dir) / f"texture_{key[:32]}.npy"
+        stored = _stored_texels(entry, sum(height * width for height, width in sizes))
+        if stored is not None:
+            return Pyramid(stored, sizes)
+        texels = _texels(image)
+    write_whole(entry, lambda file: np.save(file, texels))
+    return Pyramid(np.load(entry, mmap_mode="r"), sizes)
 
 
 def _stored_texels(entry, count):
@@ -221,11 +236,7 @@ def _stored_texels(entry, count):
 
 
 def _texels(image):
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
-    levels = [image]
+    levels = [to_rgb(image)]
     while max(levels[-1].size) > 1:
         levels.append(levels[-1].reduce(2))
     return np.concatenate([np.asarray(level).reshape(-1, 3) for level in levels])
@@ -282,25 +293,31 @@ def sample_pyramid(pyramid: Pyramid, uv: np.ndarray, weights: np.ndarray, clamp:
     return (upper * (1 - down) + lower * down) / np.float32(255)
 
 
+def has_color(texture: Texture, pyramids: Sequence[Pyramid | None], faces: np.ndarray) -> np.ndarray:
+    """(P,) bool of chosen faces (P,): a picture and texture coordinates, or a plain colour? Arguments: sample_faces."""
+    if not len(texture.material):
+        return np.zeros(len(faces), bool)
+    material = texture.material[faces]                                           # -1, none, reads the last entry
+    known = np.array([pyramid is not None for pyramid in pyramids] + [False])[material]
+    plain = np.array([pyramid is not None and len(pyramid.texels) == 1 for pyramid in pyramids] + [False])[material]
+    return known & (plain | ~np.isnan(texture.uv[faces]).any((1, 2)))
+
+
 def sample_faces(texture: Texture, pyramids: Sequence[Pyramid | None], faces: np.ndarray,
                  weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Colours (P, T, 3) float32 in 0..1 of chosen faces (P,) at barycentric weights (P or 1, T, 3), and (P,) bool: does
     the face have any? Without, they are 0. pyramids: one a material, None = neither picture nor colour."""
     colors = np.zeros((len(faces), weights.shape[1], 3), np.float32)
-    has = np.zeros(len(faces), bool)
-    if not len(texture.material):
+    has = has_color(texture, pyramids, faces)
+    if not has.any():
         return colors, has
-    material, step = texture.material[faces], max(1, CHUNK // weights.shape[1])
-    for number in np.unique(material[material >= 0]):
+    material, step = np.where(has, texture.material[faces], -1), max(1, CHUNK // weights.shape[1])
+    for number in np.unique(material[has]):
         pyramid, settings = pyramids[number], texture.materials[number]
         rows = np.flatnonzero(material == number)
-        if pyramid is None:
-            continue
         if len(pyramid.texels) == 1:
-            colors[rows], has[rows] = pyramid.texels[0] / np.float32(255), True
+            colors[rows] = pyramid.texels[0] / np.float32(255)
             continue
-        rows = rows[~np.isnan(texture.uv[faces[rows]]).any((1, 2))]
-        has[rows] = True
         for part in (rows[i:i + step] for i in range(0, len(rows), step)):
             uv = texture.uv[faces[part]] * np.float32(settings.scale) + np.float32(settings.offset)
             colors[part] = sample_pyramid(pyramid, uv, weights if len(weights) == 1 else weights[part], settings.clamp)
@@ -312,31 +329,31 @@ def sample_faces(texture: Texture, pyramids: Sequence[Pyramid | None], faces: np
 @dataclass
 class MeshTextureDataset(MeshDataset):
     """MeshDataset whose items also hold texture_sequences (N, F, T, 3) float32, RGB in 0..1, and texture_masks
-    (N, F, T) bool, T = texture_samples: points drawn anew every time in training, the same ones in evaluation. Raises
-    ValueError for training meshes that have neither pictures nor colours."""
+    (N, F, T) bool, T = texture_samples: points drawn anew every time in training, the same ones in evaluation.
+    num_colored: how many of all faces have any. Raises ValueError for training meshes of which none has."""
 
     texture_samples: int = 16
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._textures: dict[int, Texture] = {}
-        self._pyramids: dict[Material, Pyramid | None] = {}
+        self._pyramids: dict[Path | tuple | None, Pyramid | None] = {None: None}         # of a picture or a colour
+        self.num_colored = 0
         for index, path in enumerate(progress(self.files, "textures")):
             texture = read_texture(path, self.cache_dir)
             assert len(texture.material) in (0, self.num_faces[index]), f"{path}: not one material a face"
             if index in self._prepared:
                 self._textures[index] = texture
-            for material in texture.materials:
-                if material not in self._pyramids:
-                    self._pyramids[material] = self._read_pyramid(material)
-        if not self.views and not any(self._pyramids.values()):
+            for image, color, *_ in texture.materials:
+                if (source := image or color) not in self._pyramids:
+                    self._pyramids[source] = read_pyramid(image, self.cache_dir) if image else plain_pyramid(color)
+            self.num_colored += has_color(texture, self._pyramids_of(texture), np.arange(self.num_faces[index])).sum()
+        if not self.views and not self.num_colored:
             raise ValueError(f"model.use_texture: none of the {len(self.files)} training meshes, as {self.files[0]}, "
                              f"has a texture or a colour; set it to false to train on geometry alone")
 
-    def _read_pyramid(self, material):
-        if material.image is not None:
-            return read_pyramid(material.image, self.cache_dir)
-        return None if material.color is None else plain_pyramid(material.color)
+    def _pyramids_of(self, texture):
+        return [self._pyramids[material.image or material.color] for material in texture.materials]
 
     def __getitem__(self, item: int) -> dict:
         sample, index = super().__getitem__(item), self.items[item][0]
@@ -345,8 +362,7 @@ class MeshTextureDataset(MeshDataset):
         faces = sample["face_index"][mask].numpy()
         rng = np.random.default_rng(derived_seed(self.seed, self.epoch, item, 1))
         weights = fixed_weights(T) if self.views else random_weights(rng, len(faces), T)
-        pyramids = [self._pyramids[material] for material in texture.materials]
-        colors, has = sample_faces(texture, pyramids, faces, weights)
+        colors, has = sample_faces(texture, self._pyramids_of(texture), faces, weights)
         if not self.views:
             jitter = self.augmentation.color_jitter
             colors = (colors * rng.uniform(1 - jitter, 1 + jitter, 3).astype(np.float32)).clip(0, 1)

@@ -18,6 +18,7 @@ from models.downstream import DownstreamClassifier
 from models.nomeformer import Layer, Nomeformer, init_weights
 
 FUSIONS = ("gated", "concat", "add")
+CHUNK = 1 << 15                     # faces at a time: attention on CUDA takes up to 65,535 sequences
 
 
 class TextureEncoder(nn.Module):
@@ -77,9 +78,15 @@ class IntegratedTextureGeometryModel(Nomeformer):
             return super().forward(features, masks, centroid, visible)
 
         def fuse(faces: Tensor) -> Tensor:                                       # (B, N, F, E)
-            texture = self.texture_encoder(texture_sequences.flatten(0, 2), texture_masks.flatten(0, 2))
-            fused = self.texture_fusion(faces, texture.view(*faces.shape[:3], -1))
-            return torch.where(texture_masks.any(-1, keepdim=True), fused, faces)
+            some = texture_masks.any(-1)
+            # One face where none has texture: so no tensor is empty, and no parameter without a gradient (for DDP).
+            some[0, 0, 0] |= ~some.any()
+            valid = texture_masks[some]                                          # (G, T)
+            texture = torch.cat([self.texture_encoder(*part) for part in
+                                 zip(texture_sequences[some].split(CHUNK), valid.split(CHUNK), strict=True)])
+            geometry = faces[some]                                               # (G, E)
+            fused = self.texture_fusion(geometry, texture).to(faces.dtype)
+            return faces.index_put((some,), torch.where(valid.any(-1, keepdim=True), fused, geometry))
 
         return super().forward(features, masks, centroid, visible, fuse)
 

@@ -1,11 +1,14 @@
 """Textures: read in file order, the right texel at every UV, means over faces, and what the network makes of them."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import data.mesh_texture
+import models.mesh_texture
 from data.mesh import Augmentation, MeshSpec, feature_statistics
 from data.mesh_io import read_mesh
 from data.mesh_texture import (
@@ -67,15 +70,17 @@ def test_between_texels_it_is_bilinear_and_across_the_border_it_repeats_or_clamp
     assert np.allclose(at(pyramid, (7.3, -2.0), clamp=True), [255, 255, 0], atol=0.01)     # the lower right corner
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "LA", "RGBA"])
+@pytest.mark.parametrize("mode", ["L", "P", "LA", "RGBA", "I;16"])
 def test_every_kind_of_picture_becomes_rgb_on_white(tmp_path, mode):
     picture = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
     picture.putpixel((1, 0), (0, 0, 0, 0))                                                # a transparent pixel
-    picture.convert(mode).save(tmp_path / "picture.png")
+    picture = picture.convert("L" if mode == "I;16" else mode)
+    picture = Image.fromarray(np.asarray(picture).astype(np.uint16) * 256) if mode == "I;16" else picture
+    picture.save(tmp_path / "picture.png")
     texels = read_pyramid(tmp_path / "picture.png").texels
-    red = 76 if mode in ("L", "LA") else 255
+    red = 76 if mode in ("L", "LA", "I;16") else 255
     assert texels.shape == (3, 3) and abs(int(texels[0, 0]) - red) <= 1
-    assert texels[1].tolist() == [0 if mode == "L" else 255] * 3
+    assert texels[1].tolist() == [0 if mode in ("L", "I;16") else 255] * 3
 
 
 def test_points_are_spread_evenly_over_the_triangle():
@@ -136,7 +141,7 @@ def test_pictures_that_cannot_be_read_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="none.png: no such picture"):
         read_pyramid(tmp_path / "none.png")
     (tmp_path / "text.png").write_text("hello")
-    with pytest.raises(ValueError, match="text.png: cannot be read as a picture"):
+    with pytest.raises(ValueError, match="text.png: this picture cannot be read"):
         read_pyramid(tmp_path / "text.png")
 
 
@@ -238,10 +243,11 @@ def test_a_changed_material_file_counts_although_the_mesh_is_cached(obj, tmp_pat
 @pytest.mark.parametrize("before, after, error, message", [
     ("mtllib a.mtl", "mtllib b.mtl", FileNotFoundError, "b.mtl: no such material file"),
     ("f 1/1 2/2 3/3", "f 1/1 2/2 3/9", ValueError, "texture coordinate 9 of 3"),
-    ("f 1/1 2/2 3/3", "f 1/1 2/2 3/-9", ValueError, "texture coordinate"),
+    ("f 1/1 2/2 3/3", "f 1/1 2/2 3/-4", ValueError, "texture coordinate -4 of 3"),
     ("f 1/1 2/2 3/3", "f 1/1 2/x 3/3", ValueError, "cannot be read"),
     ("vt 1 0", "vt 1", ValueError, "cannot be read"),
-    ("vt 1 0", "vt 1 inf", ValueError, "infinite"),
+    ("vt 1 0", "vt 1 inf", ValueError, "coordinate of inf"),
+    ("vt 1 0", "vt 1 -3e38", ValueError, "coordinate of 3e"),
 ])
 def test_wrong_obj_files_are_named(obj, before, after, error, message):
     obj.write_text(OBJ.replace(before, after))
@@ -250,10 +256,26 @@ def test_wrong_obj_files_are_named(obj, before, after, error, message):
 
 
 def test_wrong_material_lines_are_named(obj):
-    for line in ("Kd 1 0", "Kd red", "newmtl"):
+    for line in ("Kd 1 0", "Kd red", "Kd nan 0 0", "newmtl"):
         obj.with_suffix(".mtl").write_text(f"newmtl a\n{line}\n")
         with pytest.raises(ValueError, match=f"a.mtl: line 2 cannot be read: '{line}'"):
             read_mtl(obj.with_suffix(".mtl"))
+
+
+def test_names_as_exporters_write_them(tmp_path):
+    """A # within a name, umlauts of Windows, several material files in one line, paths of another machine."""
+    (tmp_path / "a b.mtl").write_bytes("newmtl Material #1\nKd 1 0 0 # red\nnewmtl Material #2\nKd 0 1 0\n"
+                                       "newmtl T\u00fcr\nKd 0 0 1\n".encode("latin-1"))
+    (tmp_path / "c.mtl").write_text("newmtl T\u00f6r\nmap_kd -s +2 2 1 C:\\Users\\me\\w\u00e4nde #3.png\n", encoding="utf-8")
+    save(tmp_path / "w\u00e4nde #3.png", FOUR)
+    names = ["Material #1", "Material #2", "Material #1 # again", "T\u00fcr", "T\u00f6r", "Material #3"]
+    (tmp_path / "a.obj").write_bytes("".join(["usemtl Material #1\nmtllib C:\\here\\a b.mtl c.mtl\n", "v 0 0 0\n" * 3,
+                                              *(f"usemtl {name}\nf 1 2 3 # face\n" for name in names)]).encode("latin-1"))
+    texture = read_texture(tmp_path / "a.obj")
+    found = [texture.materials[number] for number in texture.material]
+    assert [m.color for m in found] == [(1, 0, 0), (0, 1, 0), (1, 0, 0), (0, 0, 1), None, None]
+    assert found[4] == Material(tmp_path / "w\u00e4nde #3.png", scale=(2, 2)) and found[5] == Material()
+    assert len(read_mesh(tmp_path / "a.obj").faces) == 6
 
 
 def ply_of(texture, mesh, path, binary, names):
@@ -277,6 +299,28 @@ def ply_of(texture, mesh, path, binary, names):
             f"3 {' '.join(map(str, c))} {len(uv)} {' '.join(map(str, uv))} {n} 0\n" for c, uv, n in rows).encode()
     path.write_bytes("\n".join(header).encode() + body)
     return path
+
+
+@pytest.mark.parametrize("before, after, message", [
+    ("3 0 1 2 6 0 0 1 0 0 1 0", "3 0 1 2 6 0 0 1 0 0 1 1", "texnumber 1, but the header names 1 TextureFile"),
+    ("3 0 1 2 6 0 0 1 0 0 1 0", "3 0 1 2 4 0 0 1 0 0", "face 0 has a texcoord list"),
+    (" 0 0 1 0 0 1 0", " 0 0 1 0 0 1 -1", None),
+    (" 0 0 1 0 0 1 0", " 0 0 nan 0 0 1 0", None)])
+def test_wrong_ply_files_are_named_and_faces_without_number_or_coordinates_have_no_texture(tmp_path, before, after, message):
+    text = ("ply\nformat ascii 1.0\ncomment TextureFile \u00fc 1.png\nelement vertex 3\nproperty float x\nproperty float y\n"
+            "property float z\nelement face 1\nproperty list uchar int vertex_indices\n"
+            "property list uchar float texcoord\nproperty int texnumber\nend_header\n0 0 0\n1 0 0\n0 1 0\n"
+            "3 0 1 2 6 0 0 1 0 0 1 0\n")
+    path, pyramid = tmp_path / "a.ply", read_pyramid(save(tmp_path / "\u00fc 1.png", FOUR))
+    for body, has in ((text, True), (text.replace(before, after), False)):
+        path.write_text(body, encoding="utf-8")
+        if message and not has:
+            with pytest.raises(ValueError, match=message):
+                read_texture(path)
+            continue
+        texture = read_texture(path)
+        assert texture.materials[0].image.is_file()
+        assert sample_faces(texture, [pyramid], np.arange(1), fixed_weights(4))[1].item() == has
 
 
 @pytest.mark.parametrize("binary", [True, False])
@@ -380,6 +424,13 @@ def test_training_meshes_without_any_colour_are_refused(folder, tmp_path):
     plain = write_set(tmp_path, 2)
     with pytest.raises(ValueError, match="none of the 2 training meshes, as .*mesh_00.obj, has a texture"):
         meshes(plain, num_classes=3)
+    (tmp_path / "uncoordinated").mkdir()
+    for path in (f for f in folder.iterdir() if "_00." in f.name):
+        text = path.read_bytes()
+        (tmp_path / "uncoordinated" / path.name).write_bytes(re.sub(rb"/\d", b"", text) if path.suffix == ".obj" else text)
+    with pytest.raises(ValueError, match="none of the 1 training meshes"):     # pictures, but no f with coordinates
+        meshes(tmp_path / "uncoordinated")
+    assert meshes(folder).num_colored == sum(meshes(folder).num_faces)
     assert not meshes(plain, views=1, num_classes=3)[0]["texture_masks"].any()
 
 
@@ -417,6 +468,36 @@ def test_swapped_textures_change_the_output(folder, fusion):
     sequences, masks = batch["texture_sequences"], batch["texture_masks"]
     change = (run(model, batch, sequences, masks) - run(model, batch, sequences.flip(-1), masks)).abs().amax(-1)
     assert (change[batch["mask"]] > 1e-4).all()
+
+
+def test_padding_changes_nothing(folder):
+    model, batch = integrated(), batch_of(folder)
+    pad = torch.nn.functional.pad
+    padded = {"features": pad(batch["features"], (0, 0, 0, 5, 0, 3), value=1e3), "mask": pad(batch["mask"], (0, 5, 0, 3)),
+              "centroid": pad(batch["centroid"], (0, 0, 0, 5, 0, 3), value=1e3)}
+    masks, (N, slots) = pad(batch["texture_masks"], (0, 0, 0, 5, 0, 3)), batch["mask"].shape[1:]
+    for sequences in (batch["texture_sequences"], batch["texture_sequences"].flip(-1)):
+        out = run(model, padded, pad(sequences, (0, 0, 0, 0, 0, 5, 0, 3), value=float("nan")), masks)
+        assert torch.allclose(out[:, :N, :slots], run(model, batch, sequences, batch["texture_masks"]), atol=1e-5)
+    assert not out[:, N:].any()
+
+
+def test_many_faces_go_through_the_texture_encoder_in_parts(folder, monkeypatch):
+    """Attention on CUDA refuses more than 65,535 sequences; all faces of a large mesh at once would also fill memory."""
+    model, batch = integrated(), batch_of(folder)
+    expected, sizes = run(model, batch, batch["texture_sequences"], batch["texture_masks"]), []
+    monkeypatch.setattr(models.mesh_texture, "CHUNK", 50)
+    model.texture_encoder.register_forward_hook(lambda module, inputs, out: sizes.append(len(out)))
+    out = run(model, batch, batch["texture_sequences"], batch["texture_masks"])
+    assert torch.allclose(out, expected, atol=1e-6) and max(sizes) <= 50
+    assert sum(sizes) == batch["mask"].sum()                                              # no padding among them
+
+
+def test_parameters_have_gradients_where_no_face_has_texture(folder):
+    """DistributedDataParallel waits for them."""
+    model, batch = integrated(), batch_of(folder)
+    run(model, batch, batch["texture_sequences"], torch.zeros_like(batch["texture_masks"])).sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for n, p in model.named_parameters() if n.startswith("texture_"))
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
