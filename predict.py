@@ -51,13 +51,16 @@ def pixel(text: str) -> tuple[int, int]:
     return int(column), int(row)
 
 
-def input_files(script, inputs) -> list[Path]:
-    """Files as given, folders as what the script can read in them. ValueError where two would write the same result."""
+def input_files(script, inputs, config) -> list[Path]:
+    """Files as given, folders as what the script can read in them (data.suffixes of the config chooses, where there is
+    such a key). ValueError where two would write the same result."""
+    data = config.get("data", {})
+    suffixes = {"suffixes": data["suffixes"]} if "suffixes" in data else {}
     files: list[Path] = []
     for path in map(Path, inputs):
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such file or folder")
-        files += script.list_inputs(path) if path.is_dir() else [path]
+        files += script.list_inputs(path, **suffixes) if path.is_dir() else [path]
     names = {}
     for path in files:
         name = result_name(path)
@@ -86,7 +89,7 @@ def main(argv=None) -> dict:
         raise ValueError("--explain needs a checkpoint of train_prototype.py; other networks have no prototypes")
     if args.pca and not script.RESULTS.get("pca", True):
         raise ValueError("--pca: this network has no pre-trained encoder whose features could be shown; leave it out")
-    files = input_files(script, [text for text in args.inputs if text not in overrides])
+    files = input_files(script, [text for text in args.inputs if text not in overrides], model.config)
     if not files:
         raise ValueError("no input: name files or folders behind the checkpoint")
     output = Path(args.output)

@@ -681,8 +681,12 @@ def describe_run(config, args, model, train_set, val_set, device) -> tuple[str, 
     sizes = [[parameter.numel() for parameter in model.parameters() if parameter.requires_grad >= wanted]
              for wanted in (False, True)]
     batch = config.training.batch_size * config.training.accumulation_steps * world_size()
+    faces = [sum(data.num_faces) for data in (train_set, val_set)]
+    texture = "".join(f", {data.num_colored / count:.1%} of the {name} faces have a texture or a colour"
+                      for name, data, count in zip(("training", "validation"), (train_set, val_set), faces, strict=True)
+                      if config.model.use_texture)
     return (f"{len(train_set.files)} training and {len(val_set.files)} validation meshes, "
-            f"{sum(train_set.num_faces):,} and {sum(val_set.num_faces):,} faces",
+            f"{faces[0]:,} and {faces[1]:,} faces{texture}",
             f"{sum(sizes[0]):,} parameters, {sum(sizes[1]):,} trained; effective batch {batch} on {describe(device)}, "
             f"seed {args.seed}")
 

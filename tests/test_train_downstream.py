@@ -338,6 +338,8 @@ def test_texture_is_learnt_resumed_scored_and_predicted(textured, tmp_path, monk
     mesh = tmp_path / "textured" / "mesh_07.obj"
     labels, = predict.main([best, str(mesh), "--output", str(tmp_path / "out"), "--device", "cpu", "--pca"]).values()
     assert np.array_equal(labels, np.loadtxt(mesh.with_suffix(".txt"), dtype=int))
+    labels = predict.main([best, str(mesh.parent), "--output", str(tmp_path / "all"), "--device", "cpu"])
+    assert sorted(labels) == sorted(map(str, mesh.parent.glob("*.obj")))           # data.suffixes: not the .ply beside them
 
 
 @pytest.mark.parametrize("unfrozen", [0, "all"])
