@@ -568,6 +568,8 @@ def predict(model: DownstreamClassifier, path: str | Path, amp_dtype=None) -> di
     device, mesh = next(model.parameters()).device, read_mesh(path)
     dataset = make_dataset(model.config, [path], None, augmentation=augmentation(model.config),
                            views=model.config.evaluation.views)
+    if model.config.model.use_texture and not dataset.num_colored:
+        print(f"{path}: no face has a texture or a colour; labelled by geometry alone", flush=True)
     (_, probability, _, _), = mesh_probabilities(model, dataset, device, amp_dtype, batch_size=1)
     line = torch.arange(len(mesh.faces)) if mesh.polygon is None else torch.from_numpy(mesh.polygon)
     total = torch.zeros(int(line[-1]) + 1, model.num_classes).index_add_(0, line, probability)

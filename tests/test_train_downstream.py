@@ -340,6 +340,10 @@ def test_texture_is_learnt_resumed_scored_and_predicted(textured, tmp_path, monk
     assert np.array_equal(labels, np.loadtxt(mesh.with_suffix(".txt"), dtype=int))
     labels = predict.main([best, str(mesh.parent), "--output", str(tmp_path / "all"), "--device", "cpu"])
     assert sorted(labels) == sorted(map(str, mesh.parent.glob("*.obj")))           # data.suffixes: not the .ply beside them
+    assert "geometry alone" not in capsys.readouterr().out
+    write_obj(tmp_path / "plain.obj", *tiny_mesh(0)[:2])
+    predict.main([best, str(tmp_path / "plain.obj"), "--output", str(tmp_path / "out"), "--device", "cpu"])
+    assert "plain.obj: no face has a texture or a colour; labelled by geometry alone" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("unfrozen", [0, "all"])
