@@ -261,16 +261,17 @@ def check_config(config: Config) -> None:
         if mode != ("min" if metric == "val/loss" else "max"):
             raise ValueError(f"{place}.mode={mode}: {metric} is better when it is "
                              f"{'smaller' if metric == 'val/loss' else 'larger'}")
-    if (config.scheduler.max_epochs or config.training.epochs) < config.training.epochs and \
-            config.scheduler.name == "onecycle":
-        raise ValueError(f"scheduler.max_epochs={config.scheduler.max_epochs}: onecycle cannot end before the "
-                         f"{config.training.epochs} epochs of the run")
+    schedule, epochs = config.scheduler, config.training.epochs
+    if schedule.name == "onecycle" and (schedule.warmup_epochs or (schedule.max_epochs or epochs) < epochs):
+        raise ValueError(f"scheduler.warmup_epochs={schedule.warmup_epochs}, max_epochs={schedule.max_epochs}: "
+                         f"onecycle has its own warm-up (pct_start; set 0), and cannot end before the {epochs} epochs")
     view = evaluation_view(config)
     if (config.evaluation.size or 16) < 16 or not 1 <= view.stride <= (view.window or view.stride):
         raise ValueError(f"evaluation.size={config.evaluation.size}, window={config.evaluation.window}, stride="
                          f"{config.evaluation.stride}: a size of at least 16 (or 0) and a stride from 1 to the "
                          f"window's side are needed")
-    WeightedLoss(loss_terms(config), gamma=config.losses.gamma, label_smoothing=config.losses.label_smoothing)
+    build_criterion(config, np.ones(data.num_classes))
+    build_lr_scheduler(torch.optim.SGD([torch.zeros(1)], config.optimizer.lr), config, steps_per_epoch=1)
     augmentation(config).check()
     refine = refine_function(config)
     if refine is not None:                                  # the settings are checked where they are used

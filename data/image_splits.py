@@ -20,7 +20,7 @@ def read_class_file(path: str | Path) -> tuple[list[str], np.ndarray | None]:
     path = Path(path)
     is_json = path.suffix.lower() == ".json"
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")         # editors of Windows put a mark in front
         content = json.loads(text) if is_json else {"classes": []}
         names = [str(name) for name in content["classes"]]
         colors = np.array(content["palette"], dtype=np.int64) if "palette" in content else None

@@ -65,9 +65,10 @@ def test_wrong_class_files_are_refused(tmp_path, content, message):
         read_classes(tmp_path / "classes.json", 2)
 
 
-@pytest.mark.parametrize("content", ["0 background\n1 traffic light\n2 sky\n", "2\tsky\n\n 0: background \n1 traffic light", "background\ntraffic light\nsky"])
+@pytest.mark.parametrize("content", ["0 background\n1 traffic light\n2 sky\n", "2\tsky\n\n 0: background \n1 traffic light", "background\ntraffic light\nsky",
+                                     "\ufeff0 background\n1 traffic light\n2 sky"])
 def test_lists_of_names(tmp_path, content):
-    (tmp_path / "classes.txt").write_text(content)
+    (tmp_path / "classes.txt").write_text(content, encoding="utf-8")
     assert read_class_file(tmp_path / "classes.txt") == (["background", "traffic light", "sky"], None)
     names, colors = class_info(tmp_path, None, 3)                                         # found by itself
     assert names[1] == "traffic light" and colors.shape == (3, 3) and colors.dtype == np.uint8

@@ -457,12 +457,13 @@ def test_the_crop_is_a_part_of_the_scaled_photograph(tmp_path):
     ("losses.class_weights=median", "median_frequency"), ("training.epochs=0", "training.epochs"), ("training.ema=1.5", "moving average"),
     ("checkpointing.mode=min", "better when it is larger"), ("training.early_stopping.metric=val/loss", "better when it is smaller"),
     ("checkpointing.monitor=val/miou", "val/mIoU"), ("scheduler.nam=poly", "scheduler.name"), ("evaluation.stride=0", "evaluation.size"),
-    ("training.amp=float8", "bfloat16"), ("dataset.num_classes=1", "from 2"), ("dataset.image_size=[]", "height, width"),
+    ("training.amp=float8", "bfloat16"), ("scheduler.pct_start=2 scheduler.name=onecycle", "pct_start"),
+    ("scheduler.name=onecycle scheduler.warmup_epochs=5", "scheduler.warmup_epochs=5.*pct_start"), ("dataset.num_classes=1", "from 2"), ("dataset.image_size=[]", "height, width"),
 ])
 def test_user_errors_name_the_place(tmp_path, root, change, message):
     config = write_config(tmp_path / "c.yaml", root)
     with pytest.raises(ValueError, match=message):
-        train(config, tmp_path / "out", change)
+        train(config, tmp_path / "out", *change.split(" ") if "onecycle" in change else [change])
 
 
 def test_masks_of_0_and_255_have_one_class(tmp_path):
@@ -517,21 +518,28 @@ def test_a_diverging_run_says_so(tmp_path, root, monkeypatch):
         train(write_config(tmp_path / "c.yaml", root), tmp_path / "out")
 
 
-def test_two_processes_train_together_and_score_like_one(root, tmp_path):
+def test_two_processes_train_together_score_like_one_and_resume(root, tmp_path):
     """Two photographs for validation, one in each process. The subprocess has the real (small enough) DeepLab, not the shrunken U-Net."""
     config = write_config(tmp_path / "c.yaml", root, model={"name": "deeplab_v2", "n_blocks": [1, 1, 1, 1], "base_width": 4},
-                          training={"epochs": 1, "batch_size": 2, "num_workers": 0})
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_segmentation.py", config,
-               "--device", "cpu", "--limit-batches", "1", "--output-dir", tmp_path / "out"]
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+                          training={"epochs": 2, "batch_size": 1, "accumulate_grad_batches": 2, "num_workers": 0, "ema": 0.9},
+                          checkpointing={"save_interval": 1})
+
+    def torchrun(*more):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_segmentation.py", config,
+                   "--device", "cpu", *more]
+        done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+
+    torchrun("--output-dir", tmp_path / "out")
     together = read_log(tmp_path / "out" / "log" / "log.jsonl")[-1]
     checkpoint = load_checkpoint(last(tmp_path / "out"))
-    assert together["split"] == "val" and checkpoint["step"] == 1 and len(checkpoint["rng_others"]) == 1
+    assert together["split"] == "val" and checkpoint["step"] == 2 and len(checkpoint["rng_others"]) == 1
     model = SCRIPT.load_model(checkpoint, CPU)
     alone = SCRIPT.evaluate(model, SCRIPT.build_dataset(model.config, "val"))
     for key in ("miou", "overall_accuracy", "fw_iou"):
         assert together[key] == pytest.approx(alone["metrics"][key], abs=1e-12)
+    torchrun("--output-dir", tmp_path / "again", "--resume", tmp_path / "out" / "model" / "checkpoint_epoch_1.pth")
+    assert_same_run(tmp_path / "out", tmp_path / "again")
 
 
 def test_help(capsys):
