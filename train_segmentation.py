@@ -86,7 +86,7 @@ DEFAULTS = {
         "root": Required((str,)),                           # with images/SPLIT and masks/SPLIT
         "train_split": "train",
         "val_split": "val",
-        "test_split": Setting(None, (str,)),                # read by --test-only and evaluate.py; None: test, else val
+        "test_split": Setting(None, (str,)),                # of --test-only, evaluate.py; None: test, or val without it
         "num_classes": Required((int,)),
         "classes": Setting(None, (str,)),                   # names, colours; None: root/classes.json or .txt
         "image_size": Setting(512, (int, list)),            # photographs cover [height, width]; one number: both
@@ -416,13 +416,6 @@ def build_lr_scheduler(optimizer: torch.optim.Optimizer, config: Config, steps_p
                            div_factor=settings.div_factor, final_div_factor=settings.final_div_factor)
 
 
-def split_name(config: Config, split: str) -> str:
-    data = config.dataset
-    if split == "test":
-        return data.test_split or ("test" if has_test_split(config) else data.val_split)
-    return data[f"{split}_split"]
-
-
 def build_dataset(config: Config, split: str, seed: int = 0, data_dir: str | None = None,
                   label_dir: str | None = None) -> SegmentationDataset:
     """split train (random crops) | val | test, or the photographs of data_dir with masks in label_dir; all but train
@@ -433,7 +426,7 @@ def build_dataset(config: Config, split: str, seed: int = 0, data_dir: str | Non
             raise ValueError("--label-dir is needed: the folder of the masks of --data-dir")
         pairs = pair_files(list_images(data_dir), list_images(label_dir), ("--data-dir", "--label-dir"))
     else:
-        pairs = folder_pairs(data.root, split_name(config, split))
+        pairs = folder_pairs(data.root, data[f"{split}_split"] or split)
     train = split == "train" and data_dir is None
     arguments = (data.num_classes, data.ignore_label, data.reduce_zero_label)
     summary = check_pairs(pairs, *arguments, data.cache_dir or None, max(1, config.training.num_workers))

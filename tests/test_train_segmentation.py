@@ -406,8 +406,9 @@ def test_without_a_test_split_validation_is_scored(tmp_path, whole, capsys):
         write_split(tmp_path, split, 2, 0)
     evaluate.main([str(last(whole[1])), f"dataset.root={tmp_path}", "--device", "cpu", "--output-dir", str(tmp_path / "s")])
     assert "on val split: 2 files" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="images/holdout"):
-        evaluate.main([str(last(whole[1])), f"dataset.root={tmp_path}", "dataset.test_split=holdout", "--device", "cpu"])
+    for more, name in ((["dataset.test_split=holdout"], "holdout"), (["--split", "test"], "test")):           # not validation by that name
+        with pytest.raises(ValueError, match=f"images/{name}"):
+            evaluate.main([str(last(whole[1])), f"dataset.root={tmp_path}", "--device", "cpu", *more])
 
 
 def test_masks_that_count_from_one(tmp_path):
