@@ -153,7 +153,7 @@ def step(args) -> dict:
     for name, seconds in best.items():
         print(f"| step | {name} | {args.batch_size} x {args.crop} x {args.crop}, "
               f"{'bfloat16' if dtype else 'float32'}{', channels last' * args.channels_last} | {seconds:.2f} s | peak "
-              f"{peak[name]:.2f} GiB | {best['ours'] / seconds:.2f} of our time |")
+              f"{peak[name]:.2f} GiB | {seconds / best['ours']:.2f} of our time |")
     print(describe(device))
     return best
 

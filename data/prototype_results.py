@@ -52,9 +52,10 @@ def prototype_colors(class_identity: np.ndarray, palette: np.ndarray) -> np.ndar
 # -- pictures of a prototype -------------------------------------------------------------------------------------------
 
 def heat_overlay(photo: Image.Image, values: np.ndarray) -> Image.Image:
-    """Half the photograph, half a heat map of values (h, w), lowest blue, highest red, enlarged bilinearly."""
-    low, high = float(values.min()), float(values.max())
-    scaled = (values - low) / (high - low) if high > low else np.zeros(values.shape)
+    """Half the photograph, half a heat map of values (h, w), lowest blue, the highest 1 % red, enlarged bilinearly: on
+    its own photograph a prototype meets itself in one cell, beside which all else would be blue."""
+    low, high = float(values.min()), float(np.quantile(values, 0.99))
+    scaled = ((values - low) / (high - low)).clip(max=1) if high > low else np.zeros(values.shape)
     places = np.asarray(Image.fromarray(scaled.astype(np.float32)).resize(photo.size, Image.Resampling.BILINEAR))
     heat = np.stack([np.interp(places, np.linspace(0, 1, len(HEAT)), HEAT[:, i]) for i in range(3)], -1)  # (H, W, 3)
     return Image.fromarray((0.5 * np.asarray(photo.convert("RGB")) + 0.5 * heat).round().astype(np.uint8))
