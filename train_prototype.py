@@ -87,7 +87,7 @@ DEFAULTS = {
         "root": Required((str,)),
         "train_split": "train",
         "val_split": "val",
-        "test_split": Setting(None, (str,)),                # read by --test-only and evaluate.py; None: val
+        "test_split": Setting(None, (str,)),                # of --test-only, evaluate.py; None: they score val
         "push_split": Setting(None, (str,)),                # whose patches become prototypes; None: train_split
         "classes": Setting(None, (str,)),                   # folder: classes.json or classes.txt; None: that of root
         "window_size": [513, 513],                          # height and width of a training crop
@@ -255,8 +255,10 @@ def build_dataset(config: Config, split: str, seed: int = 0, data_dir: str | Non
             raise ValueError("--label-dir is needed: the folder of the masks of --data-dir")
         pairs = pair_files(list_images(data_dir), list_images(label_dir), ("--data-dir", "--label-dir"))
     else:
-        name = {"train": data.train_split, "val": data.val_split, "test": data.test_split or data.val_split,
+        name = {"train": data.train_split, "val": data.val_split, "test": data.test_split,
                 "push": data.push_split or data.train_split}[split]
+        if name is None:
+            raise ValueError("there is no test split: set dataset.test_split, or score the validation split")
         pairs = (DATASETS[data.name].pairs if data.name in DATASETS else folder_pairs)(data.root, name)
     if data.name in DATASETS:
         table = DATASETS[data.name].LABEL_TABLE

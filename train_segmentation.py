@@ -630,8 +630,7 @@ def headline(result: dict) -> dict:
 
 def test_only(args, config, checkpoint, path, device, amp_dtype) -> dict:
     """Score a checkpoint, as this config says, on the test split, or on validation where there is none."""
-    check_same_run({**checkpoint, "batch": 0}, config, checkpoint["total_steps"], ("model",),
-                   except_keys=FREE_ON_RESUME)
+    check_same_run(checkpoint, config, checkpoint["total_steps"], ("model",), except_keys=FREE_ON_RESUME)
     checkpoint["config"] = config.to_dict()
     split = "test" if has_test_split(config) else "val"
     dataset, model = build_dataset(config, split), load_model(checkpoint, device)

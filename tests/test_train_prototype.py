@@ -346,6 +346,11 @@ def test_every_reader_agrees(whole, tmp_path, capsys):
     assert "purity" in output and "stability" in output
 
 
+def test_a_test_split_that_is_not_named_is_not_scored_as_one(whole, tmp_path):
+    with pytest.raises(ValueError, match="no test split"):
+        evaluate.main([str(whole[1] / "model" / "model_last.pth"), "--device", "cpu", "--output-dir", str(tmp_path), "--split", "test"])
+
+
 def test_predictions_and_explanations(whole, data, tmp_path):
     path, run = whole
     photo = sorted((data / "images" / "test").iterdir())[0]
