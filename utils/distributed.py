@@ -16,6 +16,7 @@ from torch.utils.data import Sampler
 
 # Others wait at a barrier while rank 0 prepares data or writes; torchrun itself ends them when one dies, so be patient.
 TIMEOUT = timedelta(hours=2)
+_left_group = None                                 # see cleanup
 
 
 def init_distributed(device_type: str) -> tuple[int, int, int]:
@@ -71,7 +72,11 @@ def barrier() -> None:
 
 def cleanup() -> None:
     """Leave the process group; does nothing where there is none."""
+    global _left_group
     if _active():
+        # Were DistributedDataParallel the last to hold the group, it would end gloo's threads without giving Python's
+        # lock away, and wait for ever on one that frees the tensor of the last all_reduce (PyTorch 2.13).
+        _left_group = dist.group.WORLD
         dist.destroy_process_group()
 
 
