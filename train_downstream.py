@@ -77,7 +77,15 @@ from utils.params import layerwise_groups
 from utils.render import label_colors, palette, pca_colors, render_mesh
 from utils.schedule import SCHEDULES, build_scheduler
 from utils.seed import seed_everything, seed_worker
-from utils.training import EpochTotals, check_same_run, restore_rng, rng_entries, write_run_files
+from utils.training import (
+    EpochTotals,
+    check_same_run,
+    micro_steps,
+    optimizer_step,
+    restore_rng,
+    rng_entries,
+    write_run_files,
+)
 from utils.weights import load_weights, sha256_file
 
 SCRIPT = Path(__file__).name
@@ -403,7 +411,7 @@ def train_one_epoch(model, loader, criterion, optimizer, scheduler, scaler, ema,
         # The loss is the mean over all valid faces of the step, whatever the number of micro-batches and processes.
         weight = all_reduce_sum(sum(criterion.label_weight(b["label"], b["mask"]) for b in micro_batches).to(device))
         loss_sum = torch.zeros((), device=device)
-        for batch in micro_batches:
+        for batch in micro_steps(model, micro_batches):
             batch = to_device(batch, device)
             with autocast(device, amp_dtype):
                 logits = forward(model, batch)                                   # (B, N, F, C)
@@ -411,13 +419,7 @@ def train_one_epoch(model, loader, criterion, optimizer, scheduler, scaler, ema,
             scaler.scale(loss * world / weight.clamp(min=1e-12)).backward()      # DDP takes the mean over the ranks
             loss_sum += loss.detach()
             totals.matrix.update(logits.argmax(-1), batch["label"])
-        scaler.unscale_(optimizer)
-        if config.training.gradient_clip_val:
-            nn.utils.clip_grad_norm_(model.parameters(), config.training.gradient_clip_val)
-        scaler.step(optimizer)
-        scaler.update()
-        scheduler.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer_step(optimizer, scheduler, scaler, config.training.gradient_clip_val)
         if ema is not None:
             ema.update(model)
         totals.add(loss_sum, weight)

@@ -53,7 +53,7 @@ from utils.params import split_decay
 from utils.probe import METHODS, majority, probe, probe_table
 from utils.schedule import SCHEDULES, build_scheduler
 from utils.seed import derived_seed, seed_everything, seed_worker
-from utils.training import check_same_run, restore_rng, rng_entries, write_run_files
+from utils.training import check_same_run, optimizer_step, restore_rng, rng_entries, write_run_files
 from utils.weights import load_weights
 
 SCRIPT = Path(__file__).name
@@ -302,13 +302,7 @@ def train_one_epoch(network, model, loader, optimizer, scheduler, scaler, totals
             out = forward(network, batch)
         parts = compute_loss(out, config, batch)
         scaler.scale(parts["loss"]).backward()
-        scaler.unscale_(optimizer)
-        if config.training.gradient_clip_val:
-            nn.utils.clip_grad_norm_(model.parameters(), config.training.gradient_clip_val)
-        scaler.step(optimizer)
-        scaler.update()
-        scheduler.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer_step(optimizer, scheduler, scaler, config.training.gradient_clip_val)
         model.update_target(momentum_at(state["step"], total_steps, momentum))   # after the optimiser's step
         for name, value in parts.items():
             totals[name] = totals.get(name, 0.0) + value.detach().double()

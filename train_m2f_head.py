@@ -72,7 +72,15 @@ from utils.metrics import metrics_table
 from utils.params import split_decay
 from utils.schedule import build_scheduler
 from utils.seed import seed_everything, seed_worker
-from utils.training import LossTotals, check_same_run, restore_rng, rng_entries, write_run_files
+from utils.training import (
+    LossTotals,
+    check_same_run,
+    micro_steps,
+    optimizer_step,
+    restore_rng,
+    rng_entries,
+    write_run_files,
+)
 from utils.weights import load_weights
 
 SCRIPT = Path(__file__).name
@@ -221,7 +229,7 @@ def train_one_epoch(model, backbone, loader, criterion, optimizer, scheduler, sc
         normalizer = all_reduce_sum(sum(criterion.label_weights(b["label"], config.model.num_queries)
                                         for b in micro_batches).to(device))
         terms = {}
-        for batch in micro_batches:
+        for batch in micro_steps(model, micro_batches):
             image, taps, label = prepare(batch, backbone, device)
             with autocast(device, amp_dtype):
                 outputs = model(image, taps)                                     # (B, Q, C + 1), (B, Q, S/4, S/4), ...
@@ -230,13 +238,7 @@ def train_one_epoch(model, backbone, loader, criterion, optimizer, scheduler, sc
             for name in ("total", "class", "mask", "dice"):                      # of the last layer, but for the total
                 value = losses["total"] if name == "total" else losses[f"{name}_0"]
                 terms[name] = terms.get(name, 0.0) + value.detach()
-        scaler.unscale_(optimizer)
-        if config.training.clip_grad:
-            nn.utils.clip_grad_norm_(model.parameters(), config.training.clip_grad)
-        scaler.step(optimizer)
-        scaler.update()
-        scheduler.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer_step(optimizer, scheduler, scaler, config.training.clip_grad)
         state["step"] += 1
         state["batch"] += len(micro_batches)
         micro_batches = []

@@ -67,7 +67,7 @@ from utils.prototype_losses import off_class_l1, prototype_divergence, resize_la
 from utils.prototype_metrics import PrototypeStatistics, noise_stability
 from utils.schedule import build_scheduler
 from utils.seed import seed_everything, seed_worker
-from utils.training import LossTotals, check_same_run, restore_rng, rng_entries, write_run_files
+from utils.training import LossTotals, check_same_run, optimizer_step, restore_rng, rng_entries, write_run_files
 from utils.weights import sha256_file
 
 SCRIPT = Path(__file__).name
@@ -369,10 +369,7 @@ def train_until(network, batches, criterion, optimizer, scheduler, scaler, total
         state["done"] += 1
         if not complete:
             continue
-        scaler.step(optimizer)
-        scaler.update()
-        scheduler.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer_step(optimizer, scheduler, scaler)
         state["step"] += 1
         totals.add(terms)
         if state["step"] % config.logging.log_interval == 0:                     # the only place that waits for the GPU

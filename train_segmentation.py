@@ -59,7 +59,15 @@ from utils.params import split_decay
 from utils.postprocess import crf_refine, morphology
 from utils.schedule import SCHEDULES, build_scheduler
 from utils.seed import seed_everything, seed_worker
-from utils.training import LossTotals, check_same_run, restore_rng, rng_entries, write_run_files
+from utils.training import (
+    LossTotals,
+    check_same_run,
+    micro_steps,
+    optimizer_step,
+    restore_rng,
+    rng_entries,
+    write_run_files,
+)
 from utils.weights import load_weights
 
 SCRIPT = Path(__file__).name
@@ -470,7 +478,7 @@ def train_one_epoch(model, loader, criterion, optimizer, scheduler, scaler, ema,
         # Means are over all labelled pixels of the step, whatever the number of micro-batches and processes.
         weights = [criterion.label_weight(b["label"].to(device, non_blocking=True)) for b in micro_batches]
         weight, terms = all_reduce_sum(sum(weights)), {}
-        for batch in micro_batches:
+        for batch in micro_steps(model, micro_batches):
             image = normalize(batch["image"].to(device, non_blocking=True))      # (B, 3, S, T) float32
             label = batch["label"].to(device, non_blocking=True)                 # (B, S, T)
             with autocast(device, amp_dtype):
@@ -479,15 +487,7 @@ def train_one_epoch(model, loader, criterion, optimizer, scheduler, scaler, ema,
             scaler.scale(losses["total"] * world).backward()                     # DDP takes the mean over the ranks
             for name, value in losses.items():
                 terms[name] = terms.get(name, 0.0) + value.detach()
-        scaler.unscale_(optimizer)
-        if config.training.gradient_clip_val:
-            nn.utils.clip_grad_norm_(model.parameters(), config.training.gradient_clip_val)
-        scale = scaler.get_scale()                           # 1, without waiting for the GPU, unless in float16
-        scaler.step(optimizer)
-        scaler.update()
-        if scaler.get_scale() >= scale:                      # else the gradient overflowed: no step, the rate stays
-            scheduler.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer_step(optimizer, scheduler, scaler, config.training.gradient_clip_val)
         if device.type != "cuda":                            # there SyncBatchNorm has the same statistics everywhere
             broadcast_buffers(model)
         if ema is not None:

@@ -72,7 +72,15 @@ from utils.metrics import ConfusionMatrix, absent_as_zero, metrics_table, miou_o
 from utils.render import palette, pca_colors
 from utils.schedule import build_scheduler
 from utils.seed import seed_everything, seed_worker
-from utils.training import EpochTotals, check_same_run, restore_rng, rng_entries, write_run_files
+from utils.training import (
+    EpochTotals,
+    check_same_run,
+    micro_steps,
+    optimizer_step,
+    restore_rng,
+    rng_entries,
+    write_run_files,
+)
 from utils.weights import load_weights, sha256_file
 
 SCRIPT = Path(__file__).name
@@ -301,7 +309,7 @@ def train_one_epoch(model, loader, criterion, optimizer, scheduler, scaler, tota
             continue
         weight = all_reduce_sum(sum(criterion.label_weight(b["label"]) for b in micro_batches).to(device))
         loss_sum = torch.zeros((), device=device)
-        for batch in micro_batches:
+        for batch in micro_steps(model, micro_batches):
             batch = to_device(batch, device)
             with autocast(device, amp_dtype):
                 logits = model(batch)                                            # (N, C) float32
@@ -309,13 +317,7 @@ def train_one_epoch(model, loader, criterion, optimizer, scheduler, scaler, tota
             scaler.scale(loss * world).backward()                                # DDP takes the mean over the ranks
             loss_sum += loss.detach()
             totals.matrix.update(logits.argmax(-1), batch["label"])
-        scaler.unscale_(optimizer)
-        if config.training.clip_grad:
-            nn.utils.clip_grad_norm_(model.parameters(), config.training.clip_grad)
-        scaler.step(optimizer)
-        scaler.update()
-        scheduler.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer_step(optimizer, scheduler, scaler, config.training.clip_grad)
         totals.add(loss_sum, torch.ones(()))
         state["step"] += 1
         state["batch"] += len(micro_batches)

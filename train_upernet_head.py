@@ -72,7 +72,15 @@ from utils.metrics import metrics_table
 from utils.params import split_decay
 from utils.schedule import build_scheduler
 from utils.seed import seed_everything, seed_worker
-from utils.training import LossTotals, check_same_run, restore_rng, rng_entries, write_run_files
+from utils.training import (
+    LossTotals,
+    check_same_run,
+    micro_steps,
+    optimizer_step,
+    restore_rng,
+    rng_entries,
+    write_run_files,
+)
 from utils.weights import load_weights
 
 SCRIPT = Path(__file__).name
@@ -224,7 +232,7 @@ def train_one_epoch(model, backbone, loader, criterion, optimizer, scheduler, sc
         # The loss is the mean over all labelled pixels of the step, whatever the number of micro-batches and processes.
         normalizer = all_reduce_sum(sum(criterion.label_weight(b["label"]) for b in micro_batches).to(device))
         terms = {}
-        for batch in micro_batches:
+        for batch in micro_steps(model, micro_batches):
             image, taps, label = prepare(batch, backbone, device)
             with autocast(device, amp_dtype):
                 outputs = model(image, taps)                                     # (B, C, S/4, S/4), (B, C, S/16, S/16)
@@ -232,13 +240,7 @@ def train_one_epoch(model, backbone, loader, criterion, optimizer, scheduler, sc
             scaler.scale(losses["total"] * world).backward()                     # DDP takes the mean over the ranks
             for name, value in losses.items():
                 terms[name] = terms.get(name, 0.0) + value.detach()
-        scaler.unscale_(optimizer)
-        if config.training.clip_grad:
-            nn.utils.clip_grad_norm_(model.parameters(), config.training.clip_grad)
-        scaler.step(optimizer)
-        scaler.update()
-        scheduler.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer_step(optimizer, scheduler, scaler, config.training.clip_grad)
         state["step"] += 1
         state["batch"] += len(micro_batches)
         micro_batches = []

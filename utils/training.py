@@ -1,12 +1,14 @@
-"""What every training script keeps track of besides the network: an epoch's totals; that a resumed run is the same."""
+"""What every training script does around its network: the optimiser's step, an epoch's totals, a resumed run that is
+the same."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from utils.checkpoint import RunFolder
 from utils.config import save_config
@@ -15,6 +17,33 @@ from utils.distributed import all_gather, all_reduce_sum, is_main, rank, world_s
 from utils.log import set_aside
 from utils.metrics import ConfusionMatrix, segmentation_metrics
 from utils.seed import derived_seed, rng_state, set_rng_state
+
+
+def micro_steps(network: nn.Module, batches: Sequence) -> Iterator:
+    """The micro-batches of an optimiser step, for a loop with their forward and backward passes. Only in the last one
+    DistributedDataParallel adds up the gradients of the processes; the others leave theirs where they are."""
+    for batch in batches:
+        alone = batch is not batches[-1] and isinstance(network, nn.parallel.DistributedDataParallel)
+        with network.no_sync() if alone else contextlib.nullcontext():
+            yield batch
+
+
+def optimizer_step(optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler,
+                   scaler: torch.amp.GradScaler, clip_norm: float = 0.0) -> None:
+    """Clip the norm of the whole gradient (0: do not), update the weights, go on in the schedule, clear the gradient.
+
+    Where a float16 gradient overflowed, weights and schedule stay as they are; what the script counts (steps, averages
+    of the weights) goes on, so that a run has as many steps as it was planned to have.
+    """
+    scaler.unscale_(optimizer)
+    if clip_norm:
+        nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip_norm)
+    scale = scaler.get_scale()                              # 1, without waiting for the GPU, unless in float16
+    scaler.step(optimizer)
+    scaler.update()
+    if scaler.get_scale() >= scale:                         # the scale falls after an overflow only
+        scheduler.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 class EpochTotals:
