@@ -145,7 +145,8 @@ class Forked:
         self.folder.mkdir(parents=True, exist_ok=True)
         sys.stdout.flush()
         sys.stderr.flush()
-        importlib.import_module(Path(run.script).stem)             # here, so that the next child has it already
+        for module in (Path(run.script).stem, "torch._dynamo", "sklearn.metrics", "torch.utils.tensorboard"):
+            importlib.import_module(module)                        # 2 s, which each child would need for itself
         self.pid, self.code = os.fork(), None
         if self.pid == 0:
             self._be_the_child(run, run.argv(out, *more), hook)
