@@ -730,9 +730,9 @@ def main(argv=None) -> dict:
 
     def save(snapshot, epoch=None):
         if is_main():
-            keeper.save_last(snapshot)
-            if epoch is not None:
+            if epoch is not None:                           # before model_last, which a resume goes on from
                 keeper.save_epoch(epoch, snapshot)
+            keeper.save_last(snapshot)
 
     if is_main():
         write_run_files(folder, config, device, args.seed, resumed=checkpoint is not None)
