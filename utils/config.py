@@ -112,7 +112,7 @@ def _resolve(given: Mapping, where: str, defaults: Mapping, overrides: Sequence[
     config = Config(_defaults(defaults))
     _lay_over(config, given, defaults, where, "", known)
     for text in overrides:
-        _lay_over(config, _parse_override(text), defaults, f"override {text!r}", "", known)
+        _lay_over(config, _parse_override(text), defaults, f"override {show(text)}", "", known)
     missing = [name for name in known if isinstance(_look_up(config, name), Required)]
     if missing:
         raise ValueError(f"{where}: required but not given: {', '.join(missing)}; add them to the file or as KEY=VALUE")
@@ -145,11 +145,11 @@ def _parse_override(text: str) -> dict:
     name, equals, value = text.partition("=")
     parts = name.split(".")
     if not equals or not all(part.isidentifier() for part in parts):
-        raise ValueError(f"override {text!r}: expected section.key=value")
+        raise ValueError(f"override {show(text)}: expected section.key=value")
     try:
         result = to_plain(read_yaml(value))
     except ValueError as error:
-        raise ValueError(f"override {text!r}: {error}") from error
+        raise ValueError(f"override {show(text)}: {error}") from error
     for part in reversed(parts):
         result = {part: result}
     return result

@@ -18,6 +18,7 @@ import yaml
 from utils.checks import did_you_mean, nearest, show
 
 MAX_BYTES = 1_000_000       # a settings file has a few kB; more is the wrong file
+TOO_DEEP = "nested too deep for settings; is it the wrong file?"
 MAX_VALUES = 100_000        # with aliases written out: a "billion laughs" file is small but expands without end
 
 
@@ -31,7 +32,7 @@ def read_mapping(path: str | os.PathLike) -> dict:
     if path.is_dir():
         raise ValueError(f"{path}: is a folder; expected a .yaml, .yml, .toml or .json file")
     if not path.exists():
-        siblings = [other.name for other in path.parent.glob("*.*")]
+        siblings = [other.name for other in path.parent.glob("*.*") if other.exists()]       # no dangling link
         raise FileNotFoundError(f"{path}: no such settings file{did_you_mean(nearest(path.name, siblings))}")
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"{path}: larger than {MAX_BYTES} bytes, too large for settings; is it the wrong file?")
@@ -46,8 +47,15 @@ def read_mapping(path: str | os.PathLike) -> dict:
         else:
             raise ValueError(f"expected a .yaml, .yml, .toml or .json file, got suffix {path.suffix!r}")
         data = to_plain(data)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: {'nested too deep' if isinstance(error, RecursionError) else error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); is it the wrong file, or "
+                         f"saved in another encoding?") from error
+    except (json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"{path}: not valid {path.suffix[1:].upper()}: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path}: {TOO_DEEP}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     if not isinstance(data, dict | None):
         raise ValueError(f"{path}: expected `key: value` lines at the top, got {show(data)}")
     return data or {}
@@ -63,6 +71,8 @@ def read_yaml(text: str) -> Any:
         if _expanded_size(node, {}) > MAX_VALUES:
             raise ValueError(f"not valid settings: more than {MAX_VALUES} values once aliases (*name) are written out")
         return loader.construct_document(node)
+    except RecursionError as error:
+        raise ValueError(TOO_DEEP) from error
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
@@ -72,7 +82,7 @@ def read_yaml(text: str) -> Any:
 def write_yaml(data: Mapping, path: str | os.PathLike) -> None:
     """Write a mapping of plain values, in its own order. The old file stays until the new one is complete."""
     text = yaml.dump(to_plain(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    temporary = Path(f"{path}.tmp")         # the same for each process, so that a killed one leaves nothing for good
     try:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
