@@ -50,7 +50,7 @@ from utils.checkpoint import (
     find_resume,
     load_checkpoint,
 )
-from utils.checks import check_choice
+from utils.checks import check_choice, check_positive
 from utils.cli import ArgumentParser, StopRequested, StopSignal, run
 from utils.config import Config, Required, Setting, check_range, load_config
 from utils.device import amp_settings, autocast, describe, pick_device
@@ -234,6 +234,7 @@ def check_config(config: Config) -> None:
     for lowest, keys in AT_LEAST.items():
         for section, key in (name.split(".") for name in keys):
             check_range(f"{section}.{key}", config[section][key], lowest)
+    check_positive("optimizer.learning_rate", config.optimizer.learning_rate)
     check_range("model.dropout", config.model.dropout, 0, 1)
     for suffix in config.data.suffixes:
         check_choice("data.suffixes", suffix, MESH_SUFFIXES)
@@ -736,7 +737,8 @@ def main(argv=None) -> dict:
     resume = args.resume or ("auto" if config.training.resume else None)
     resume_path, messages = find_resume(resume, folder.model, SCRIPT)
     if args.test_only and resume_path is None:
-        raise ValueError("--test-only needs --resume PATH|auto: a network that was never trained has no score")
+        raise ValueError(f"--test-only needs --resume PATH, or auto where {folder.model} has a checkpoint: a network "
+                         f"that was never trained has no score")
     checkpoint = load_checkpoint(resume_path, SCRIPT) if resume_path else None
     if args.test_only:
         return test_only(args, config, checkpoint, resume_path, device, amp_dtype)

@@ -35,6 +35,7 @@ from models.jepa import Jepa, momentum_at, prediction_loss, start_momentum, vari
 from models.jepa_monitors import check_monitors, measure
 from models.nomeformer import Nomeformer
 from utils.checkpoint import CheckpointKeeper, RunFolder, check_writable, find_resume, load_checkpoint
+from utils.checks import check_positive
 from utils.cli import ArgumentParser, StopRequested, StopSignal, run
 from utils.config import Config, Required, Setting, check_range, load_config
 from utils.device import amp_settings, autocast, describe, pick_device
@@ -191,6 +192,7 @@ def check_config(config: Config) -> None:
     for lowest, keys in AT_LEAST.items():
         for section, key in (name.split(".") for name in keys):
             check_range(f"{section}.{key}", config[section][key], lowest)
+    check_positive("optimizer.learning_rate", config.optimizer.learning_rate)
     if config.model.n_classes is not None:
         check_range("model.n_classes", config.model.n_classes, 2)
     augmentation(config)
@@ -465,7 +467,8 @@ def main(argv=None) -> dict:
     resume = args.resume or ("auto" if config.training.resume else None)
     resume_path, messages = find_resume(resume, folder.model, SCRIPT)
     if args.test_only and resume_path is None:
-        raise ValueError("--test-only needs --resume PATH|auto: a network that was never trained has no score")
+        raise ValueError(f"--test-only needs --resume PATH, or auto where {folder.model} has a checkpoint: a network "
+                         f"that was never trained has no score")
     checkpoint = load_checkpoint(resume_path, SCRIPT) if resume_path else None
     if args.test_only:
         return test_only(args, config, checkpoint, resume_path, device, amp_dtype)

@@ -34,7 +34,7 @@ from models.deeplab import DeepLabV2, MultiScale, load_deeplab_weights
 from models.resnet import ENCODERS, FILES, URL, load_resnet_weights
 from models.unet import UNet, is_unet, load_unet_weights, read_unet_weights
 from utils.checkpoint import CheckpointKeeper, EarlyStopping, RunFolder, check_writable, find_resume, load_checkpoint
-from utils.checks import check_range
+from utils.checks import check_positive, check_range
 from utils.cli import ArgumentParser, StopRequested, StopSignal, given_flags, run
 from utils.config import Config, Required, Setting, load_config
 from utils.device import amp_settings, autocast, describe, pick_device
@@ -249,8 +249,7 @@ def check_config(config: Config) -> None:
         for name in names:
             check_range(name, look_up(config, name), lowest)
     check_range("model.dropout", config.model.dropout, 0, 1)
-    if not 0 < config.optimizer.lr < float("inf"):
-        raise ValueError(f"optimizer.lr={config.optimizer.lr}: must be a number above 0")
+    check_positive("optimizer.lr", config.optimizer.lr)
     data = config.dataset
     if data.ignore_label < data.num_classes + data.reduce_zero_label:
         raise ValueError(f"dataset.ignore_label={data.ignore_label} is one of the {data.num_classes} classes in the "
@@ -387,7 +386,8 @@ def load_pretrained(model: nn.Module, config: Config) -> str:
 def build_criterion(config: Config, counts: np.ndarray) -> WeightedLoss:
     losses, weights = config.losses, class_weights(config, counts)
     if weights is not None and len(weights) != config.dataset.num_classes:
-        raise ValueError(f"losses.class_weights: {len(weights)} numbers for {config.dataset.num_classes} classes")
+        raise ValueError(f"losses.class_weights: {len(weights)} numbers for {config.dataset.num_classes} classes; "
+                         f"give one per class")
     return WeightedLoss(loss_terms(config), weights, label_smoothing=losses.label_smoothing, class_dim=1,
                         gamma=losses.gamma)
 
@@ -664,7 +664,8 @@ def main(argv=None) -> dict:
     folder = RunFolder(args.output_dir, config.checkpointing.dir, config.logging.dir)
     resume_path, messages = find_resume(args.resume or ("auto" if training.resume else None), folder.model, SCRIPT)
     if args.test_only and resume_path is None:
-        raise ValueError("--test-only needs --resume PATH|auto: a network that was never trained has no score")
+        raise ValueError(f"--test-only needs --resume PATH, or auto where {folder.model} has a checkpoint: a network "
+                         f"that was never trained has no score")
     checkpoint = load_checkpoint(resume_path, SCRIPT) if resume_path else None
     if args.test_only:
         return test_only(args, config, checkpoint, resume_path, device, amp_dtype)

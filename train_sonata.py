@@ -47,7 +47,7 @@ from data.points import (
 from models.point_transformer import MODES, SonataSegmenter, build_segmenter, upcast
 from models.sonata_weights import guess_config, load_sonata, read_linear_head, read_sonata
 from utils.checkpoint import CheckpointKeeper, RunFolder, check_writable, find_resume, load_checkpoint
-from utils.checks import check_range
+from utils.checks import check_positive, check_range
 from utils.cli import ArgumentParser, StopRequested, StopSignal, run
 from utils.config import Config, Required, Setting, load_config
 from utils.device import amp_settings, autocast, describe, pick_device, trim_memory
@@ -178,8 +178,7 @@ def check_config(config: Config) -> None:
         for section, key in (name.split(".") for name in keys):
             check_range(f"{section}.{key}", config[section][key], lowest)
     for key in ("lr", "block_lr"):
-        if config.optimizer[key] <= 0:
-            raise ValueError(f"optimizer.{key}={config.optimizer[key]}: must be above 0")
+        check_positive(f"optimizer.{key}", config.optimizer[key])
     point_spec(config), augmentation(config)
     if config.training.epochs % config.training.eval_epochs:
         raise ValueError(f"training.epochs={config.training.epochs} is no multiple of training.eval_epochs="
@@ -580,7 +579,8 @@ def main(argv=None) -> dict:
     resume = args.resume or ("auto" if config.training.resume else None)
     resume_path, messages = find_resume(resume, folder.model, SCRIPT)
     if args.test_only and resume_path is None:
-        raise ValueError("--test-only needs --resume PATH|auto: a network that was never trained has no score")
+        raise ValueError(f"--test-only needs --resume PATH, or auto where {folder.model} has a checkpoint: a network "
+                         f"that was never trained has no score")
     checkpoint = load_checkpoint(resume_path, SCRIPT) if resume_path else None
     if args.test_only:
         return test_only(args, config, checkpoint, resume_path, device)

@@ -22,7 +22,7 @@ from data.image_splits import checked_dataset, read_classes, split_pairs
 from data.images import Augmentation, SegmentationDataset, read_image
 from models.dinov3 import FrozenBackbone, backbone_name
 from models.dinov3_weights import load_backbone, restore_backbone
-from utils.checks import check_range
+from utils.checks import check_positive, check_range
 from utils.config import Config
 from utils.device import autocast
 from utils.distributed import barrier, is_main
@@ -49,8 +49,7 @@ def check_flags(config: Config, at_least: Mapping[str, float]) -> None:
         check_range(f"--{key.replace('_', '-')}", config[section][key], lowest)
     check_range("--val-share", data.val_share, 0, 0.5)
     check_range("--ignore-label", data.ignore_label, 0, 255)
-    if not 0 < config.training.lr < float("inf"):
-        raise ValueError(f"--lr {config.training.lr}: must be a number above 0")
+    check_positive("--lr", config.training.lr)
     if data.ignore_label < data.num_classes + data.reduce_zero_label:
         raise ValueError(f"--ignore-label {data.ignore_label} is one of the {data.num_classes} classes in the masks; "
                          f"for masks that mean unlabelled by 0, use --reduce-zero-label")

@@ -23,6 +23,13 @@ def check_range(what: str, value: float, low: float = -math.inf, high: float = m
     return value
 
 
+def check_positive(what: str, value: float) -> float:
+    """Return `value` if it is finite and above 0; otherwise (NaN too) ValueError names `what` and value."""
+    if not 0 < value < math.inf:
+        raise ValueError(f"{what}={value}: must be a number above 0")
+    return value
+
+
 def nearest(name: Any, known: Iterable) -> list[str]:
     """Up to three of `known` that a misspelt `name` may have meant, best first."""
     return difflib.get_close_matches(str(name), [str(candidate) for candidate in known])
