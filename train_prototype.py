@@ -40,7 +40,7 @@ from models.deeplab import DeepLabV2, MultiScale, freeze_batch_norm, load_deepla
 from models.ppnet import PPNet, parameter_groups, ppnet_from_state
 from models.prototype_push import NearestPatches, PushTable, patch_box, provenance, prune_keep, purity, push
 from utils.checkpoint import CheckpointKeeper, RunFolder, check_writable, find_resume, load_checkpoint, save_checkpoint
-from utils.checks import check_range
+from utils.checks import check_positive, check_range
 from utils.cli import ArgumentParser, StopRequested, StopSignal, run
 from utils.config import Config, Required, Setting, load_config
 from utils.device import amp_settings, autocast, describe, pick_device
@@ -190,8 +190,7 @@ def check_config(config: Config) -> None:
         section, key = name.split(".")
         check_range(name, config[section][key], lowest)
     for key in ("backbone_lr", "aspp_lr", "prototype_lr", "last_layer_lr", "finetune_lr", "power"):
-        if not 0 < config.optimizer[key] < float("inf"):
-            raise ValueError(f"optimizer.{key}={config.optimizer[key]}: must be a number above 0")
+        check_positive(f"optimizer.{key}", config.optimizer[key])
     shape = model.prototype_shape
     if len(shape) != 4 or shape[2:] != [1, 1] or min(shape) < 1 or shape[0] % model.num_classes:
         raise ValueError(f"model.prototype_shape={shape}: expected [P, D, 1, 1] with P a multiple of "
@@ -568,14 +567,14 @@ def write_prediction(model: PPNet, path: Path, prediction: dict, stem: Path, opt
     weight, similarity = model.last_layer.weight.detach().cpu(), model.similarity(prediction["distances"])   # (P, h, w)
     of_cell = torch.einsum("cp,phw->hwc", weight, similarity).argmax(-1)                        # (h, w)
     winner = (similarity * weight[of_cell].permute(2, 0, 1)).argmax(0).numpy()                  # (h, w)
-    written = write_prototype_prediction(stem, {**prediction, "winner": winner}, model.palette,
-                                         prototype_colors(identity, model.palette), options.labels, options.picture,
-                                         data.ignore_label, data.reduce_zero_label,
-                                         getattr(DATASETS.get(data.name), "LABEL_IDS", None))
-    if options.explain:
-        written += explain_pixels(stem, prediction["photo"], options.explain, weight.numpy(), similarity.numpy(),
-                                  model.class_names, identity, model.provenance, read_source)
-    return written
+    explained = []
+    if options.explain:                                     # first: a pixel outside of the photograph leaves no files
+        explained = explain_pixels(stem, prediction["photo"], options.explain, weight.numpy(), similarity.numpy(),
+                                   model.class_names, identity, model.provenance, read_source)
+    return explained + write_prototype_prediction(
+        stem, {**prediction, "winner": winner}, model.palette, prototype_colors(identity, model.palette),
+        options.labels, options.picture, data.ignore_label, data.reduce_zero_label,
+        getattr(DATASETS.get(data.name), "LABEL_IDS", None))
 
 
 def example_pictures(model: PPNet, dataset, index: int, pred: np.ndarray):
