@@ -152,7 +152,7 @@ def load_checkpoint(path: str | Path, script: str | None = None, map_location: A
     Keep the default `map_location`: random generators take their state from the CPU, and load_state_dict moves the
     rest. FileNotFoundError or IsADirectoryError where there is no file; ValueError, in one line, where it is
     truncated or damaged, holds more than plain types (nothing in it is executed), is no checkpoint of this project,
-    or is another script's.
+    holds weights that are not finite, or is another script's.
     """
     advice = "Use another checkpoint of the run; --resume auto finds the newest."
     checkpoint = read_torch_file(path, advice, map_location)
@@ -161,8 +161,11 @@ def load_checkpoint(path: str | Path, script: str | None = None, map_location: A
         raise ValueError(f"{path}: not a checkpoint of this code (format {written!r}, expected {FORMAT!r}). "
                          f"Pre-trained weights have a flag of their own; another version's file needs that version.")
     absent = [key for key in ("script", "config", "class_names", "palette", "model") if key not in checkpoint]
-    if absent or not isinstance(checkpoint["model"], dict):
-        raise ValueError(f"{path}: incomplete, no {', '.join(absent) or 'dict of weights in model'}. Use another file.")
+    if absent or not all(isinstance(checkpoint[key], dict) for key in ("config", "model")):
+        raise ValueError(f"{path}: incomplete, no {', '.join(absent) or 'dicts in config, model'}. Use another file.")
+    for name, tensor in _tensors(checkpoint["model"], "model"):
+        if not tensor.is_meta and not _is_finite(tensor):
+            raise ValueError(f"{path}: {name} is not finite, which save_checkpoint never writes. {advice}")
     if script is not None and Path(str(checkpoint["script"])).stem != Path(script).stem:
         raise ValueError(f"{path}: a checkpoint of {checkpoint['script']!r}, not of {script!r}. "
                          f"Run the script that wrote it, or name another file.")
