@@ -60,7 +60,10 @@ def input_files(script, inputs, config) -> list[Path]:
     for path in map(Path, inputs):
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such file or folder")
-        files += script.list_inputs(path, **suffixes) if path.is_dir() else [path]
+        found = script.list_inputs(path, **suffixes) if path.is_dir() else [path]
+        if not found:
+            raise ValueError(f"{path}: nothing in this folder can be read by {script.__name__}.py; name another")
+        files += found
     names = {}
     for path in files:
         name = result_name(path)

@@ -185,7 +185,7 @@ def user_message(error: BaseException) -> str | None:
     if isinstance(error, RuntimeError | MemoryError):
         if not NO_MEMORY.search(f"{type(error).__name__} {text}"):
             return None
-        return f"out of memory: {text[:200]}; lower the batch or crop size, or use --amp-dtype bfloat16"
+        return f"out of memory{text and ': '}{text[:200]}; lower the batch or crop size, or use --amp-dtype bfloat16"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename is not None else error.strerror
     if text.startswith("Caught ") and "Original Traceback" in text:      # from a loader's worker, with its traceback
