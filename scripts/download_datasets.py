@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models.resnet import FILES, URL  # noqa: E402
 from scripts import download_voc  # noqa: E402
+from utils.checkpoint import check_writable  # noqa: E402
 from utils.cli import ArgumentParser, run  # noqa: E402
 from utils.download import extract, fetch  # noqa: E402
 
@@ -50,6 +51,7 @@ def get_ade20k(root: Path) -> None:
 def main(argv=None) -> dict:
     args = parse_args(argv)
     root = Path(args.root)
+    check_writable(root)
     for name in args.names:
         if name == "voc":
             download_voc.main(["--root", str(root / "voc"), "--aug"])

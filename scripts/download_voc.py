@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.voc import read_ids  # noqa: E402
+from utils.checkpoint import check_writable  # noqa: E402
 from utils.cli import ArgumentParser, run  # noqa: E402
 from utils.download import extract, extract_flat, fetch  # noqa: E402
 
@@ -55,6 +56,7 @@ def incomplete(folder: Path, files: dict, lists: dict) -> str | None:
 def main(argv=None) -> dict:
     args = parse_args(argv)
     root = Path(args.root)
+    check_writable(root)
     folder = root / "VOCdevkit" / "VOC2012"
     jobs = [([ARCHIVE], FILES, LISTS)] + [(["list.zip", "SegmentationClassAug.zip"], AUG_FILES, AUG_LISTED)] * args.aug
     for archives, files, lists in jobs:

@@ -25,6 +25,7 @@ from data.mesh_io import parse_numbers  # noqa: E402
 from data.point_classes import BENCHMARKS  # noqa: E402
 from data.point_transforms import estimate_normals, rotate  # noqa: E402
 from data.points import write_cloud  # noqa: E402
+from utils.checkpoint import check_writable  # noqa: E402
 from utils.cli import ArgumentParser, run  # noqa: E402
 from utils.log import progress  # noqa: E402
 
@@ -44,8 +45,13 @@ def read_annotation(path: Path) -> np.ndarray:
             if numbers is None:
                 raise ValueError(f"{path}, line {number}: {line[:60]!r} is not x y z r g b; correct it by hand")
             lines += numbers
-        return np.array(lines, np.float64).reshape(-1, 6)
-    return parsed[0].reshape(-1, 6)
+        points = np.array(lines, np.float64).reshape(-1, 6)
+    else:
+        points = parsed[0].reshape(-1, 6)
+    if not np.isfinite(points).all():
+        raise ValueError(f"{path}: a NaN or infinite number in point {np.argmin(np.isfinite(points).all(1))}; correct "
+                         f"it by hand")
+    return points
 
 
 def _to_numbers(line: bytes) -> list[float]:
@@ -58,7 +64,10 @@ def _to_numbers(line: bytes) -> list[float]:
 def read_angles(path: Path) -> dict[str, float]:
     """{room: degrees} of Area_k_alignmentAngle.txt (lines "room degrees", comments with #)."""
     words = [line.split() for line in path.read_text().splitlines() if line.strip() and not line.startswith("#")]
-    return {room: float(degrees) for room, degrees in words}
+    try:
+        return {room: float(degrees) for room, degrees in words}
+    except ValueError:
+        raise ValueError(f"{path}: expected lines 'room degrees' (comments begin with #); download it again") from None
 
 
 def convert(job: tuple[Path, Path, float], normals: str) -> int:
@@ -117,6 +126,7 @@ def parse_args(argv=None):
 def main(argv=None) -> dict:
     args = parse_args(argv)
     jobs = find_jobs(args.raw, args.out, args.areas, args.align_angle)
+    check_writable(args.out)
     work = partial(convert, normals=args.normals)
     if args.num_workers > 1:
         with ProcessPoolExecutor(args.num_workers) as pool:

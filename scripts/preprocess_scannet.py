@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.mesh_io import read_mesh  # noqa: E402
 from data.point_classes import BENCHMARKS  # noqa: E402
 from data.points import COLUMNS, read_ply_vertices, write_cloud  # noqa: E402
+from utils.checkpoint import check_writable  # noqa: E402
 from utils.cli import ArgumentParser, run  # noqa: E402
 from utils.log import progress  # noqa: E402
 
@@ -114,6 +115,7 @@ def parse_args(argv=None):
 def main(argv=None) -> dict:
     args = parse_args(argv)
     jobs = find_jobs(args.raw, args.out, args.splits)
+    check_writable(args.out)
     work = partial(convert, table=read_label_table(args.raw / LABEL_TABLE))
     if args.num_workers > 1:
         with ProcessPoolExecutor(args.num_workers) as pool:
