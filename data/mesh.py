@@ -132,7 +132,8 @@ class PreparedMesh(NamedTuple):
 def prepare_mesh(path: str | Path, spec: MeshSpec, cache_dir: str | Path | None = None) -> PreparedMesh:
     """All that does not change from epoch to epoch, from the cache where the file and the settings are the same.
 
-    Raises what read_mesh raises, and ValueError where "hks" is asked of a mesh too large for it.
+    Raises what read_mesh raises, and ValueError where "hks" is asked of a mesh too large for it, and for coordinates
+    that 32 bits cannot hold.
     """
     names = {"vertices", "faces", "area", *(["neighbors"] if _wants_neighbors(spec) else []),
              *(["hks"] if "hks" in spec.features else [])}
@@ -147,12 +148,17 @@ def _wants_neighbors(spec):
 
 def _prepare(mesh, spec, path):
     vertices, faces = weld(mesh.vertices, mesh.faces)
-    vertices = normalize_vertices(vertices, faces, spec.unit)
+    with np.errstate(over="ignore", invalid="ignore"):      # told below
+        vertices = normalize_vertices(vertices, faces, spec.unit)
+        stored = vertices.astype(np.float32)
+    if not np.isfinite(stored).all():
+        raise ValueError(f"{path}: coordinates up to {np.abs(mesh.vertices).max():g} are too large; repair the file, "
+                         f"or correct model.unit")
     try:
         hks = heat_kernel_signature(vertices, faces) if "hks" in spec.features else None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    arrays = {"vertices": vertices.astype(np.float32), "faces": faces,
+    arrays = {"vertices": stored, "faces": faces,
               "neighbors": face_neighbors(faces) if _wants_neighbors(spec) else None,
               "area": face_geometry(vertices, faces)[2].astype(np.float32), "hks": hks}
     return {name: value for name, value in arrays.items() if value is not None}
@@ -280,7 +286,8 @@ class MeshDataset(Dataset):
     view, part), in order; view 0 is the mesh as it is, others are turned as the augmentation's mode and rotation_range
     say and clustered anew, always the same way; the parts of a view hold every face exactly once.
     Randomness depends on (seed, epoch, item) alone: not on workers, batch size or what ran before.
-    All files are read, checked and cached at construction, so that wrong data is found before training.
+    All files are read, checked and cached at construction, so that wrong data is found before training. Raises what
+    prepare_mesh and read_labels raise, and ValueError where label_dir has no label but IGNORE_INDEX.
     """
 
     files: Sequence[Path]
@@ -311,6 +318,9 @@ class MeshDataset(Dataset):
             kept += len(mesh.faces)
             if kept <= FACES_IN_MEMORY or self.cache_dir is None:
                 self._prepared[index] = mesh
+        if self.label_dir is not None and not any((label != IGNORE_INDEX).any() for label in self.labels):
+            raise ValueError(f"{self.files[0]}: not one face of {len(self.files)} meshes is labelled; check "
+                             f"data.ignore_labels and the label files")
         limit = self.spec.clusters_per_batch
         self.items = []                                     # (mesh, view, part)
         for index, count in enumerate(self.num_faces):

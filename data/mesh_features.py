@@ -13,6 +13,8 @@ from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import eigsh
 from threadpoolctl import threadpool_limits
 
+from utils.checks import did_you_mean, nearest
+
 HKS_TIMES = 16
 HKS_EIGENPAIRS = 128
 HKS_DENSE_BELOW = 1000          # vertices; a dense solve is faster and exact here
@@ -40,7 +42,8 @@ def feature_width(names) -> int:
     """Dg of a list of feature names. Raises ValueError for an unknown one."""
     unknown = [name for name in names if name not in FEATURES]
     if unknown:
-        raise ValueError(f"model.features: unknown {unknown}; choose from {list(FEATURES)}")
+        raise ValueError(f"model.features: unknown {unknown}; choose from {list(FEATURES)}"
+                         f"{did_you_mean(nearest(unknown[0], FEATURES))}")
     return sum(FEATURES[name] for name in names)
 
 
