@@ -171,6 +171,16 @@ def test_resuming_at_an_earlier_step_leaves_no_double_curves(tmp_path):
     assert len((tmp_path / "train.log").read_text().splitlines()) == 6 + 4         # the text keeps its history
 
 
+def test_a_record_whose_checkpoint_was_not_written_is_not_doubled(tmp_path):
+    """A stage without steps of its own: killed between its record and its checkpoint, it comes again at the same step."""
+    for push, later in ((0.5, []), (0.6, [(2, 6, 0.7)])):
+        with RunLog(tmp_path, tensorboard=False, resume_step=4) as log:
+            for epoch, step, miou in ([(0, 4, 0.4)] if not later else []) + [(1, 4, push), *later]:
+                log.evaluation(epoch, step, "val", {"miou": miou})
+    assert [(r["epoch"], r["step"], r["miou"]) for r in read_log(tmp_path / "log.jsonl")] == [(0, 4, 0.4), (1, 4, 0.6), (2, 6, 0.7)]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
 def test_append_keeps_all_records(tmp_path):
     run_steps(tmp_path, 1, 2, tensorboard=False)
     run_steps(tmp_path, 9, 9, tensorboard=False, append=True)

@@ -7,7 +7,7 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ class RunLog:
 
     rank: only 0 prints or writes. tensorboard: off leaves the events out. append: continue the files of an earlier run;
     otherwise they are moved to `log_dir/previous_N`. resume_step: continue at this step (implies append): records and
-    TensorBoard points after it are dropped, so that curves do not double. total_steps: for "120/3000" and the ETA.
+    TensorBoard points after it are dropped, so that curves do not double; a record at it that comes again is replaced.
+    total_steps: for "120/3000" and the ETA.
     wandb: None, or the keyword arguments of wandb.init; ValueError where wandb or tensorboard is not installed.
     """
 
@@ -34,12 +35,14 @@ class RunLog:
         self.dir, self.rank, self.total_steps = Path(log_dir), rank, total_steps
         self._text = self._records = self._board = self._wandb = None
         self._start = self._last = (time.monotonic(), resume_step or 0)      # (seconds, step)
+        self._resumed_at = set()                                             # the records at resume_step
         self._recent: deque[float] = deque(maxlen=9)                         # seconds per step, last intervals
         if rank != 0:
             return
         self.dir.mkdir(parents=True, exist_ok=True)
         if append or resume_step is not None:
-            _truncate(self.dir / "log.jsonl", resume_step)
+            kept = _rewrite(self.dir / "log.jsonl", lambda record: resume_step is None or record["step"] <= resume_step)
+            self._resumed_at = {_key(record) for record in kept if record["step"] == resume_step}
         else:
             set_aside(self.dir, "train.log", "log.jsonl", "events.out.tfevents.*")
         self._text = open(self.dir / "train.log", "a", buffering=1, encoding="utf-8")
@@ -96,6 +99,10 @@ class RunLog:
         taken = {"epoch", "step", "split"} & set(metrics)
         assert not taken, f"metrics may not be named {taken}: log.jsonl has these keys"
         record = _plain({"epoch": epoch, "step": step, "split": split, **metrics})
+        if _key(record) in self._resumed_at:       # it ended after writing this record and before its checkpoint
+            self._records.close()
+            _rewrite(self.dir / "log.jsonl", lambda other: _key(other) != _key(record))
+            self._records = open(self.dir / "log.jsonl", "a", buffering=1, encoding="utf-8")
         self._records.write(json.dumps(record, allow_nan=False) + "\n")
         numbers = {name: record[name] for name in metrics if type(record[name]) in (int, float)}
         self.scalars(step, {f"{split}/{name}": value for name, value in numbers.items()})
@@ -147,14 +154,22 @@ def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
     return records
 
 
-def _truncate(path: Path, last_step: int | None) -> None:
-    """Drop the records after `last_step` and a torn last line, in one rename."""
+def _key(record: Mapping) -> tuple:
+    return tuple(record.get(name) for name in ("epoch", "step", "split"))
+
+
+def _rewrite(path: Path, keep: Callable[[dict], bool]) -> list[dict]:
+    """Drop the records that `keep` is false for, and a torn last line, in one rename; returns the others."""
     if not path.exists():
-        return
-    records = [r for r in read_log(path) if last_step is None or r["step"] <= last_step]
+        return []
+    records = [record for record in read_log(path) if keep(record)]
     temporary = path.with_suffix(".jsonl.tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return records
 
 
 def set_aside(folder: Path, *patterns: str) -> None:
