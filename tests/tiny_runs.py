@@ -188,8 +188,8 @@ class Forked:
         """What it has used up so far: a moment in its course that does not depend on what else the machine does."""
         try:
             return int(Path(f"/proc/{self.pid}/schedstat").read_text().split()[0]) / 1e9
-        except (OSError, IndexError):
-            return float("inf")                                    # it has ended
+        except OSError:
+            return 0.0                                             # it has ended
 
     def running(self) -> bool:
         if self.code is None:
