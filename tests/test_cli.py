@@ -15,6 +15,7 @@ from utils.cli import (
     ArgumentParser,
     StopRequested,
     StopSignal,
+    Terminated,
     flags_config,
     flags_defaults,
     given_flags,
@@ -171,7 +172,9 @@ def test_debug_keeps_all_tracebacks(capsys, monkeypatch, error):
     (StopRequested(signal.SIGINT, "stopped at step 5; go on with --resume auto"), 130,
      "stopped at step 5; go on with --resume auto\n"),
     (StopRequested(signal.SIGTERM), 143, "stopped\n"),
-    (KeyboardInterrupt(), 130, "interrupted\n"),
+    (KeyboardInterrupt(), 130, "stopped with nothing to save; start again with: python train.py --debug\n"),
+    (Terminated(), 143, "stopped with nothing to save; start again with: python train.py --debug\n"),
+    (Terminated("aborted"), 143, "aborted\n"),
 ])
 def test_stopping_exits_as_a_shell_expects(capsys, monkeypatch, error, status, line):
     assert outcome(capsys, monkeypatch, error, ["train.py", "--debug"]) == (status, line)
@@ -286,7 +289,8 @@ run(main)
 @pytest.mark.parametrize("signals, argv, status, last_line", [
     ([signal.SIGINT], [], 130, "saved; go on with --resume auto"),
     ([signal.SIGTERM], [], 143, "saved; go on with --resume auto"),
-    ([signal.SIGINT, signal.SIGINT], ["deaf"], 130, "interrupted"),
+    ([signal.SIGINT, signal.SIGINT], ["deaf"], 130, "aborted within a step; --resume auto goes on from the last checkpoint"),
+    ([signal.SIGINT, signal.SIGTERM], ["deaf"], 143, "aborted within a step; --resume auto goes on from the last checkpoint"),
 ])
 def test_signals_to_a_real_process(signals, argv, status, last_line):
     process = subprocess.Popen([sys.executable, "-c", SCRIPT, *argv], cwd=ROOT, stdout=subprocess.PIPE,

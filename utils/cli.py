@@ -12,6 +12,7 @@
 import argparse
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -113,6 +114,10 @@ class StopRequested(Exception):
         self.signum, self.message = int(signum), message
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM where no StopSignal takes it, or a second time."""
+
+
 class StopSignal:
     """Context manager that turns Ctrl-C and SIGTERM into a request to stop after the current step.
 
@@ -123,7 +128,7 @@ class StopSignal:
                     save(); raise StopRequested(stop.requested, "continue with --resume auto")
 
     The first signal sets `requested` and prints one line. A second puts the previous handlers back and raises
-    KeyboardInterrupt. Outside the main thread, where Python allows no handlers, it does nothing.
+    KeyboardInterrupt (SIGTERM: Terminated). Outside the main thread, where Python allows no handlers, it does nothing.
     """
 
     def __init__(self):
@@ -151,7 +156,8 @@ class StopSignal:
             return
         if self.requested is not None:
             self.__exit__()
-            raise KeyboardInterrupt
+            raise (Terminated if signum == signal.SIGTERM else KeyboardInterrupt)(
+                "aborted within a step; --resume auto goes on from the last checkpoint")
         self.requested = signum
         # os.write: print() may not be entered again from a handler that interrupted it.
         os.write(2, f"{signal.Signals(signum).name}: finishing the step, then saving; again to abort\n".encode())
@@ -161,19 +167,34 @@ def run(main: Callable[[], Any]) -> None:
     """Call `main()` and turn what a user can cause and mend into one `error: ...` line on stderr.
 
     ValueError, OSError (a missing file, a full disk), FloatingPointError (the run diverged), memory used up: exit 2.
-    StopRequested: prints its message, exit 130 (Ctrl-C) or 143 (SIGTERM). KeyboardInterrupt: exit 130. Everything
-    else is a bug and keeps its traceback, exit 1; so do all errors where --debug is on the command line.
+    StopRequested: prints its message, exit 130 (Ctrl-C) or 143 (SIGTERM). So do Ctrl-C and SIGTERM where no StopSignal
+    takes them, such as while data are prepared; under torchrun, which ends its other processes by SIGTERM, that one
+    keeps its effect. Everything else is a bug and keeps its traceback, exit 1; so do all errors where --debug is on
+    the command line.
     """
+    process = os.getpid()
+
+    def terminate(signum, frame):
+        if os.getpid() != process:                 # a forked worker
+            os._exit(128 + signum)
+        raise Terminated
+
+    alone = threading.current_thread() is threading.main_thread() and "WORLD_SIZE" not in os.environ
+    previous = signal.signal(signal.SIGTERM, terminate) if alone else None
     try:
         main()
     except StopRequested as stop:
         _leave(128 + stop.signum, stop.message or "stopped")
-    except KeyboardInterrupt:
-        _leave(130, "interrupted")
+    except KeyboardInterrupt as stop:
+        again = f"stopped with nothing to save; start again with: {shlex.join(['python', *sys.argv])}"
+        _leave(143 if isinstance(stop, Terminated) else 130, str(stop) or again)
     except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
         if "--debug" in sys.argv or not (message := user_message(error)):
             raise
         _leave(2, f"error: {message}")
+    finally:
+        if alone:
+            signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
 
 
 def user_message(error: BaseException) -> str | None:
