@@ -209,7 +209,7 @@ class Forked:
                 os.killpg(self.pid, signal.SIGKILL)
                 os.waitpid(self.pid, 0)
                 raise TimeoutError(f"a run did not end in {timeout} s; its last words: {self.stdout[-500:]}{self.stderr[-500:]}")
-            time.sleep(0.005)
+            time.sleep(0.02)
         return self
 
 
