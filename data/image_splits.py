@@ -24,7 +24,7 @@ def read_class_file(path: str | Path) -> tuple[list[str], np.ndarray | None]:
         content = json.loads(text) if is_json else {"classes": []}
         names = [str(name) for name in content["classes"]]
         colors = np.array(content["palette"], dtype=np.int64) if "palette" in content else None
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f'{path}: expected {{"classes": [names], "palette": [[r, g, b], ...]}} in a .json file, lines '
                          f'such as "0 background" in others ({type(error).__name__}: {error})') from error
     if not is_json:
@@ -36,12 +36,12 @@ def read_class_file(path: str | Path) -> tuple[list[str], np.ndarray | None]:
 
 
 def _numbered_names(path, lines):
-    found = [re.fullmatch(r"(\d+)[\s:,;=]+(.+)", line) for line in lines]
+    found = [re.fullmatch(r"([0-9]{1,9})[\s:,;=]+(.+)", line) for line in lines]
     if not any(found):
         return lines
     if not all(found):
-        raise ValueError(f'{path}: "{lines[found.index(None)]}" has no number in front, other lines have; number all '
-                         f'classes ("0 background") or none')
+        raise ValueError(f'{path}: "{lines[found.index(None)][:60]}" has no number in front, other lines have; number '
+                         f'all classes ("0 background") or none')
     names = {int(match[1]): match[2] for match in found}
     if sorted(names) != list(range(len(lines))):
         raise ValueError(f"{path}: the numbers of {len(lines)} classes are {', '.join(match[1] for match in found)}; "

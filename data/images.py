@@ -31,7 +31,7 @@ from utils.losses import IGNORE_INDEX
 from utils.seed import derived_seed
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, AssertionError, Image.DecompressionBombError)
 MASK_MODES = ("L", "P", "1")                # grey, palette index, black and white
 ORIENTATION = 0x0112                        # the EXIF tag
 OUT_OF_RANGE = -1                           # in label_table: a file value that is no class

@@ -7,7 +7,12 @@ Degenerate, duplicate and non-manifold faces are kept: every one has a label.
 """
 
 import difflib
+import io
+import json
+import logging
+import math
 import re
+import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,8 +24,10 @@ import trimesh
 from utils.losses import IGNORE_INDEX
 
 MESH_SUFFIXES = (".obj", ".ply", ".off", ".stl", ".glb")
+NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 LABEL_FILES = ("{}.txt", "{}.npy", "{}_labels.npy", "{}.seg", "{}.eseg")
 LABEL_KINDS = ("auto", "face", "polygon", "vertex", "edge")
+logging.getLogger("trimesh").setLevel(logging.CRITICAL)      # it warns with tracebacks
 BOM = b"\xef\xbb\xbf"                              # what Windows editors put before UTF-8
 PLY_LABEL_NAMES = ("label", "labels", "class")
 PLY_CORNERS = ("vertex_indices", "vertex_index")
@@ -222,19 +229,19 @@ def _read_off(path: Path) -> Parsed:
         raise ValueError(f"{path}: holds something that is not a number; is it an OFF file?")
     value, count = parsed[0], parsed[1][parsed[1] > 0]                     # without empty lines
     start = np.cumsum(count) - count
-    V, F = (int(v) for v in value[:2]) if len(count) and count[0] >= 2 else (-1, -1)
+    V, F = (int(v) for v in value[:2]) if len(count) and count[0] >= 2 and np.isfinite(value[:2]).all() else (-1, -1)
     if V < 0 or F < 0 or len(count) < 1 + V + F or (V and count[1:1 + V].min() < 3):
         raise ValueError(f"{path}: {len(count)} lines do not hold the {V} vertices and {F} faces of the first; "
                          f"is the file cut short?")
     vertices = value[start[1:1 + V, None] + np.arange(3)]
     start, count = start[1 + V:1 + V + F], count[1 + V:1 + V + F]
-    sides = value[start].astype(np.int64)                                  # n i j k ... [colour]
+    sides = _indices(value[start], path)                                   # n i j k ... [colour]
     wrong = (sides < 0) | (sides >= count)
     if wrong.any():
         raise ValueError(f"{path}: face {np.argmax(wrong)} announces {sides[wrong][0]} corners, its line holds "
                          f"{count[wrong][0] - 1}")
     within = np.arange(sides.sum()) - np.repeat(np.cumsum(sides) - sides, sides)
-    return vertices, value[np.repeat(start, sides) + 1 + within].astype(np.int64), sides, None
+    return vertices, _indices(value[np.repeat(start, sides) + 1 + within], path), sides, None
 
 
 def _read_ply(path: Path) -> Parsed:
@@ -247,7 +254,14 @@ def _read_ply(path: Path) -> Parsed:
     label = next((face[n][0] for n in PLY_LABEL_NAMES if n in face and face[n][1] is None), None)
     if label is not None and len(label):
         label = _as_integers(label, path)
-    return vertices, index[0].astype(np.int64), index[1].astype(np.int64), label
+    return vertices, _indices(index[0], path), _indices(index[1], path), label
+
+
+def _indices(value: np.ndarray, path: Path) -> np.ndarray:
+    """value as int64; ValueError for what cannot be the number of a vertex or of corners, as 1.5."""
+    if value.dtype.kind == "f" and not ((np.abs(value) < 2 ** 53) & (value == np.round(value))).all():       # NaN too
+        raise ValueError(f"{path}: a face has an index that is no whole number; repair the file")
+    return value.astype(np.int64)
 
 
 def ply_columns(path: Path) -> tuple[dict[str, dict], list[str]]:
@@ -266,8 +280,8 @@ def ply_columns(path: Path) -> tuple[dict[str, dict], list[str]]:
         for name, length, properties in elements:
             types = [(n, *("f8" if format_ == "ascii" and t else t and order + t for t in ts)) for n, *ts in properties]
             columns[name], offset = _ply_element(data, offset, length, types)
-    except (ValueError, KeyError, IndexError) as error:
-        raise ValueError(f"{path}: cannot be read as PLY ({type(error).__name__}: {error}); "
+    except (ValueError, KeyError, IndexError, OverflowError) as error:
+        raise ValueError(f"{path}: cannot be read as PLY ({type(error).__name__}: {str(error)[:120]}); "
                          f"is it cut short or damaged?") from error
     return columns, comments
 
@@ -294,6 +308,8 @@ def _ply_header(data: bytes) -> tuple[str, list, list[str], int]:
             elements[-1][2].append((word[2], PLY_TYPES[word[1]], None))
     if format_ not in ("ascii", "binary_little_endian", "binary_big_endian"):
         raise ValueError(f"format {format_!r}")
+    if any(length < 0 for _, length, _ in elements):
+        raise ValueError("a negative number of elements")
     return format_, elements, comments, end.end()
 
 
@@ -330,6 +346,8 @@ def _ply_element(data: bytes, offset: int, length: int, properties: list) -> tup
 
 def _read_with_trimesh(path: Path) -> Parsed:
     try:
+        if path.suffix.lower() == ".glb":
+            _check_glb(path.read_bytes())
         scene = trimesh.load_scene(str(path), process=False, skip_materials=True)
         vertices, faces, total = [np.empty((0, 3))], [np.empty((0, 3), np.int64)], 0
         for name, mesh in scene.geometry.items():
@@ -338,8 +356,10 @@ def _read_with_trimesh(path: Path) -> Parsed:
                 faces.append(np.asarray(mesh.faces) + total)
                 total += len(mesh.vertices)
     except Exception as error:                      # a parser of somebody else's on a damaged file: anything may come
-        raise ValueError(f"{path}: cannot be read as {path.suffix[1:].upper()} "
-                         f"({type(error).__name__}: {error}); is it cut short or damaged?") from error
+        # an ImportError is of what trimesh tries next where a file is not what it seems: no word about that
+        why = "" if isinstance(error, ImportError) else f" ({type(error).__name__}: {error})"
+        raise ValueError(f"{path}: cannot be read as {path.suffix[1:].upper()}{why}; is it cut short or damaged?"
+                         ) from error
     vertices, faces = np.concatenate(vertices), np.concatenate(faces)
     if path.suffix.lower() == ".stl" and len(vertices):
         order = np.lexsort(vertices.T)
@@ -348,6 +368,19 @@ def _read_with_trimesh(path: Path) -> Parsed:
         merged[order] = np.cumsum(new) - 1
         vertices, faces = vertices[order[new]], merged[faces]
     return vertices, faces.reshape(-1).astype(np.int64), np.full(len(faces), 3), None
+
+
+def _check_glb(data: bytes) -> None:
+    """ValueError where a chunk or an accessor announces more than the file holds: trimesh would take the memory."""
+    at = 12
+    while at + 8 <= len(data):
+        length, kind = struct.unpack_from("<I4s", data, at)
+        if length > len(data) - at - 8:
+            raise ValueError(f"a chunk of {length} bytes, {len(data) - at - 8} are left")
+        tree = json.loads(data[at + 8:at + 8 + length]) if kind == b"JSON" else {}
+        if max((accessor["count"] for accessor in tree.get("accessors", [])), default=0) > len(data):
+            raise ValueError(f"an accessor counts more elements than the file has bytes, {len(data)}")
+        at += 8 + length
 
 
 def list_meshes(mesh_dir: str | Path, suffixes: Sequence[str] = ()) -> list[Path]:
@@ -426,8 +459,8 @@ def _read_label_file(path: Path) -> np.ndarray:
         raise FileNotFoundError(f"{path}: no such label file; check the path")
     if path.suffix.lower() == ".npy":
         try:
-            label = np.load(path, allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
+            label = parse_npy(np.memmap(path, np.uint8, "r"))
+        except ValueError as error:
             raise ValueError(f"{path}: cannot be read as an array ({error}); save it with numpy.save") from error
         if label.dtype.kind not in "biuf" or max(label.shape, default=1) != label.size:
             raise ValueError(f"{path}: {label.dtype} {label.shape}; one number per face is expected, not scores")
@@ -448,12 +481,26 @@ def _read_label_file(path: Path) -> np.ndarray:
     raise ValueError(f"{path}: cannot be read as numbers")
 
 
+def parse_npy(data: bytes | np.ndarray) -> np.ndarray:
+    """The array in the bytes of a .npy file, as a copy. ValueError for whatever is wrong with them; no memory is taken
+    for more than they hold, and nothing is unpickled."""
+    stream = io.BytesIO(bytes(data[:1 << 16]))
+    try:
+        shape, by_column, dtype = NPY_HEADERS[np.lib.format.read_magic(stream)](stream)
+    except Exception as error:                      # numpy has Python parse the header: SyntaxError, TokenError ...
+        raise ValueError(f"damaged header: {type(error).__name__}: {' '.join(str(error).split())[:120]}") from error
+    if min(shape, default=1) < 0 or math.prod(shape) * dtype.itemsize > len(data) - stream.tell():
+        raise ValueError(f"{dtype} {shape} needs more than its {len(data)} bytes; is it cut short?")
+    array = np.frombuffer(data, dtype, math.prod(shape), stream.tell())
+    return array.reshape(shape, order="F" if by_column else "C").copy()
+
+
 def _as_integers(label: np.ndarray, path: Path) -> np.ndarray:
     """label as int64; ValueError for an empty array and for values that are not whole numbers."""
     if len(label) == 0:
         raise ValueError(f"{path}: no labels in it; one label per face is expected")
     if label.dtype.kind == "f":
-        wrong = ~np.isfinite(label) | (label != np.round(label))
+        wrong = ~(np.abs(label) < 2 ** 53) | (label != np.round(label))    # NaN too
         if wrong.any():
             raise ValueError(f"{path}: {wrong.sum()} of {len(label)} labels are no integers, the first is number "
                              f"{np.argmax(wrong)} (from 0): {label[wrong][0]:g}; labels are class numbers")

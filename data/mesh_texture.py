@@ -105,7 +105,8 @@ def _read_obj(path: Path) -> dict[str, np.ndarray]:
     uv = parse_numbers(b"\n".join(positions), np.float64)
     # Of corners like 7/1/3 the second number, with a 0 behind it, so that one that is not there (7 or 7//3) becomes 0.
     index = parse_numbers(re.sub(rb"[^\s/]+/?([^\s/]*)\S*", rb"\g<1>0", b"\n".join(faces)), np.int64)
-    if uv is None or index is None or uv[1].min(initial=2) < 2:
+    if (uv is None or index is None or uv[1].min(initial=2) < 2 or len(index[1]) != len(faces)
+            or index[1].min(initial=3) < 3):
         raise ValueError(f"{path}: the texture coordinates cannot be read; 'vt u v' and 'f v/vt ...' are expected")
     start = np.cumsum(uv[1]) - uv[1]
     uv = uv[0][start[:, None] + np.arange(2)]                                    # (number of vt, 2)
@@ -200,7 +201,9 @@ def _picture(text: str, folder: Path) -> dict:
             found["clamp"] = values == ["on"]
         elif option in ("s", "o"):
             default = 1.0 if option == "s" else 0.0
-            found["scale" if option == "s" else "offset"] = (*map(float, values[:2]), default)[:2]
+            found["scale" if option == "s" else "offset"] = pair = (*map(float, values[:2]), default)[:2]
+            if not np.isfinite(pair).all():
+                raise ValueError
     return {**found, "image": _file(folder, text.strip('"'))}
 
 

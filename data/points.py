@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from data.mesh_io import ply_columns
+from data.mesh_io import parse_npy, ply_columns
 from data.point_transforms import (
     MAX_GRID_INDEX,
     NORMAL_NEIGHBORS,
@@ -55,6 +55,7 @@ from utils.seed import derived_seed
 CLOUD_SUFFIXES = (".npz", ".npy", ".ply")
 POINTS_IN_MEMORY = 30_000_000               # about 1.2 GB; clouds beyond this are read again for every item
 FAR = 10_000                                # metres; float64 coordinates beyond this are moved before rounding
+LARGEST = 1e15                              # float32 still squares it, int64 still counts its voxels
 WIDEST = 500.0                              # metres; a wider cloud is probably in millimetres or centimetres
 FIELDS = {"coord": ("coord", "coords", "xyz", "points", "pos"), "color": ("color", "colors", "rgb"),
           "normal": ("normal", "normals"), "label": ("segment", "label", "labels", "class", "semantic")}
@@ -120,7 +121,7 @@ def read_cloud(path: str | Path, label_field: str | None = None) -> PointCloud:
                          f"folder with coord.npy")
     try:
         raw = _read_fields(path, label_field)
-    except (ValueError, KeyError, IndexError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (ValueError, KeyError, IndexError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         if str(error).startswith(f"{path}: "):              # told already, by the reader of PLY files
             raise
         raise ValueError(f"{path}: cannot be read ({type(error).__name__}: {error}); is it cut short or damaged?"
@@ -135,13 +136,15 @@ def read_cloud(path: str | Path, label_field: str | None = None) -> PointCloud:
         if value is None:
             continue
         raw[name] = value = value.reshape(-1) if name == "label" else value
+        if value.dtype.kind not in "biuf":
+            raise ValueError(f"{path}: {name} of type {value.dtype}; numbers are expected")
         if value.shape != ((len(coord),) if name == "label" else (len(coord), 3)):
             raise ValueError(f"{path}: {name} of shape {value.shape} for {len(coord)} points; one row a point, in the "
                              f"order of the coordinates")
-    finite = np.isfinite(coord).all(1)
+    finite = ((coord > -LARGEST) & (coord < LARGEST)).all(1)
     if not finite.all():
-        raise ValueError(f"{path}: {(~finite).sum()} of {len(coord)} points have a NaN or infinite coordinate, the "
-                         f"first is point {finite.argmin()}; remove them")
+        raise ValueError(f"{path}: {(~finite).sum()} of {len(coord)} points have a NaN or infinite coordinate, or one "
+                         f"beyond {LARGEST:g}, the first is point {finite.argmin()}; remove them")
     warnings: list[str] = []
     if (farthest := np.abs(coord).max()) > FAR:                            # float32 rounds these to centimetres
         if coord.dtype == np.float32:
@@ -161,13 +164,14 @@ def read_cloud(path: str | Path, label_field: str | None = None) -> PointCloud:
 def _read_fields(path, label_field):
     """{"coord": ..., "color": ..., "normal": ..., "label": ...} as far as the file has them."""
     if path.is_dir():
-        return _named({file.stem: file for file in path.glob("*.npy")}, np.load, label_field)
+        return _named({file.stem: file for file in path.glob("*.npy")}, _read_npy, label_field)
     if path.suffix.lower() == ".npz":
-        with np.load(path, allow_pickle=False) as file:
-            return _named({name: name for name in file.files}, file.__getitem__, label_field)
+        with zipfile.ZipFile(path) as file:
+            return _named({name.removesuffix(".npy"): name for name in file.namelist()},
+                          lambda name: parse_npy(file.read(name)), label_field)
     if path.suffix.lower() == ".ply":
         return _from_columns(read_ply_vertices(path), label_field)
-    array = np.load(path, allow_pickle=False)
+    array = _read_npy(path)
     if array.dtype.names:
         return _from_columns({name: array[name] for name in array.dtype.names}, label_field)
     if array.ndim != 2 or array.shape[1] not in PLAIN_COLUMNS:
@@ -177,6 +181,10 @@ def _read_fields(path, label_field):
         width = 1 if name == "label" else 3
         raw[name], begin = array[:, begin:begin + width], begin + width
     return raw
+
+
+def _read_npy(path):
+    return parse_npy(np.memmap(path, np.uint8, "r"))
 
 
 def _label_names(label_field):
@@ -240,7 +248,8 @@ def write_cloud(folder: str | Path, **arrays: np.ndarray) -> None:
 def _as_color(color, path, warnings):
     if color is None or color.dtype == np.uint8:
         return color
-    color = color.astype(np.float32)
+    with np.errstate(over="ignore"):                        # told below
+        color = color.astype(np.float32)
     if not (color.min() >= 0 and color.max() <= 255):       # NaN too
         raise ValueError(f"{path}: colours from {color.min():g} to {color.max():g}; expected 0..255 (or 0..1)")
     if 0 < color.max() <= 1:
@@ -250,14 +259,17 @@ def _as_color(color, path, warnings):
 
 
 def _as_unit(normal):
-    normal = np.nan_to_num(normal.astype(np.float32), nan=0, posinf=0, neginf=0)
-    length = np.linalg.norm(normal, axis=1, keepdims=True)
-    return normal / np.where(length > 0, length, 1)
+    """Unit normals, 0 for those that are 0, NaN or beyond all sizes."""
+    with np.errstate(over="ignore"):
+        normal = normal.astype(np.float32)
+        length = np.linalg.norm(normal, axis=1, keepdims=True)
+    usable = np.isfinite(length) & (length > 0)
+    return np.where(usable, normal / np.where(usable, length, 1), np.float32(0))
 
 
 def _as_integers(label, path):
-    if label.dtype.kind not in "iub":
-        wrong = ~(np.isfinite(label) & (label == np.floor(label)))
+    if label.dtype.kind == "f":
+        wrong = ~((np.abs(label) < 2 ** 53) & (label == np.floor(label)))               # NaN too
         if wrong.any():
             raise ValueError(f"{path}: label {label[wrong.argmax()]} of point {wrong.argmax()} ({wrong.sum()} in all) "
                              f"is not a whole number")
@@ -305,7 +317,7 @@ def read_classes(path: str | Path) -> ClassList:
             if palette.dtype.kind not in "iu" or palette.min() < 0 or palette.max() > 255:
                 raise ValueError("the colours of the palette must be whole numbers from 0 to 255")
             palette = palette.astype(np.uint8)
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f'{path}: expected a list of class names or {{"classes": [...], "ignore_index": -1}}; '
                          f"{type(error).__name__}: {error}") from error
     return ClassList(list(names), tuple(sorted(ignored)), palette)
@@ -352,8 +364,8 @@ def find_clouds(root: str | Path, split: str | Sequence[str]) -> list[Path]:
 def _read_json(path, kind, expected):
     try:
         value = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(value, kind):
         raise ValueError(f"{path}: expected {expected}, got a {type(value).__name__}")
     return value

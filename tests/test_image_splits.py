@@ -57,6 +57,7 @@ def test_classes(tmp_path):
 @pytest.mark.parametrize("content, message", [
     ("{", "expected"), ("[1, 2]", "expected"), ('{"classes": ["a"]}', "1 names"), ('{"names": []}', "expected"),
     ('{"classes": ["a", "b"], "palette": [[0, 0, 0], [0, 0, 300]]}', "0 to 255"),
+    ('{"classes": ["a", "b"], "palette": [[0, 0, 0], [0, 0, 1e400]]}', "expected"), ('{"classes": ' + "[" * 5000, "expected"),
     ('{"classes": ["a", "b"], "palette": [[0, 0], [0, 0]]}', "palette of shape"), ('{"classes": ["a"], "palette": [[0], [0, 1]]}', "expected"),
 ])
 def test_wrong_class_files_are_refused(tmp_path, content, message):
@@ -90,7 +91,7 @@ def test_the_class_file_named_wins_then_json(tmp_path):
 
 @pytest.mark.parametrize("content, message", [
     ("1 a\n2 b", "the numbers of 2 classes are 1, 2; expected each of 0 to 1"), ("0 a\n0 b", "expected each of 0 to 1"),
-    ("0 a\nb", '"b" has no number in front')])
+    ("0 a\nb", '"b" has no number in front'), ("0 a\n" + "1" * 5000 + " b", "has no number in front")])
 def test_wrong_lists_of_names_are_refused(tmp_path, content, message):
     (tmp_path / "classes.txt").write_text(content)
     with pytest.raises(ValueError, match=message):

@@ -563,6 +563,15 @@ def test_wrong_files_are_named_when_met(tmp_path):
         SegmentationDataset([pair], 20, 3, views="windows")
 
 
+def test_a_palette_image_without_palette_is_refused(tmp_path):
+    Image.new("P", (4, 4)).save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    start = data.index(b"PLTE") - 4
+    (tmp_path / "a.png").write_bytes(data[:start] + data[start + 12 + int.from_bytes(data[start:start + 4]):])
+    with pytest.raises(ValueError, match="a.png: this image cannot be read"):
+        read_image(tmp_path / "a.png")
+
+
 @pytest.mark.parametrize("changes, message", [
     ({"scale_range": (2.0, 0.5)}, "scale_range"), ({"scale_range": (0, 1)}, "scale_range"), ({"contrast": (-1, 1)}, "contrast"),
     ({"saturation": (1,)}, "saturation"), ({"flip": 1.5}, "flip"), ({"hue": -0.1}, "hue"), ({"contrast": 1.5}, "contrast"),

@@ -114,11 +114,15 @@ def test_read_log_leaves_out_a_torn_last_line_only(tmp_path):
     path.write_text('{"step": 1}\n\n{"step": 2}\n{"step": 3, "mi')
     assert read_log(path) == [{"step": 1}, {"step": 2}]
     path.write_text('{"step": 1}\n{"step": 2, \n{"step": 3}\n')
-    with pytest.raises(ValueError, match="log.jsonl: line 2 is not JSON"):
+    with pytest.raises(ValueError, match="log.jsonl: line 2 is not a record"):
         read_log(path)
     path.write_text('{"step": 1}\n{"step": 2,\n')              # whole, but broken: no crash writes this
     with pytest.raises(ValueError, match="line 2"):
         read_log(path)
+    for line in (b"5", b'{"epoch": 1}', b"\xff{}", b"[" * 5000, b'{"step": ' + b"1" * 5000 + b"}"):
+        path.write_bytes(line + b'\n{"step": 1}\n')
+        with pytest.raises(ValueError, match="log.jsonl: line 1 is not a record"):
+            read_log(path)
     path.write_text("")
     assert read_log(path) == []
     with pytest.raises(FileNotFoundError):

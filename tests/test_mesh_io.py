@@ -1,5 +1,6 @@
 """Meshes: order of faces, each format against trimesh where that keeps the order, each error. Labels likewise."""
 
+import io
 import json
 import random
 import re
@@ -239,7 +240,16 @@ MIXED = ply("binary_little_endian", [[0, 1, 2], [0, 1, 2, 3]], [0, 1])
     ("a.off", "OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 -1\n", "face 0 uses vertex -1"),
     ("a.off", "OFF\n3 0 0\n0 0 0\n1 0 0\n0 1 0\n", "no faces"),
     ("a.off", "OFF\n3 1 0\n0 0 0\n1 nan 0\n0 1 0\n3 0 1 2", "1 of 3 vertices have a NaN or infinite coordinate"),
+    ("a.off", "OFF\n3 nan 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n", "is the file cut short?"),
+    ("a.off", "OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 1.5\n", "no whole number"),
+    ("a.off", "OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n1e300 0 1 2\n", "no whole number"),
+    ("a.ply", ply("ascii", [[0, 1, 1.5]]), "no whole number"),
+    ("a.ply", ply("ascii", [[0, 1, 2]]).replace("element face 1", "element face -1"), "a negative number of elements"),
+    ("a.ply", ply("ascii", [[0, 1, 2]]).replace("element face 1", f"element face {10**30}"), "cannot be read as PLY"),
+    ("a.ply", ply("ascii", [[0, 1, 2]]).replace("\n3 ", "\n1e400 "), "cannot be read as PLY"),
     ("a.stl", b"\0" * 20, "no faces"),
+    ("a.glb", b"glTF\2\0\0\0\x20\0\0\0\xf0\xff\xff\xffJSON{}", "a chunk of 4294967280 bytes, 2 are left"),
+    ("a.glb", b'glTF\2\0\0\0\x38\0\0\0\x24\0\0\0JSON{"accessors": [{"count": 10000000}]}', "an accessor counts more elements"),
     ("a.glb", b"glTF not at all", "cannot be read as GLB"),
     ("a.objj", "", "did you mean .obj?"),
     ("a.fbx", "", "'.fbx' is not a mesh suffix"),
@@ -358,12 +368,17 @@ def test_label_value_errors(tmp_path, square, text, kwargs, message):
         read_labels(path, square, **{"num_classes": 3, **kwargs})
 
 
+np.save(npy := io.BytesIO(), np.array([0, 1, 2]))
+NPY = npy.getvalue()
+
+
 def test_label_file_errors(tmp_path, square):
     with pytest.raises(FileNotFoundError, match="no such label file"):
         read_labels(tmp_path / "none.txt", square)
     with pytest.raises(ValueError, match="'.json' is no label suffix"):
         read_labels(write(tmp_path / "l.json", "[]"), square)
-    for content in (b"", b"no array", b"\x93NUMPY\x01\x00"):
+    for content in (b"", b"no array", b"\x93NUMPY\x01\x00", NPY.replace(b"(3,)", b"(3, "), NPY.replace(b"'<i8'", b"'<08'"),
+                    NPY.replace(b"(3,), }         ", b"(1000000000,), }"), NPY.replace(b"(3,), ", b"(-1,),"), NPY[:-1]):
         with pytest.raises(ValueError, match="cannot be read as an array"):
             read_labels(write(tmp_path / "l.npy", content), square)
     for array in (np.zeros((3, 4)), np.array(["a", "b", "c"]), np.array([0, None, 1], object)):

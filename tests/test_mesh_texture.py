@@ -246,6 +246,7 @@ def test_a_changed_material_file_counts_although_the_mesh_is_cached(obj, tmp_pat
     ("f 1/1 2/2 3/3", "f 1/1 2/2 3/-4", ValueError, "texture coordinate -4 of 3"),
     ("f 1/1 2/2 3/3", "f 1/1 2/x 3/3", ValueError, "cannot be read"),
     ("vt 1 0", "vt 1", ValueError, "cannot be read"),
+    ("f 1/1 2/2 3/3", "f 1/1 2/2 3/3\nf", ValueError, "a.obj: the texture coordinates cannot be read"),
     ("vt 1 0", "vt 1 inf", ValueError, "coordinate of inf"),
     ("vt 1 0", "vt 1 -3e38", ValueError, "coordinate of 3e"),
 ])
@@ -256,7 +257,7 @@ def test_wrong_obj_files_are_named(obj, before, after, error, message):
 
 
 def test_wrong_material_lines_are_named(obj):
-    for line in ("Kd 1 0", "Kd red", "Kd nan 0 0", "newmtl"):
+    for line in ("Kd 1 0", "Kd red", "Kd nan 0 0", "newmtl", "map_Kd -s 1e400 1 1 a.png"):
         obj.with_suffix(".mtl").write_text(f"newmtl a\n{line}\n")
         with pytest.raises(ValueError, match=f"a.mtl: line 2 cannot be read: '{line}'"):
             read_mtl(obj.with_suffix(".mtl"))

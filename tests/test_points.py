@@ -1,7 +1,9 @@
 """data/points.py: every format gives the same cloud, every defect is one clear line, scores belong to raw points."""
 
+import io
 import json
 import re
+import zipfile
 
 import numpy as np
 import pytest
@@ -25,6 +27,15 @@ from data.points import (
 from utils.losses import IGNORE_INDEX
 
 PLAIN = PointSpec(grid_size=0.25)
+np.save(npy := io.BytesIO(), np.zeros((4, 3)))
+NPY = npy.getvalue()
+
+
+def zipped(**members):
+    with zipfile.ZipFile(file := io.BytesIO(), "w") as archive:
+        for name, content in members.items():
+            archive.writestr(f"{name}.npy", content)
+    return file.getvalue()
 
 
 def arrays(seed=0, n=300, num_classes=4):
@@ -154,6 +165,9 @@ def test_every_defect_names_the_file(tmp_path, change, message):
 
 
 @pytest.mark.parametrize("name, content", [("a.npz", b"PK\3\4 cut"), ("a.npy", b"\x93NUMPY"), ("a.ply", b"ply\nformat"),
+                                           ("a.npy", NPY.replace(b"(4, 3)", b"(4, 3 ")), ("a.npy", NPY[:-1]),
+                                           ("a.npz", zipped(coord=NPY[1:])), ("a.npz", zipped(coord=NPY, label=NPY.replace(b"}", b"("))),
+                                           ("a.npz", zipped(coord=NPY.replace(b"(4, 3), }    ", b"(40000000, 3),}"))),
                                            ("a.ply", b"ply\nformat ascii 1.0\nelement vertex 2\nproperty float x\n"
                                                      b"end_header\n1\n"),
                                            ("a.ply", b"ply\nformat ascii 1.0\nelement face 0\nend_header\n")])
@@ -162,6 +176,18 @@ def test_damaged_files_are_told(tmp_path, name, content):
     with pytest.raises(ValueError, match="cannot be read.*damaged") as error:
         read_cloud(tmp_path / name)
     assert str(error.value).count(name) == 1 and "\n" not in str(error.value)
+
+
+def test_numbers_beyond_all_sizes(tmp_path):
+    with pytest.raises(ValueError, match="3 of 4 points have .* or one beyond 1e[+]15, the first is point 1"):
+        read_cloud(save(tmp_path / "a.npz", {"coord": np.diag([1e300] * 4)[1:].T}))
+    with pytest.raises(ValueError, match="colours from 0 to inf"):
+        read_cloud(save(tmp_path / "a.npz", {"coord": np.zeros((4, 3)), "color": np.eye(4)[:, :3] * 1e300}))
+    with pytest.raises(ValueError, match="label of type <U1; numbers"):
+        read_cloud(save(tmp_path / "a.npz", {"coord": np.zeros((4, 3)), "label": np.array(list("abcd"))}))
+    with np.errstate(all="raise"):
+        normal = read_cloud(save(tmp_path / "a.npz", {"coord": np.zeros((3, 3)), "normal": [[0, 0, 1e300], [np.nan, 0, 1], [0, 0, 2]]})).normal
+    assert normal.tolist() == [[0, 0, 0], [0, 0, 0], [0, 0, 1]]
 
 
 def test_unknown_paths_and_suffixes(tmp_path):
@@ -226,7 +252,7 @@ def test_read_classes(tmp_path):
     assert names == ["a"] and ignored == (-1, 255) and palette.tolist() == [[1, 2, 3]]
     for text in ("{", "3", '{"names": []}', '["a", "a"]', '[1]', '{"classes": ["a"], "palette": [[1, 2]]}',
                  '{"classes": ["a"], "palette": [[0, 0, 300]]}', '{"classes": ["a"], "palette": [[0, 0.5, 1]]}',
-                 '{"classes": ["a"], "ignore_index": ["none"]}'):
+                 '{"classes": ["a"], "ignore_index": ["none"]}', '{"classes": ["a"], "ignore_index": 1e400}', "[" * 5000):
         (tmp_path / "c.json").write_text(text)
         with pytest.raises(ValueError, match="c.json: expected a list of class names"):
             read_classes(tmp_path / "c.json")

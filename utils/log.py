@@ -141,16 +141,19 @@ def progress(iterable: Iterable, description: str, total: int | None = None) -> 
 
 
 def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The records of a log.jsonl. A last line cut off by a crash is left out; ValueError names a broken line before."""
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    """The records of a log.jsonl, each a dict with its step. A last line cut off by a crash is left out; ValueError
+    names a broken line before."""
+    lines = Path(path).read_bytes().split(b"\n")
     records = []
     for number, line in enumerate(lines, start=1):
         try:
             if line.strip():
                 records.append(json.loads(line))
-        except json.JSONDecodeError as error:
+                if not isinstance(records[-1], dict) or not isinstance(records[-1].get("step"), int):
+                    raise ValueError("a record with its step is expected")
+        except (ValueError, RecursionError) as error:
             if number < len(lines):                            # a whole line ends with a newline, so that "" follows it
-                raise ValueError(f"{path}: line {number} is not JSON ({error.msg}): {line[:60]!r}") from error
+                raise ValueError(f"{path}: line {number} is not a record ({error}): {line[:60]!r}") from error
     return records
 
 
