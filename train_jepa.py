@@ -20,6 +20,7 @@ import math
 import shlex
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from data.mesh import Augmentation, MeshDataset, MeshSpec, custom_collate_fn, feature_statistics, split_meshes
-from data.mesh_features import FEATURES
+from data.mesh_features import FEATURES, NUM_DESCRIPTORS
 from data.mesh_io import list_meshes
 from data.mesh_masks import MaskedMeshes, MaskSpec, masked_collate_fn
 from models.jepa import Jepa, momentum_at, prediction_loss, start_momentum, variance_covariance, weight_decay_at
@@ -62,8 +63,9 @@ LAYOUT_VERSION = 1                                          # of what a checkpoi
 AT_LEAST = {1: ("model.embedding_dim", "model.num_heads", "model.num_attention_blocks",
                 "model.num_attention_blocks_predictor", "training.epochs", "training.batch_size", "monitor.meshes",
                 "probe.max_faces", "logging.log_interval"),
-            0: ("loss.alpha", "loss.beta", "loss.gamma", "training.gradient_clip_val", "scheduler.warmup_epochs",
-                "monitor.interval", "monitor.warmup_epochs", "probe.interval", "checkpointing.save_interval")}
+            0: ("loss.alpha", "loss.beta", "loss.gamma", "loss.delta", "training.gradient_clip_val",
+                "scheduler.warmup_epochs", "monitor.interval", "monitor.warmup_epochs", "probe.interval",
+                "checkpointing.save_interval")}
 COMPARED_ON_RESUME = ("data", "model", "masking", "loss", "ema", "training", "optimizer", "scheduler", "augmentation")
 FREE_ON_RESUME = ("training.batch_size", "training.resume")            # steps are compared as well
 
@@ -105,12 +107,13 @@ DEFAULTS = {
         "num_mask_blocks": 4,                               # target blocks of a mesh
         "target_scale": [0.15, 0.20],                       # share of the clusters in one of them
         "context_scale": [0.85, 1.0],                       # share in the context, before the targets are taken out
+        "whole_share": 0.0,                                 # of the meshes: shown whole, only their descriptors count
     },
     "loss": {
-        "target": Setting("face", (str,), ("face", "cluster")),
-        "alpha": 1.0,                                       # smooth-L1 between prediction and target
+        "alpha": 1.0,                                       # I-JEPA: smooth-L1 to the teacher's embedding
         "beta": 0.0,                                        # VICReg's variance term on the student's output; 0 = off
         "gamma": 0.0,                                       # VICReg's covariance term; its paper: beta 25, gamma 1
+        "delta": 1.0,                                       # smooth-L1 to descriptors of all faces; 0 = I-JEPA alone
     },
     "ema": {"momentum": Setting("auto", (str, float))},     # at the start, rising to 1; auto: 1 - 10 / steps
     "training": {
@@ -206,6 +209,9 @@ def check_config(config: Config) -> None:
     if config.probe.interval and not config.model.n_classes:
         raise ValueError("probe.interval is set, but model.n_classes is not; the probe has to know how many there are")
     mask_spec(config)
+    if config.masking.whole_share and not config.loss.delta:
+        raise ValueError("masking.whole_share shows meshes without a target, which teach nothing where loss.delta=0; "
+                         "change one of them")
     start_momentum(config.ema.momentum, 1000)
 
 
@@ -225,7 +231,8 @@ def mask_spec(config: Config) -> MaskSpec:
     for key in ("target_scale", "context_scale"):
         if len(masking[key]) != 2:
             raise ValueError(f"masking.{key}={masking[key]}: expected the smallest and the largest share")
-    return MaskSpec(masking.num_mask_blocks, tuple(masking.target_scale), tuple(masking.context_scale))
+    return MaskSpec(masking.num_mask_blocks, tuple(masking.target_scale), tuple(masking.context_scale),
+                    masking.whole_share)
 
 
 def split_files(config: Config) -> tuple[list[Path], list[Path]]:
@@ -239,11 +246,19 @@ def split_files(config: Config) -> tuple[list[Path], list[Path]]:
     return split_meshes(files, split)
 
 
-def build_dataset(config: Config, files: list[Path], label_dir: str | None, views: int, seed: int = 0) -> MeshDataset:
-    """views 0: training, augmented; views 1: every mesh as it is. label_dir None: labels are not read."""
-    return MeshDataset(files, label_dir, mesh_spec(config), config.model.n_classes, augmentation(config), views,
-                       config.data.label_offset, config.data.ignore_labels, config.data.label_kind,
-                       config.paths.cache_dir, seed)
+def build_dataset(config: Config, files: list[Path], seed: int = 0, **more) -> MeshDataset:
+    """Training meshes, without labels unless `more` has a label_dir."""
+    settings = {"label_dir": None, "augmentation": augmentation(config), **more}
+    return MeshDataset(files, spec=mesh_spec(config), num_classes=config.model.n_classes,
+                       label_offset=config.data.label_offset, ignore_labels=config.data.ignore_labels,
+                       label_kind=config.data.label_kind, cache_dir=config.paths.cache_dir, seed=seed, **settings)
+
+
+def fixed_dataset(config: Config, files: list[Path], label_dir: str | None) -> MeshDataset:
+    """For monitors and probe: every mesh turned its own way, always the same, and not changed otherwise. As they lie in
+    their files, all figures may stand upright, and position alone would tell a head from a foot."""
+    turned = Augmentation(config.augmentation.mode, tuple(config.augmentation.rotation_range), recluster=True)
+    return build_dataset(config, files, label_dir=label_dir, augmentation=turned)
 
 
 def random_encoder(config: Config, seed: int, trained: Nomeformer | None = None) -> Nomeformer:
@@ -265,7 +280,7 @@ def random_encoder(config: Config, seed: int, trained: Nomeformer | None = None)
 def build_model(config: Config, encoder: Nomeformer) -> Jepa:
     model = config.model
     return Jepa(copy.deepcopy(encoder), model.num_attention_blocks_predictor, model.num_heads, model.mlp_ratio,
-                config.loss.target)
+                NUM_DESCRIPTORS if config.loss.delta else 0)
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
@@ -273,19 +288,26 @@ def to_device(batch: dict, device: torch.device) -> dict:
 
 
 def forward(network: nn.Module, batch: dict):
-    return network(batch["features"], batch["mask"], batch["centroid"], batch["visible"], batch["target"])
+    return network(batch["features"], batch["mask"], batch["centroid"], batch["visible"], batch["target"],
+                   batch.get("descriptors"))
 
 
-def compute_loss(out, config: Config, batch: dict) -> dict:
-    """The step's loss, mean over the valid target slots of all processes, and its parts (VICReg's are per process)."""
-    total, count = prediction_loss(out.prediction, out.target, out.valid)
-    mean = total * world_size() / all_reduce_sum(count).clamp(min=1)             # DDP takes the mean over processes
-    loss, parts = config.loss.alpha * mean, {"prediction": mean}
+def compute_loss(out, config: Config) -> dict:
+    """The step's loss and its parts. Prediction and descriptors are means over the faces of all processes (VICReg's
+    terms are per process)."""
+    parts = {"prediction": global_mean(*prediction_loss(out.prediction, out.target, out.valid))}
+    loss = config.loss.alpha * parts["prediction"]
+    if config.loss.delta:
+        parts["descriptors"] = global_mean(*prediction_loss(out.described, out.descriptors, out.described_valid))
+        loss = loss + config.loss.delta * parts["descriptors"]
     if config.loss.beta or config.loss.gamma:
-        visible = batch["mask"] & batch["visible"][..., None]
-        parts["variance"], parts["covariance"] = variance_covariance(out.context, visible)
+        parts["variance"], parts["covariance"] = variance_covariance(out.context, out.seen)
         loss = loss + config.loss.beta * parts["variance"] + config.loss.gamma * parts["covariance"]
     return {"loss": loss, **parts}
+
+
+def global_mean(total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    return total * world_size() / all_reduce_sum(count).clamp(min=1)             # DDP takes the mean over processes
 
 
 # -- one epoch ---------------------------------------------------------------------------------------------------------
@@ -302,7 +324,7 @@ def train_one_epoch(network, model, loader, optimizer, scheduler, scaler, totals
                 group["weight_decay"] = weight_decay_at(state["step"], total_steps, *config.training.weight_decay)
         with autocast(device, amp_dtype):
             out = forward(network, batch)
-        parts = compute_loss(out, config, batch)
+        parts = compute_loss(out, config)
         scaler.scale(parts["loss"]).backward()
         optimizer_step(optimizer, scheduler, scaler, config.training.gradient_clip_val)
         model.update_target(momentum_at(state["step"], total_steps, momentum))   # after the optimiser's step
@@ -329,9 +351,9 @@ def train_one_epoch(network, model, loader, optimizer, scheduler, scaler, totals
 # -- monitors and probe ------------------------------------------------------------------------------------------------
 
 def monitor_batch(config: Config, files: list[Path], seed: int) -> dict:
-    """A fixed batch of up to monitor.meshes evenly spaced meshes (or crops), as they are, with fixed masks."""
+    """A fixed batch of up to monitor.meshes evenly spaced meshes (or crops) with fixed masks."""
     chosen = files[::-(-len(files) // config.monitor.meshes)]
-    dataset = MaskedMeshes(build_dataset(config, chosen, None, views=1), mask_spec(config), seed)
+    dataset = MaskedMeshes(fixed_dataset(config, chosen, None), replace(mask_spec(config), whole_share=0.0), seed)
     items = range(0, len(dataset), -(-len(dataset) // config.monitor.meshes))
     return masked_collate_fn([dataset[item] for item in items])
 
@@ -344,8 +366,8 @@ class Probe:
         label_dir = paths.label_dir or paths.mesh_dir
         val_label_dir = label_dir if paths.val_mesh_dir is None else paths.val_label_dir or paths.val_mesh_dir
         every = -(-sum(num_faces) // config.probe.max_faces)                     # num_faces of the training meshes
-        self.train = build_dataset(config, train_files[::every], label_dir, views=1)
-        self.val = build_dataset(config, val_files, val_label_dir, views=1)
+        self.train = fixed_dataset(config, train_files[::every], label_dir)
+        self.val = fixed_dataset(config, val_files, val_label_dir)
         self.baselines: dict[str, dict] = {}
 
     @torch.no_grad()
@@ -437,7 +459,7 @@ def test_only(args, config, checkpoint, path, device, amp_dtype) -> dict:
     if is_main():
         print(f"{path}: {monitor_line(values)}", flush=True)
     if config.probe.interval and is_main():
-        prober = Probe(config, train_files, val_files, build_dataset(config, train_files, None, views=1).num_faces)
+        prober = Probe(config, train_files, val_files, build_dataset(config, train_files).num_faces)
         prober.prepare(start, device)
         scores = prober.score(model.target_encoder)
         print(prober.report(scores, checkpoint["epoch"]), flush=True)
@@ -478,7 +500,7 @@ def main(argv=None) -> dict:
     for turn in (True, False):
         if is_main() == turn:
             train_files, val_files = split_files(config)
-            meshes = build_dataset(config, train_files, None, 0, args.seed)
+            meshes = build_dataset(config, train_files, args.seed, descriptors=config.loss.delta > 0)
             train_set = MaskedMeshes(meshes, mask_spec(config), args.seed)
             watched = monitor_batch(config, val_files or train_files, args.seed)
         barrier()
@@ -490,7 +512,10 @@ def main(argv=None) -> dict:
     start = random_encoder(config, args.seed, None if checkpoint is None else load_model(checkpoint, device).encoder)
     if checkpoint is None:
         start.feature_mean[:], start.feature_std[:] = feature_statistics(meshes)
-    model = build_model(config, start).to(device)
+    model = build_model(config, start)
+    if checkpoint is None and config.loss.delta:
+        model.descriptor_mean[:], model.descriptor_std[:] = feature_statistics(meshes, "descriptors")
+    model = model.to(device)
     untrained = measure(model, start, watched, args.seed)
     if checkpoint is not None:
         messages.append(load_weights(model, checkpoint["model"], resume_path, what="model"))

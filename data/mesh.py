@@ -27,6 +27,7 @@ from torch.utils.data import Dataset
 
 from data.mesh_clusters import connected_clusters, recursive_bisection
 from data.mesh_features import (
+    HEAT_RADII,
     HKS_EIGENPAIRS,
     face_features,
     face_geometry,
@@ -34,6 +35,7 @@ from data.mesh_features import (
     feature_width,
     heat_kernel_signature,
     normalize_vertices,
+    surface_descriptors,
     weld,
 )
 from data.mesh_io import find_label_file, read_labels, read_mesh
@@ -45,7 +47,7 @@ from utils.seed import derived_seed
 CACHE_VERSION = 2                   # raise it when prepare_mesh computes something else
 FACES_IN_MEMORY = 20_000_000        # prepared meshes beyond this are read again from the cache
 PADDING = {"features": 0.0, "embedding": 0.0, "centroid": 0.0, "area": 0.0, "label": IGNORE_INDEX, "mask": False,
-           "face_index": -1, "texture_sequences": 0.0, "texture_masks": False}
+           "face_index": -1, "descriptors": 0.0, "texture_sequences": 0.0, "texture_masks": False}
 
 
 @dataclass(frozen=True)
@@ -118,27 +120,31 @@ class Augmentation:
 
 class PreparedMesh(NamedTuple):
     """vertices (V, 3) float32 normalised, faces (F, 3) int64 in file order, neighbors (F, 3) or None, area (F,) of the
-    faces in squared length units, hks (F, 16) or None."""
+    faces in squared length units, hks (F, 16) or None, descriptors (F, 64) of `surface_descriptors` or None."""
 
     vertices: np.ndarray
     faces: np.ndarray
     neighbors: np.ndarray | None
     area: np.ndarray
     hks: np.ndarray | None
+    descriptors: np.ndarray | None
 
 
 # -- preparing ---------------------------------------------------------------------------------------------------------
 
-def prepare_mesh(path: str | Path, spec: MeshSpec, cache_dir: str | Path | None = None) -> PreparedMesh:
+def prepare_mesh(path: str | Path, spec: MeshSpec, cache_dir: str | Path | None = None,
+                 descriptors: bool = False) -> PreparedMesh:
     """All that does not change from epoch to epoch, from the cache where the file and the settings are the same.
 
-    Raises what read_mesh raises, and ValueError where "hks" is asked of a mesh too large for it, and for coordinates
-    that 32 bits cannot hold.
+    descriptors: also the targets of pre-training. Raises what read_mesh raises, and ValueError where "hks" or
+    descriptors are asked of a mesh too large for it, and for coordinates that 32 bits cannot hold.
     """
-    names = {"vertices", "faces", "area", *(["neighbors"] if _wants_neighbors(spec) else []),
-             *(["hks"] if "hks" in spec.features else [])}
-    settings = [CACHE_VERSION, spec.unit, _wants_neighbors(spec), HKS_EIGENPAIRS if "hks" in spec.features else 0]
-    arrays = cached_arrays(path, settings, names, cache_dir, lambda: _prepare(read_mesh(path), spec, path))
+    hks = "hks" in spec.features
+    names = {"vertices", "faces", "area", *["neighbors"] * _wants_neighbors(spec), *["hks"] * hks,
+             *["descriptors"] * descriptors}
+    settings = [CACHE_VERSION, spec.unit, _wants_neighbors(spec), HKS_EIGENPAIRS if hks else 0,
+                *[HEAT_RADII] * descriptors]
+    arrays = cached_arrays(path, settings, names, cache_dir, lambda: _prepare(read_mesh(path), spec, path, descriptors))
     return PreparedMesh(**{name: arrays.get(name) for name in PreparedMesh._fields})
 
 
@@ -146,7 +152,7 @@ def _wants_neighbors(spec):
     return "dihedral" in spec.features or spec.clustering != "bisection"
 
 
-def _prepare(mesh, spec, path):
+def _prepare(mesh, spec, path, descriptors):
     vertices, faces = weld(mesh.vertices, mesh.faces)
     with np.errstate(over="ignore", invalid="ignore"):      # told below
         vertices = normalize_vertices(vertices, faces, spec.unit)
@@ -155,12 +161,13 @@ def _prepare(mesh, spec, path):
         raise ValueError(f"{path}: coordinates up to {np.abs(mesh.vertices).max():g} are too large; repair the file, "
                          f"or correct model.unit")
     try:
-        hks = heat_kernel_signature(vertices, faces) if "hks" in spec.features else None
+        hks = heat_kernel_signature(vertices, faces) if descriptors or "hks" in spec.features else None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     arrays = {"vertices": stored, "faces": faces,
               "neighbors": face_neighbors(faces) if _wants_neighbors(spec) else None,
-              "area": face_geometry(vertices, faces)[2].astype(np.float32), "hks": hks}
+              "area": face_geometry(vertices, faces)[2].astype(np.float32), "hks": hks,
+              "descriptors": surface_descriptors(vertices, faces, hks) if descriptors else None}
     return {name: value for name, value in arrays.items() if value is not None}
 
 
@@ -302,6 +309,7 @@ class MeshDataset(Dataset):
     cache_dir: str | Path | None = None
     seed: int = 0
     description: str = "preparing meshes"
+    descriptors: bool = False               # items also have `descriptors` (N, F, 64), the targets of pre-training
 
     def __post_init__(self) -> None:
         self.epoch = 0
@@ -312,7 +320,7 @@ class MeshDataset(Dataset):
         kept = 0
         self.num_faces = []
         for index, path in enumerate(progress(self.files, self.description)):
-            mesh = prepare_mesh(path, self.spec, self.cache_dir)
+            mesh = prepare_mesh(path, self.spec, self.cache_dir, self.descriptors)
             self.labels.append(self._read_labels(path, len(mesh.faces)))
             self.num_faces.append(len(mesh.faces))
             kept += len(mesh.faces)
@@ -352,12 +360,13 @@ class MeshDataset(Dataset):
     def mesh(self, index: int) -> PreparedMesh:
         """The prepared mesh of files[index]."""
         if index not in self._prepared:
-            return prepare_mesh(self.files[index], self.spec, self.cache_dir)
+            return prepare_mesh(self.files[index], self.spec, self.cache_dir, self.descriptors)
         return self._prepared[index]
 
     def __getitem__(self, item: int) -> dict:
         """features (N, F, Dg) float32, label (N, F) int64, mask (N, F) bool, face_index (N, F) int64 (-1 = padding),
-        centroid (N, F, 3) and area (N, F; of the mesh before augmentation) float32, index of the mesh in `files`."""
+        centroid (N, F, 3) and area (N, F; of the mesh before augmentation) float32, index of the mesh in `files`; with
+        `descriptors` these as well (N, F, 64; of the mesh before augmentation)."""
         index, view, part = self.items[item]
         rng = np.random.default_rng(derived_seed(view) if self.views else derived_seed(self.seed, self.epoch, item))
         if not self.views:
@@ -379,7 +388,7 @@ class MeshDataset(Dataset):
             chosen = torch.from_numpy(values[name])[gather]                      # (N, F, ...)
             return torch.where(mask.view(mask.shape + (1,) * (chosen.ndim - 2)), chosen, PADDING[name])
 
-        return {**{name: pick(name) for name in ("features", "label", "centroid", "area")}, "mask": mask,
+        return {**{name: pick(name) for name in values}, "mask": mask,
                 "face_index": torch.from_numpy(face_index), "index": index}
 
     def _tokens(self, index, augmentation, recluster, rng):
@@ -390,7 +399,8 @@ class MeshDataset(Dataset):
         centroid = mesh.vertices.take(mesh.faces, 0).mean(1)                     # (F, 3)
         face_index = self._clusters(centroid, mesh.neighbors, rng if recluster else None)
         features = face_features(mesh.vertices, mesh.faces, self.spec.features, mesh.neighbors, mesh.hks)
-        return face_index, {"features": features, "label": self.labels[index], "centroid": centroid, "area": mesh.area}
+        values = {"features": features, "label": self.labels[index], "centroid": centroid, "area": mesh.area}
+        return face_index, values if mesh.descriptors is None else {**values, "descriptors": mesh.descriptors}
 
     def _clusters(self, centroid, neighbors, rng):
         size, count = self.spec.faces_per_cluster, self._num_clusters(len(centroid))
@@ -497,13 +507,14 @@ def custom_collate_fn(batch: Sequence[dict]) -> dict:
     return out
 
 
-def feature_statistics(dataset: MeshDataset, max_items: int = 200) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation (Dg,) of the features over the faces of up to max_items evenly spaced items, as
-    training sees them. A constant feature gets 1 for its deviation."""
+def feature_statistics(dataset: MeshDataset, name: str = "features",
+                       max_items: int = 200) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation (Dg,) of the features, or of another entry of the items, over the faces of up to
+    max_items evenly spaced items, as training sees them. A constant feature gets 1 for its deviation."""
     total = square = count = 0
     for item in range(0, len(dataset), max(1, -(-len(dataset) // max_items))):
         sample = dataset[item]
-        values = sample["features"][sample["mask"]].double()                     # (faces, Dg)
+        values = sample[name][sample["mask"]].double()                     # (faces, Dg)
         total, square, count = total + values.sum(0), square + (values**2).sum(0), count + len(values)
     mean = total / count
     std = (square / count - mean**2).clamp(min=0).sqrt()

@@ -10,7 +10,7 @@ import numpy as np
 import scipy.sparse as sp
 from scipy.linalg import eigh
 from scipy.sparse.csgraph import connected_components
-from scipy.sparse.linalg import eigsh
+from scipy.sparse.linalg import eigsh, splu
 from threadpoolctl import threadpool_limits
 
 from utils.checks import did_you_mean, nearest
@@ -23,6 +23,8 @@ MAX_COTANGENT = 20.0            # of an angle of 2.9 degrees
 GROUND_BELOW, GROUND_ABOVE = 0.99, 0.01     # pull on the ground plane of what lies below it and above it
 GROUND_CELL = 0.05              # roughness: cell of the grid, as a share of the mesh's diameter
 TINY = 1e-12
+HEAT_RADII = (0.1, 0.25, 0.5)   # of the surroundings in `surface_descriptors`, in square roots of the mesh's area
+NUM_DESCRIPTORS = HKS_TIMES * (1 + len(HEAT_RADII))
 
 # name -> width; the order here is the order of the columns. All but the last are computed from the augmented vertices.
 FEATURES = {
@@ -283,3 +285,28 @@ def _component_signature(vertices, faces, num_eigenpairs):
     times = np.geomspace(4 * np.log(10) / value.max(), 4 * np.log(10) / value.min(), HKS_TIMES)
     decay = np.exp(-value[:, None] * times)                                     # (K, 16)
     return np.log(np.maximum(squared @ decay / decay.sum(0), 1e-6))
+
+
+# -- targets of pre-training -------------------------------------------------------------------------------------------
+
+def surface_descriptors(vertices: np.ndarray, faces: np.ndarray, hks: np.ndarray) -> np.ndarray:
+    """What lies around a face, near and far: its heat-kernel signature, and the signature averaged over surroundings of
+    growing radius. vertices (V, 3), faces (F, 3), hks (F, 16) -> (F, 64) float32.
+
+    The average is one implicit step of heat diffusion on the surface, (M + t L) x = M signature with t = radius^2 / 4
+    (the step of Crane et al. 2013, "Geodesics in Heat"); what is not connected does not mix.
+    """
+    stiffness, mass = cotangent_laplacian(vertices.astype(np.float64), faces)
+    weight = face_geometry(vertices, faces)[2].astype(np.float64) + TINY        # (F,)
+    total = np.bincount(faces.ravel(), np.repeat(weight, 3), len(mass))
+    signature = np.stack([np.bincount(faces.ravel(), np.repeat(weight * column, 3), len(mass)) for column in hks.T],
+                         axis=1) / np.maximum(total, TINY)[:, None]             # (V, 16)
+    area = mass.sum()
+    if area <= 0:
+        return np.tile(hks, len(HEAT_RADII) + 1)
+    mass = np.maximum(mass, 1e-9 * area / len(mass))                            # unused vertices have none
+    out = [hks]
+    for radius in HEAT_RADII:
+        step = splu((sp.diags(mass) + radius**2 / 4 * area * stiffness).tocsc())
+        out.append(step.solve(mass[:, None] * signature)[faces].mean(1))
+    return np.concatenate(out, axis=1, dtype=np.float32)

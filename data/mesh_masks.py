@@ -26,6 +26,7 @@ class MaskSpec:
     num_targets: int = 4
     target_scale: tuple[float, float] = (0.15, 0.20)        # share of the clusters in one target block
     context_scale: tuple[float, float] = (0.85, 1.0)        # share of them in the context, before the targets go
+    whole_share: float = 0.0                                # of the meshes: they are shown whole, and have no targets
 
     def __post_init__(self) -> None:
         if self.num_targets < 1:
@@ -33,6 +34,8 @@ class MaskSpec:
         for name, (low, high) in (("target_scale", self.target_scale), ("context_scale", self.context_scale)):
             if not 0 < low <= high <= 1:
                 raise ValueError(f"masking.{name}={[low, high]}: expected two shares, 0 < low <= high <= 1")
+        if not 0 <= self.whole_share < 1:
+            raise ValueError(f"masking.whole_share={self.whole_share}: expected a share from 0 to below 1")
 
 
 def sample_masks(center: np.ndarray, spec: MaskSpec, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -110,6 +113,8 @@ class MaskedMeshes(Dataset):
             epoch = 0 if self.dataset.views else self.epoch
             rng = np.random.default_rng(derived_seed(self.seed, epoch, item, MASK_STREAM))
             visible, target = sample_masks(center, self.spec, rng)
+            if rng.random() < self.spec.whole_share:
+                visible[:], target[:] = True, False
         return {**sample, "visible": torch.from_numpy(visible), "target": torch.from_numpy(target)}
 
 

@@ -33,12 +33,13 @@ def encoder(seed=0, **changes):
     return Nomeformer(SPEC.feature_dim, **{"embed_dim": 16, "num_heads": 2, "num_attention_blocks": 2, **changes})
 
 
-def jepa(seed=0, target="face", **changes):
-    return Jepa(encoder(seed, **changes), depth=2, num_heads=2, target=target)
+def jepa(seed=0, num_surface=0, **changes):
+    return Jepa(encoder(seed, **changes), depth=2, num_heads=2, num_surface=num_surface)
 
 
 def forward(model, batch):
-    return model(batch["features"], batch["mask"], batch["centroid"], batch["visible"], batch["target"])
+    return model(batch["features"], batch["mask"], batch["centroid"], batch["visible"], batch["target"],
+                 batch.get("descriptors"))
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +118,19 @@ def test_masks_depend_on_seed_epoch_and_item_alone(meshes):
     assert torch.equal(before, fixed[1]["target"])          # an evaluation set never changes
 
 
+def test_a_share_of_the_meshes_is_shown_whole(meshes):
+    part = MaskedMeshes(masked(meshes).dataset, MaskSpec(whole_share=0.5), 0)
+    whole = []
+    for epoch in range(40):
+        part.set_epoch(epoch)
+        item = part[0]
+        whole.append(bool(item["visible"].all()))
+        assert item["target"].any() != whole[-1]
+    assert 10 < sum(whole) < 30
+    with pytest.raises(ValueError, match="masking.whole_share=1"):
+        MaskSpec(whole_share=1)
+
+
 def test_padded_clusters_are_in_no_mask(batch):
     clusters = batch["mask"].any(-1)                        # (B, N)
     assert not clusters[0].all() and batch["target"].shape[1] == 4
@@ -164,9 +178,8 @@ def test_teacher_sees_all_clusters_with_the_valid_mask(meshes, batch):
     assert ((changed - output)[1].abs().amax((1, 2)) > 1e-6).all()
 
 
-@pytest.mark.parametrize("target", ["face", "cluster"])
-def test_targets_are_layer_normed_teacher_outputs(batch, target):
-    model = jepa(target=target)
+def test_targets_are_layer_normed_teacher_outputs(batch):
+    model = jepa()
     with torch.no_grad():
         for parameter in model.target_encoder.parameters():
             parameter.add_(0.1)                             # so that student and teacher differ
@@ -177,9 +190,9 @@ def test_targets_are_layer_normed_teacher_outputs(batch, target):
     torch.testing.assert_close(slots.var(-1, unbiased=False), torch.ones(len(slots)), atol=1e-3, rtol=0)
     b, m, n = (int(i) for i in batch["target"].nonzero()[5])
     raw = model.target_encoder(batch["features"], batch["mask"], batch["centroid"])[b, n][batch["mask"][b, n]]
-    raw = raw[0] if target == "face" else raw.mean(0)
+    raw = raw[0]
     expected = (raw - raw.mean()) / (raw.var(unbiased=False) + 1e-5).sqrt()
-    torch.testing.assert_close(out.target[5, 0] if target == "face" else out.target[5], expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(out.target[5, 0], expected, atol=1e-4, rtol=0)
 
 
 def step(model, batch, optimizer, momentum=0.9):
@@ -208,14 +221,47 @@ def test_teacher_is_the_moving_average_of_the_student(batch):
     assert parameter_distance(model.target_encoder, model.encoder) > 1e-3
 
 
-@pytest.mark.parametrize("target", ["face", "cluster"])
-def test_gradient_reaches_the_whole_predictor_and_the_student(batch, target):
-    model = jepa(target=target)
+@pytest.mark.parametrize("num_surface", [0, 5])
+def test_gradient_reaches_the_whole_predictor_and_the_student(batch, num_surface):
+    model, batch = jepa(num_surface=num_surface), {**batch}
+    if num_surface:
+        batch["descriptors"] = torch.randn(*batch["mask"].shape, num_surface)
     out = forward(model, batch)
-    prediction_loss(out.prediction, out.target, out.valid)[0].backward()
-    missing = [name for name, p in model.predictor.named_parameters() if p.grad is None or not p.grad.any()]
-    assert not missing
-    assert model.encoder.embed.weight.grad.any() and model.encoder.summary_token.grad.any()
+    loss = prediction_loss(out.prediction, out.target, out.valid)[0]
+    if num_surface:
+        loss = loss + prediction_loss(out.described, out.descriptors, out.described_valid)[0]
+    loss.backward()
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert not missing or missing == [name for name in missing if name.startswith("encoder.blocks")]
+
+
+def test_the_student_computes_its_own_clusters_alone_and_nothing_changes(batch):
+    model = jepa().eval()
+    context = model.encoder(batch["features"], batch["mask"], batch["centroid"], batch["visible"])     # hides the others
+    out = forward(model, batch)
+    for b, visible in enumerate(batch["visible"]):
+        count = int(visible.sum())
+        torch.testing.assert_close(out.context[b, :count], context[b, visible], atol=1e-5, rtol=0)
+        assert not out.context[b, count:].any() and not out.seen[b, count:].any()
+
+
+def test_descriptors_are_features_and_surroundings_standardised_of_hidden_and_visible_faces(batch):
+    model = jepa(num_surface=2).eval()
+    model.encoder.feature_mean[:], model.encoder.feature_std[:] = 0.5, 2.0
+    model.descriptor_mean[:], model.descriptor_std[:] = torch.tensor([1.0, 2.0]), torch.tensor([4.0, 0.5])
+    known = torch.randn(*batch["mask"].shape, 2)
+    out = forward(model, {**batch, "descriptors": known})
+    b, _, n = batch["target"].nonzero(as_tuple=True)
+    expected = torch.cat([(batch["features"] - 0.5) / 2, (known - torch.tensor([1.0, 2.0])) / torch.tensor([4.0, 0.5])], -1)
+    visible = batch["mask"] & batch["visible"][..., None]
+    wanted = out.descriptors[out.described_valid]
+    hidden_count = int(batch["mask"][b, n].sum())
+    torch.testing.assert_close(wanted[:hidden_count], expected[b, n][batch["mask"][b, n]])
+    torch.testing.assert_close(wanted[hidden_count:], expected[visible])
+    noisy = batch["features"].clone()
+    noisy[~batch["visible"]] += 100
+    changed = forward(model, {**batch, "features": noisy, "descriptors": known + 1})
+    torch.testing.assert_close(changed.described[out.described_valid], out.described[out.described_valid], atol=1e-5, rtol=0)
 
 
 def test_dropout_of_the_student_never_reaches_the_teacher(batch):

@@ -17,6 +17,7 @@ from data.mesh_features import (
     feature_width,
     heat_kernel_signature,
     normalize_vertices,
+    surface_descriptors,
     weld,
 )
 
@@ -488,3 +489,29 @@ def test_ground_of_a_single_wall_is_level_across():
     centroid = wall.triangles_center[:, 2]
     np.testing.assert_allclose(height - height.mean(), centroid - centroid.mean(), atol=0.1)
     assert height.min() < 0.5
+
+
+# -- targets of pre-training -------------------------------------------------------------------------------------------
+
+def test_surface_descriptors_average_the_signature_over_growing_surroundings():
+    sphere = trimesh.creation.icosphere(subdivisions=3)
+    vertices, faces = np.asarray(sphere.vertices) * (1, 1, 2), np.asarray(sphere.faces)
+    area = face_geometry(vertices, faces)[2]
+    signature = np.random.default_rng(0).normal(size=(len(faces), 16)).astype(np.float32)
+    scales = surface_descriptors(vertices, faces, signature).reshape(len(faces), 4, 16)
+    assert scales.dtype == np.float32 and np.array_equal(scales[:, 0], signature)
+    spread = scales.std(0).mean(-1)                                             # of the four scales
+    assert (np.diff(spread) < 0).all() and spread[3] < 0.1 * spread[0]
+    mean = (area[:, None, None] * scales).sum(0) / area.sum()                   # heat is conserved
+    assert np.allclose(mean, mean[0], atol=2e-3)
+    assert np.allclose(surface_descriptors(vertices * 7 + 3, faces, signature).reshape(scales.shape), scales, atol=1e-4)
+
+
+def test_surface_descriptors_do_not_mix_what_is_not_connected_and_survive_no_area():
+    ball = trimesh.creation.icosphere(subdivisions=2)
+    faces = np.concatenate([ball.faces, ball.faces + len(ball.vertices)])
+    vertices = np.concatenate([ball.vertices, ball.vertices + 0.1, [[9.0, 9, 9]]])         # and a vertex of no face
+    half = np.repeat([[1.0], [2.0]], len(ball.faces), axis=0).astype(np.float32) * np.ones((1, 16), np.float32)
+    assert np.allclose(surface_descriptors(vertices, faces, half), np.tile(half, 4), atol=1e-4)
+    flat = surface_descriptors(np.zeros_like(vertices), faces, half)
+    assert np.array_equal(flat, np.tile(half, 4))

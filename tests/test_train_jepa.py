@@ -218,10 +218,10 @@ def test_every_monitor_has_a_bound_in_the_config():
 
 # -- settings ----------------------------------------------------------------------------------------------------------
 
-def test_targets_per_cluster_and_the_variance_terms(config, tmp_path):
-    train(config, tmp_path / "run", "loss.target=cluster", "loss.beta=1", "loss.gamma=0.04", "training.epochs=1")
+def test_all_terms_of_the_loss(config, tmp_path):
+    train(config, tmp_path / "run", "loss.beta=1", "loss.gamma=0.04", "training.epochs=1")
     record = read_log(tmp_path / "run" / "log" / "log.jsonl")[0]
-    assert record["loss"] == pytest.approx(record["prediction"] + record["variance"] + 0.04 * record["covariance"])
+    assert record["loss"] == pytest.approx(record["prediction"] + record["descriptors"] + record["variance"] + 0.04 * record["covariance"])
 
 
 def test_without_validation_or_labels(config, data, tmp_path):
@@ -262,7 +262,7 @@ def test_weight_decay_momentum_and_masks_follow_the_steps(config, tmp_path, monk
     ("masking.target_scale=[0.2]", "target_scale"),
     ("masking.context_scale=[0.9,0.8]", "context_scale"),
     ("ema.momentum=1.0", "ema.momentum"),
-    ("loss.tarjet=face", "did you mean loss.target"),
+    ("loss.delte=1", "did you mean loss.delta"),
     ("model.embedding_dim=18", "multiple of"),
     ("model.faces_per_cluster=400", "one cluster"),
     ("model.num_attention_blocks_predictor=0", "num_attention_blocks_predictor"),
