@@ -27,6 +27,8 @@ from utils.config import Config, Setting
 ROOT = Path(__file__).resolve().parents[1]
 # torch.OutOfMemoryError by name (this module does without torch), CUDA's words, the CPU allocator's, NumPy's.
 NO_MEMORY = re.compile("OutOfMemoryError|out of memory|can't allocate memory|MemoryError", re.IGNORECASE)
+# gloo's words, the store's, NCCL's.
+LOST_PROCESS = re.compile("connection (closed|reset) by peer|connection was likely closed|communicator was abort", re.I)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -171,7 +173,27 @@ def run(main: Callable[[], Any]) -> None:
     takes them, such as while data are prepared; under torchrun, which ends its other processes by SIGTERM, that one
     keeps its effect. Everything else is a bug and keeps its traceback, exit 1; so do all errors where --debug is on
     the command line.
+
+    One of several processes (torchrun's WORLD_SIZE) leaves at once, whatever happened: what libraries do at the end of
+    Python can wait there for another process, which may be gone or wait for this one.
     """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return _run(main)
+    status = 1
+    try:
+        _run(main)
+        status = 0
+    except SystemExit as stop:
+        status = stop.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _run(main: Callable[[], Any]) -> None:
     process = os.getpid()
 
     def terminate(signum, frame):
@@ -203,6 +225,8 @@ def user_message(error: BaseException) -> str | None:
     Where no `raise` of this repository made the message, it may be a bug after all: its type and place are added.
     """
     text = " ".join(str(error).split())
+    if isinstance(error, RuntimeError) and (lost := LOST_PROCESS.search(text)):
+        return f"another process of this run has ended ({lost[0]}); its own message says why"
     if isinstance(error, RuntimeError | MemoryError):
         if not NO_MEMORY.search(f"{type(error).__name__} {text}"):
             return None

@@ -162,6 +162,9 @@ class EpochBatchSampler(Sampler[list[int]]):
         if batch_size < 1 or group < 1 or not 0 <= self.rank < self.world:
             raise ValueError(f"batch_size {batch_size}, group {group}, rank {self.rank}, world {self.world}: "
                              f"need at least 1, and rank below world")
+        if world is None and len(counts := {*all_gather(num_items)}) > 1:
+            raise ValueError(f"the processes see {' and '.join(map(str, sorted(counts)))} training items: all machines "
+                             f"need the same data")
         self.bounds = self._cut(drop_last)         # of each global micro-batch
         if not self.bounds:
             raise ValueError(f"{num_items} training items for {self.world} processes: each needs at least one. "

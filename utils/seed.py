@@ -86,8 +86,12 @@ def derived_seed(*integers: int) -> int:
 
 
 def seed_worker(worker_id: int) -> None:
-    """DataLoader's worker_init_fn: Python and NumPy follow the worker's torch seed; one thread per worker."""
+    """DataLoader's worker_init_fn: Python and NumPy follow the worker's torch seed; one thread per worker; and a
+    process group of its own: a signal to the group of the main process (torchrun sends it so) is not for the workers,
+    with which the main process finishes its step before it saves."""
     seed = torch.initial_seed()                                # the loader's base seed + worker_id
     random.seed(seed)
     np.random.seed(seed % NUMPY_SEEDS)
     torch.set_num_threads(1)                                   # or each worker starts a pool as large as the machine
+    if torch.utils.data.get_worker_info() is not None and hasattr(os, "setpgid"):
+        os.setpgid(0, 0)

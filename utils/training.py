@@ -123,7 +123,11 @@ def rng_entries() -> dict:
 
 def restore_rng(checkpoint: Mapping | None, seed: int, step: int) -> None:
     """Every process goes on with the state it had; where it had none (a fresh start, more processes than before), those
-    behind the first draw numbers of their own, so that each drops out different elements."""
+    behind the first draw numbers of their own, so that each drops out different elements. ValueError where they go on
+    from different steps."""
+    if len(steps := {*all_gather(step)}) > 1:
+        raise ValueError(f"the processes go on from different steps ({', '.join(map(str, sorted(steps)))}): the output "
+                         f"folder must be the same for all of them, on a file system that the machines share")
     others = [] if checkpoint is None else checkpoint.get("rng_others", [])
     if checkpoint is not None and is_main():
         set_rng_state(checkpoint["rng"])
