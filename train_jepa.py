@@ -317,6 +317,8 @@ def train_one_epoch(network, model, loader, optimizer, scheduler, scaler, totals
     """Steps of one epoch from state["batch"] on. totals sums the losses of the epoch; returns False if stopped."""
     network.train()
     momentum = start_momentum(config.ema.momentum, total_steps)
+    if args.limit_batches and state["batch"] >= args.limit_batches:              # stopped right there, and resumed
+        return True
     for batch in loader:
         batch = to_device(batch, device)
         for group in optimizer.param_groups:
@@ -334,7 +336,7 @@ def train_one_epoch(network, model, loader, optimizer, scheduler, scaler, totals
         state["step"] += 1
         state["batch"] += 1
         if state["step"] % config.logging.log_interval == 0:                     # the only wait for the GPU
-            loss = parts["loss"].item()
+            loss = float(all_reduce_sum(parts["loss"].detach())) / world_size()
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss} at step {state['step']} (learning rate "
                                          f"{scheduler.get_last_lr()[-1]:.2e}); lower optimizer.learning_rate or use "
