@@ -807,6 +807,8 @@ def main(argv=None) -> dict:
     for line in (*messages, *describe_run(config, args, model, train_set, val_set, device)):
         log.info(line)
 
+    if resume_path not in (None, folder.model / "model_last.pth"):          # what --resume auto goes on from
+        save(saved_state(), None if state["batch"] else state["epoch"])
     loader = DataLoader(train_set, batch_sampler=sampler, collate_fn=custom_collate_fn, num_workers=args.num_workers,
                         worker_init_fn=seed_worker, pin_memory=device.type == "cuda", generator=torch.Generator())
     go_on = f"go on with: {shlex.join(['python', *sys.argv, '--resume', 'auto'])}"

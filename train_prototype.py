@@ -762,6 +762,8 @@ def main(argv=None) -> dict:
                      for name, length in lengths.items() if length)):
         log.info(line)
 
+    if is_main() and resume_path not in (None, folder.model / "model_last.pth"):     # what auto goes on from
+        keeper.save_last({key: value for key, value in checkpoint.items() if key not in ("format", "best")})
     loader = DataLoader(train_set, batch_sampler=sampler, num_workers=args.num_workers, worker_init_fn=seed_worker,
                         pin_memory=device.type == "cuda", generator=torch.Generator())
     result, network = {}, None

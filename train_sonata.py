@@ -661,6 +661,8 @@ def main(argv=None) -> dict:
                  f"{config.training.batch_size} clouds a step on {describe(device)}, seed {args.seed}"):
         log.info(line)
 
+    if resume_path not in (None, folder.model / "model_last.pth"):          # what --resume auto goes on from
+        save(saved_state(), None if state["batch"] else state["epoch"])
     loader = DataLoader(train_set, batch_sampler=sampler, num_workers=args.num_workers, worker_init_fn=seed_worker,
                         collate_fn=partial(collate_points, mix_probability=config.augmentation.mix_probability),
                         pin_memory=device.type == "cuda", generator=torch.Generator())

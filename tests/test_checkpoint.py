@@ -310,7 +310,7 @@ def test_foreign_files(tmp_path):
     torch.save({"format": FORMAT, "script": SCRIPT, "config": {}, "palette": [], "model": {}}, path)
     assert "incomplete, no class_names" in one_line_error(path)
     torch.save({**make_state(), "format": FORMAT, "model": 3}, path)
-    assert "incomplete, no dict of weights" in one_line_error(path)
+    assert "incomplete, no dicts in config, model" in one_line_error(path)
 
 
 def test_other_script(tmp_path):

@@ -3,6 +3,7 @@
 Reading foreign weight files is in `utils/weights.py`; its functions can be imported from here as well.
 """
 
+import contextlib
 import math
 import os
 import re
@@ -72,40 +73,32 @@ def save_checkpoint(path: str | Path, *, script: str, config: Mapping, class_nam
                                          f"step {state.get('step')}. Resume from an older checkpoint with a lower "
                                          f"learning rate or in float32.")
     path.parent.mkdir(parents=True, exist_ok=True)
+    with _replacing(path) as file:
+        torch.save({"format": FORMAT, **content}, file)
+
+
+@contextlib.contextmanager
+def _replacing(path: Path):
+    """Opens a file of a temporary name beside `path`; on success flushes it to the disk and renames it to `path`."""
+    temporary = path.with_name(path.name + ".tmp")
     try:
-        with _Replacing(path) as file:
-            torch.save({"format": FORMAT, **content}, file)
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        if os.name == "posix":                     # so that the new name survives a power cut, too
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except (OSError, RuntimeError) as error:       # torch hides the OSError of a full disk behind one of its own
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
         raise OSError(f"{path}: not written ({cause}); an older file there is intact") from error
-
-
-class _Replacing:
-    """Opens a file of a temporary name beside `path`; on success flushes it to the disk and renames it to `path`."""
-
-    def __init__(self, path: Path):
-        self.path, self.temporary = path, path.with_name(path.name + ".tmp")
-
-    def __enter__(self):
-        self.file = open(self.temporary, "wb")
-        return self.file
-
-    def __exit__(self, kind, error, traceback):
-        try:
-            with self.file:
-                if kind is None:
-                    self.file.flush()
-                    os.fsync(self.file.fileno())
-            if kind is None:
-                os.replace(self.temporary, self.path)
-        finally:
-            self.temporary.unlink(missing_ok=True)
-        if kind is None and os.name == "posix":    # so that the new name survives a power cut, too
-            folder = os.open(self.path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
 
 
 def _plain(value: Any, where: str = "") -> Any:
@@ -177,9 +170,9 @@ def find_resume(resume: str | Path | None, model_dir: str | Path,
     """Which checkpoint `--resume` means (None: a fresh start), and the lines to tell the user about the choice.
 
     A path must pass `load_checkpoint`, whose errors it raises. "auto" takes model_last.pth or, where that cannot be
-    read, the newest of the readable checkpoint_*.pth and model_best.pth, with a line for each file passed over. An
-    empty folder is a fresh start; files of which none can be read are a ValueError, because a fresh start would
-    overwrite that run.
+    read, the newest of the readable checkpoint_*.pth, model_best.pth and others, with a line for each file passed
+    over. An empty folder is a fresh start; files of which none can be read are a ValueError, because a fresh start
+    would overwrite that run.
     """
     if resume is None:
         return None, []
@@ -189,6 +182,8 @@ def find_resume(resume: str | Path | None, model_dir: str | Path,
     folder, messages, found = Path(model_dir), [], []
     numbered = sorted(folder.glob("checkpoint_*.pth"), key=lambda path: (_number(path), path.name), reverse=True)
     groups = [[folder / "model_last.pth"], numbered, [folder / "model_best.pth"]]
+    others = {*filter(Path.is_file, folder.glob("*.pth"))}.difference(*groups)      # such as a stage's
+    groups.append(sorted(others, key=lambda path: path.stat().st_mtime, reverse=True))
     for group in groups:
         for path in filter(Path.is_file, group):
             try:
@@ -290,7 +285,7 @@ class CheckpointKeeper:
             save_checkpoint(self.folder / name, **{**state, "best": self.state_dict()})
             self._files = []
         elif name not in self._files:
-            with open(self.folder / self._files[-1], "rb") as source, _Replacing(self.folder / name) as copy:
+            with open(self.folder / self._files[-1], "rb") as source, _replacing(self.folder / name) as copy:
                 shutil.copyfileobj(source, copy, 1 << 20)
         self._state, self._key = state, key
         self._files = [*(other for other in self._files if other != name), name]
