@@ -55,6 +55,7 @@ from utils.seed import derived_seed
 CLOUD_SUFFIXES = (".npz", ".npy", ".ply")
 POINTS_IN_MEMORY = 30_000_000               # about 1.2 GB; clouds beyond this are read again for every item
 FAR = 10_000                                # metres; float64 coordinates beyond this are moved before rounding
+BOMB_SIZE, BOMB_RATIO = 1 << 30, 100        # more than a GiB out of less than a hundredth of it is no cloud
 LARGEST = 1e15                              # float32 still squares it, int64 still counts its voxels
 WIDEST = 500.0                              # metres; a wider cloud is probably in millimetres or centimetres
 FIELDS = {"coord": ("coord", "coords", "xyz", "points", "pos"), "color": ("color", "colors", "rgb"),
@@ -167,6 +168,10 @@ def _read_fields(path, label_field):
         return _named({file.stem: file for file in path.glob("*.npy")}, _read_npy, label_field)
     if path.suffix.lower() == ".npz":
         with zipfile.ZipFile(path) as file:
+            packed, unpacked = (sum(getattr(info, name) for info in file.infolist())
+                                for name in ("compress_size", "file_size"))
+            if unpacked > max(BOMB_SIZE, BOMB_RATIO * packed):
+                raise ValueError(f"{unpacked:,} bytes of arrays in {packed:,} bytes of file")
             return _named({name.removesuffix(".npy"): name for name in file.namelist()},
                           lambda name: parse_npy(file.read(name)), label_field)
     if path.suffix.lower() == ".ply":
