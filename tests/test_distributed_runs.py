@@ -149,9 +149,9 @@ def curves(out: Path) -> list[dict]:
 
 
 def distance(first: dict, second: dict) -> float:
-    """The largest difference of a weight, relative to the largest weight of its tensor."""
+    """The largest difference of a weight, relative to the largest weight of its tensor (at least 0.01: biases begin at 0)."""
     assert first.keys() == second.keys()
-    return max((float((first[name].double() - second[name].double()).abs().max() / first[name].double().abs().max().clamp(min=1e-3))
+    return max((float((first[name].double() - second[name].double()).abs().max() / first[name].double().abs().max().clamp(min=1e-2))
                 for name in first if first[name].numel()), default=0.0)
 
 
@@ -216,12 +216,17 @@ def test_accumulation_in_two_processes_equals_one(tmp_path, name):
 # -- evaluation --------------------------------------------------------------------------------------------------------
 
 def scores(folder: Path) -> tuple[dict, dict]:
-    """metrics.json: what is counted in whole numbers and follows from them, and the sums of fractions."""
+    """metrics.json: what follows from whole numbers, and what is a sum of fractions."""
     record = json.loads((folder / "metrics.json").read_text())
     for key in ("seconds", "environment", "device"):
         del record[key]
     fractions = {key: record.pop(key) for key in ("loss", "by area", "prototypes") if key in record}
     return record, fractions
+
+
+def numbers(value) -> list[float]:
+    values = value.values() if isinstance(value, dict) else value
+    return [number for item in values for number in numbers(item)] if isinstance(value, dict | list) else [value]
 
 
 @pytest.mark.slow
@@ -235,12 +240,10 @@ def test_evaluate_in_two_processes_scores_as_one_does(both, tmp_path, name):
     pair = run_pair(run, tmp_path / "two", hook=still)
     alone, together = scores(tmp_path / "one"), scores(tmp_path / "two")
     check(name, alone[0] == together[0], f"{alone[0]} {together[0]}")
-    for key, value in alone[1].items():
-        check(name, together[1][key] == pytest.approx(value, rel=1e-9, nan_ok=True), key)
+    check(name, numbers(alone[1]) == pytest.approx(numbers(together[1]), rel=1e-9, nan_ok=True), f"{alone[1]} {together[1]}")
     check(name, "wrote" in pair[0].stdout and pair[1].stdout == "", pair[1].stdout)
     logged = [record for record in curves(two) if record["split"] == "val"][-1]
-    check(name, logged["confusion"] == alone[0]["confusion_matrix"] if "confusion" in logged else
-          logged["miou"] == alone[0]["miou"], f"{logged['miou']} in training, {alone[0]['miou']} alone")
+    check(name, logged["miou"] == alone[0]["miou"], f"{logged['miou']} in training, {alone[0]['miou']} alone")
 
 
 @pytest.mark.slow
