@@ -113,6 +113,8 @@ def test_read_log_leaves_out_a_torn_last_line_only(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 1}\n\n{"step": 2}\n{"step": 3, "mi')
     assert read_log(path) == [{"step": 1}, {"step": 2}]
+    path.write_text('{"step": 1}\n2')
+    assert read_log(path) == [{"step": 1}]
     path.write_text('{"step": 1}\n{"step": 2, \n{"step": 3}\n')
     with pytest.raises(ValueError, match="log.jsonl: line 2 is not a record"):
         read_log(path)

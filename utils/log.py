@@ -45,7 +45,8 @@ class RunLog:
             self._resumed_at = {_key(record) for record in kept if record["step"] == resume_step}
         else:
             set_aside(self.dir, "train.log", "log.jsonl", "events.out.tfevents.*")
-        self._text = open(self.dir / "train.log", "a", buffering=1, encoding="utf-8")
+        self._text = open(self.dir / "train.log", "a", buffering=1, encoding="utf-8",
+                          errors="backslashreplace")        # names of files need not be UTF-8
         self._records = open(self.dir / "log.jsonl", "a", buffering=1, encoding="utf-8")
         if tensorboard:
             try:
@@ -148,9 +149,10 @@ def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             if line.strip():
-                records.append(json.loads(line))
-                if not isinstance(records[-1], dict) or not isinstance(records[-1].get("step"), int):
+                record = json.loads(line)
+                if not isinstance(record, dict) or not isinstance(record.get("step"), int):
                     raise ValueError("a record with its step is expected")
+                records.append(record)
         except (ValueError, RecursionError) as error:
             if number < len(lines):                            # a whole line ends with a newline, so that "" follows it
                 raise ValueError(f"{path}: line {number} is not a record ({error}): {line[:60]!r}") from error
