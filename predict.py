@@ -17,7 +17,7 @@ from pathlib import Path
 
 from evaluate import load
 from utils.checkpoint import check_writable
-from utils.checks import check_choice
+from utils.checks import check_choice, printable
 from utils.cli import ArgumentParser, run
 from utils.device import amp_settings, pick_device
 from utils.log import progress
@@ -108,7 +108,7 @@ def main(argv=None) -> dict:
         if argv is not None:                                # a caller wants them; a folder of photographs is gigabytes
             labels[str(path)] = prediction["label"]
         counts = {name: int((prediction["label"] == c).sum()) for c, name in enumerate(model.class_names)}
-        print(f"{path}: {', '.join(f'{name} {count}' for name, count in counts.items() if count)} "
+        print(f"{printable(str(path))}: {', '.join(f'{name} {count}' for name, count in counts.items() if count)} "
               f"(mean confidence {prediction['confidence'].mean():.2f})", flush=True)
     print(f"wrote {len(files)} result{'s' * (len(files) > 1)} to {output}")
     return labels

@@ -50,7 +50,7 @@ from utils.checkpoint import (
     find_resume,
     load_checkpoint,
 )
-from utils.checks import check_choice, check_positive
+from utils.checks import check_choice, check_names, check_positive
 from utils.cli import ArgumentParser, StopRequested, StopSignal, run
 from utils.config import Config, Required, Setting, check_range, load_config
 from utils.device import amp_settings, autocast, describe, pick_device
@@ -247,7 +247,7 @@ def check_config(config: Config) -> None:
     if config.model.feature_dim not in (None, spec.feature_dim):
         raise ValueError(f"model.feature_dim={config.model.feature_dim}, but model.features {list(spec.features)} are "
                          f"{spec.feature_dim} wide; correct one of them (feature_dim may be left out)")
-    names, weights = config.data.class_names, config.class_weights.class_percentages
+    names, weights = check_names("data.class_names", config.data.class_names), config.class_weights.class_percentages
     for key, values in (("data.class_names", names), ("class_weights.class_percentages", weights)):
         if values and len(values) != config.model.n_classes:
             raise ValueError(f"{key} has {len(values)} entries for model.n_classes={config.model.n_classes}; "

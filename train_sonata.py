@@ -47,7 +47,7 @@ from data.points import (
 from models.point_transformer import MODES, SonataSegmenter, build_segmenter, upcast
 from models.sonata_weights import guess_config, load_sonata, read_linear_head, read_sonata
 from utils.checkpoint import CheckpointKeeper, RunFolder, check_writable, find_resume, load_checkpoint
-from utils.checks import check_positive, check_range
+from utils.checks import check_names, check_positive, check_range
 from utils.cli import ArgumentParser, StopRequested, StopSignal, run
 from utils.config import Config, Required, Setting, load_config
 from utils.device import amp_settings, autocast, describe, pick_device, trim_memory
@@ -183,7 +183,7 @@ def check_config(config: Config) -> None:
     if config.training.epochs % config.training.eval_epochs:
         raise ValueError(f"training.epochs={config.training.epochs} is no multiple of training.eval_epochs="
                          f"{config.training.eval_epochs}, the pieces that end with a validation")
-    names = class_names(config)
+    names = check_names("data.class_names", class_names(config))
     if len(names) != config.model.num_classes:
         raise ValueError(f"{len(names)} class names for model.num_classes={config.model.num_classes}; correct "
                          f"data.class_names, data.benchmark or model.num_classes")

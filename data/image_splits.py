@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from data.images import Augmentation, PairSummary, SegmentationDataset, check_pairs, find_files, pair_files
+from utils.checks import check_names
 from utils.render import palette
 
 
@@ -32,7 +33,7 @@ def read_class_file(path: str | Path) -> tuple[list[str], np.ndarray | None]:
     if colors is not None and (colors.shape != (len(names), 3) or colors.min() < 0 or colors.max() > 255):
         raise ValueError(f"{path}: {len(names)} names and a palette of shape {colors.shape}; give one name and one "
                          f"colour (0 to 255 each) per class")
-    return names, colors
+    return check_names(f"{path}", names), colors
 
 
 def _numbered_names(path, lines):

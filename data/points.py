@@ -47,7 +47,7 @@ from data.point_transforms import (
     training_sample,
     voxelize,
 )
-from utils.checks import check_choice, did_you_mean, nearest
+from utils.checks import check_choice, check_names, did_you_mean, nearest
 from utils.log import progress
 from utils.losses import IGNORE_INDEX
 from utils.seed import derived_seed
@@ -325,6 +325,7 @@ def read_classes(path: str | Path) -> ClassList:
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f'{path}: expected a list of class names or {{"classes": [...], "ignore_index": -1}}; '
                          f"{type(error).__name__}: {error}") from error
+    check_names(f"{path}", names)
     return ClassList(list(names), tuple(sorted(ignored)), palette)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from utils.checks import check_names
 from utils.weights import load_weights, read_torch_file, read_weights, sha256_file, strip_prefixes
 
 __all__ = ["FORMAT", "CheckpointKeeper", "EarlyStopping", "RunFolder", "check_writable", "find_resume",
@@ -156,6 +157,7 @@ def load_checkpoint(path: str | Path, script: str | None = None, map_location: A
     absent = [key for key in ("script", "config", "class_names", "palette", "model") if key not in checkpoint]
     if absent or not all(isinstance(checkpoint[key], dict) for key in ("config", "model")):
         raise ValueError(f"{path}: incomplete, no {', '.join(absent) or 'dicts in config, model'}. Use another file.")
+    check_names(f"{path}: class_names", checkpoint["class_names"] or [])
     for name, tensor in _tensors(checkpoint["model"], "model"):
         if not tensor.is_meta and not _is_finite(tensor):
             raise ValueError(f"{path}: {name} is not finite, which save_checkpoint never writes. {advice}")

@@ -3,8 +3,12 @@
 import difflib
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+# C0, C1, lone surrogates, line and paragraph separators, and what turns the direction of writing
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028-\u202e\u2066-\u2069]")
 
 
 def check_choice(what: str, value: Any, choices: Iterable) -> Any:
@@ -30,6 +34,15 @@ def check_positive(what: str, value: float) -> float:
     return value
 
 
+def check_names(what: str, names: Sequence[str]) -> Sequence[str]:
+    """Return `names` if each is text on one line; otherwise ValueError names `what` and the name: line breaks and
+    control characters would forge lines of logs and steer terminals."""
+    bad = next((name for name in names if not isinstance(name, str) or CONTROL.search(name)), None)
+    if bad is not None:
+        raise ValueError(f"{what}: the name {show(bad)} is not text on one line; leave control characters out")
+    return names
+
+
 def nearest(name: Any, known: Iterable) -> list[str]:
     """Up to three of `known` that a misspelt `name` may have meant, best first."""
     return difflib.get_close_matches(str(name), [str(candidate) for candidate in known])
@@ -38,6 +51,12 @@ def nearest(name: Any, known: Iterable) -> list[str]:
 def did_you_mean(names: Sequence[str]) -> str:
     """['a', 'b'] -> '; did you mean a or b?' to end an error message with; '' without names."""
     return f"; did you mean {' or '.join(names)}?" if names else ""
+
+
+def printable(text: str) -> str:
+    """`text` with line breaks and control characters as \\n, \\x1b ...: the name of a file neither forges a line nor
+    steers a terminal."""
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def show(value: Any) -> str:

@@ -10,6 +10,7 @@
 """
 
 import argparse
+import io
 import os
 import re
 import shlex
@@ -21,7 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.checks import did_you_mean, nearest
+from utils.checks import did_you_mean, nearest, printable
 from utils.config import Config, Setting
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -203,6 +204,9 @@ def _run(main: Callable[[], Any]) -> None:
 
     alone = threading.current_thread() is threading.main_thread() and "WORLD_SIZE" not in os.environ
     previous = signal.signal(signal.SIGTERM, terminate) if alone else None
+    for stream in (sys.stdout, sys.stderr):                # names that the terminal cannot show are no reason to stop
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except StopRequested as stop:
@@ -213,7 +217,7 @@ def _run(main: Callable[[], Any]) -> None:
     except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
         if "--debug" in sys.argv or not (message := user_message(error)):
             raise
-        _leave(2, f"error: {message}")
+        _leave(2, f"error: {printable(message)}")
     finally:
         if alone:
             signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)

@@ -118,7 +118,7 @@ def write_page(path: str | os.PathLike, title: str, body: Sequence[str], css: st
             + "\n".join(body) + "\n</main>\n</body>\n</html>\n")
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(page, encoding="utf-8")
+    temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
     os.replace(temporary, path)
 
 
