@@ -21,6 +21,7 @@ BLOCK = 1 << 20
 TIMEOUT = 30                     # seconds without a byte
 TRIES = 4                        # in a row that bring nothing new, for each address
 NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
+BOMB_SIZE, BOMB_RATIO = 1 << 30, 100        # more than a GiB out of less than a hundredth of it is no data set
 BROKEN = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
 
 
@@ -121,8 +122,13 @@ def _receive(response, part, have, size):
 
 def extract(archive: Path, folder: Path) -> None:
     """Unpack a tar or zip file into `folder`. ValueError, before anything is written, for members that would land
-    outside of it or are links out of it or devices, and for a damaged archive."""
-    def check(name):
+    outside of it or are links out of it or devices, for a bomb, and for a damaged archive."""
+    total, size = 0, archive.stat().st_size
+
+    def check(name, unpacked):
+        nonlocal total
+        total += unpacked
+        _check_size(archive, size, total)
         if PurePosixPath(name).is_absolute() or ".." in name.replace("\\", "/").split("/"):
             raise ValueError(f"{archive}: its member {name!r} would be written outside of {folder}; do not trust it")
 
@@ -130,13 +136,13 @@ def extract(archive: Path, folder: Path) -> None:
     try:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as file:
-                for name in file.namelist():
-                    check(name)
+                for info in file.infolist():
+                    check(info.filename, info.file_size)
                 file.extractall(folder)
             return
         with tarfile.open(archive) as file:
             for member in file:
-                check(member.name)
+                check(member.name, member.size)
                 tarfile.data_filter(member, str(folder))
             file.extractall(folder, filter="data")
     except tarfile.FilterError as error:
@@ -147,16 +153,22 @@ def extract(archive: Path, folder: Path) -> None:
 
 def extract_flat(archive: Path, folder: Path, ending: str) -> None:
     """Unpack the files of a zip archive whose names end in `ending` right into `folder`, whatever folders they are in.
-    ValueError for a damaged archive."""
+    ValueError for a bomb and for a damaged archive."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with zipfile.ZipFile(archive) as file:
+            _check_size(archive, archive.stat().st_size, sum(info.file_size for info in file.infolist()))
             for member in file.namelist():
                 name = member.replace("\\", "/").rsplit("/", 1)[-1]
                 if name.endswith(ending) and not name.startswith("."):               # ._NAME is macOS's
                     (folder / name).write_bytes(file.read(member))
     except BROKEN as error:
         raise ValueError(f"{archive}: damaged ({_first_line(error)}); delete it, and run this again") from error
+
+
+def _check_size(archive, packed, unpacked):
+    if unpacked > max(BOMB_SIZE, BOMB_RATIO * packed):
+        raise ValueError(f"{archive}: {packed:,} bytes that would become {unpacked:,} or more; do not trust it")
 
 
 def _first_line(error):
