@@ -79,7 +79,7 @@ DATASETS = {"cityscapes": cityscapes, "pascal": voc}
 RESULTS = {"labels": ("png", "npy"), "picture": ("png", "none"), "html": False, "pca": False,
            "explain": True}                                 # for predict.py, default first
 FREE_ON_RESUME = ("training.prune", "training.patience", "training.resume", "model.weights", "dataset.cache_dir",
-                  "dataset.test_split")
+                  "dataset.test_split", "training.batch_size")            # items of all processes together are compared
 
 DEFAULTS = {
     "dataset": {

@@ -141,7 +141,8 @@ def check_same_run(checkpoint: Mapping, config: Mapping, total_steps: int, secti
                    seed: int | None = None, except_keys: Sequence[str] = (),
                    batch_of_all_processes: bool = False) -> None:
     """A resumed run must be the same run: ValueError where `sections` of the config (but for except_keys, written as
-    section.key), the seed, the number of steps or, within an epoch, the items a batch over all processes differ.
+    section.key), the seed, the number of steps, or the items a batch over all processes differ. The last may differ at
+    the end of an epoch where only the number of processes changed.
 
     seed None: the checkpoint is only tested, in batches of any size. batch_of_all_processes: training.batch_size
     counts the items of all processes together, not of one.
@@ -155,11 +156,12 @@ def check_same_run(checkpoint: Mapping, config: Mapping, total_steps: int, secti
     if seed is not None and checkpoint["seed"] != seed:
         raise ValueError(f"--seed {seed}, but {checkpoint['seed']} in the checkpoint; {advice}")
     before, now = checkpoint["config"]["training"]["batch_size"], config["training"]["batch_size"]
+    within = checkpoint.get("batch") or before != now
     if not batch_of_all_processes:
         before, now = before * (1 + len(checkpoint.get("rng_others", []))), now * world_size()
-    if seed is not None and checkpoint.get("batch") and before != now:
-        raise ValueError(f"stopped within an epoch at {before} items a batch, over all processes, and now there "
-                         f"would be {now}: the place in the epoch is counted in batches; {advice}")
+    if seed is not None and within and before != now:
+        raise ValueError(f"the checkpoint is of {before} items a batch, over all processes, and now there would be "
+                         f"{now}; {advice}")
     if checkpoint["total_steps"] != total_steps:
         raise ValueError(f"this run has {total_steps} steps, that of the checkpoint {checkpoint['total_steps']} "
                          f"(epochs, batch size, processes, number of files); {advice}")
