@@ -28,6 +28,7 @@ from torch.optim.lr_scheduler import LRScheduler
 import models.nomeformer
 import models.point_transformer
 import models.upernet
+import utils.image_inference
 from tests.tiny_runs import NAMES, ROOT, Forked, TinyRun, last_checkpoint, report, run_forked, same_weights, tiny_run
 from utils.distributed import world_size
 from utils.log import read_log
@@ -359,6 +360,22 @@ def test_one_process_never_waits_for_another_that_has_ended(folder, tmp_path, na
 
 
 @pytest.mark.slow
+def test_evaluation_never_waits_for_a_process_that_has_ended(both, folder, tmp_path):
+    """evaluate.py, and the early end of --test-only."""
+    def breaks_off():
+        if os.environ["RANK"] == "1":
+            utils.image_inference.segment_dataset = lambda *_, **__: complain()
+
+    _, two = both("upernet_head")
+    last = f"{two}/model/model_last.pth"
+    for run in (TinyRun("evaluate.py", [last, "--split", "val", "--device", "cpu"], two),
+                tiny_run("upernet_head", folder)._replace(arguments=[*tiny_run("upernet_head", folder).arguments, "--test-only", "--resume", last])):
+        pair = start_pair(run, tmp_path / run.script, hook=breaks_off)
+        assert [child.wait(120).code for child in pair] == [2, 2], pair[0].stderr
+        assert pair[0].stderr.startswith("error: another process") and "label 7 is out of range" in pair[1].stderr
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_sigterm_to_one_process_stops_both_after_the_same_step(folder, undisturbed, tmp_path, name):
     run = tiny_run(name, folder, epochs=3, batch_size=2)
@@ -393,10 +410,10 @@ def test_processes_that_do_not_see_the_same_are_told(folder, tmp_path):
 
 # -- the launcher ------------------------------------------------------------------------------------------------------
 
-def launch(command: list, *options) -> subprocess.Popen:
+def launch(command: list, *options, prefix=(), **environment) -> subprocess.Popen:
     """torchrun with two processes, its own words and theirs in one pipe."""
-    start = [sys.executable, "-m", "torch.distributed.run", *(options or ["--standalone", "--nproc_per_node=2"])]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    start = [*prefix, sys.executable, "-m", "torch.distributed.run", *(options or ["--standalone", "--nproc_per_node=2"])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
     return subprocess.Popen([*start, *map(str, command)], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, start_new_session=True)
 
@@ -464,19 +481,49 @@ def test_sigterm_to_the_launcher_saves_with_loader_processes(folder, undisturbed
     check("segmentation", same_weights(tmp_path / "out", undisturbed("segmentation")), "stopped by SIGTERM: other weights")
 
 
+@contextlib.contextmanager
+def two_networks():
+    """Two network namespaces, joined by a cable of 10.231.0.1 and 10.231.0.2; skips the test where that is not allowed."""
+    names = [f"segheads-{os.getpid()}-{node}" for node in range(2)]
+    setup = [f"netns add {name}" for name in names] + [f"link add cable0 netns {names[0]} type veth peer name cable1 netns {names[1]}"]
+    for node, name in enumerate(names):
+        setup += [f"-n {name} address add 10.231.0.{node + 1}/24 dev cable{node}", f"-n {name} link set cable{node} up", f"-n {name} link set lo up"]
+    try:
+        for line in setup:
+            if not shutil.which("ip") or subprocess.run(["ip", *line.split()], capture_output=True).returncode:
+                pytest.skip(f"ip {line} is not allowed")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
+def run_machines(run: TinyRun, out: Path, endpoint: str, machines: list[tuple]) -> None:
+    """A launcher with one process on each of the machines (prefix of the command, further options, environment)."""
+    launchers = [launch(run.command(out), "--nnodes=2", f"--node_rank={node}", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=pair",
+                        f"--rdzv_endpoint={endpoint}", *options, prefix=prefix, **environment)
+                 for node, (prefix, options, environment) in enumerate(machines)]
+    results = [ended(launcher) for launcher in launchers]
+    assert [code for code, _ in results] == [0, 0], results
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["downstream", "segmentation"])
-def test_two_machines_train_as_one(folder, undisturbed, tmp_path, name):
-    """Two launchers of one process each, which meet at a port."""
+def test_two_launchers_on_one_machine_train_as_one(folder, undisturbed, tmp_path):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    run = tiny_run(name, folder, epochs=3, batch_size=2)
-    machines = [launch(run.command(tmp_path / "out"), "--nnodes=2", f"--node_rank={node}", "--nproc_per_node=1", "--rdzv_backend=c10d",
-                       f"--rdzv_endpoint=localhost:{port}", "--rdzv_id=pair") for node in range(2)]
-    results = [ended(machine) for machine in machines]
-    assert [code for code, _ in results] == [0, 0], results
-    check(name, same_weights(tmp_path / "out", undisturbed(name)), "two machines: other weights")
+    run_machines(tiny_run("segmentation", folder, epochs=3), tmp_path / "out", f"localhost:{port}", [((), (), {})] * 2)
+    check("segmentation", same_weights(tmp_path / "out", undisturbed("segmentation")), "two launchers: other weights")
+
+
+@pytest.mark.slow
+def test_two_networks_train_as_one(folder, undisturbed, tmp_path):
+    """Two machines but for the processor and the disk: neither can reach the other by its own name, only by the cable."""
+    with two_networks() as names:
+        machines = [(("ip", "netns", "exec", name), [f"--local_addr=10.231.0.{node + 1}"], {"GLOO_SOCKET_IFNAME": f"cable{node}"})
+                    for node, name in enumerate(names)]
+        run_machines(tiny_run("downstream", folder, epochs=3), tmp_path / "out", "10.231.0.1:29500", machines)
+    check("downstream", same_weights(tmp_path / "out", undisturbed("downstream")), "two networks: other weights")
 
 
 # -- float16 -----------------------------------------------------------------------------------------------------------
