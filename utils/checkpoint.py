@@ -236,10 +236,13 @@ class CheckpointKeeper:
         self._save("model_last.pth", state)
 
     def save_epoch(self, epoch: int, state: dict) -> bool:
-        """Write checkpoint_epoch_{epoch}.pth if `epoch` is a multiple of save_interval; True where written."""
-        due = self.save_interval > 0 and epoch % self.save_interval == 0
+        """Write checkpoint_epoch_{epoch}.pth if `epoch` is a multiple of save_interval; True where written. Also
+        checkpoint_top_{epoch}.pth, where a kill in the very first save left only model_best.pth to resume from."""
+        due, top = self.save_interval > 0 and epoch % self.save_interval == 0, f"checkpoint_top_{epoch}.pth"
         if due:
             self._save(f"checkpoint_epoch_{epoch}.pth", state)
+        if epoch in [kept for _, kept in self.top] and not (self.folder / top).is_file():
+            self._save(top, state)
         return due
 
     def save_best_if(self, score: float, state: dict) -> bool:
