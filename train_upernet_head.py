@@ -139,12 +139,12 @@ def make_parser() -> ArgumentParser:
     paths = parser.add_argument_group("paths")
     paths.add_argument("--checkpoint-dir", help="default: OUTPUT_DIR/model")
     paths.add_argument("--log-dir", help="default: OUTPUT_DIR/log")
-    parser.add_argument("--resume-checkpoint", metavar="PATH", help="the same as --resume")
     parser.add_argument("--num-workers", type=int, default=4, help="loader processes; 0 loads in the main process")
     parser.add_argument("--compile", action="store_true", help="torch.compile the trained part")
     # run                                                                         # same in all scripts
     parser.add_argument("--output-dir", default=f"exp/{Path(SCRIPT).stem.removeprefix('train_')}", help="run folder")
-    parser.add_argument("--resume", metavar="PATH|auto", help="go on from a checkpoint; auto: the run folder's newest")
+    parser.add_argument("--resume", "--resume-checkpoint", metavar="PATH|auto",
+                        help="go on from a checkpoint; auto: the run folder's newest")
     parser.add_argument("--test-only", action="store_true", help="score the --resume checkpoint and stop")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--deterministic", action="store_true", help="deterministic GPU kernels, slower")
@@ -355,10 +355,8 @@ def main(argv=None) -> dict:
     seed_everything(args.seed, args.deterministic)
 
     folder = RunFolder(args.output_dir, args.checkpoint_dir, args.log_dir)
-    resume_path, messages = find_resume(args.resume or args.resume_checkpoint, folder.model, SCRIPT)
+    resume_path, messages = find_resume(args.resume, folder.model, SCRIPT)
     checkpoint = load_checkpoint(resume_path, SCRIPT) if resume_path else None
-    if args.resume and args.resume_checkpoint:
-        raise ValueError("--resume and --resume-checkpoint are the same flag; give one of them")
     if args.test_only and checkpoint is None and messages:
         raise ValueError(f"--test-only --resume auto: there is no checkpoint in {folder.model}")
     if args.test_only and checkpoint is None:
