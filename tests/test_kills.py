@@ -7,6 +7,7 @@ Kills are SIGKILL to a forked child: at a share of its processor time, or in a c
 import collections
 import errno
 import functools
+import importlib
 import os
 import random
 import shlex
@@ -235,6 +236,19 @@ def test_killed_once(reference, tmp_path, name, where):
     assert one_trial(reference(name), tmp_path / "out", 7, where) >= 0
 
 
+@pytest.mark.parametrize("name", EVERYWHERE)
+def test_killed_before_the_first_save_behind_another_runs_checkpoint(reference, out, name):
+    """--resume PATH into a new folder: --resume auto goes on from there, not from the start."""
+    ref = reference(name)
+    first = min(ref.out.glob("model/*.pth"), key=place_of)
+    hook = striking(ref.run.script, "step", 1, 1)
+    assert run_forked(ref.run, out, "--resume", first, hook=hook).code == -signal.SIGKILL
+    assert place_of(out / "model" / "model_last.pth") == place_of(first)
+    end = run_forked(ref.run, out, "--resume", "auto")
+    assert end.code == 0 and f"resuming from {out}" in end.stdout
+    assert_equal(*(last_checkpoint(folder)["model"] for folder in (ref.out, out)), "model")
+
+
 # -- SIGTERM and Ctrl-C ------------------------------------------------------------------------------------------------
 
 def go_on_line(child: Forked, saved: bool) -> str:
@@ -281,6 +295,12 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(reference, out, name
         assert point != "step" or last_checkpoint(out)["step"] == number
         carry_out(ref, command, out, in_a_shell=(point, signum) == ("step", signal.SIGTERM) and name in ("jepa", "downstream", "sonata"))
     ref.assert_same_end(out)
+
+
+@pytest.mark.parametrize("name", ["m2f_head", "upernet_head"])
+def test_the_line_to_go_on_with_wins_over_how_the_run_was_resumed(name):
+    module = importlib.import_module(f"train_{name}")
+    assert module.parse_args(["--resume-checkpoint", "other.pth", "--resume", "auto"]).resume == "auto"
 
 
 # -- full and read-only disks ------------------------------------------------------------------------------------------
