@@ -8,6 +8,7 @@ the only allow-list, for numpy's numbers where asked for, puts readers of our ow
 import contextlib
 import hashlib
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -56,7 +57,8 @@ def read_torch_file(path: str | Path, advice: str, map_location: Any = "cpu", ol
     elif not old_format:
         raise ValueError(f"{path}: truncated, or not written by torch.save ({path.stat().st_size} bytes). {advice}")
     try:
-        with torch.serialization.safe_globals(NUMPY_NAMES) if numpy_scalars else contextlib.nullcontext():
+        allowed = torch.serialization.safe_globals(NUMPY_NAMES) if numpy_scalars else contextlib.nullcontext()
+        with allowed, warnings.catch_warnings(action="ignore"):         # of pickle protocols: it loads, or fails below
             return torch.load(path, map_location=map_location, weights_only=True)
     except torch.OutOfMemoryError:
         raise
@@ -149,7 +151,7 @@ def load_weights(module: nn.Module, state_dict: Mapping[str, Tensor], source: st
 
     Every parameter and persistent buffer must be there in its shape; otherwise ValueError counts and names the
     tensors that are not, and the module is unchanged. A weight stored as integers (quantised) counts as one of
-    another shape. Returns "matched 452/452 encoder tensors from FILE (layout: ...)", and how many other tensors of
+    another shape; one that is not finite is an error, too. Returns "matched 452/452 encoder tensors from FILE (layout: ...)", and how many other tensors of
     the file were not used. `num_batches_tracked` may be missing from a file that has none: torch before 0.4.1 did not
     write it, and batch norm does not read it unless its momentum is None.
     """
@@ -168,6 +170,9 @@ def load_weights(module: nn.Module, state_dict: Mapping[str, Tensor], source: st
         details = "; ".join(f"{len(names)} {label}" + (f" ({_examples(names)})" if names else "")
                             for label, names in groups.items())
         raise ValueError(f"{origin}: {counts}; {details}. Is the file of this model and size?")
+    bad = next((name for name in needed if not state_dict[name].isfinite().all()), None)
+    if bad is not None:
+        raise ValueError(f"{origin}: {bad} is not finite: the run had diverged, or the file is damaged. Use another.")
     module.load_state_dict({**own, **{name: state_dict[name] for name in needed}}, strict=True)
     return f"{counts} from {origin}" + (f"; {len(unexpected)} others in the file not used" if unexpected else "")
 
