@@ -25,6 +25,7 @@ import torch
 import yaml
 from PIL import Image
 
+from models.resnet import ENCODERS
 from tests import tiny_clouds, tiny_meshes
 from tests.tiny_heads import SMALL, write_backbone
 from tests.tiny_images import write_classes, write_pictures
@@ -295,12 +296,18 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join(['*' + before] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True))
 
 def pickle_bomb() -> bytes:
-    return pickle.dumps({"state_dict": Bomb()}, protocol=2)
+    return pickle.dumps({"state_dict": Bomb()}, protocol=4)
 
 
 def spoil(tensors: dict) -> None:
     """NaN into the first weight."""
     next(tensor for tensor in tensors.values() if tensor.is_floating_point() and tensor.dim()).view(-1)[0] = torch.nan
+
+
+def spoilt_resnet(folder: Path) -> None:
+    state = ENCODERS["resnet18"]().state_dict()
+    spoil(state)
+    torch.save(state, folder / "resnet.pth")
 
 
 def flipped(path: str):
@@ -771,6 +778,7 @@ WEIGHTS = group(
     ("a backbone of another size", M2F, start(M2F, None, "--backbone", "dinov3_vits16", "--backbone-weights", "backbone.pth"), "backbone.pth: holds dinov3_tiny, not dinov3_vits16", "Choose that backbone"),
     ("a backbone with NaN in it", UPER, start(UPER, entry("backbone.pth", spoil), "--backbone-weights", "backbone.pth"), "backbone.pth", "not finite"),
     ("an encoder with NaN in it", SONATA, start(SONATA, entry("encoder.pth", lambda c: spoil(c["state_dict"])), "training.use_pretrained=true", "--pretrained_path", "encoder.pth"), "encoder.pth", "not finite"),
+    ("a ResNet with NaN in it", UNET, start(UNET, spoilt_resnet, "--pretrained_path", "resnet.pth"), "resnet.pth", "is not finite"),
     ("an encoder trained on other features", DOWN, with_jepa(DOWN, None, "model.features=[area]"), "jepa.pth: trained on the features", "Set model.features"),
     ("an encoder with NaN in it", DOWN, with_jepa(DOWN, entry("jepa.pth", lambda c: spoil(c["target_encoder"]))), "jepa.pth", "Use an earlier checkpoint"),
     ("weights wanted and none named", SONATA, start(SONATA, None, "training.use_pretrained=true"), "needs --pretrained_path FILE", "training.use_pretrained=false"),
@@ -823,7 +831,19 @@ RAW = group(
     ("an archive of another hash", FREE, lambda f: [put("sets/ade20k/ADEChallengeData2016.zip", "PK")(f)] and ["ade20k", "--root", "sets"], "sha1", "delete it"),
 )
 
-CASES = [*SETTINGS, *FLAGS, *MESHES, *LABEL_CASES, *CLOUDS, *PHOTOS, *WEIGHTS, *RAW]
+NAMES = group(
+    "Names that forge lines",
+    *((f"a class name with {what}", script, start(script, put("classes.json", content), *more), place, "not text on one line")
+      for what, name in (("a line break", "sky\\nerror: all lost"), ("a command to the terminal", "\\u001b[2J"))
+      for script, content, more, place in (
+          (UNET, f'{{"classes": ["a", "b", "{name}"]}}', (), "classes.json"), (SONATA, f'["a", "b", "{name}"]', (), "classes.json"),
+          (M2F, f'{{"classes": ["a", "b", "{name}"]}}', (), "classes.json"), (DOWN, "", (f'data.class_names=[a, b, "{name}"]',), "data.class_names"))),
+    ("a class name with a line break, in a checkpoint", PREDICT, predict(UNET, entry("model.pth", lambda c: c.update(class_names=["a", "b", "c\nd"])), "images/test"), "model.pth: class_names", "not text on one line"),
+    ("a file name with a line break that is not there", PREDICT, predict(UNET, None, "a\nerror: b.png"), "a error: b.png", "no such file or folder"),
+    ("numbers for class names", DOWN, start(DOWN, None, "data.class_names=[1, 2, 3]"), "data.class_names: the name 1", "not text on one line"),
+)
+
+CASES = [*NAMES, *SETTINGS, *FLAGS, *MESHES, *LABEL_CASES, *CLOUDS, *PHOTOS, *WEIGHTS, *RAW]
 
 
 def document() -> str:
