@@ -151,9 +151,10 @@ def load_weights(module: nn.Module, state_dict: Mapping[str, Tensor], source: st
 
     Every parameter and persistent buffer must be there in its shape; otherwise ValueError counts and names the
     tensors that are not, and the module is unchanged. A weight stored as integers (quantised) counts as one of
-    another shape; one that is not finite is an error, too. Returns "matched 452/452 encoder tensors from FILE (layout: ...)", and how many other tensors of
-    the file were not used. `num_batches_tracked` may be missing from a file that has none: torch before 0.4.1 did not
-    write it, and batch norm does not read it unless its momentum is None.
+    another shape; one that is not finite is an error, too. Returns "matched 452/452 encoder tensors from FILE
+    (layout: ...)", and how many other tensors of the file were not used. `num_batches_tracked` may be missing from a
+    file that has none: torch before 0.4.1 did not write it, and batch norm does not read it unless its momentum is
+    None.
     """
     own = module.state_dict()
     counter = "num_batches_tracked"
