@@ -237,7 +237,7 @@ def test_find_clouds_in_every_layout(tmp_path):
     with pytest.raises(FileNotFoundError, match="data.root"):
         find_clouds(tmp_path / "nowhere", "train")
     for file, split in (("list.json", "list.json"), ("splits.json", "few")):
-        for text, message in (("{", "Expecting"), ("3", "expected .* got a int")):
+        for text, message in (("{", "cannot be read as JSON .Expecting"), ("3", "expected .* got a int")):
             (tmp_path / file).write_text(text)
             with pytest.raises(ValueError, match=f"{file}: {message}"):
                 find_clouds(tmp_path, split)
