@@ -388,6 +388,16 @@ def test_sigterm_to_one_process_stops_both_after_the_same_step(folder, undisturb
 
 
 @pytest.mark.slow
+def test_a_signal_to_the_group_of_a_process_is_not_for_its_loader(folder, tmp_path):
+    """torchrun sends it so: a loader process that died of it would break off the step, and with it the checkpoint. (From the parent's hand
+    it would leave quietly.)"""
+    hook = at_step("segmentation", 1, lambda: subprocess.run(["kill", "-TERM", "--", f"-{os.getpgid(0)}"]))
+    pair = start_pair(tiny_run("segmentation", folder, batch_size=1, workers=1), tmp_path / "out", hook=hook)
+    assert [child.wait(120).code for child in pair] == [143, 143], pair[1].stderr
+    assert last_checkpoint(tmp_path / "out")["step"] == 1
+
+
+@pytest.mark.slow
 def test_processes_that_do_not_see_the_same_are_told(folder, tmp_path):
     """A machine of its own data, and one that does not see the checkpoint of the others."""
     def other_files():
