@@ -101,7 +101,7 @@ def _fan(corner: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray 
 def parse_numbers(text: bytes, dtype: type) -> tuple[np.ndarray, np.ndarray] | None:
     """The numbers of a text and how many each line has; of tokens like 7/1/3 the first. None: not all are numbers."""
     if not text.strip():
-        return np.empty(0, dtype), np.empty(0, np.int64)
+        return np.empty(0, dtype), np.zeros(text.count(b"\n"), np.int64)
     byte = np.frombuffer(text if text.endswith(b"\n") else text + b"\n", np.uint8)
     token, slash = byte > 32, byte == ord("/")
     digit = token & ~slash

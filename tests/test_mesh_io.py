@@ -117,6 +117,7 @@ def test_obj_fast_parser_equals_the_one_by_line(tmp_path, monkeypatch):
     ("f 1 2 3\nf 0 1 2", "line 6: face index 0 names no vertex"),
     ("f 1 2 3\nf -5 1 2", "line 6: face index -5 names no vertex"),
     ("f 1 2", "line 5: a face of 2 corners"),
+    ("f ", "line 5: a face of 0 corners"),
     ("f 1 2 \\\n x", "line 6 cannot be read"),
     ("f 1 2 3.5", "line 5 cannot be read: 'f 1 2 3.5'"),
     ("f 1 2 3\nf 0 1 2 \\", "line 7: face index 0"),                       # ends in a continuation
