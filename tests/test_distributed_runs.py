@@ -530,7 +530,7 @@ def test_two_launchers_on_one_machine_train_as_one(folder, undisturbed, tmp_path
 def test_two_networks_train_as_one(folder, undisturbed, tmp_path):
     """Two machines but for the processor and the disk: neither can reach the other by its own name, only by the cable."""
     with two_networks() as names:
-        machines = [(("ip", "netns", "exec", name), [f"--local_addr=10.231.0.{node + 1}"], {"GLOO_SOCKET_IFNAME": f"cable{node}"})
+        machines = [(("ip", "netns", "exec", name), [f"--local_addr=10.231.0.{node + 1}", f"--rdzv_conf=is_host={node == 0}"], {"GLOO_SOCKET_IFNAME": f"cable{node}"})
                     for node, name in enumerate(names)]
         run_machines(tiny_run("downstream", folder, epochs=3), tmp_path / "out", "10.231.0.1:29500", machines)
     check("downstream", same_weights(tmp_path / "out", undisturbed("downstream")), "two networks: other weights")

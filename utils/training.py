@@ -155,6 +155,9 @@ def check_same_run(checkpoint: Mapping, config: Mapping, total_steps: int, secti
                 raise ValueError(f"{section}.{key} is {value!r}, but {before!r} in the checkpoint; {advice}")
     if seed is not None and checkpoint["seed"] != seed:
         raise ValueError(f"--seed {seed}, but {checkpoint['seed']} in the checkpoint; {advice}")
+    if checkpoint["total_steps"] != total_steps:
+        raise ValueError(f"this run has {total_steps} steps, that of the checkpoint {checkpoint['total_steps']} "
+                         f"(epochs, batch size, processes, number of files); {advice}")
     before, now = checkpoint["config"]["training"]["batch_size"], config["training"]["batch_size"]
     within = checkpoint.get("batch") or before != now
     if not batch_of_all_processes:
@@ -162,9 +165,6 @@ def check_same_run(checkpoint: Mapping, config: Mapping, total_steps: int, secti
     if seed is not None and within and before != now:
         raise ValueError(f"the checkpoint is of {before} items a batch, over all processes, and now there would be "
                          f"{now}; {advice}")
-    if checkpoint["total_steps"] != total_steps:
-        raise ValueError(f"this run has {total_steps} steps, that of the checkpoint {checkpoint['total_steps']} "
-                         f"(epochs, batch size, processes, number of files); {advice}")
 
 
 def write_run_files(folder: RunFolder, config: Mapping, device: torch.device, seed: int, resumed: bool) -> None:
