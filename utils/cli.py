@@ -185,7 +185,7 @@ def run(main: Callable[[], Any]) -> None:
         _run(main)
         status = 0
     except SystemExit as stop:
-        status = stop.code
+        status = stop.code or 0
     except BaseException:
         traceback.print_exc()
     finally:
