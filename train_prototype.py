@@ -593,8 +593,8 @@ def write_pages(model: PPNet, dataset, config: Config, args, device, stop=None) 
     folder, end = Path(args.output_dir) / "prototypes", min(len(dataset), args.limit_batches or len(dataset))
     nearest = new_table("prune", model, config)
     if not scan(model, dataset, nearest, {"stage": STAGES.index("prune"), "done": 0}, end, config, args, device, stop):
-        raise StopRequested(all_agree_max(stop.requested or 0), "all stages are done and saved; --resume auto "
-                            "--gallery makes the page of prototypes")
+        raise StopRequested(all_agree_max(stop.requested or 0), f"all stages are done and saved; make the page of "
+                            f"prototypes with: {shlex.join(['python', *sys.argv, '--resume', 'auto'])}")
     if is_main():
         activations = {p: similarity.numpy() for p, similarity, _ in self_activations(model, dataset, device)}
         write_gallery(folder, model.provenance, model.class_names, model.palette, read_source, activations,
@@ -763,7 +763,11 @@ def main(argv=None) -> dict:
         log.info(line)
 
     if is_main() and resume_path not in (None, folder.model / "model_last.pth"):     # what auto goes on from
-        keeper.save_last({key: value for key, value in checkpoint.items() if key not in ("format", "best")})
+        taken = {key: value for key, value in checkpoint.items() if key not in ("format", "best")}
+        end = folder.model / f"{STAGES[checkpoint['stage'] - 1]}.pth"           # lost in a kill behind model_best.pth
+        if checkpoint["stage"] and not checkpoint["done"] and not end.is_file():
+            save_checkpoint(end, **taken, best=checkpoint["best"])
+        keeper.save_last(taken)
     loader = DataLoader(train_set, batch_sampler=sampler, num_workers=args.num_workers, worker_init_fn=seed_worker,
                         pin_memory=device.type == "cuda", generator=torch.Generator())
     result, network = {}, None
