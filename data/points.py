@@ -168,6 +168,8 @@ def _read_fields(path, label_field):
         return _named({file.stem: file for file in path.glob("*.npy")}, _read_npy, label_field)
     if path.suffix.lower() == ".npz":
         with zipfile.ZipFile(path) as file:
+            if any(entry.compress_size > path.stat().st_size for entry in file.infolist()):
+                raise ValueError("an entry that is larger than the file")      # zipfile would take the memory for it
             packed, unpacked = (sum(getattr(info, name) for info in file.infolist())
                                 for name in ("compress_size", "file_size"))
             if unpacked > max(BOMB_SIZE, BOMB_RATIO * packed):

@@ -190,6 +190,15 @@ def test_numbers_beyond_all_sizes(tmp_path):
     assert normal.tolist() == [[0, 0, 0], [0, 0, 0], [0, 0, 1]]
 
 
+def test_an_archive_that_announces_more_than_it_holds(tmp_path):
+    data = bytearray(zipped(coord=NPY))
+    at = data.index(b"PK\1\2") + 20                                                    # sizes of the entry, in the directory
+    data[at:at + 8] = b"\xff\xff\xff\x7f" * 2
+    (tmp_path / "a.npz").write_bytes(data)
+    with pytest.raises(ValueError, match="a.npz: cannot be read .*larger than the file"):
+        read_cloud(tmp_path / "a.npz")
+
+
 def test_unknown_paths_and_suffixes(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such cloud"):
         read_cloud(tmp_path / "nothing.npz")
