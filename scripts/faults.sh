@@ -8,7 +8,7 @@ SEGHEADS_FAULTS_REPORT=$(mktemp)
 export SEGHEADS_FAULTS_REPORT
 trap 'rm -f "$SEGHEADS_FAULTS_REPORT"' EXIT
 status=0
-python -m pytest -q -m slow tests/test_{kills,distributed_runs,bad_inputs,fuzz,long_runs}.py "$@" || status=$?
+python -m pytest -q -m "slow or not slow" tests/test_{kills,distributed_runs,bad_inputs,fuzz,long_runs}.py "$@" || status=$?
 echo "== summary"
 sort "$SEGHEADS_FAULTS_REPORT"
 exit "$status"
