@@ -141,12 +141,12 @@ def make_parser() -> ArgumentParser:
     paths = parser.add_argument_group("paths")
     paths.add_argument("--checkpoint-dir", help="default: OUTPUT_DIR/model")
     paths.add_argument("--log-dir", help="default: OUTPUT_DIR/log")
+    parser.add_argument("--resume-checkpoint", dest="resume", metavar="PATH", help="the same as --resume")
     parser.add_argument("--num-workers", type=int, default=4, help="loader processes; 0 loads in the main process")
     parser.add_argument("--compile", action="store_true", help="torch.compile the trained part")
     # run                                                                         # same in all scripts
     parser.add_argument("--output-dir", default=f"exp/{Path(SCRIPT).stem.removeprefix('train_')}", help="run folder")
-    parser.add_argument("--resume", "--resume-checkpoint", metavar="PATH|auto",
-                        help="go on from a checkpoint; auto: the run folder's newest")
+    parser.add_argument("--resume", metavar="PATH|auto", help="go on from a checkpoint; auto: the run folder's newest")
     parser.add_argument("--test-only", action="store_true", help="score the --resume checkpoint and stop")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--deterministic", action="store_true", help="deterministic GPU kernels, slower")
