@@ -156,6 +156,7 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--wandb", action="store_true", help="also log to Weights & Biases")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
+    parser.add_argument("--resume-checkpoint", dest="resume", metavar="PATH|auto", help="the same as --resume")
     return parser
 
 
