@@ -467,6 +467,29 @@ def test_a_killed_process_is_started_again_and_the_run_goes_on(folder, undisturb
     check(name, "resuming from" in words and same_weights(tmp_path / "out", undisturbed(name)), words)
 
 
+RESTARTED = """
+import os, signal, time
+from utils.distributed import all_reduce_sum, init_distributed
+first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+if os.environ["RANK"] == "0" and not first:
+    time.sleep(3)
+init_distributed("cpu")
+all_reduce_sum(1)
+if os.environ["RANK"] == "1" and first:
+    os.kill(os.getpid(), signal.SIGKILL)
+print("joined", flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_a_restarted_process_does_not_call_a_dead_one(tmp_path):
+    """Rank 1 is ready first after the restart, and finds the address that rank 0 had before it."""
+    (tmp_path / "script.py").write_text(RESTARTED)
+    code, words = ended(launch([tmp_path / "script.py"], "--standalone", "--nproc_per_node=2", "--max-restarts=1"))
+    assert code == 0 and "refused" not in words and words.count("joined") >= 2, words
+
+
 @pytest.mark.slow
 def test_the_launcher_shows_the_users_line_and_fails(folder, tmp_path):
     """A label of 9 in a mesh of 3 classes: rank 0 reads it first, the other waits for it."""

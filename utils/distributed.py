@@ -41,7 +41,14 @@ def init_distributed(device_type: str) -> tuple[int, int, int]:
         device_id = torch.device("cuda", local_rank)
         torch.cuda.set_device(device_id)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=TIMEOUT, device_id=device_id)
+        how = {"backend": "nccl" if device_type == "cuda" else "gloo", "timeout": TIMEOUT, "device_id": device_id}
+        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+            # torchrun (PyTorch 2.13) keeps its store when it restarts, with the addresses of processes that are gone.
+            # On several machines the counts can differ: docs/distributed.md.
+            store, own_rank, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
+            how |= {"store": dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store),
+                    "rank": own_rank, "world_size": count}
+        dist.init_process_group(**how)
     return rank(), local_rank, world_size()
 
 
