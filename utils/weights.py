@@ -65,9 +65,10 @@ def read_torch_file(path: str | Path, advice: str, map_location: Any = "cpu", ol
     except Exception as error:                     # damaged bytes make the unpickler raise anything; none is swallowed
         # operand 149 begins what Python's own pickle.dump writes today; torch.save never does
         if forbidden := re.search(r"nsupported (?:(?:global: )?GLOBAL ([\w.]+)|operand 149\b)", str(error)):
-            raise ValueError(f"{path}: holds Python objects ({(forbidden[1] or 'a pickle')[:60]}); only tensors and plain "
-                             f"types are read, because objects can run code. If you trust the file, write its state_dict alone "
-                             f"to a new one with torch.save.") from error
+            what = (forbidden[1] or "a pickle")[:60]
+            raise ValueError(f"{path}: holds Python objects ({what}); only tensors and plain types are read, because "
+                             f"objects can run code. If you trust the file, write its state_dict alone to a new one "
+                             f"with torch.save.") from error
         raise ValueError(f"{path}: truncated, damaged or not a PyTorch file ({_one_line(error)}). {advice}") from error
 
 
