@@ -34,8 +34,8 @@ class MaskSpec:
         for name, (low, high) in (("target_scale", self.target_scale), ("context_scale", self.context_scale)):
             if not 0 < low <= high <= 1:
                 raise ValueError(f"masking.{name}={[low, high]}: expected two shares, 0 < low <= high <= 1")
-        if not 0 <= self.whole_share < 1:
-            raise ValueError(f"masking.whole_share={self.whole_share}: expected a share from 0 to below 1")
+        if not 0 <= self.whole_share <= 1:
+            raise ValueError(f"masking.whole_share={self.whole_share}: expected a share from 0 to 1")
 
 
 def sample_masks(center: np.ndarray, spec: MaskSpec, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -127,8 +127,8 @@ def test_a_share_of_the_meshes_is_shown_whole(meshes):
         whole.append(bool(item["visible"].all()))
         assert item["target"].any() != whole[-1]
     assert 10 < sum(whole) < 30
-    with pytest.raises(ValueError, match="masking.whole_share=1"):
-        MaskSpec(whole_share=1)
+    with pytest.raises(ValueError, match="masking.whole_share=1.5"):
+        MaskSpec(whole_share=1.5)
 
 
 def test_padded_clusters_are_in_no_mask(batch):
