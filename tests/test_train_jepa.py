@@ -206,6 +206,17 @@ def test_constant_features_stop_the_run(config, data, tmp_path):
     assert weights(tmp_path / "run")["epoch"] == 2
 
 
+def test_monitors_fire_on_a_run_made_to_collapse_and_are_quiet_on_one_tied_to_descriptors(config, tmp_path):
+    more = ("training.epochs=30", "monitor.stop=true", "monitor.interval=10", "optimizer.learning_rate=0.01")
+    with pytest.raises(FloatingPointError, match="monitor (position_r2|target_std|target_std_ratio) "):
+        train(config, tmp_path / "collapsed", *more, "loss.delta=0", "ema.momentum=0.5")     # a teacher that follows at once
+    alone = read_log(tmp_path / "collapsed" / "log" / "log.jsonl")[-1]
+    train(config, tmp_path / "run", *more, "masking.whole_share=0.25")
+    tied = read_log(tmp_path / "run" / "log" / "log.jsonl")[-1]
+    assert alone["split"] == tied["split"] == "monitor"
+    assert alone["loss"] < 0.1 and alone["target_std_ratio"] < 0.5 * tied["target_std_ratio"]
+
+
 def test_a_teacher_too_slow_to_follow_stops_the_run(config, tmp_path):
     with pytest.raises(FloatingPointError, match="monitor teacher_follow = .* below .*ema.momentum"):
         train(config, tmp_path / "run", "ema.momentum=0.9999", "monitor.stop=true", "monitor.warmup_epochs=0",
