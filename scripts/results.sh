@@ -2,7 +2,8 @@
 # The runs behind the tables of docs/, ready made. Data: datasets/humanbody_1500/{train,test} with NAME.obj + NAME.txt;
 # datasets/camvid/{images,masks}/{train,val,test} with NAME.jpg + NAME.png and classes.json.
 #   bash scripts/results.sh humanbody            # all rows, one after another; hours on two cores
-#   bash scripts/results.sh humanbody_hks        # one row: humanbody_{linear,nohks,hks,random,jepa}
+#   bash scripts/results.sh humanbody_hks        # one row: humanbody_{linear,nohks,hks,random}
+#   bash scripts/results.sh pretraining          # train_jepa.py, and what its encoder is worth; pretraining_lod3 after it
 #   bash scripts/results.sh camvid               # camvid_upernet and camvid_m2f: heads on an untrained frozen ViT-S; camvid_unet;
 #                                                # camvid_prototype and camvid_deeplab, the ordinary classifier beside it
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
@@ -26,16 +27,27 @@ humanbody_random() {    # a head on the encoder as it was initialised
     python train_downstream.py configs/mesh_humanbody_frozen.yaml training.use_pretrained=false --output-dir exp/humanbody_random
     score humanbody_random
 }
-humanbody_jepa() {      # pre-training, then a head on the frozen encoder; 12 epochs show the chain, configs/jepa_humanbody.yaml has more
-    python train_jepa.py configs/jepa_humanbody.yaml --output-dir exp/humanbody_jepa \
-        training.epochs=12 scheduler.warmup_epochs=2 probe.interval=6
-    python train_downstream.py configs/mesh_humanbody_frozen.yaml --pretrained_path exp/humanbody_jepa/model/model_last.pth \
-        --output-dir exp/humanbody_frozen
-    score humanbody_frozen
-    python predict.py exp/humanbody_frozen/model/model_best.pth datasets/humanbody_1500/test --output exp/humanbody_predictions
+NO_HKS='model.features=[corners,normal,area,angles,curvature,dihedral] augmentation.hks_noise=0'
+pretrain() {            # run folder, overrides: half an hour on a core
+    out=$1; shift
+    OMP_NUM_THREADS=1 python train_jepa.py configs/jepa_humanbody.yaml --device cpu --num-workers 0 --output-dir "$out" "$@"
+}
+pretraining() {         # with signatures and without: pre-training, then frozen and trained networks on 16, 64 and all meshes
+    strong='augmentation.scale_range=[0.7,1.3] augmentation.deformation=0.05 augmentation.noise_std=0.05'
+    pretrain exp/jepa_hks
+    pretrain exp/jepa_nohks $NO_HKS
+    OMP_NUM_THREADS=1 python benchmarks/bench_pretraining.py configs/mesh_humanbody_frozen.yaml $strong augmentation.hks_noise=0.4 \
+        --pretrained_path exp/jepa_hks/model/model_last.pth --device cpu
+    OMP_NUM_THREADS=1 python benchmarks/bench_pretraining.py configs/mesh_humanbody_frozen.yaml $strong $NO_HKS \
+        --pretrained_path exp/jepa_nohks/model/model_last.pth --device cpu
+}
+pretraining_lod3() {    # the encoder of human bodies on buildings, unchanged
+    OMP_NUM_THREADS=1 python benchmarks/bench_pretraining.py configs/mesh_lod3.yaml $NO_HKS model.use_texture=false model.unit=null \
+        model.embedding_dim=64 model.num_attention_blocks=5 model.faces_per_cluster=24 training.clusters_per_batch=null \
+        --pretrained_path exp/jepa_nohks/model/model_last.pth --rows "frozen random" "frozen pre-trained" --labelled all --device cpu
 }
 humanbody() {
-    humanbody_linear; humanbody_nohks; humanbody_hks; humanbody_random; humanbody_jepa
+    humanbody_linear; humanbody_nohks; humanbody_hks; humanbody_random
 }
 
 camvid_head() {         # script, run folder, further flags: one thread each, so that two runs fit on two cores
@@ -75,6 +87,6 @@ camvid() {
 }
 
 case "${1:-}" in
-    camvid | camvid_upernet | camvid_m2f | camvid_unet | camvid_prototype | camvid_deeplab | humanbody | humanbody_linear | humanbody_nohks | humanbody_hks | humanbody_random | humanbody_jepa) "$1" ;;
-    *) echo "error: name a run: camvid, camvid_{upernet,m2f,unet,prototype,deeplab}, humanbody or humanbody_{linear,nohks,hks,random,jepa}, got '${1:-}'" >&2; exit 2 ;;
+    camvid | camvid_upernet | camvid_m2f | camvid_unet | camvid_prototype | camvid_deeplab | humanbody | humanbody_linear | humanbody_nohks | humanbody_hks | humanbody_random | pretraining | pretraining_lod3) "$1" ;;
+    *) echo "error: name a run: camvid, camvid_{upernet,m2f,unet,prototype,deeplab}, pretraining, pretraining_lod3, humanbody or humanbody_{linear,nohks,hks,random}, got '${1:-}'" >&2; exit 2 ;;
 esac
