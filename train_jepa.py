@@ -107,7 +107,7 @@ DEFAULTS = {
         "num_mask_blocks": 4,                               # target blocks of a mesh
         "target_scale": [0.15, 0.20],                       # share of the clusters in one of them
         "context_scale": [0.85, 1.0],                       # share in the context, before the targets are taken out
-        "whole_share": 0.0,                                 # of the meshes: shown whole, only their descriptors count
+        "whole_share": 0.75,                                # of the meshes: shown whole, only their descriptors count
     },
     "loss": {
         "alpha": 1.0,                                       # I-JEPA: smooth-L1 to the teacher's embedding

@@ -39,6 +39,7 @@ def write_config(folder, data, **sections):
         "model": {"n_classes": 3, "features": ["normal", "area"], "embedding_dim": 16, "num_heads": 2,
                   "num_attention_blocks": 2, "num_attention_blocks_predictor": 1, "faces_per_cluster": 16,
                   "encoder_dropout": 0.1},
+        "masking": {"whole_share": 0.0},
         "training": {"epochs": 2, "batch_size": 2},
         "scheduler": {"warmup_epochs": 0.5},
         "optimizer": {"learning_rate": 0.005},
@@ -274,6 +275,7 @@ def test_weight_decay_momentum_and_masks_follow_the_steps(config, tmp_path, monk
     ("masking.context_scale=[0.9,0.8]", "context_scale"),
     ("ema.momentum=1.0", "ema.momentum"),
     ("loss.delte=1", "did you mean loss.delta"),
+    (("loss.delta=0", "masking.whole_share=0.5"), "teach nothing"),
     ("model.embedding_dim=18", "multiple of"),
     ("model.faces_per_cluster=400", "one cluster"),
     ("model.num_attention_blocks_predictor=0", "num_attention_blocks_predictor"),
@@ -285,7 +287,7 @@ def test_weight_decay_momentum_and_masks_follow_the_steps(config, tmp_path, monk
 ])
 def test_wrong_settings_are_refused_before_training(config, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
-        train(config, tmp_path / "run", change)
+        train(config, tmp_path / "run", *([change] if isinstance(change, str) else change))
     assert not (tmp_path / "run" / "model").exists()
 
 
