@@ -139,7 +139,6 @@ def make_parser() -> ArgumentParser:
     paths = parser.add_argument_group("paths")
     paths.add_argument("--checkpoint-dir", help="default: OUTPUT_DIR/model")
     paths.add_argument("--log-dir", help="default: OUTPUT_DIR/log")
-    parser.add_argument("--resume-checkpoint", dest="resume", metavar="PATH", help="the same as --resume")
     parser.add_argument("--num-workers", type=int, default=4, help="loader processes; 0 loads in the main process")
     parser.add_argument("--compile", action="store_true", help="torch.compile the trained part")
     # run                                                                         # same in all scripts
