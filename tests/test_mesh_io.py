@@ -176,6 +176,21 @@ def test_glb_scene_in_file_order_with_node_transforms(tmp_path):
     assert np.allclose(mesh.vertices[mesh.faces], np.concatenate(expected), atol=1e-5)
 
 
+def test_glb_whose_buffer_is_a_file_of_its_own(tmp_path):
+    vertices, faces = sphere(3)
+    write_glb(tmp_path / "a.glb", vertices, faces, np.zeros((len(faces), 3), np.uint8))
+    expected, data = read_mesh(tmp_path / "a.glb"), (tmp_path / "a.glb").read_bytes()
+    end = 20 + int.from_bytes(data[12:16], "little")
+    tree = json.loads(data[20:end])
+    tree["buffers"][0]["uri"] = "a.bin"
+    (tmp_path / "a.bin").write_bytes(data[end + 8:])
+    text = json.dumps(tree).encode()
+    (tmp_path / "a.glb").write_bytes(b"glTF" + struct.pack("<3I4s", 2, 20 + len(text), len(text), b"JSON") + text)
+    assert max(accessor["count"] for accessor in tree["accessors"]) > 20 + len(text)
+    mesh = read_mesh(tmp_path / "a.glb")
+    np.testing.assert_array_equal(mesh.vertices[mesh.faces], expected.vertices[expected.faces])
+
+
 def ply(kind, faces, label=None):
     """The square as a PLY with faces of any length; kind ascii, binary_little_endian or binary_big_endian."""
     header = f"ply\nformat {kind} 1.0\ncomment label 0 a\nelement vertex 4\nproperty float x\nproperty float y\n" \
