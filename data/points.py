@@ -142,7 +142,8 @@ def read_cloud(path: str | Path, label_field: str | None = None) -> PointCloud:
         if value.shape != ((len(coord),) if name == "label" else (len(coord), 3)):
             raise ValueError(f"{path}: {name} of shape {value.shape} for {len(coord)} points; one row a point, in the "
                              f"order of the coordinates")
-    finite = ((coord > -LARGEST) & (coord < LARGEST)).all(1)
+    with np.errstate(over="ignore"):                                       # in float16, where LARGEST is infinity
+        finite = ((coord > -LARGEST) & (coord < LARGEST)).all(1)
     if not finite.all():
         raise ValueError(f"{path}: {(~finite).sum()} of {len(coord)} points have a NaN or infinite coordinate, or one "
                          f"beyond {LARGEST:g}, the first is point {finite.argmin()}; remove them")

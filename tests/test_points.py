@@ -190,6 +190,15 @@ def test_numbers_beyond_all_sizes(tmp_path):
     assert normal.tolist() == [[0, 0, 0], [0, 0, 0], [0, 0, 1]]
 
 
+def test_float16_coordinates_are_read_without_a_warning(tmp_path):
+    np.save(tmp_path / "a.npy", np.float16([[0, 0.5, 1], [2, 3, 4]]))
+    with np.errstate(over="raise"):
+        assert read_cloud(tmp_path / "a.npy").coord.tolist() == [[0, 0.5, 1], [2, 3, 4]]
+    np.save(tmp_path / "a.npy", np.float16([[0, 0.5, np.inf]]))
+    with pytest.raises(ValueError, match="1 of 1 points have a NaN or infinite"):
+        read_cloud(tmp_path / "a.npy")
+
+
 def test_an_archive_that_announces_more_than_it_holds(tmp_path):
     data = bytearray(zipped(coord=NPY))
     at = data.index(b"PK\1\2") + 20                                                    # sizes of the entry, in the directory
