@@ -387,6 +387,14 @@ def test_auto_falls_back_to_the_newest_readable(tmp_path):
         find_resume("auto", tmp_path)
 
 
+def test_auto_starts_afresh_beside_pretrained_weights(tmp_path):
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "resnet50.pth")
+    path, messages = find_resume("auto", tmp_path)
+    assert path is None and "starting afresh" in messages[0]
+    save(tmp_path / "warmup.pth")
+    assert find_resume("auto", tmp_path)[0] == tmp_path / "warmup.pth"
+
+
 def test_auto_does_not_overwrite_another_scripts_run(tmp_path):
     save(tmp_path / "model_last.pth")
     with pytest.raises(ValueError, match="train_downstream.py"):

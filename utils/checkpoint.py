@@ -173,8 +173,8 @@ def find_resume(resume: str | Path | None, model_dir: str | Path,
 
     A path must pass `load_checkpoint`, whose errors it raises. "auto" takes model_last.pth or, where that cannot be
     read, the newest of the readable checkpoint_*.pth, model_best.pth and others, with a line for each file passed
-    over. An empty folder is a fresh start; files of which none can be read are a ValueError, because a fresh start
-    would overwrite that run.
+    over. An empty folder is a fresh start, as is one of files with other names that are no checkpoints; otherwise files
+    of which none can be read are a ValueError, because a fresh start would overwrite that run.
     """
     if resume is None:
         return None, []
@@ -191,7 +191,8 @@ def find_resume(resume: str | Path | None, model_dir: str | Path,
             try:
                 checkpoint = load_checkpoint(path, script, map_location="meta")
             except ValueError as error:
-                messages.append(f"skipped {error}")
+                if group is not groups[-1]:        # whose names may be anybody's, such as pre-trained weights
+                    messages.append(f"skipped {error}")
                 continue
             if group is groups[0]:
                 return path, [f"resuming from {path}"]
