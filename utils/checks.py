@@ -39,7 +39,7 @@ def check_names(what: str, names: Sequence[str]) -> Sequence[str]:
     control characters would forge lines of logs and steer terminals."""
     bad = next((name for name in names if not isinstance(name, str) or CONTROL.search(name)), None)
     if bad is not None:
-        raise ValueError(f"{what}: the name {show(bad)} is not text on one line; put it in quotes where it is a number, "
+        raise ValueError(f"{what}: the name {show(bad)} is not text on one line; put a number in quotes, "
                          "and leave control characters out")
     return names
 
