@@ -78,7 +78,7 @@ def train(model: DownstreamClassifier, dataset, files: np.ndarray, args, seed: i
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.05)
     scheduler = build_scheduler(optimizer, "cosine", args.steps, max(1, args.steps // 20), 1e-6)
     criterion = MaskedCrossEntropyLoss()
-    items = np.flatnonzero(np.isin([index for index, _, _ in dataset.items], files))
+    items = items_of(dataset, files)
     sampler = EpochBatchSampler(len(items), args.batch_size, seed, drop_last=True)
     model.train()
     for step in range(args.steps):
@@ -95,10 +95,16 @@ def train(model: DownstreamClassifier, dataset, files: np.ndarray, args, seed: i
         optimizer.zero_grad(set_to_none=True)
 
 
+def items_of(dataset, files) -> np.ndarray:
+    """The items of the meshes dataset.files[files]: one each, or more where meshes are cut into crops."""
+    return np.flatnonzero(np.isin([index for index, _, _ in dataset.items], files))
+
+
 def untrained(config, dataset, files) -> DownstreamClassifier:
     """A network as it starts, with the mean and deviation of the features of dataset.files[files]."""
     model = build_model(config, 0)
-    chosen = torch.cat([dataset[i]["features"][dataset[i]["mask"]] for i in files[:64]])         # (faces, Dg)
+    items = items_of(dataset, files[:64])
+    chosen = torch.cat([sample["features"][sample["mask"]] for sample in (dataset[i] for i in items)])   # (faces, Dg)
     model.encoder.feature_mean[:], model.encoder.feature_std[:] = chosen.mean(0), chosen.std(0).clamp(min=1e-6)
     return model
 
@@ -107,7 +113,7 @@ def draw(config, args, held) -> None:
     """Rows: labels, random and pre-trained features of five validation meshes."""
     seed_everything(args.seeds[0])
     train_set = build_dataset(config, "train")
-    random = untrained(config, train_set, range(len(train_set.files)))
+    random = untrained(config, train_set, np.arange(len(train_set.files)))
     trained = build_model(config, 0)
     load_pretrained(trained, args.pretrained_path, mesh_spec(config))
     chosen = np.linspace(0, len(held.files) - 1, 5).round().astype(int)
@@ -128,6 +134,9 @@ def attached(model, config) -> DownstreamClassifier:
 
 def main(argv=None) -> dict:
     args = parse_args(argv)
+    for count in args.labelled:
+        if count != "all" and not (count.isdecimal() and int(count)):
+            raise ValueError(f"--labelled {count}: expected numbers of meshes above 0, or all")
     config = load_config(args.config, DEFAULTS, [*args.overrides, f"evaluation.views={args.views}"])
     check_config(config)
     device = pick_device(args.device)
