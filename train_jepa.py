@@ -255,10 +255,11 @@ def build_dataset(config: Config, files: list[Path], seed: int = 0, **more) -> M
 
 
 def fixed_dataset(config: Config, files: list[Path], label_dir: str | None) -> MeshDataset:
-    """For monitors and probe: every mesh turned its own way, always the same, and not changed otherwise. As they lie in
-    their files, all figures may stand upright, and position alone would tell a head from a foot."""
+    """For monitors and probe: every mesh turned its own way, always the same, every face once, and not changed
+    otherwise. As they lie in their files, all figures may stand upright, and position alone would tell a head from a
+    foot."""
     turned = Augmentation(config.augmentation.mode, tuple(config.augmentation.rotation_range), recluster=True)
-    return build_dataset(config, files, label_dir=label_dir, augmentation=turned)
+    return build_dataset(config, files, label_dir=label_dir, augmentation=turned, every_part=True)
 
 
 def random_encoder(config: Config, seed: int, trained: Nomeformer | None = None) -> Nomeformer:

@@ -143,7 +143,7 @@ def prepare_mesh(path: str | Path, spec: MeshSpec, cache_dir: str | Path | None 
     names = {"vertices", "faces", "area", *["neighbors"] * _wants_neighbors(spec), *["hks"] * hks,
              *["descriptors"] * descriptors}
     settings = [CACHE_VERSION, spec.unit, _wants_neighbors(spec), HKS_EIGENPAIRS if hks else 0,
-                *[HEAT_RADII] * descriptors]
+                *[(HKS_EIGENPAIRS, HEAT_RADII)] * descriptors]
     arrays = cached_arrays(path, settings, names, cache_dir, lambda: _prepare(read_mesh(path), spec, path, descriptors))
     return PreparedMesh(**{name: arrays.get(name) for name in PreparedMesh._fields})
 
@@ -163,10 +163,12 @@ def _prepare(mesh, spec, path, descriptors):
     try:
         hks = heat_kernel_signature(vertices, faces) if descriptors or "hks" in spec.features else None
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        instead = "; the targets of pre-training need them too: set loss.delta=0 and masking.whole_share=0"
+        raise ValueError(f"{path}: {error}{instead * descriptors}") from None
     arrays = {"vertices": stored, "faces": faces,
               "neighbors": face_neighbors(faces) if _wants_neighbors(spec) else None,
-              "area": face_geometry(vertices, faces)[2].astype(np.float32), "hks": hks,
+              "area": face_geometry(vertices, faces)[2].astype(np.float32),
+              "hks": hks if "hks" in spec.features else None,
               "descriptors": surface_descriptors(vertices, faces, hks) if descriptors else None}
     return {name: value for name, value in arrays.items() if value is not None}
 
@@ -288,10 +290,11 @@ class MeshDataset(Dataset):
     """Meshes with one label a face.
 
     files: mesh files in a fixed order; label_dir: where find_label_file looks, None = no labels (all IGNORE_INDEX).
-    Item of a training set (augmentation set, views 0): one mesh, or a crop of clusters_per_batch clusters; a mesh of N
-    clusters gives max(1, N // clusters_per_batch) items an epoch. Item of an evaluation set (views >= 1): one (mesh,
-    view, part), in order; view 0 is the mesh as it is, others are turned as the augmentation's mode and rotation_range
-    say and clustered anew, always the same way; the parts of a view hold every face exactly once.
+    Item of a training set (augmentation set, views 0): one mesh, or a crop of clusters_per_batch clusters; a mesh of
+    N clusters gives max(1, N // clusters_per_batch) items an epoch, or with every_part its parts, as below. Item of
+    an evaluation set (views >= 1): one (mesh, view, part), in order; view 0 is the mesh as it is, others are turned
+    as the augmentation's mode and rotation_range say and clustered anew, always the same way; the parts of a view
+    hold every face exactly once.
     Randomness depends on (seed, epoch, item) alone: not on workers, batch size or what ran before.
     All files are read, checked and cached at construction, so that wrong data is found before training. Raises what
     prepare_mesh and read_labels raise, and ValueError where label_dir has no label but IGNORE_INDEX.
@@ -310,6 +313,7 @@ class MeshDataset(Dataset):
     seed: int = 0
     description: str = "preparing meshes"
     descriptors: bool = False               # items also have `descriptors` (N, F, 64), the targets of pre-training
+    every_part: bool = False                # views 0: no random crops, but parts that hold every face exactly once
 
     def __post_init__(self) -> None:
         self.epoch = 0
@@ -333,7 +337,7 @@ class MeshDataset(Dataset):
         self.items = []                                     # (mesh, view, part)
         for index, count in enumerate(self.num_faces):
             clusters = self._num_clusters(count)
-            if self.views:
+            if self.views or self.every_part:
                 parts = -(-clusters // limit) if limit else 1
             else:
                 parts = max(1, clusters // limit) if limit else 1
@@ -368,13 +372,17 @@ class MeshDataset(Dataset):
         centroid (N, F, 3) and area (N, F; of the mesh before augmentation) float32, index of the mesh in `files`; with
         `descriptors` these as well (N, F, 64; of the mesh before augmentation)."""
         index, view, part = self.items[item]
-        rng = np.random.default_rng(derived_seed(view) if self.views else derived_seed(self.seed, self.epoch, item))
-        if not self.views:
-            face_index, values = self._tokens(index, self.augmentation, self.augmentation.recluster, rng)
+        augmentation, recluster = self.augmentation, self.augmentation.recluster
+        drawn = (self.seed, self.epoch, index if self.every_part else item)
+        if self.views:
+            turn = (augmentation.mode, augmentation.rotation_range) if view else ()
+            augmentation, recluster, drawn = Augmentation(*turn), view > 0, (view,)
+        rng = np.random.default_rng(derived_seed(*drawn))
+        if not (self.views or self.every_part):
+            face_index, values = self._tokens(index, augmentation, recluster, rng)
         else:
-            if self._last_view[0] != (index, view):          # the parts of a view follow one another
-                turn = (self.augmentation.mode, self.augmentation.rotation_range) if view else ()
-                self._last_view = (index, view), self._tokens(index, Augmentation(*turn), view > 0, rng)
+            if self._last_view[0] != (index, *drawn):        # the parts of a view follow one another
+                self._last_view = (index, *drawn), self._tokens(index, augmentation, recluster, rng)
             face_index, values = self._last_view[1]
         face_index = self._part(face_index, values["centroid"], part, rng)
         if not self.views and self.augmentation.cluster_dropout:
@@ -413,7 +421,7 @@ class MeshDataset(Dataset):
         limit = self.spec.clusters_per_batch
         if not limit or len(face_index) <= limit:
             return face_index
-        if self.views:
+        if self.views or self.every_part:
             return face_index[part * limit:(part + 1) * limit]                   # neighbours are consecutive
         center = np.stack([centroid[row[row >= 0]].mean(0) for row in face_index])
         nearest = ((center - center[rng.integers(len(center))]) ** 2).sum(1).argsort(kind="stable")[:limit]

@@ -109,7 +109,7 @@ class MaskedMeshes(Dataset):
         mask, centroid = sample["mask"].numpy(), sample["centroid"].numpy()
         center = centroid.sum(1) / mask.sum(1, keepdims=True).clip(min=1)                     # (N, 3)
         visible, target = np.ones(1, bool), np.zeros((self.spec.num_targets, 1), bool)
-        if len(center) > 1:                                 # one cluster: the last crop of a view, all context
+        if len(center) > 1:                                 # one cluster: the last part of a mesh, all context
             epoch = 0 if self.dataset.views else self.epoch
             rng = np.random.default_rng(derived_seed(self.seed, epoch, item, MASK_STREAM))
             visible, target = sample_masks(center, self.spec, rng)

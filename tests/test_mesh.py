@@ -24,7 +24,7 @@ from data.mesh import (
     rotation_about_z,
     split_meshes,
 )
-from data.mesh_features import FEATURES, face_features, face_neighbors, feature_width
+from data.mesh_features import FEATURES, NUM_DESCRIPTORS, face_features, face_neighbors, feature_width
 from models.downstream import DownstreamClassifier
 from models.nomeformer import Nomeformer
 from tests.tiny_meshes import tiny_mesh, write_set
@@ -185,6 +185,16 @@ def test_mesh_too_large_for_signatures_is_named(folder, monkeypatch):
     monkeypatch.setattr("data.mesh_features.HKS_LARGEST", 10)
     with pytest.raises(ValueError, match=r"mesh_00.obj: heat-kernel signatures of \d+ vertices"):
         prepare_mesh(folder / "mesh_00.obj", EVERYTHING)
+    with pytest.raises(ValueError, match=r"mesh_00.obj: heat-kernel .* set loss.delta=0 and masking.whole_share=0"):
+        prepare_mesh(folder / "mesh_00.obj", SPEC, descriptors=True)
+
+
+def test_descriptors_from_the_cache_give_the_same_items(folder, tmp_path):
+    """Signatures that are only computed for the descriptors must not take part: their noise would draw random numbers."""
+    noisy = Augmentation("so3", hks_noise=0.4, recluster=True)
+    first, again = (dataset(folder, augmentation=noisy, descriptors=True, cache_dir=tmp_path / "cache") for _ in "ab")
+    assert first.mesh(0).hks is None and first[0]["descriptors"].shape[-1] == NUM_DESCRIPTORS
+    assert all(equal(first[i], again[i]) for i in range(4))
 
 
 def test_meshes_beyond_the_memory_are_read_again_from_the_cache(folder, tmp_path, monkeypatch):
@@ -293,6 +303,18 @@ def test_every_face_exactly_once_in_every_view(tmp_path, clustering, sizes):
     assert len(seen) == 2 * len(meshes.files)
     for (index, _), parts in seen.items():
         assert torch.cat(parts).sort().values.tolist() == list(range(meshes.num_faces[index]))
+
+
+def test_every_part_of_turned_meshes_holds_every_face_once(folder):
+    spec, turned = MeshSpec(faces_per_cluster=8, clusters_per_batch=7), Augmentation("so3", recluster=True)
+    meshes = dataset(folder, spec, augmentation=turned, every_part=True)
+    assert len(meshes) > len(meshes.files)
+    for index, count in enumerate(meshes.num_faces):
+        parts = [meshes[i] for i, (mesh, _, _) in enumerate(meshes.items) if mesh == index]
+        found = torch.cat([part["face_index"][part["mask"]] for part in parts])
+        assert sorted(found.tolist()) == list(range(count)) and all(len(part["mask"]) <= 7 for part in parts)
+    whole = [dataset(folder, SPEC, augmentation=turned, every_part=flag) for flag in (False, True)]
+    assert all(equal(whole[0][i], whole[1][i]) for i in range(4))               # where a mesh is one item: no difference
 
 
 def test_parts_of_a_view_are_prepared_once(folder, monkeypatch):
