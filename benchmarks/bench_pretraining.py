@@ -58,7 +58,7 @@ def parse_args(argv=None):
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--labelled", nargs="+", default=["16", "64", "all"], help="numbers of labelled meshes, or all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--lr", type=float, default=2e-3, help="of heads, and of everything from scratch")
     parser.add_argument("--finetune-lr", type=float, default=1e-3, help="of a pre-trained encoder")

@@ -44,7 +44,7 @@ pretraining() {         # with signatures and without: pre-training, then frozen
 pretraining_lod3() {    # the encoder of human bodies on buildings, unchanged
     OMP_NUM_THREADS=1 python benchmarks/bench_pretraining.py configs/mesh_lod3.yaml $NO_HKS model.use_texture=false model.unit=null \
         model.embedding_dim=64 model.num_attention_blocks=5 model.faces_per_cluster=24 training.clusters_per_batch=null \
-        --pretrained_path exp/jepa_nohks/model/model_last.pth --rows "frozen random" "frozen pre-trained" --labelled all --device cpu
+        --pretrained_path exp/jepa_nohks/model/model_last.pth --rows "frozen random" "frozen pre-trained" --labelled all --steps 150 --device cpu
 }
 humanbody() {
     humanbody_linear; humanbody_nohks; humanbody_hks; humanbody_random
