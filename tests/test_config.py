@@ -271,3 +271,15 @@ def test_a_saved_config_loads_back_the_same(tmp_path):
 def test_the_specified_names_are_here():
     assert check_choice("x", 1, [1]) == 1
     assert Setting("a", (str,)) == Setting(default="a", types=(str,), choices=None)
+
+
+def test_a_whole_number_beyond_all_floats_is_refused(tmp_path):
+    (tmp_path / "c.yaml").write_text(f"optimizer: {{learning_rate: {'9' * 400}}}\n")
+    with pytest.raises(ValueError, match=r"c.yaml: optimizer.learning_rate: a whole number of 1329 bits is too large"):
+        load_config(tmp_path / "c.yaml", {"optimizer": {"learning_rate": 0.1}}, [])
+
+
+def test_an_unknown_key_cannot_break_the_line(tmp_path):
+    (tmp_path / "c.json").write_text('{"\\ud800\\u001b[2J": 1}')
+    with pytest.raises(ValueError, match=r"c.json: unknown key \\ud800\\x1b\[2J; the top level has a"):
+        load_config(tmp_path / "c.json", {"a": 1}, [])

@@ -17,7 +17,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from utils.checks import check_choice, check_range, did_you_mean, nearest, show
+from utils.checks import check_choice, check_range, did_you_mean, nearest, printable, show
 from utils.config_file import read_mapping, read_yaml, to_plain, write_yaml
 
 __all__ = ["REQUIRED", "Config", "Required", "Setting", "check_choice", "check_range", "load_config", "override_config",
@@ -163,7 +163,7 @@ def _lay_over(config: Config, given: Mapping, defaults: Mapping, where: str, pre
             here = [f"{prefix}{near}" for near in nearest(key, defaults)]
             elsewhere = [other for other in known if other.rpartition(".")[2] == key]
             hint = did_you_mean([*here, *elsewhere]) or f"; {prefix[:-1] or 'the top level'} has {', '.join(defaults)}"
-            raise ValueError(f"{where}: unknown {'section' if isinstance(value, dict) else 'key'} {name}{hint}")
+            raise ValueError(f"{where}: unknown {'section' if isinstance(value, dict) else 'key'} {printable(name)}{hint}")
         spec = defaults[key]
         if not isinstance(spec, dict):
             config[key] = _checked(value, spec, f"{where}: {name}")
@@ -194,7 +194,10 @@ def _checked(value: Any, spec: Any, what: str) -> Any:
     if value is None and (default is None or type(None) in types):
         return None
     if type(value) is int and float in types and int not in types:
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:
+            raise ValueError(f"{what}: a whole number of {value.bit_length()} bits is too large") from None
     if type(value) not in types or value != value:             # NaN differs from itself: the right type, but no use
         names = [TYPE_NAMES.get(kind, "null") for kind in types] + ["null"] * (default is None)
         hint = "; put it in quotes to make it text" if str in types and isinstance(value, bool | int | float) else ""
