@@ -163,7 +163,8 @@ def _lay_over(config: Config, given: Mapping, defaults: Mapping, where: str, pre
             here = [f"{prefix}{near}" for near in nearest(key, defaults)]
             elsewhere = [other for other in known if other.rpartition(".")[2] == key]
             hint = did_you_mean([*here, *elsewhere]) or f"; {prefix[:-1] or 'the top level'} has {', '.join(defaults)}"
-            raise ValueError(f"{where}: unknown {'section' if isinstance(value, dict) else 'key'} {printable(name)}{hint}")
+            kind = "section" if isinstance(value, dict) else "key"
+            raise ValueError(f"{where}: unknown {kind} {printable(name)}{hint}")
         spec = defaults[key]
         if not isinstance(spec, dict):
             config[key] = _checked(value, spec, f"{where}: {name}")
