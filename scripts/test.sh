@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up what is missing, then check the style and run the tests (about 9 minutes on two busy cores). Arguments go to pytest:
+# Set up what is missing, then check the style and run the tests (about 10 minutes on two cores). Arguments go to pytest:
 #   bash scripts/test.sh                    # the default tests
 #   bash scripts/test.sh -m slow            # the slow ones
 #   bash scripts/test.sh tests/test_ema.py
