@@ -171,6 +171,8 @@ def opened(path: str | Path, what: str = "image") -> Iterator[Image.Image]:
             yield image
     except READ_ERRORS as error:
         raise ValueError(f"{path}: this {what} cannot be read ({error})") from error
+    except MemoryError:                                     # such as a PNG whose last part claims two gigabytes
+        raise ValueError(f"{path}: this {what} announces more than the memory holds; is it damaged?") from None
 
 
 def read_image(path: str | Path, exif: bool = False) -> Image.Image:

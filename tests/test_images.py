@@ -590,3 +590,10 @@ def test_wrong_augmentation(changes, message):
 def test_wrong_settings(arguments, message):
     with pytest.raises(ValueError, match=message):
         SegmentationDataset([], **{"image_size": 32, "num_classes": 3, **arguments})
+
+
+def test_a_picture_that_announces_more_than_the_memory_holds_is_refused(tmp_path):
+    path = tmp_path / "a.png"
+    Image.new("L", (4, 4)).save(path)
+    with pytest.raises(ValueError, match=r"a\.png: this mask announces more than the memory holds"), images.opened(path, "mask"):
+        raise MemoryError

@@ -109,11 +109,11 @@ def test_nothing_grows(tmp_path, name, workers):
 
 @pytest.mark.slow
 def test_a_planted_leak_is_found(tmp_path):
-    """13 kB at every step, at every 50th an open file and a file too many."""
+    """130 kB at every step, at every 50th an open file and a file too many."""
     kept = []
 
     def leak(step):
-        kept.append([float(step + i) for i in range(400)])
+        kept.append([float(step + i) for i in range(4000)])
         if step % 50 == 0:
             kept.append(open(os.devnull))
             (tmp_path / "out" / f"left_{step}").touch()
