@@ -85,10 +85,10 @@ def test_refused_in_one_line_or_accepted(case, tmp_path):
     outcome = "accepted" if case.check else "refused"
     TRIED[outcome] += 1
     status, lines, returned, seconds = attempt(case, tmp_path)
-    assert seconds < SECONDS
     if case.check is not None:
         assert status == 0 and case.check(tmp_path, returned[0]), lines
     else:
+        assert seconds < SECONDS                            # what is accepted may compute for longer
         assert status == 2 and len(lines) == 1 and lines[0].startswith("error: ") and len(lines[0]) < 1200, lines
         assert case.place in lines[0] and case.remedy in lines[0]
         left = [path.name for path in tmp_path.rglob("*") if path.suffix in (".tmp", ".part") or path.name == "executed"]
