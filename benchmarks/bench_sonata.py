@@ -30,7 +30,7 @@ from data.points import PointSpec, collate_points, evaluation_sample  # noqa: E4
 from data.synthetic_points import POINT_CLASSES, make_room  # noqa: E402
 from models.point_transformer import MODES, build_point_transformer, build_segmenter  # noqa: E402
 from models.sparse_conv import neighbour_table  # noqa: E402
-from utils.cli import ArgumentParser, run  # noqa: E402
+from utils.cli import ArgumentParser, run_main  # noqa: E402
 from utils.device import AMP_DTYPES, autocast, describe, pick_device  # noqa: E402
 from utils.losses import MaskedCrossEntropyLoss, lovasz_softmax_loss  # noqa: E402
 
@@ -260,4 +260,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -20,19 +20,18 @@ from typing import Any, NamedTuple
 from utils.checks import check_choice, check_range, did_you_mean, nearest, printable, show
 from utils.config_file import read_mapping, read_yaml, to_plain, write_yaml
 
-__all__ = ["REQUIRED", "Config", "Required", "Setting", "check_choice", "check_range", "load_config", "override_config",
-           "save_config"]
-
 TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "text", list: "a list",
               dict: "a mapping"}
 
 
 class Setting(NamedTuple):
-    """A setting of several types, of fixed choices (for a list: of its items), or null: a None default allows null."""
+    """A setting of several types, of fixed choices (for a list: of its items), or null: a None default allows null.
+    low: the smallest number allowed."""
 
     default: Any
     types: type | tuple[type, ...]
     choices: tuple | None = None
+    low: float | None = None
 
 
 class Required(NamedTuple):
@@ -40,6 +39,7 @@ class Required(NamedTuple):
 
     types: type | tuple[type, ...]
     choices: tuple | None = None
+    low: float | None = None
 
 
 REQUIRED = Required(tuple(TYPE_NAMES))                         # required, of any type
@@ -212,4 +212,6 @@ def _checked(value: Any, spec: Any, what: str) -> Any:
     if spec.choices is not None:
         for item in value if isinstance(value, list) else [value]:
             check_choice(what, item, spec.choices)
+    if spec.low is not None and isinstance(value, int | float):
+        check_range(what, value, spec.low)
     return value
