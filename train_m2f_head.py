@@ -5,7 +5,7 @@
         --backbone-weights dinov3_vitl16_pretrain_lvd1689m-8aa4cbdd.pth
     python train_m2f_head.py ... --device cpu --limit-batches 2 --epochs 1           # smoke run
     torchrun --nproc_per_node=4 train_m2f_head.py ...                                # several GPUs
-    python train_m2f_head.py ... --resume auto                                    # go on, bit for bit
+    python train_m2f_head.py ... --resume auto                    # go on, bit for bit
     python train_m2f_head.py --resume exp/m2f_head/model/model_best.pth --test-only
     python train_m2f_head.py --test-only --backbone dinov3_vit7b16 --backbone-weights FILE.pth \\
         --hidden-dim 2048 --head-weights dinov3_vit7b16_ade20k_m2f_head-bf307cb1.pth \\
@@ -26,7 +26,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from data.image_splits import read_classes
 from data.images import list_images
@@ -61,8 +60,7 @@ from utils.mask_losses import SetCriterion
 from utils.params import describe_parameters, split_decay
 from utils.run import Run, add_run_flags, main_first
 from utils.schedule import build_scheduler
-from utils.seed import seed_worker
-from utils.training import micro_steps
+from utils.training import build_loader, micro_steps
 from utils.weights import load_weights
 
 SCRIPT = Path(__file__).name
@@ -303,9 +301,7 @@ def main(argv=None) -> dict:
               optimizer=optimizer, scheduler=scheduler, save_interval=training.save_interval,
               encoder=backbone.entry, ema=None)
 
-    loader = DataLoader(train_set, batch_sampler=sampler, num_workers=args.num_workers,
-                        worker_init_fn=seed_worker, pin_memory=run.device.type == "cuda",
-                        generator=torch.Generator())
+    loader = build_loader(train_set, sampler, args.num_workers, run.device)
     lines = (describe_data(train_set, val_set),
              f"{describe_parameters(model)}; {run.description}")
     with run.training(*lines, log_interval=training.log_interval):

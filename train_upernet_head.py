@@ -6,7 +6,7 @@
     python train_upernet_head.py ... --neck pyramid --augment windows --cache-features
     python train_upernet_head.py ... --device cpu --limit-batches 2 --epochs 1       # smoke run
     torchrun --nproc_per_node=4 train_upernet_head.py ...                            # several GPUs
-    python train_upernet_head.py ... --resume auto                                # go on, bit for bit
+    python train_upernet_head.py ... --resume auto                    # go on, bit for bit
     python train_upernet_head.py --resume exp/upernet_head/model/model_best.pth --test-only
 
 Xiao et al. 2018 (UPerNet), in the widths of mmsegmentation, on the features of Simeoni et al. 2025
@@ -25,7 +25,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader
 
 from data.image_splits import read_classes
 from data.images import list_images
@@ -60,8 +59,7 @@ from utils.losses import MaskedCrossEntropyLoss
 from utils.params import describe_parameters, split_decay
 from utils.run import Run, add_run_flags, main_first
 from utils.schedule import build_scheduler
-from utils.seed import seed_worker
-from utils.training import micro_steps
+from utils.training import build_loader, micro_steps
 from utils.weights import load_weights
 
 SCRIPT = Path(__file__).name
@@ -270,9 +268,7 @@ def main(argv=None) -> dict:
               optimizer=optimizer, scheduler=scheduler, save_interval=training.save_interval,
               encoder=backbone.entry, ema=None)
 
-    loader = DataLoader(train_set, batch_sampler=sampler, num_workers=args.num_workers,
-                        worker_init_fn=seed_worker, pin_memory=run.device.type == "cuda",
-                        generator=torch.Generator())
+    loader = build_loader(train_set, sampler, args.num_workers, run.device)
     lines = (describe_data(train_set, val_set),
              f"{describe_parameters(model)}; {run.description}")
     with run.training(*lines, log_interval=training.log_interval):

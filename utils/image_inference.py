@@ -119,6 +119,17 @@ def slide(score: Callable[[Tensor], Tensor], image: Tensor, window: int | None, 
     return total / count
 
 
+def build_normalizer(mean: Sequence[float], std: Sequence[float],
+                     order: torch.memory_format = torch.contiguous_format) -> Callable[[Tensor], Tensor]:
+    """A function: image (B, 3, H, W) uint8 -> float32, (image / 255 - mean) / std, in this memory order."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
+
+    def normalize(image: Tensor) -> Tensor:
+        image = image.contiguous(memory_format=order)
+        return (image.float() / 255 - mean.to(image.device)) / std.to(image.device)
+    return normalize
+
+
 # -- one photograph ----------------------------------------------------------------------------------------------------
 
 @torch.no_grad()

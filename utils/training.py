@@ -5,18 +5,30 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from utils.checkpoint import RunFolder
 from utils.config import save_config
 from utils.device import describe, environment
-from utils.distributed import all_gather, all_reduce_sum, is_main, rank, world_size
+from utils.distributed import EpochBatchSampler, all_gather, all_reduce_sum, is_main, rank, world_size
 from utils.log import set_aside
 from utils.metrics import ConfusionMatrix, segmentation_metrics
-from utils.seed import derived_seed, rng_state, set_rng_state
+from utils.seed import derived_seed, rng_state, seed_worker, set_rng_state
+
+
+def build_loader(dataset: Dataset, sampler: EpochBatchSampler, num_workers: int, device: torch.device,
+                 collate_fn: Callable | None = None) -> DataLoader:
+    """The loader of the training batches; its workers draw nothing from the generators of this process."""
+    return DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers, collate_fn=collate_fn,
+                      worker_init_fn=seed_worker, pin_memory=device.type == "cuda", generator=torch.Generator())
+
+
+def to_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
 
 def micro_steps(network: nn.Module, batches: Sequence) -> Iterator:
