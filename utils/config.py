@@ -101,6 +101,11 @@ def override_config(config: Mapping, defaults: Mapping, overrides: Sequence[str]
     return _resolve(to_plain(config), "the settings in the checkpoint", defaults, overrides)
 
 
+def not_needed_lines(config: Mapping, table: Mapping[str, str]) -> list[str]:
+    """Lines for the log about keys that are accepted and have no effect; table: {section.key: why}."""
+    return [f"{name} is not needed: {why}" for name, why in table.items() if _look_up(config, name) is not None]
+
+
 def save_config(config: Mapping, path: str | os.PathLike) -> None:
     """Write settings as YAML that load_config reads back the same. An old file stays until the new one is complete."""
     write_yaml(config, path)
