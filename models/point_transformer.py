@@ -436,6 +436,11 @@ class SonataSegmenter(nn.Module):
     def frozen(self) -> list[nn.Module]:
         return [] if self.mode == "ft" else [self.backbone.embedding, self.backbone.enc]
 
+    def frozen_names(self) -> set[str]:
+        """Names of the parameters in frozen()."""
+        frozen = {id(parameter) for module in self.frozen() for parameter in module.parameters()}
+        return {name for name, parameter in self.named_parameters() if id(parameter) in frozen}
+
     def train(self, mode: bool = True) -> SonataSegmenter:
         super().train(mode)
         for module in self.frozen() if self.frozen_eval else ():
