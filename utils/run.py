@@ -307,17 +307,22 @@ class Run:
 
     def end_epoch(self, result: Mapping | None, shown: Mapping[str, str], score: str = "miou",
                   more: Mapping[str, float] | None = None) -> dict:
-        """Log the epoch and save its checkpoints; returns the record of its training part.
+        """log_epoch, then save_epoch by the number named `score`."""
+        train = self.log_epoch(result, shown, more)
+        self.save_epoch(None if result is None else self.numbers[score])
+        return train
 
-        result: of an evaluation (metrics, loss, seconds), or None. shown: {label on the console: name of a metric}.
-        score: the number by which the best epoch is chosen. more: numbers besides the metrics.
+    def log_epoch(self, result: Mapping | None, shown: Mapping[str, str], more: Mapping | None = None) -> dict:
+        """Log the epoch's totals, whose record it returns, and an evaluation (metrics, loss, seconds; or None).
+
+        shown: {label on the console: name of a metric}. more: numbers of the evaluation besides its metrics.
         """
         seconds = time.monotonic() - self._started
         terms = [name for name in self.totals.terms if name not in ("loss", "total")]
         train = self.totals.means()
         train.setdefault("loss", train.get("total"))
         self.log.evaluation(self.epoch, self.step, "train", train)
-        line = f"Epoch {self.epoch}: " + shown_numbers("Train", train, shown)
+        line = f"Epoch {self.epoch}: {shown_numbers('Train', train, shown)}"
         if terms:
             line += f" ({', '.join(f'{name} {train[name]:.4f}' for name in terms)})"
         if result is not None:
@@ -325,7 +330,6 @@ class Run:
             self.log.evaluation(self.epoch, self.step, "val", self.numbers)
             line += f"\n          {shown_numbers('Val', self.numbers, shown)} (evaluation {result['seconds']:.2f} s)"
         self.log.info(f"{line} ({seconds:.2f} s)")
-        self.save_epoch(None if result is None else self.numbers[score])
         return train
 
     def summary(self) -> dict:
