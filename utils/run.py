@@ -125,6 +125,7 @@ class Run:
             check_writable(self.folder.model, self.folder.log, self.folder.config)
         self.epoch = self.batch = self.step = 0
         self.numbers: dict = {}                             # of the last evaluation
+        self.stop: StopSignal | None = None                 # in training
         self._terms: dict[str, Tensor] = {}                 # of the step so far
         self._weight: Tensor | None = None
 
@@ -371,7 +372,7 @@ class Run:
 
     def stop_requested(self) -> int:
         """The signal by which any process was asked to stop, else 0. Every process has to call it."""
-        return all_agree_max(self.stop.requested or 0)
+        return all_agree_max(self.stop.requested or 0 if self.stop else 0)
 
     def stop_if_asked(self, where: str) -> None:
         """Raise StopRequested, with the command that goes on, where a stop was requested; all is saved by then."""
