@@ -3,11 +3,14 @@
     python predict.py exp/downstream/model/model_best.pth scan.obj houses/ --output exp/predictions
     python predict.py CHECKPOINT scan.ply --output OUT --labels npy --picture glb --html --pca
 
-Every input file NAME.* gives its labels, in the numbers of the label files the network was trained on, and a picture:
-meshes   OUT/NAME.txt (or .npy), one label per face in the order of the file; OUT/NAME.ply, coloured by class (.glb for
-         Blender and viewers); --html adds a page in which the result can be turned
-clouds   OUT/NAME.npy (or .txt), one label per point in the order of the file; OUT/NAME.ply, coloured by class
-images   OUT/NAME.png (or .npy), one class id per pixel at the photograph's own size; OUT/NAME_overlay.png
+Every input file NAME.* gives its labels, in the numbers of the label files the network was trained
+on, and a picture:
+meshes   OUT/NAME.txt (or .npy), one label per face in the order of the file; OUT/NAME.ply, coloured
+         by class (.glb for Blender and viewers); --html adds a page to turn the result in
+clouds   OUT/NAME.npy (or .txt), one label per point in the order of the file; OUT/NAME.ply,
+         coloured by class
+images   OUT/NAME.png (or .npy), one class id per pixel at the photograph's own size;
+         OUT/NAME_overlay.png
 --pca adds a picture of the encoder's features. This file knows no method.
 """
 
@@ -19,7 +22,7 @@ from evaluate import load
 from utils.checkpoint import check_writable
 from utils.checks import check_choice, printable
 from utils.cli import ArgumentParser, run_main
-from utils.device import amp_settings, pick_device
+from utils.device import AMP_DTYPES, amp_settings, pick_device
 from utils.log import progress
 
 
@@ -31,15 +34,17 @@ def parse_args(argv=None):
                         help="files, or folders of files; section.key=value changes the config")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results")
     # results
-    parser.add_argument("--labels", help="format of the label files: txt or npy (clouds npy, txt; images png, npy)")
-    parser.add_argument("--picture", help="coloured result: ply, glb or none (clouds ply, none; images png, none)")
-    parser.add_argument("--html", action="store_true", help="also a page in which the result can be turned")
+    parser.add_argument("--labels", help="format of the label files: txt or npy (clouds npy, txt; "
+                                         "images png, npy)")
+    parser.add_argument("--picture", help="coloured result: ply, glb or none (clouds ply, none; "
+                                          "images png, none)")
+    parser.add_argument("--html", action="store_true", help="also a page to turn the result in")
     parser.add_argument("--pca", action="store_true", help="also the encoder's features as colours")
     parser.add_argument("--explain", nargs="+", metavar="X,Y", default=[], type=pixel,
                         help="prototype networks: why the pixel in column X, row Y has its class")
     # run
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: the best there is")
-    parser.add_argument("--amp-dtype", choices=("float32", "bfloat16", "float16"),
+    parser.add_argument("--amp-dtype", choices=tuple(AMP_DTYPES),
                         help="default: bfloat16 on CUDA, else float32")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
@@ -52,8 +57,8 @@ def pixel(text: str) -> tuple[int, int]:
 
 
 def input_files(script, inputs, config) -> list[Path]:
-    """Files as given, folders as what the script can read in them (data.suffixes of the config chooses, where there is
-    such a key). ValueError where two would write the same result."""
+    """Files as given, folders as what the script can read in them (data.suffixes of the config
+    chooses, where there is such a key). ValueError where two would write the same result."""
     data = config.get("data", {})
     suffixes = {"suffixes": data["suffixes"]} if "suffixes" in data else {}
     files: list[Path] = []
@@ -62,19 +67,37 @@ def input_files(script, inputs, config) -> list[Path]:
             raise FileNotFoundError(f"{path}: no such file or folder")
         found = script.list_inputs(path, **suffixes) if path.is_dir() else [path]
         if not found:
-            raise ValueError(f"{path}: nothing in this folder can be read by {script.__name__}.py; name another")
+            raise ValueError(f"{path}: nothing in this folder can be read by "
+                             f"{script.__name__}.py; name another")
         files += found
     names = {}
     for path in files:
         name = result_name(path)
         if names.setdefault(name, path) != path:
-            raise ValueError(f"{names[name]} and {path} would both write {name}.*; predict them into two folders")
+            raise ValueError(f"{names[name]} and {path} would both write {name}.*; predict them "
+                             f"into two folders")
     return list(names.values())
 
 
 def result_name(path: Path) -> str:
-    """A file's name without its suffix; the whole name of a folder (a scene), in which a dot is no suffix."""
+    """A file's name without its suffix; the whole name of a folder (a scene), in which a dot is no
+    suffix."""
     return path.name if path.is_dir() else path.stem
+
+
+def check_results(args, formats: dict) -> None:
+    """Choose the formats of the results, of those the script can write; ValueError for others."""
+    for name in ("labels", "picture"):
+        asked = getattr(args, name) or formats[name][0]
+        setattr(args, name, check_choice(f"--{name}", asked, formats[name]))
+    if args.html and not formats["html"]:
+        raise ValueError("--html is a page to turn a mesh in; leave it out for this kind of data")
+    if args.explain and not formats.get("explain"):
+        raise ValueError("--explain needs a checkpoint of train_prototype.py; other networks have "
+                         "no prototypes")
+    if args.pca and not formats.get("pca", True):
+        raise ValueError("--pca: this network has no pre-trained encoder whose features could be "
+                         "shown; leave it out")
 
 
 def main(argv=None) -> dict:
@@ -83,34 +106,29 @@ def main(argv=None) -> dict:
     amp_dtype, _ = amp_settings(device, args.amp_dtype)
     overrides = [text for text in args.inputs if "=" in text and not Path(text).exists()]
     script, model, _ = load(args.checkpoint, overrides, device)
-    for name in ("labels", "picture"):
-        formats = script.RESULTS[name]
-        setattr(args, name, check_choice(f"--{name}", getattr(args, name) or formats[0], formats))
-    if args.html and not script.RESULTS["html"]:
-        raise ValueError("--html is a page to turn a mesh in; leave it out for this kind of data")
-    if args.explain and not script.RESULTS.get("explain"):
-        raise ValueError("--explain needs a checkpoint of train_prototype.py; other networks have no prototypes")
-    if args.pca and not script.RESULTS.get("pca", True):
-        raise ValueError("--pca: this network has no pre-trained encoder whose features could be shown; leave it out")
-    files = input_files(script, [text for text in args.inputs if text not in overrides], model.config)
+    check_results(args, script.RESULTS)
+    files = input_files(script, [text for text in args.inputs if text not in overrides],
+                        model.config)
     if not files:
         raise ValueError("no input: name files or folders behind the checkpoint")
     output = Path(args.output)
     if any(path.resolve().parent == output.resolve() for path in files):
-        raise ValueError(f"--output {output} holds the input, whose files (or labels) could be replaced; use another "
-                         f"folder")
+        raise ValueError(f"--output {output} holds the input, whose files (or labels) could be "
+                         f"replaced; use another folder")
     check_writable(output)
     output.mkdir(parents=True, exist_ok=True)
     labels = {}
     for path in progress(files, "predicting"):
         prediction = script.predict(model, path, amp_dtype)
         script.write_prediction(model, path, prediction, output / result_name(path), args)
-        if argv is not None:                                # a caller wants them; a folder of photographs is gigabytes
-            labels[str(path)] = prediction["label"]
-        counts = {name: int((prediction["label"] == c).sum()) for c, name in enumerate(model.class_names)}
-        print(f"{printable(str(path))}: {', '.join(f'{name} {count}' for name, count in counts.items() if count)} "
-              f"(mean confidence {prediction['confidence'].mean():.2f})", flush=True)
-    print(f"wrote {len(files)} result{'s' * (len(files) > 1)} to {output}")
+        label = prediction["label"]
+        if argv is not None:            # a caller wants them; a folder of photographs is gigabytes
+            labels[str(path)] = label
+        counts = {name: int((label == c).sum()) for c, name in enumerate(model.class_names)}
+        found = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
+        print(f"{printable(str(path))}: {found} (mean confidence "
+              f"{prediction['confidence'].mean():.2f})", flush=True)
+    print(f"wrote {len(files)} {'result' if len(files) == 1 else 'results'} to {output}")
     return labels
 
 

@@ -1,6 +1,6 @@
 """I-JEPA pre-training of the mesh encoder (Assran et al. 2023, on clusters of faces): no labels.
 
-    python train_jepa.py configs/jepa_humanbody.yaml        # then train_downstream.py loads its teacher:
+    python train_jepa.py configs/jepa_humanbody.yaml      # then train_downstream.py loads the teacher
     python train_downstream.py CONFIG --pretrained_path exp/jepa/model/model_last.pth
     python train_jepa.py configs/jepa_demo.yaml --device cpu           # about a minute on two cores
     torchrun --nproc_per_node=4 train_jepa.py CONFIG                   # several GPUs
@@ -20,19 +20,10 @@ import copy
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
-from data.mesh import (
-    Augmentation,
-    MeshDataset,
-    MeshSpec,
-    custom_collate_fn,
-    feature_statistics,
-    split_meshes,
-)
+from data.mesh import Augmentation, MeshDataset, MeshSpec, feature_statistics, split_meshes
 from data.mesh_features import FEATURES, NUM_DESCRIPTORS
 from data.mesh_io import list_meshes
 from data.mesh_masks import MaskedMeshes, MaskSpec, masked_collate_fn
@@ -44,14 +35,15 @@ from models.jepa import (
     variance_covariance,
     weight_decay_at,
 )
-from models.jepa_monitors import check_monitors, measure
+from models.jepa_monitors import measure
 from models.nomeformer import Nomeformer
 from utils.checks import check_positive
 from utils.cli import ArgumentParser, run_main
 from utils.config import Config, Required, Setting, load_config
-from utils.distributed import all_agree_max, all_reduce_sum, is_main, world_size
+from utils.distributed import all_reduce_sum, is_main, world_size
+from utils.jepa_scripts import Monitors, Probe, monitor_line
 from utils.params import split_decay
-from utils.probe import METHODS, majority, probe, probe_table
+from utils.probe import METHODS
 from utils.run import Run, add_run_flags, main_first
 from utils.schedule import SCHEDULES, build_scheduler
 from utils.seed import derived_seed
@@ -67,12 +59,12 @@ FREE_ON_RESUME = ("training.batch_size", "training.resume")             # steps 
 DEFAULTS = {
     "paths": {
         "mesh_dir": Required((str,)),
-        "label_dir": Setting(None, (str,)),     # only the probe reads labels; None: beside the meshes
+        "label_dir": Setting(None, (str,)),     # only the probe reads labels; None: beside meshes
         "val_mesh_dir": Setting(None, (str,)),  # None: taken out of mesh_dir, see data.val_split
         "val_label_dir": Setting(None, (str,)),
         "checkpoint_dir": Setting(None, (str,)),        # default OUTPUT_DIR/model
         "log_dir": Setting(None, (str,)),               # default OUTPUT_DIR/log
-        "cache_dir": Setting(".cache/meshes", (str, type(None))),   # prepared meshes; null: no cache
+        "cache_dir": Setting(".cache/meshes", (str, type(None))),       # null: no cache
     },
     "data": {
         "val_split": [],                # as in train_downstream.py; [] and no probe: no validation
@@ -159,7 +151,7 @@ DEFAULTS = {
     "probe": {
         "interval": Setting(0, (int,), low=0),              # epochs; 0: no probe, no labels
         "method": Setting("linear", (str,), METHODS),
-        "max_faces": Setting(50_000, (int,), low=1),    # to fit on, of evenly spaced training meshes
+        "max_faces": Setting(50_000, (int,), low=1),    # to fit on, of evenly spaced meshes
     },
     "checkpointing": {"save_interval": Setting(50, (int,), low=0)},
     "logging": {"log_interval": Setting(20, (int,), low=1), "tensorboard": True},
@@ -316,7 +308,7 @@ def train_one_epoch(run: Run, network, loader, config: Config) -> None:
         run.model.update_target(momentum_at(run.step, run.total_steps, momentum))
 
 
-# -- monitors and probe ----------------------------------------------------------------------------
+# -- what monitors and probe look at ---------------------------------------------------------------
 
 def monitor_batch(config: Config, files: list[Path], seed: int) -> dict:
     """A fixed batch of up to monitor.meshes evenly spaced meshes (or crops) with fixed masks."""
@@ -328,64 +320,17 @@ def monitor_batch(config: Config, files: list[Path], seed: int) -> dict:
     return masked_collate_fn([dataset[item] for item in items])
 
 
-class Probe:
-    """Scores encoders by a classifier on frozen embeddings, fitted on training and scored on
-    validation meshes."""
-
-    def __init__(self, config: Config, train_files: list[Path], val_files: list[Path],
-                 num_faces: list[int]) -> None:
-        paths = config.paths
-        label_dir = paths.label_dir or paths.mesh_dir
-        val_label_dir = label_dir
-        if paths.val_mesh_dir is not None:
-            val_label_dir = paths.val_label_dir or paths.val_mesh_dir
-        every = -(-sum(num_faces) // config.probe.max_faces)    # num_faces of the training meshes
-        self.config = config
-        self.train = fixed_dataset(config, train_files[::every], label_dir)
-        self.val = fixed_dataset(config, val_files, val_label_dir)
-        self.baselines: dict[str, dict] = {}
-
-    @torch.no_grad()
-    def embed(self, dataset: MeshDataset,
-              encoder: Nomeformer | None) -> tuple[np.ndarray, np.ndarray]:
-        """Embeddings (T, E) float32, or raw features, and labels (T,) of all labelled faces."""
-        embeddings = []
-        labels = []
-        for batch in DataLoader(dataset, self.config.training.batch_size,
-                                collate_fn=custom_collate_fn):
-            chosen = batch["label"] >= 0                            # (B, N, F)
-            x = batch["features"]                                   # (B, N, F, Dg)
-            if encoder is not None:
-                batch = to_device(batch, next(encoder.parameters()).device)
-                x = encoder(batch["features"], batch["mask"], batch["centroid"]).cpu()
-            embeddings.append(x[chosen].float().numpy())
-            labels.append(batch["label"].cpu()[chosen].numpy())
-        return np.concatenate(embeddings), np.concatenate(labels)
-
-    def score(self, encoder: Nomeformer | None) -> dict:
-        train = self.embed(self.train, encoder)
-        val = self.embed(self.val, encoder)
-        return probe(train, val, self.config.model.n_classes, self.config.probe.method)
-
-    def prepare(self, start: Nomeformer, device: torch.device) -> None:
-        """The baselines, once a run. Pre-training that does not beat all of them has not helped."""
-        train, val = (label[label >= 0] for label in (np.concatenate(self.train.labels),
-                                                      np.concatenate(self.val.labels)))
-        self.baselines = {
-            "random encoder": self.score(copy.deepcopy(start).to(device).eval()),
-            "raw features": self.score(None),
-            "majority class": majority(train, val, self.config.model.n_classes),
-        }
-
-    def report(self, scores: dict, epoch: int) -> str:
-        return (f"probe at epoch {epoch} ({self.config.probe.method}, fitted on "
-                f"{sum(self.train.num_faces):,} faces of {len(self.train.files)} meshes, scored on "
-                f"{sum(self.val.num_faces):,} of {len(self.val.files)} others)\n"
-                f"{probe_table({'pre-trained': scores, **self.baselines})}")
-
-
-def monitor_line(values: dict) -> str:
-    return ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+def build_probe(config: Config, train_files: list[Path], val_files: list[Path],
+                num_faces: list[int]) -> Probe:
+    """num_faces: of the training meshes, of which it is fitted on evenly spaced ones."""
+    paths = config.paths
+    label_dir = paths.label_dir or paths.mesh_dir
+    val_label_dir = label_dir
+    if paths.val_mesh_dir is not None:
+        val_label_dir = paths.val_label_dir or paths.val_mesh_dir
+    every = -(-sum(num_faces) // config.probe.max_faces)
+    return Probe(config, fixed_dataset(config, train_files[::every], label_dir),
+                 fixed_dataset(config, val_files, val_label_dir))
 
 
 # -- checkpoints -----------------------------------------------------------------------------------
@@ -439,7 +384,7 @@ def test_only(run: Run, config: Config) -> dict:
     scores = {}
     if config.probe.interval and is_main():
         num_faces = build_dataset(config, train_files).num_faces
-        prober = Probe(config, train_files, val_files, num_faces)
+        prober = build_probe(config, train_files, val_files, num_faces)
         prober.prepare(start, run.device)
         scores = prober.score(model.target_encoder)
         lines.append(prober.report(scores, checkpoint["epoch"]))
@@ -476,6 +421,29 @@ def start_model(run: Run, config: Config, meshes: MeshDataset) -> tuple[Jepa, No
     return model.to(run.device), start
 
 
+def build_lr_scheduler(optimizer: torch.optim.Optimizer, config: Config, total_steps: int):
+    settings = config.scheduler
+    warmup = round(settings.warmup_epochs * total_steps / config.training.epochs)
+    warmup = min(warmup, total_steps - 1)
+    if settings.name == "onecycle":                     # which has its own
+        warmup = 0
+    return build_scheduler(optimizer, settings.name, total_steps, warmup, settings.min_lr)
+
+
+def describe_start(run: Run, config: Config, model: Jepa, train_set: MaskedMeshes,
+                   val_files: list[Path]) -> list[str]:
+    """Lines for the log."""
+    meshes = train_set.dataset
+    sizes = [sum(parameter.numel() for parameter in part.parameters())
+             for part in (model.encoder, model.predictor)]
+    momentum = start_momentum(config.ema.momentum, run.total_steps)
+    return [f"{len(meshes.files)} training and {len(val_files)} validation meshes, "
+            f"{sum(meshes.num_faces):,} faces to train on",
+            f"{sizes[0]:,} parameters in the encoder, {sizes[1]:,} in the predictor; "
+            f"{run.description}",
+            momentum_advice(momentum, run.total_steps)]
+
+
 def main(argv=None) -> dict:
     args = parse_args(argv)
     config = load_config(args.config, DEFAULTS, args.overrides)
@@ -496,75 +464,48 @@ def main(argv=None) -> dict:
     sampler = run.plan(len(train_set), config, batch_size=training.batch_size,
                        epochs=training.epochs, compare=COMPARED, free=FREE_ON_RESUME)
 
-    # model
+    # model, and what watches it
     model, start = start_model(run, config, meshes)
-    untrained = measure(model, start, watched, args.seed)
+    monitors = Monitors(config, model, start, watched, args.seed)
     run.restore(model)
     prober = None
     if config.probe.interval and is_main():
-        prober = Probe(config, train_files, val_files, meshes.num_faces)
+        prober = build_probe(config, train_files, val_files, meshes.num_faces)
+        prober.baselines = run.checkpoint["baselines"] if run.checkpoint else {}
     network = run.wrap(model)
 
     # optimiser, schedule
-    optimizer = torch.optim.AdamW(split_decay(model.named_parameters(), training.weight_decay[0]),
-                                  config.optimizer.learning_rate)
-    schedule = config.scheduler
-    warmup = min(round(schedule.warmup_epochs * run.total_steps / training.epochs),
-                 run.total_steps - 1)
-    scheduler = build_scheduler(optimizer, schedule.name, run.total_steps,
-                                0 if schedule.name == "onecycle" else warmup, schedule.min_lr)
+    groups = split_decay(model.named_parameters(), training.weight_decay[0])
+    optimizer = torch.optim.AdamW(groups, config.optimizer.learning_rate)
+    scheduler = build_lr_scheduler(optimizer, config, run.total_steps)
     run.track(config=config, class_names=None, palette=None, optimizer=optimizer,
               scheduler=scheduler, save_interval=config.checkpointing.save_interval,
-              monitor="mIoU of the probe", loss=None, baselines={},
-              **checkpoint_entries(model, config))
-    if run.checkpoint is not None:
-        run.entries["loss"] = run.checkpoint["loss"]
-    if prober is not None:
-        prober.baselines = run.checkpoint["baselines"] if run.checkpoint else {}
-        if not prober.baselines:
-            prober.prepare(start, run.device)
-        run.entries["baselines"] = prober.baselines
+              monitor="mIoU of the probe", loss=run.checkpoint["loss"] if run.checkpoint else None,
+              baselines=prober.baselines if prober else {}, **checkpoint_entries(model, config))
+    if prober is not None and not prober.baselines:
+        run.entries["baselines"] = prober.prepare(start, run.device)
 
     loader = build_loader(train_set, sampler, args.num_workers, run.device, masked_collate_fn)
-    lines = (f"{len(train_files)} training and {len(val_files)} validation meshes, "
-             f"{sum(meshes.num_faces):,} faces to train on",
-             f"{sum(p.numel() for p in model.encoder.parameters()):,} parameters in the encoder, "
-             f"{sum(p.numel() for p in model.predictor.parameters()):,} in the predictor; "
-             f"{run.description}",
-             momentum_advice(start_momentum(config.ema.momentum, run.total_steps), run.total_steps),
-             f"untrained: {monitor_line(untrained)}")
-    values = {}
+    lines = (*describe_start(run, config, model, train_set, val_files),
+             f"untrained: {monitor_line(monitors.untrained)}")
     scores = {}
     with run.training(*lines, log_interval=config.logging.log_interval,
                       tensorboard=config.logging.tensorboard):
         for _ in run.epochs(train_set, sampler):
             train_one_epoch(run, network, loader, config)
             run.entries["loss"] = run.log_epoch(None, {})["loss"]
-            beyond = []
-            if run.due(config.monitor.interval):
-                values = measure(model, start, watched, args.seed)
-                run.log.info(f"          {monitor_line(values)}")
-                run.log.evaluation(run.epoch, run.step, "monitor", values)
-                if run.epoch > min(config.monitor.warmup_epochs, training.epochs / 5):
-                    beyond = check_monitors(values, config.monitor, untrained)
+            beyond = monitors.look(run)
             score = None
             if prober is not None and run.due(config.probe.interval):
                 scores = prober.score(model.target_encoder)
                 score = scores["miou"]
-                run.log.info(prober.report(scores, run.epoch))
-                run.log.evaluation(run.epoch, run.step, "probe", {**scores, **prober.baselines})
+                prober.log(run, scores)
             # The best is chosen by the probe: the lowest loss is a collapsed network's.
             run.save(run.epoch, score)
-            for line in beyond:
-                run.log.info(line)
-            if all_agree_max(bool(beyond)) and config.monitor.stop:
-                raise FloatingPointError(f"{beyond[0] if beyond else 'another process stopped'} "
-                                         f"(epoch {run.epoch}). docs/jepa.md says what helps; "
-                                         f"monitor.stop=false with --resume auto goes on "
-                                         f"regardless")
+            monitors.stop_if(run, beyond)
         run.log.info(f"next: python train_downstream.py CONFIG --pretrained_path "
                      f"{run.folder.model / 'model_last.pth'}")
-    return results(run.entries["loss"], values, scores)
+    return results(run.entries["loss"], monitors.values, scores)
 
 
 if __name__ == "__main__":

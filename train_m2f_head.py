@@ -245,8 +245,7 @@ def load_released(config: Config, run: Run) -> Mask2FormerSegmenter:
 
 
 def test_only(run: Run, argv) -> dict:
-    """Score a checkpoint, with its own settings but for the flags that are given, or a released
-    head."""
+    """Score a checkpoint, with its own settings but for the given flags, or a released head."""
     given = given_flags(make_parser(), argv)
     config = config_of(run.args)
     if run.checkpoint is None:
@@ -287,7 +286,8 @@ def main(argv=None) -> dict:
                                             config.data.cache_dir, training.batch_size,
                                             args.num_workers)
         run.messages.append(message)
-    seed_everything(args.seed, args.deterministic)      # the head starts the same, however the backbone came
+    # The head starts the same, however the backbone came.
+    seed_everything(args.seed, args.deterministic)
     model = build_model(config, backbone.embed_dim, backbone.patch_size)
     if not run.restore(model) and config.model.head_weights is not None:
         run.messages += load_head(model, config.model.head_weights)

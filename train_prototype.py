@@ -10,11 +10,12 @@ real, image patches.
     python train_prototype.py CONFIG --resume exp/prototype/model/model_best.pth --gallery
 
 Sacha et al. 2023 (ProtoSeg), after Chen et al. 2019 (ProtoPNet). Warm-up trains ASPP and
-prototypes, joint training everything; the push replaces each prototype by the nearest feature of its class in
-the training set; fine-tuning trains the last layer alone; pruning (training.prune) drops prototypes
-whose neighbours are of other classes, and fine-tunes again. Steps are micro-steps of batch_size
-images, `accumulate` of them make an update. All keys are in DEFAULTS, `section.key=value` changes
-one. Every number logged, every deviation from the paper: docs/prototype.md.
+prototypes, joint training everything; the push replaces each prototype by the nearest feature of
+its class in the training set; fine-tuning trains the last layer alone; pruning (training.prune)
+drops prototypes whose neighbours are of other classes, and fine-tunes again. Steps are micro-steps
+of batch_size images, `accumulate` of them make an update. All keys are in DEFAULTS,
+`section.key=value` changes one. Every number logged, every deviation from the paper:
+docs/prototype.md.
 """
 
 from __future__ import annotations

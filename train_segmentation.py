@@ -293,8 +293,8 @@ def schedule_doubts(config: Config) -> list[str]:
     epochs = config.training.epochs
     if (last or epochs) >= epochs:
         return []
-    return [f"WARNING: the schedule ends at scheduler.max_epochs={last}; the last {epochs - last} of "
-            f"{epochs} epochs keep its last rate"]
+    return [f"WARNING: the schedule ends at scheduler.max_epochs={last}; the last {epochs - last} "
+            f"of {epochs} epochs keep its last rate"]
 
 
 def two_sides(size) -> tuple[int, int]:

@@ -255,7 +255,8 @@ def main(argv=None) -> dict:
                                             config.data.cache_dir, training.batch_size,
                                             args.num_workers)
         run.messages.append(message)
-    seed_everything(args.seed, args.deterministic)      # the head starts the same, however the backbone came
+    # The head starts the same, however the backbone came.
+    seed_everything(args.seed, args.deterministic)
     model = build_model(config, backbone.embed_dim, backbone.patch_size)
     run.restore(model)
     attach_backbone(model, backbone, config, class_names, palette)

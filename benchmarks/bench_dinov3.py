@@ -390,9 +390,8 @@ def whole_steps(args, name: str, size: int, batch: int, device: torch.device) ->
 
     @torch.no_grad()
     def predict():
-        image, taps, _ = train_m2f_head.prepare(data, backbone, device)
         with autocast(device, dtype):
-            model.scores(image, taps).argmax(1)
+            model.scores(backbone.normalize(data["image"])).argmax(1)
 
     seconds, peak = {}, {}
     for kind, function in (("backbone", lambda: backbone(backbone.normalize(data["image"]))),

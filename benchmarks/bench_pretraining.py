@@ -24,27 +24,31 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.mesh import custom_collate_fn  # noqa: E402
-from models.downstream import DownstreamClassifier  # noqa: E402
+from models.downstream import (
+    DownstreamClassifier,  # noqa: E402
+    face_logits,  # noqa: E402
+)
 from train_downstream import (  # noqa: E402
     DEFAULTS,
+    attach,
     build_dataset,
     build_model,
     check_config,
-    embed_mesh,
+    class_names,
     evaluate,
-    forward,
     load_pretrained,
     mesh_spec,
-    to_device,
 )
 from utils.cli import ArgumentParser, run_main  # noqa: E402
 from utils.config import load_config  # noqa: E402
 from utils.device import describe, pick_device  # noqa: E402
 from utils.distributed import EpochBatchSampler  # noqa: E402
 from utils.losses import MaskedCrossEntropyLoss  # noqa: E402
+from utils.mesh_scripts import embed_mesh  # noqa: E402
 from utils.render import label_colors, palette, pca_colors, render_mesh  # noqa: E402
 from utils.schedule import build_scheduler  # noqa: E402
 from utils.seed import seed_everything  # noqa: E402
+from utils.training import to_device  # noqa: E402
 
 ROWS = {"frozen random": (False, 0), "frozen pre-trained": (True, 0), "fine-tuned": (True, "all"),
         "from scratch": (False, "all")}                     # name: (pre-trained, trained layers of the encoder)
@@ -87,7 +91,7 @@ def train(model: DownstreamClassifier, dataset, files: np.ndarray, args, seed: i
             sampler.set_epoch(step // len(sampler))
             batches = iter(sampler)
         batch = to_device(custom_collate_fn([dataset[items[i]] for i in next(batches)]), device)
-        loss = criterion(forward(model, batch), batch["label"], batch["mask"])
+        loss = criterion(face_logits(model, batch), batch["label"], batch["mask"])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -128,7 +132,7 @@ def draw(config, args, held) -> None:
 
 
 def attached(model, config) -> DownstreamClassifier:
-    model.config, model.spec = config, mesh_spec(config)
+    attach(model, config, class_names(config), palette(config.model.n_classes))
     return model.eval()
 
 
@@ -164,7 +168,7 @@ def main(argv=None) -> dict:
                 started = time.perf_counter()
                 train(model, dataset, files, args, seed, args.finetune_lr if pretrained else args.lr)
                 seconds.append(time.perf_counter() - started)
-                result = evaluate(model, held, device, criterion=MaskedCrossEntropyLoss())
+                result = evaluate(attached(model, config), held, device)
                 scores.append([100 * result["metrics"][key] for key in ("overall_accuracy", "miou")]
                               + [100 * result["tables"]["by area"][key] for key in ("overall_accuracy", "miou")])
             results[labelled, name] = scores

@@ -72,7 +72,7 @@ def attempt(case: Case, folder: Path):
     before, stderr, returned, status, begin = listing(folder), io.StringIO(), [], 0, time.process_time()
     with contextlib.redirect_stderr(stderr), little_room(), warnings.catch_warnings(action="default"):
         try:
-            run(lambda: returned.append(run_in(folder, case.script, argv)))
+            run_main(lambda: returned.append(run_in(folder, case.script, argv)))
         except SystemExit as stop:
             status = stop.code
     seconds = time.process_time() - begin

@@ -20,11 +20,11 @@ from utils.checkpoint import (
     RunFolder,
     find_resume,
     load_checkpoint,
-    read_weights,
     save_checkpoint,
 )
 from utils.distributed import EpochBatchSampler
 from utils.seed import rng_state, seed_everything, set_rng_state
+from utils.weights import read_weights
 
 SCRIPT = "train_downstream.py"
 

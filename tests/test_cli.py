@@ -19,7 +19,7 @@ from utils.cli import (
     flags_config,
     flags_defaults,
     given_flags,
-    run,
+    run_main,
     user_message,
 )
 from utils.config import override_config
@@ -121,12 +121,12 @@ def test_help_keeps_the_layout_of_the_description(capsys):
 
 
 def outcome(capsys, monkeypatch, error, argv=("train.py",)):
-    """Exit status and stderr of run() for a main that raises `error`; the error itself where run lets it through."""
+    """Exit status and stderr of run_main() for a main that raises `error`; the error itself where run lets it through."""
     def main():
         raise error
     monkeypatch.setattr(sys, "argv", list(argv))
     with pytest.raises(BaseException) as caught:
-        run(main)
+        run_main(main)
     return caught.value.code if isinstance(caught.value, SystemExit) else caught.value, capsys.readouterr().err
 
 
@@ -134,7 +134,7 @@ LESS_MEMORY = "lower the batch or crop size, or use --amp-dtype bfloat16"
 
 
 def test_run_returns_after_success(capsys):
-    assert run(lambda: {"miou": 0.5}) is None
+    assert run_main(lambda: {"miou": 0.5}) is None
     assert capsys.readouterr() == ("", "")
 
 
@@ -188,7 +188,7 @@ def test_stopping_exits_as_a_shell_expects(capsys, monkeypatch, error, status, l
 def test_an_error_that_is_not_our_own_says_where_it_came_from(capsys, monkeypatch, main, message, file):
     monkeypatch.setattr(sys, "argv", ["train.py"])
     with pytest.raises(SystemExit):
-        run(main)
+        run_main(main)
     err = capsys.readouterr().err
     assert err.startswith(f"error: {message} (") and f"{file}:" in err
     assert err.endswith("; --debug shows the traceback)\n")
@@ -271,7 +271,7 @@ def test_a_forked_worker_ignores_ctrl_c_and_dies_of_sigterm(capfd):
 
 SCRIPT = """
 import os, sys, time
-from utils.cli import StopRequested, StopSignal, run
+from utils.cli import StopRequested, StopSignal, run_main
 
 def main():
     with StopSignal() as stop:
@@ -282,7 +282,7 @@ def main():
                 raise StopRequested(stop.requested, "saved; go on with --resume auto")
     raise ValueError("bad value")
 
-run(main)
+run_main(main)
 """
 
 
@@ -307,7 +307,7 @@ def test_signals_to_a_real_process(signals, argv, status, last_line):
 def test_exit_status_of_a_real_process():
     for code, status, stderr in (("raise ValueError('bad')", 2, "error: ValueError: bad (<string>:3; --debug"),
                                  ("1 / 0", 1, "Traceback"), ("pass", 0, "")):
-        script = f"from utils.cli import run\ndef main():\n    {code}\nrun(main)"
+        script = f"from utils.cli import run_main\ndef main():\n    {code}\nrun_main(main)"
         done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == status and done.stderr.startswith(stderr)
 

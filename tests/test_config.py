@@ -4,7 +4,8 @@ import pickle
 
 import pytest
 
-from utils.config import REQUIRED, Config, Required, Setting, check_choice, load_config, override_config, save_config
+from utils.checks import check_choice
+from utils.config import REQUIRED, Config, Required, Setting, load_config, override_config, save_config
 
 DEFAULTS = {
     "data": {"root": "datasets/mesh", "num_points": 4096, "scale": [0.8, 1.2], "files": [], "flip": True},

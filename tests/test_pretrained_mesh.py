@@ -7,7 +7,8 @@ from safetensors.torch import save_file
 from models.downstream import DownstreamClassifier
 from models.nomeformer import Nomeformer
 from models.pretrained_mesh import check_features, read_encoder
-from utils.checkpoint import load_weights, save_checkpoint
+from utils.checkpoint import save_checkpoint
+from utils.weights import load_weights
 
 
 def encoder(seed=0):

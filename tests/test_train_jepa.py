@@ -17,9 +17,10 @@ from models.nomeformer import Nomeformer
 from models.pretrained_mesh import check_features, read_encoder
 from tests.tiny_meshes import write_obj, write_set
 from tests.whole_runs import assert_equal, sigterm_in_call
-from utils.checkpoint import load_checkpoint, load_weights
+from utils.checkpoint import load_checkpoint
 from utils.cli import StopRequested
 from utils.log import read_log
+from utils.weights import load_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 3                                                   # of an epoch: 6 meshes, 2 at a time

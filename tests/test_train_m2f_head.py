@@ -1,5 +1,5 @@
 """What only train_m2f_head.py has, its loss, its widths and a released head, and two processes. Other whole runs:
-tests/test_frozen_backbone.py."""
+tests/test_image_scripts.py."""
 
 import json
 import os

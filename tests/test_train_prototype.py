@@ -21,13 +21,14 @@ from data import cityscapes
 from models.prototype_push import NearestPatches, PushTable
 from tests.tiny_images import write_classes, write_pictures
 from tests.whole_runs import assert_equal, sigterm_in_call
-from utils.checkpoint import RunFolder, load_checkpoint
+from utils.checkpoint import load_checkpoint
 from utils.cli import StopRequested
 from utils.config import load_config
 from utils.config_file import write_yaml
+from utils.image_inference import build_normalizer
 from utils.log import read_log
 from utils.seed import seed_everything
-from utils.training import LossTotals
+from utils.training import Totals
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -109,7 +110,7 @@ def test_push_moves_prototypes_onto_features_and_fine_tuning_leaves_them_there(c
     pushed, last = checkpoint(tmp_path / "run", "push"), checkpoint(tmp_path / "run")
     assert torch.equal(pushed["model"]["prototype_vectors"], last["model"]["prototype_vectors"])
     model = script.load_model(last, torch.device("cpu"))
-    normalize = script.normalizer(model.config)
+    normalize = model.normalize
     for vector, entry in zip(model.prototype_vectors, model.provenance, strict=True):
         photo = np.asarray(Image.open(entry["image"]))                      # the file itself: no crop, no scale, not mirrored
         label = np.asarray(Image.open(entry["image"].replace("images", "masks")))
@@ -151,11 +152,11 @@ def test_schedule_is_in_updates_and_only_in_the_joint_phase(config, tmp_path, mo
         assert update[0] == pytest.approx(1e-3 * factor) and update[-1] == pytest.approx(3e-3 * factor)
 
 
-def test_an_update_is_the_mean_of_its_micro_losses(config, monkeypatch):
+def test_an_update_is_the_mean_of_its_micro_losses(config, tmp_path, monkeypatch):
     """Not the loss of the pooled images: their labelled cells differ in number. And the next update starts from nothing."""
     settings = load_config(config, script.DEFAULTS, ["training.accumulate=5", "model.freeze_bn=true"])
     torch.manual_seed(0)
-    model, criterion, normalize = script.build_model(settings), script.MaskedCrossEntropyLoss(), script.normalizer(settings)
+    model, criterion, normalize = script.build_model(settings), script.MaskedCrossEntropyLoss(), build_normalizer(settings.dataset.mean, settings.dataset.std)
     groups = script.start_stage("warmup", model, settings, 2)[0].param_groups
     script.set_train_mode(model, "warmup", settings)
     images, labels = torch.randint(0, 256, (5, 3, 33, 33), dtype=torch.uint8), torch.randint(0, 3, (5, 33, 33))
@@ -167,11 +168,14 @@ def test_an_update_is_the_mean_of_its_micro_losses(config, monkeypatch):
     pooled = torch.autograd.grad(script.compute_loss(criterion, model, model(normalize(images)), labels, settings)["total"], trained)
     monkeypatch.setattr(torch.optim.SGD, "step", lambda self, *a, **k: seen.append([p.grad.clone() for p in trained]))
     batches = 2 * [{"image": x[None], "label": y[None]} for x, y in zip(images, labels, strict=True)]
-    state, totals, nothing = {"stage": 0, "done": 0, "step": 0}, LossTotals(), SimpleNamespace(step=lambda: None, get_last_lr=lambda: [0.0])
-    assert script.train_until(model, batches, criterion, torch.optim.SGD(groups, lr=1.0), nothing, torch.amp.GradScaler(enabled=False), totals, state,
-                              settings, None, torch.device("cpu"), None, SimpleNamespace(train_step=lambda *a, **k: None), SimpleNamespace(requested=None))
-    assert (state["done"], state["step"], len(seen)) == (10, 2, 2)
-    assert totals.means()["total"] == pytest.approx(float(sum(losses).detach() / 5), rel=1e-5)
+    run = script.Run(script.parse_args([str(config), "--device", "cpu", "--output-dir", str(tmp_path)]), "train_prototype.py")
+    model.normalize, run.model, run.log_interval, run.totals = normalize, model, 100, Totals()
+    run.optimizer, run.scheduler = torch.optim.SGD(groups, lr=1.0), SimpleNamespace(step=lambda: None, get_last_lr=lambda: [0.0])
+    monkeypatch.setattr(script, "stage_batches", lambda job, end: iter(batches))
+    job = SimpleNamespace(run=run, config=settings, model=model, criterion=criterion, progress=script.Progress())
+    assert script.train_until(job, "warmup", model, 10)
+    assert (job.progress.done, run.step, len(seen)) == (10, 2, 2)
+    assert run.totals.means()["total"] == pytest.approx(float(sum(losses).detach() / 5), rel=1e-5)
     for gradients in zip(wanted, *seen, pooled, strict=True):
         assert all(torch.allclose(gradients[0], other, atol=1e-6) for other in gradients[1:3])
     assert not torch.allclose(wanted[-1], pooled[-1], atol=1e-4)
@@ -300,8 +304,9 @@ def test_phases_one_by_one_equal_the_whole_run(whole, tmp_path, monkeypatch):
 
 
 def test_a_phase_without_steps_is_no_reason_to_wait(config, tmp_path):
-    arguments = SimpleNamespace(resume=None, phase=1), RunFolder(tmp_path)
-    assert script.begin_of_phase(*arguments, load_config(config, script.DEFAULTS, ["training.steps=[0,12,6]"])) == (None, [])
+    args = script.parse_args([str(config), "training.steps=[0,12,6]", "--phase", "1", "--output-dir", str(tmp_path)])
+    script.read_config(args)
+    assert args.resume is None
 
 
 def test_pruning_can_be_decided_afterwards(whole, tmp_path, monkeypatch):

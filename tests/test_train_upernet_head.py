@@ -1,4 +1,4 @@
-"""What only train_upernet_head.py has: its losses and the pyramid neck. Whole runs: tests/test_frozen_backbone.py."""
+"""What only train_upernet_head.py has: its losses and the pyramid neck. Whole runs: tests/test_image_scripts.py."""
 
 import numpy as np
 import pytest
@@ -6,6 +6,7 @@ import torch
 
 import train_upernet_head as script
 from tests.tiny_heads import add_tiny_backbone, score, train, weights, write_data
+from utils.image_scripts import score_function
 from utils.log import read_log
 
 
@@ -34,6 +35,6 @@ def test_pyramid_neck_and_batches_of_one(data, tmp_path):
     assert np.isfinite(score(tmp_path / "plain", data / "val")["miou"])
     model = script.load_model(weights(tmp_path / "plain"), torch.device("cpu"))
     seen, original = [], model.scores
-    model.scores = lambda image, taps: seen.append(tuple(image.shape)) or original(image, taps)
-    script.score_function(model, torch.device("cpu"), None)(torch.zeros(1, 3, 50, 70))
+    model.scores = lambda image: seen.append(tuple(image.shape)) or original(image)
+    score_function(model, torch.device("cpu"), None)(torch.zeros(1, 3, 50, 70))
     assert seen == [(1, 3, 64, 80)]                                    # multiples of the patch are enough without the adapter

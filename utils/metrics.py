@@ -4,7 +4,7 @@ Counts are summed over the whole split and all processes, never averaged per bat
 metrics_table prints them times 100. A class in neither labels nor predictions is NaN and left out of the means.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -123,6 +123,11 @@ def segmentation_metrics(matrix: np.ndarray) -> dict:
         "overall_accuracy": float(_ratio(hit.sum(), truth.sum())),
         "fw_iou": float(_ratio(np.nansum(truth * iou), truth.sum())),
     }
+
+
+def single_numbers(metrics: Mapping) -> dict[str, float]:
+    """The floats among them."""
+    return {name: value for name, value in metrics.items() if isinstance(value, float)}
 
 
 def miou_of_each(matrices: np.ndarray) -> np.ndarray:

@@ -26,6 +26,7 @@ from utils.config import Config
 from utils.device import AMP_DTYPES, amp_settings, autocast, describe
 from utils.distributed import EpochBatchSampler, all_agree_max, barrier, broadcast_buffers, cleanup, is_main, join
 from utils.log import RunLog
+from utils.metrics import single_numbers
 from utils.seed import seed_everything
 from utils.training import Totals, check_same_run, optimizer_step, restore_rng, rng_entries, write_run_files
 from utils.weights import load_weights
@@ -60,9 +61,8 @@ def main_first() -> Iterator[None]:
 
 
 def headline(result: Mapping) -> dict[str, float]:
-    """The single numbers of an evaluation: its metrics that are no lists, and the loss."""
-    numbers = {name: value for name, value in result["metrics"].items() if isinstance(value, float)}
-    return {**numbers, "loss": result["loss"]}
+    """The single numbers of an evaluation, and its loss."""
+    return {**single_numbers(result["metrics"]), "loss": result["loss"]}
 
 
 class Run:
@@ -282,8 +282,8 @@ class Run:
 
     def summary(self) -> dict:
         """What main returns: the numbers of the last evaluation, the best score and its epoch."""
-        numbers = {name: value for name, value in self.numbers.items() if isinstance(value, float)}
-        return {**numbers, "best": self.keeper.best_score, "best_epoch": self.keeper.best_epoch}
+        best = {"best": self.keeper.best_score, "best_epoch": self.keeper.best_epoch}
+        return {**single_numbers(self.numbers), **best}
 
     def report(self, *lines: str) -> None:
         """Print what --test-only found, in one process, and leave the process group."""

@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-import data.frozen_backbone as frozen_backbone
 import evaluate
 import models.dinov3 as dinov3
 import predict
 import train_m2f_head
 import train_upernet_head
+import utils.image_scripts as image_scripts
 from tests.tiny_heads import add_tiny_backbone, flags, score, train, val, weights, write_backbone, write_data
 from tests.tiny_images import write_classes, write_pictures
 from tests.whole_runs import assert_equal, sigterm_in_call
@@ -98,8 +98,8 @@ def test_every_reader_agrees(script, data, tmp_path, capsys):
 
 def test_backbone_is_untouched_and_in_no_checkpoint(script, data, tmp_path, backbone_file, monkeypatch):
     loaded = []
-    original = frozen_backbone.load_backbone
-    monkeypatch.setattr(frozen_backbone, "load_backbone", lambda *args: loaded.append(original(*args)) or loaded[-1])
+    original = image_scripts.load_backbone
+    monkeypatch.setattr(image_scripts, "load_backbone", lambda *args: loaded.append(original(*args)) or loaded[-1])
     before = sha(torch.load(backbone_file, weights_only=True))
     train(script, data, tmp_path / "run", "--backbone-weights", backbone_file)
     vit = loaded[0][0].vit
@@ -247,11 +247,11 @@ def test_an_odd_number_of_pictures_and_bfloat16(script, data, tmp_path):
 def test_any_size_is_padded_and_cropped_exactly(script, data, tmp_path):
     train(script, data, tmp_path, "--epochs", "1", "--limit-batches", "1")
     model = script.load_model(weights(tmp_path), torch.device("cpu"))
-    scores, image = script.score_function(model, torch.device("cpu"), None), torch.randn(2, 3, 70, 93)
+    scores, image = image_scripts.score_function(model, torch.device("cpu"), None), torch.randn(2, 3, 70, 93)
     padded = torch.zeros(2, 3, 96, 96)
     padded[..., :70, :93] = image
     with torch.no_grad():
-        assert torch.equal(scores(image), model.scores(padded, model.backbone(padded))[..., :70, :93])
+        assert torch.equal(scores(image), model.scores(padded)[..., :70, :93])
 
 
 def test_masks_that_count_from_one(script, data, tmp_path):
@@ -279,9 +279,9 @@ def test_test_only_takes_exactly_the_flags_that_are_given(script, data, tmp_path
     train(script, data, out, *val(data), "--epochs", "1", "--eval-size", "96", "--test-image-paths", f"{data}/test/images", "--test-mask-paths",
           f"{data}/test/masks")
     seen = []
-    original = script.evaluate_images
+    original = image_scripts.evaluate_images
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "evaluate_images", lambda *args: seen.append((args[4], len(args[2]))) or original(*args))
+        patch.setattr(image_scripts, "evaluate_images", lambda *args: seen.append((args[4], len(args[2]))) or original(*args))
         common = ["--resume", str(out / "model" / "model_last.pth"), "--test-only", "--device", "cpu", "--num-workers", "0"]
         script.main(common)
         script.main([*common, "--eval-size", "0", "--eval-mode", "slide"])
