@@ -570,7 +570,7 @@ def predict(model: DownstreamClassifier, path: str | Path, amp_dtype=None) -> di
     that of its triangles together), and for drawing vertices (V, 3), faces (F, 3) and their face_label (F,)."""
     device, mesh = next(model.parameters()).device, read_mesh(path)
     dataset = make_dataset(model.config, [path], None, augmentation=augmentation(model.config),
-                           views=model.config.evaluation.views)
+                           views=model.config.evaluation.views, read=lambda _: mesh)
     if model.config.model.use_texture and not dataset.num_colored:
         print(f"{path}: no face has a texture or a colour; labelled by geometry alone", flush=True)
     (_, probability, _, _), = mesh_probabilities(model, dataset, device, amp_dtype, batch_size=1)

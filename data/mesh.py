@@ -18,6 +18,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -38,13 +39,14 @@ from data.mesh_features import (
     surface_descriptors,
     weld,
 )
-from data.mesh_io import find_label_file, read_labels, read_mesh
+from data.mesh_io import Mesh, find_label_file, read_labels, read_mesh
 from utils.checks import check_choice, check_range
 from utils.log import progress
 from utils.losses import IGNORE_INDEX
 from utils.seed import derived_seed
 
 CACHE_VERSION = 2                   # raise it when prepare_mesh computes something else
+LABEL_VERSION = 1                   # raise it when read_labels gives something else
 FACES_IN_MEMORY = 20_000_000        # prepared meshes beyond this are read again from the cache
 PADDING = {"features": 0.0, "embedding": 0.0, "centroid": 0.0, "area": 0.0, "label": IGNORE_INDEX, "mask": False,
            "face_index": -1, "descriptors": 0.0, "texture_sequences": 0.0, "texture_masks": False}
@@ -133,18 +135,19 @@ class PreparedMesh(NamedTuple):
 # -- preparing ---------------------------------------------------------------------------------------------------------
 
 def prepare_mesh(path: str | Path, spec: MeshSpec, cache_dir: str | Path | None = None,
-                 descriptors: bool = False) -> PreparedMesh:
+                 descriptors: bool = False, read: Callable[[Path], Mesh] = read_mesh) -> PreparedMesh:
     """All that does not change from epoch to epoch, from the cache where the file and the settings are the same.
 
-    descriptors: also the targets of pre-training. Raises what read_mesh raises, and ValueError where "hks" or
-    descriptors are asked of a mesh too large for it, and for coordinates that 32 bits cannot hold.
+    descriptors: also the targets of pre-training. read: parses the file, where the cache has no entry. Raises what
+    read_mesh raises, and ValueError where "hks" or descriptors are asked of a mesh too large for it, and for
+    coordinates that 32 bits cannot hold.
     """
     hks = "hks" in spec.features
     names = {"vertices", "faces", "area", *["neighbors"] * _wants_neighbors(spec), *["hks"] * hks,
              *["descriptors"] * descriptors}
     settings = [CACHE_VERSION, spec.unit, _wants_neighbors(spec), HKS_EIGENPAIRS if hks else 0,
                 *[(HKS_EIGENPAIRS, HEAT_RADII)] * descriptors]
-    arrays = cached_arrays(path, settings, names, cache_dir, lambda: _prepare(read_mesh(path), spec, path, descriptors))
+    arrays = cached_arrays(path, settings, names, cache_dir, lambda: _prepare(read(path), spec, path, descriptors))
     return PreparedMesh(**{name: arrays.get(name) for name in PreparedMesh._fields})
 
 
@@ -296,8 +299,9 @@ class MeshDataset(Dataset):
     as the augmentation's mode and rotation_range say and clustered anew, always the same way; the parts of a view
     hold every face exactly once.
     Randomness depends on (seed, epoch, item) alone: not on workers, batch size or what ran before.
-    All files are read, checked and cached at construction, so that wrong data is found before training. Raises what
-    prepare_mesh and read_labels raise, and ValueError where label_dir has no label but IGNORE_INDEX.
+    All files are read, checked and cached at construction, so that wrong data is found before training. A file is
+    parsed once, or not at all where the cache has its geometry and its labels. Raises what prepare_mesh and read_labels
+    raise, and ValueError where label_dir has no label but IGNORE_INDEX.
     """
 
     files: Sequence[Path]
@@ -314,6 +318,7 @@ class MeshDataset(Dataset):
     description: str = "preparing meshes"
     descriptors: bool = False               # items also have `descriptors` (N, F, 64), the targets of pre-training
     every_part: bool = False                # views 0: no random crops, but parts that hold every face exactly once
+    read: Callable[[Path], Mesh] = read_mesh            # parses a file; predict hands over the mesh it has parsed
 
     def __post_init__(self) -> None:
         self.epoch = 0
@@ -323,9 +328,10 @@ class MeshDataset(Dataset):
         self._last_view: tuple = (None, None)
         kept = 0
         self.num_faces = []
+        read = lru_cache(1)(self.read)                      # geometry and labels share one parse of a file
         for index, path in enumerate(progress(self.files, self.description)):
-            mesh = prepare_mesh(path, self.spec, self.cache_dir, self.descriptors)
-            self.labels.append(self._read_labels(path, len(mesh.faces)))
+            mesh = prepare_mesh(path, self.spec, self.cache_dir, self.descriptors, read)
+            self.labels.append(self._read_labels(path, len(mesh.faces), read))
             self.num_faces.append(len(mesh.faces))
             kept += len(mesh.faces)
             if kept <= FACES_IN_MEMORY or self.cache_dir is None:
@@ -343,11 +349,15 @@ class MeshDataset(Dataset):
                 parts = max(1, clusters // limit) if limit else 1
             self.items += [(index, view, part) for view in range(max(1, self.views)) for part in range(parts)]
 
-    def _read_labels(self, path, num_faces):
+    def _read_labels(self, path, num_faces, read):
         if self.label_dir is None:
             return np.full(num_faces, IGNORE_INDEX, np.int64)
-        return read_labels(find_label_file(path, self.label_dir), read_mesh(path), self.num_classes, self.label_offset,
-                           self.ignore_labels, self.label_kind)
+        file = find_label_file(path, self.label_dir)
+        settings = [self.num_classes, self.label_offset, list(self.ignore_labels), self.label_kind]
+        content = hashlib.sha256(file.read_bytes()).hexdigest()
+        key = ["labels", LABEL_VERSION, file.suffix.lower(), content, *settings]
+        return cached_arrays(path, key, ("label",), self.cache_dir,
+                             lambda: {"label": read_labels(file, read(path), *settings)})["label"]
 
     def _num_clusters(self, num_faces):
         if self.spec.n_clusters:
@@ -364,7 +374,7 @@ class MeshDataset(Dataset):
     def mesh(self, index: int) -> PreparedMesh:
         """The prepared mesh of files[index]."""
         if index not in self._prepared:
-            return prepare_mesh(self.files[index], self.spec, self.cache_dir, self.descriptors)
+            return prepare_mesh(self.files[index], self.spec, self.cache_dir, self.descriptors, self.read)
         return self._prepared[index]
 
     def __getitem__(self, item: int) -> dict:

@@ -15,6 +15,7 @@ import re
 import struct
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -269,7 +270,7 @@ def ply_columns(path: Path) -> tuple[dict[str, dict], list[str]]:
     """{element: {property: (values, None)}}, for a list (values in a row, length of each); and the header's comments.
     Raises ValueError for a file that is no PLY or cut short."""
     data = path.read_bytes()
-    try:
+    with _ply_errors(path):
         format_, elements, comments, offset = _ply_header(data)
         if format_ == "ascii":                      # from here on like a binary file that holds doubles only
             parsed = parse_numbers(data[offset:], np.float64)
@@ -281,10 +282,24 @@ def ply_columns(path: Path) -> tuple[dict[str, dict], list[str]]:
         for name, length, properties in elements:
             types = [(n, *("f8" if format_ == "ascii" and t else t and order + t for t in ts)) for n, *ts in properties]
             columns[name], offset = _ply_element(data, offset, length, types)
+    return columns, comments
+
+
+@contextmanager
+def _ply_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (ValueError, KeyError, IndexError, OverflowError) as error:
         raise ValueError(f"{path}: cannot be read as PLY ({type(error).__name__}: {str(error)[:120]}); "
                          f"is it cut short or damaged?") from error
-    return columns, comments
+
+
+def _has_ply_label(path: Path) -> bool:
+    """Whether the header of a PLY names a label of its faces; the body is not parsed."""
+    with _ply_errors(path):
+        elements = _ply_header(path.read_bytes())[1]
+    return any(element == "face" and name in PLY_LABEL_NAMES and size is None
+               for element, _, properties in elements for name, _, size in properties)
 
 
 def _ply_header(data: bytes) -> tuple[str, list, list[str], int]:
@@ -422,7 +437,7 @@ def find_label_file(mesh_path: str | Path, label_dir: str | Path) -> Path:
     found = [label_dir / name for name in names if (label_dir / name).is_file()]
     if len(found) > 1:
         raise ValueError(f"{mesh_path}: {' and '.join(map(str, found))} both look like its labels; keep one")
-    if not found and mesh_path.suffix.lower() == ".ply" and read_mesh(mesh_path).label is not None:
+    if not found and mesh_path.suffix.lower() == ".ply" and _has_ply_label(mesh_path):
         return mesh_path
     if not found:
         raise FileNotFoundError(f"{mesh_path}: no labels; looked in {label_dir} for {', '.join(names)}"
