@@ -276,12 +276,6 @@ def _range_problem(histogram, table, path):
             f"reduce_zero_label{jpeg}")
 
 
-def read_mask(path: str | Path, num_classes: int, ignore_label: int = 255,
-              reduce_zero_label: bool = False) -> np.ndarray:
-    """A mask file as labels (H, W) int64 with IGNORE_INDEX. ValueError as open_mask, and for ids out of range."""
-    return to_label(open_mask(path), label_table(num_classes, ignore_label, reduce_zero_label), path)
-
-
 # -- checking ----------------------------------------------------------------------------------------------------------
 
 def check_pairs(pairs: Sequence[tuple[Path, Path]], num_classes: int, ignore_label: int = 255,

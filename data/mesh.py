@@ -81,10 +81,6 @@ class MeshSpec:
     def to_dict(self) -> dict:
         return {**asdict(self), "features": list(self.features)}
 
-    @classmethod
-    def from_dict(cls, value: dict) -> MeshSpec:
-        return cls(**{**value, "features": tuple(value["features"])})
-
 
 @dataclass(frozen=True)
 class Augmentation:

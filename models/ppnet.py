@@ -87,13 +87,6 @@ class PPNet(nn.Module):
         logits, _ = self(image)
         return F.interpolate(logits.permute(0, 3, 1, 2), image.shape[-2:], mode="bilinear")
 
-    def contributions(self, distances: Tensor) -> Tensor:
-        """Distances of some cells (..., P) -> (..., C, P), what each prototype adds to each class.
-
-        The sum over P is the logit, exactly: the read-out is linear and has no bias.
-        """
-        return self.similarity(distances).unsqueeze(-2) * self.last_layer.weight
-
     def remove(self, keep: Tensor) -> None:
         """Keep only the prototypes `keep` (P',) int64, in this order, with their classes, weights and provenance.
 
