@@ -47,6 +47,7 @@ from utils.seed import derived_seed
 
 CACHE_VERSION = 2                   # raise it when prepare_mesh computes something else
 LABEL_VERSION = 1                   # raise it when read_labels gives something else
+STATISTICS_ITEMS = 200              # items that feature_statistics looks at
 FACES_IN_MEMORY = 20_000_000        # prepared meshes beyond this are read again from the cache
 PADDING = {"features": 0.0, "embedding": 0.0, "centroid": 0.0, "area": 0.0, "label": IGNORE_INDEX, "mask": False,
            "face_index": -1, "descriptors": 0.0, "texture_sequences": 0.0, "texture_masks": False}
@@ -521,12 +522,11 @@ def custom_collate_fn(batch: Sequence[dict]) -> dict:
     return out
 
 
-def feature_statistics(dataset: MeshDataset, name: str = "features",
-                       max_items: int = 200) -> tuple[torch.Tensor, torch.Tensor]:
+def feature_statistics(dataset: MeshDataset, name: str = "features") -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation (Dg,) of the features, or of another entry of the items, over the faces of up to
-    max_items evenly spaced items, as training sees them. A constant feature gets 1 for its deviation."""
+    200 evenly spaced items, as training sees them. A constant feature gets 1 for its deviation."""
     total = square = count = 0
-    for item in range(0, len(dataset), max(1, -(-len(dataset) // max_items))):
+    for item in range(0, len(dataset), max(1, -(-len(dataset) // STATISTICS_ITEMS))):
         sample = dataset[item]
         values = sample[name][sample["mask"]].double()                     # (faces, Dg)
         total, square, count = total + values.sum(0), square + (values**2).sum(0), count + len(values)

@@ -233,7 +233,7 @@ def cotangent_laplacian(vertices: np.ndarray, faces: np.ndarray) -> tuple[sp.csr
     return stiffness.tocsr(), mass
 
 
-def heat_kernel_signature(vertices: np.ndarray, faces: np.ndarray, num_eigenpairs: int = HKS_EIGENPAIRS) -> np.ndarray:
+def heat_kernel_signature(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
     """log of the scale-invariant heat kernel signature (Sun, Ovsjanikov, Guibas 2009), mean of the three corners.
 
     vertices (V, 3), faces (F, 3) -> (F, 16) float32. Every connected component is solved on its own, scaled to area 1;
@@ -257,18 +257,18 @@ def heat_kernel_signature(vertices: np.ndarray, faces: np.ndarray, num_eigenpair
         members = by_component[bounds[c]:bounds[c + 1]]
         local[members] = np.arange(len(members))
         part = local[faces[faces_by_component[face_bounds[c]:face_bounds[c + 1]]]]
-        signature[members] = _component_signature(vertices[members], part, num_eigenpairs)
+        signature[members] = _component_signature(vertices[members], part)
     return signature[faces].mean(1).astype(np.float32)
 
 
-def _component_signature(vertices, faces, num_eigenpairs):
+def _component_signature(vertices, faces):
     stiffness, mass = cotangent_laplacian(vertices, faces)
     total = mass.sum()
     if total <= 0:
         return 0.0
     inverse_root = 1 / np.sqrt(np.maximum(mass / total, 1e-9))                  # area 1; stiffness has no unit
     symmetric = sp.diags(inverse_root) @ stiffness @ sp.diags(inverse_root)
-    k = min(num_eigenpairs, len(vertices) - 1)
+    k = min(HKS_EIGENPAIRS, len(vertices) - 1)
     try:
         if len(vertices) < HKS_DENSE_BELOW:
             with threadpool_limits(1):                          # too small for threads; loaders run beside one another

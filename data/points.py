@@ -35,7 +35,6 @@ from data.point_transforms import (
     VIEWS,
     Cloud,
     PointAugmentation,
-    View,
     apply_view,
     center_shift,
     estimate_normals,
@@ -583,8 +582,8 @@ class PreciseTest:
     that size, and the prediction mapped back.
     """
 
-    def __init__(self, cloud: Cloud, spec: PointSpec, num_classes: int, views: Sequence[View] = VIEWS) -> None:
-        self.spec, self.views = spec, views
+    def __init__(self, cloud: Cloud, spec: PointSpec, num_classes: int) -> None:
+        self.spec = spec
         self.cloud = center_shift({name: values for name, values in cloud.items() if name != "label"}, z=True)
         self.inverse = None
         if spec.test_grid_size is not None:
@@ -594,7 +593,7 @@ class PreciseTest:
         self.votes = torch.zeros(len(self.cloud["coord"]), num_classes)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        for view in self.views:
+        for view in VIEWS:
             seen = apply_view(self.cloud, view)
             voxels = voxelize(seen["coord"], self.spec.grid_size)
             for index in fragments(voxels):

@@ -61,10 +61,9 @@ class _Canvas:
         if label is not None:
             self.draw_label.ellipse((left, top, right, bottom), fill=label)
 
-    def wall(self, x, z, y, color, label=None, alpha=255):
+    def wall(self, x, z, y, color, label=None):
         """Upright rectangle between the ends x (2,), z (2,) of its foot, from y[0] to y[1] above the ground."""
-        self.polygon([(x[0], y[0], z[0]), (x[1], y[0], z[1]), (x[1], y[1], z[1]), (x[0], y[1], z[0])], color, label,
-                     alpha)
+        self.polygon([(x[0], y[0], z[0]), (x[1], y[0], z[1]), (x[1], y[1], z[1]), (x[0], y[1], z[0])], color, label)
 
     def ground(self, x, z, color, label=None, alpha=255):
         """Rectangle on the ground; an opaque one in pieces, far ones hazier."""

@@ -221,28 +221,25 @@ class VisionTransformer(nn.Module):
             elif parameter.ndim > 1:
                 nn.init.uniform_(parameter, -bound, bound)
 
-    def forward_features(self, image: Tensor) -> dict[str, Tensor]:
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
         """-> "class_token" (B, C), "storage_tokens" (B, R, C) and "patch_tokens" (B, h w, C), after the final norm."""
         prefix = 1 + self.config.num_registers
         tokens = self.norm(self._run(image, [self.config.depth - 1])[0])
         return {"class_token": tokens[:, 0], "storage_tokens": tokens[:, 1:prefix], "patch_tokens": tokens[:, prefix:]}
 
-    forward = forward_features
-
-    def get_intermediate_layers(self, image: Tensor, n: int | Sequence[int] = 1, reshape: bool = True,
-                                norm: bool = True) -> tuple[Tensor, ...]:
+    def get_intermediate_layers(self, image: Tensor, n: int | Sequence[int] = 1,
+                                reshape: bool = True) -> tuple[Tensor, ...]:
         """Patch tokens after the last n blocks, or after the blocks with the indices n, in their order.
 
-        -> each (B, C, h, w) (memory is channels-last), or with reshape=False (B, h w, C). norm: the *final* norm is
-        applied to each. No block after the last one asked for is run. ValueError for an index that does not exist.
+        -> each (B, C, h, w) (memory is channels-last), or with reshape=False (B, h w, C). The *final* norm is applied
+        to each. No block after the last one asked for is run. ValueError for an index that does not exist.
         """
         depth = self.config.depth
         wanted = list(range(depth - n, depth)) if isinstance(n, int) else list(n)
         if not wanted or min(wanted) < 0 or max(wanted) >= depth:
             raise ValueError(f"blocks: expected indices from 0 to {depth - 1}, or a number of blocks; got {n}")
         grid = [side // self.patch_size for side in image.shape[-2:]]
-        outputs = [self.norm(x) if norm else x for x in self._run(image, wanted)]
-        outputs = [x[:, 1 + self.config.num_registers:] for x in outputs]                        # (B, h w, C)
+        outputs = [self.norm(x)[:, 1 + self.config.num_registers:] for x in self._run(image, wanted)]  # (B, h w, C)
         return tuple(x.transpose(1, 2).unflatten(2, grid) if reshape else x for x in outputs)
 
     def _run(self, image: Tensor, wanted: list[int]) -> list[Tensor]:

@@ -716,7 +716,8 @@ def test_statistics_of_many_meshes_read_some(folder, monkeypatch):
     read = []
     original = MeshDataset.__getitem__
     monkeypatch.setattr(MeshDataset, "__getitem__", lambda self, item: read.append(item) or original(self, item))
-    feature_statistics(meshes, max_items=90)
+    monkeypatch.setattr(data.mesh, "STATISTICS_ITEMS", 90)
+    feature_statistics(meshes)
     assert 45 <= len(read) <= 90 and read[-1] >= 150     # evenly spaced, to the end
 
 
