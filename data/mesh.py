@@ -105,8 +105,8 @@ class Augmentation:
         for name in ("rotation_range", "scale_range"):
             ends = getattr(self, name)
             if len(ends) != 2 or ends[0] > ends[1] or (name == "scale_range" and ends[0] <= 0):
-                raise ValueError(f"augmentation.{name}={list(ends)}: expected [lowest, highest]"
-                                 f"{', both above 0' * (name == 'scale_range')}")
+                both = ", both above 0" if name == "scale_range" else ""
+                raise ValueError(f"augmentation.{name}={list(ends)}: expected [lowest, highest]{both}")
         for name in ("deformation", "noise_std", "hks_noise", "flip_probability", "cluster_dropout",
                      "color_jitter"):
             most = 1 if name in ("flip_probability", "cluster_dropout", "color_jitter") else math.inf
@@ -139,11 +139,15 @@ def prepare_mesh(path: str | Path, spec: MeshSpec, cache_dir: str | Path | None 
     read_mesh raises, and ValueError where "hks" or descriptors are asked of a mesh too large for it, and for
     coordinates that 32 bits cannot hold.
     """
-    hks = "hks" in spec.features
-    names = {"vertices", "faces", "area", *["neighbors"] * _wants_neighbors(spec), *["hks"] * hks,
-             *["descriptors"] * descriptors}
-    settings = [CACHE_VERSION, spec.unit, _wants_neighbors(spec), HKS_EIGENPAIRS if hks else 0,
-                *[(HKS_EIGENPAIRS, HEAT_RADII)] * descriptors]
+    names = {"vertices", "faces", "area"}
+    if _wants_neighbors(spec):
+        names.add("neighbors")
+    if "hks" in spec.features:
+        names.add("hks")
+    settings = [CACHE_VERSION, spec.unit, _wants_neighbors(spec), HKS_EIGENPAIRS if "hks" in names else 0]
+    if descriptors:
+        names.add("descriptors")
+        settings.append((HKS_EIGENPAIRS, HEAT_RADII))
     arrays = cached_arrays(path, settings, names, cache_dir, lambda: _prepare(read(path), spec, path, descriptors))
     return PreparedMesh(**{name: arrays.get(name) for name in PreparedMesh._fields})
 
@@ -163,8 +167,10 @@ def _prepare(mesh, spec, path, descriptors):
     try:
         hks = heat_kernel_signature(vertices, faces) if descriptors or "hks" in spec.features else None
     except ValueError as error:
-        instead = "; the targets of pre-training need them too: set loss.delta=0 and masking.whole_share=0"
-        raise ValueError(f"{path}: {error}{instead * descriptors}") from None
+        hint = ""
+        if descriptors:
+            hint = "; the targets of pre-training need them too: set loss.delta=0 and masking.whole_share=0"
+        raise ValueError(f"{path}: {error}{hint}") from None
     arrays = {"vertices": stored, "faces": faces,
               "neighbors": face_neighbors(faces) if _wants_neighbors(spec) else None,
               "area": face_geometry(vertices, faces)[2].astype(np.float32),
@@ -379,11 +385,14 @@ class MeshDataset(Dataset):
         centroid (N, F, 3) and area (N, F; of the mesh before augmentation) float32, index of the mesh in `files`; with
         `descriptors` these as well (N, F, 64; of the mesh before augmentation)."""
         index, view, part = self.items[item]
-        augmentation, recluster = self.augmentation, self.augmentation.recluster
+        augmentation = self.augmentation
+        recluster = augmentation.recluster
         drawn = (self.seed, self.epoch, index if self.every_part else item)
         if self.views:
             turn = (augmentation.mode, augmentation.rotation_range) if view else ()
-            augmentation, recluster, drawn = Augmentation(*turn), view > 0, (view,)
+            augmentation = Augmentation(*turn)
+            recluster = view > 0
+            drawn = (view,)
         rng = np.random.default_rng(derived_seed(*drawn))
         if not (self.views or self.every_part):
             face_index, values = self._tokens(index, augmentation, recluster, rng)
@@ -418,7 +427,8 @@ class MeshDataset(Dataset):
         return face_index, values if mesh.descriptors is None else {**values, "descriptors": mesh.descriptors}
 
     def _clusters(self, centroid, neighbors, rng):
-        size, count = self.spec.faces_per_cluster, self._num_clusters(len(centroid))
+        size = self.spec.faces_per_cluster
+        count = self._num_clusters(len(centroid))
         if self.spec.clustering != "bisection":
             farthest = self.spec.clustering == "fps"
             return connected_clusters(centroid, neighbors, size, rng, count, farthest_points=farthest)
@@ -450,7 +460,8 @@ class CachedFeatures(Dataset):
             raise ValueError("training.cache_features needs inputs that never change: switch the augmentation off and "
                              "leave training.clusters_per_batch empty, or train without the cache")
         self.dataset = dataset
-        self._rest, digest = [], hashlib.sha256(key.encode())
+        self._rest = []
+        digest = hashlib.sha256(key.encode())
         for item in range(len(dataset)):
             sample = dataset[item]
             self._rest.append({name: sample[name] for name in ("label", "mask", "face_index", "index")})

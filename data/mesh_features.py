@@ -62,7 +62,8 @@ def normalize_vertices(vertices: np.ndarray, faces: np.ndarray, unit: float | No
     vertices = (vertices - origin) / radius
     corner = vertices.take(faces, 0)                                            # (F, 3, 3)
     area = np.linalg.norm(np.cross(corner[:, 1] - corner[:, 0], corner[:, 2] - corner[:, 0]), axis=1) / 2
-    total, scale = area.sum(), 1.0
+    total = area.sum()
+    scale = 1.0
     if total > TINY:
         vertices = vertices - area @ (corner[:, 0] + corner[:, 1] + corner[:, 2]) / (3 * total)
         scale = np.sqrt(total)
@@ -217,7 +218,8 @@ def cotangent_laplacian(vertices: np.ndarray, faces: np.ndarray) -> tuple[sp.csr
     Deviation: a cotangent above 20 becomes 20, so that a needle triangle cannot swallow the spectrum, and the smallest
     of that face what cot A cot B + cot B cot C + cot C cot A = 1 then gives, so that the matrix stays semi-definite.
     """
-    num_vertices, corner = len(vertices), vertices.take(faces, 0)
+    num_vertices = len(vertices)
+    corner = vertices.take(faces, 0)
     along = [(corner[:, (k + 1) % 3] - corner[:, k], corner[:, (k + 2) % 3] - corner[:, k]) for k in range(3)]
     doubled_area = np.linalg.norm(np.cross(*along[0]), axis=1)
     exact = np.stack([(a * b).sum(1) for a, b in along], axis=1) / np.maximum(doubled_area, 1e-30)[:, None]

@@ -152,7 +152,8 @@ def plain_lines(text: bytes) -> bytes:
 
 def _parse_obj(text: bytes) -> Parsed | None:
     """The `v` and `f` lines of an OBJ at numpy's speed. None where anything is odd, the slow parser's matter."""
-    values, corners, sides, seen = [], [], [], 0
+    values, corners, sides = [], [], []
+    seen = 0
     for block in _blocks(plain_lines(text) + b"\n", 1 << 20):              # of a size that stays in the cache
         byte = np.frombuffer(block, np.uint8)
         end = np.flatnonzero(byte == ord("\n")) + 1
@@ -191,7 +192,8 @@ def _blocks(text: bytes, size: int) -> Iterator[bytes]:
 
 def _parse_obj_by_line(text: bytes, path: Path) -> Parsed:
     """The same, line by line (about ten times slower), raising with the number of the line that is wrong."""
-    vertices, corner, count, line_of_face, pending = [], [], [], [], b""
+    vertices, corner, count, line_of_face = [], [], [], []
+    pending = b""
     for number, line in enumerate(text.split(b"\n"), 1):
         line = pending + line.split(b"#", 1)[0].rstrip()
         pending = line[:-1] + b" " if line.endswith(b"\\") else b""
@@ -276,7 +278,8 @@ def ply_columns(path: Path) -> tuple[dict[str, dict], list[str]]:
             parsed = parse_numbers(data[offset:], np.float64)
             if parsed is None:
                 raise ValueError("something in the body is not a number")
-            data, offset = parsed[0].tobytes(), 0
+            data = parsed[0].tobytes()
+            offset = 0
         order = ">" if format_ == "binary_big_endian" else "<"
         columns = {}
         for name, length, properties in elements:
@@ -309,7 +312,8 @@ def _ply_header(data: bytes) -> tuple[str, list, list[str], int]:
     lines = re.split(r"[\r\n]+", data[:end.start()].decode("latin-1")) if end else []
     if not lines or lines[0].strip() != "ply":
         raise ValueError("no PLY header")
-    format_, elements, comments = "", [], []
+    format_ = ""
+    elements, comments = [], []
     for line in lines[1:]:
         word = line.split()
         if word[:1] == ["format"]:
@@ -365,7 +369,9 @@ def _read_with_trimesh(path: Path) -> Parsed:
         if path.suffix.lower() == ".glb":
             _check_glb(path.read_bytes())
         scene = trimesh.load_scene(str(path), process=False, skip_materials=True)
-        vertices, faces, total = [np.empty((0, 3))], [np.empty((0, 3), np.int64)], 0
+        vertices = [np.empty((0, 3))]
+        faces = [np.empty((0, 3), np.int64)]
+        total = 0
         for name, mesh in scene.geometry.items():
             for node in scene.graph.geometry_nodes.get(name, []) if isinstance(mesh, trimesh.Trimesh) else []:
                 vertices.append(trimesh.transform_points(mesh.vertices, scene.graph[node][0]))
@@ -563,8 +569,10 @@ def _to_faces(label: np.ndarray, mesh: Mesh, kind: str, path: Path) -> np.ndarra
     """label per face, polygon, vertex or edge -> (F,) per face."""
     F, V, n = len(mesh.faces), len(mesh.vertices), len(label)
     polygons = F if mesh.polygon is None else int(mesh.polygon[-1]) + 1
-    if kind == "auto":
-        kind = "edge" if path.suffix.lower() == ".eseg" else "polygon" if n == polygons != F else "face"
+    if kind == "auto" and path.suffix.lower() == ".eseg":
+        kind = "edge"
+    elif kind == "auto":
+        kind = "polygon" if n == polygons != F else "face"
     expected = {"face": F, "polygon": polygons, "vertex": V}
     if kind == "edge" or n != expected[kind]:
         edge, expected["edge"] = _edges(mesh.faces)
@@ -590,7 +598,8 @@ def _to_faces(label: np.ndarray, mesh: Mesh, kind: str, path: Path) -> np.ndarra
 
 def write_labels(path: str | Path, label: np.ndarray) -> None:
     """Write (F,) integers, one per line (.txt) or as int64 array (.npy). Values as the file has them, ignored too."""
-    path, label = Path(path), np.asarray(label)
+    path = Path(path)
+    label = np.asarray(label)
     if label.ndim != 1 or label.dtype.kind not in "iu":
         raise ValueError(f"{path}: labels to write must be a row of integers, not {label.dtype} {label.shape}")
     if path.suffix.lower() == ".npy":

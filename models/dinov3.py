@@ -200,7 +200,9 @@ class VisionTransformer(nn.Module):
     def __init__(self, config: ViTConfig):
         super().__init__()
         dim, patch = config.embed_dim, config.patch_size
-        self.config, self.embed_dim, self.patch_size = config, dim, patch
+        self.config = config
+        self.embed_dim = dim
+        self.patch_size = patch
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         self.mask_token = nn.Parameter(torch.empty(1, dim))          # of pre-training; in the files, never read
         self.registers = "storage_tokens" if config.pos_grid is None else "register_tokens"
@@ -252,7 +254,8 @@ class VisionTransformer(nn.Module):
                              f"{self.patch_size}; pad or resize it")
         height, width = height // self.patch_size, width // self.patch_size
         x = self.patch_embed.proj(image).flatten(2).transpose(1, 2)                              # (B, h w, C)
-        prefix, rope = self.cls_token, None
+        prefix = self.cls_token
+        rope = None
         if self.config.pos_grid is None:
             rope = self.rope_embed(height, width, 1 + self.config.num_registers)
         else:
@@ -289,8 +292,12 @@ class FrozenBackbone:
 
     def __init__(self, vit: VisionTransformer, taps: Sequence[int], mean: Sequence[float], std: Sequence[float],
                  entry: dict[str, Any]):
-        self.vit, self.taps, self.entry = vit.requires_grad_(False).eval(), tuple(taps), entry
-        self.embed_dim, self.patch_size, self.multiple = vit.embed_dim, vit.patch_size, math.lcm(32, vit.patch_size)
+        self.vit = vit.requires_grad_(False).eval()
+        self.taps = tuple(taps)
+        self.entry = entry
+        self.embed_dim = vit.embed_dim
+        self.patch_size = vit.patch_size
+        self.multiple = math.lcm(32, vit.patch_size)
         self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
         self.amp_dtype: torch.dtype | None = None
         self._sha256: str | None = None
@@ -309,7 +316,9 @@ class FrozenBackbone:
                 if isinstance(module, nn.Linear | nn.Conv2d):
                     module.to(amp_dtype)                             # before the move: the device never holds both
         self.vit.to(device)
-        self.mean, self.std, self.amp_dtype = self.mean.to(device), self.std.to(device), amp_dtype
+        self.mean = self.mean.to(device)
+        self.std = self.std.to(device)
+        self.amp_dtype = amp_dtype
         return self
 
     def normalize(self, image: Tensor) -> Tensor:

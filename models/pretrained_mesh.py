@@ -24,13 +24,13 @@ def read_encoder(path: str | Path) -> tuple[dict[str, Tensor], str, dict[str, An
     """The weights of a Nomeformer, by its own names: (state_dict, layout, feature_spec).
 
     Of a file with target_encoder and encoder, the first. layout: where in the file they were, for the line that
-    load_weights prints. feature_spec {names, widths, mean, std}: what the
-    encoder was trained on (see `check_features`), None where the file does not say. Load with
-    utils.checkpoint.load_weights, which wants every tensor. Raises what read_weights raises; ValueError for a file
-    without a Nomeformer (saying what it holds instead) and for weights that are not finite.
+    load_weights prints. feature_spec {names, widths, mean, std}: what the encoder was trained on (see
+    `check_features`), None where the file does not say. Load with utils.checkpoint.load_weights, which wants every
+    tensor. Raises what read_weights raises; ValueError for a file without a Nomeformer (saying what it holds instead)
+    and for weights that are not finite.
     """
     content = read_weights(path)
-    for layout, state in _candidates(content):
+    for layout, state in _candidates(content, ENCODERS[0]):
         state = strip_prefixes(state)
         if _is_nomeformer(state):
             bad = next((name for name, tensor in state.items() if not tensor.isfinite().all()), None)
@@ -70,17 +70,18 @@ def _feature_spec(content: Mapping[str, Any]) -> dict[str, Any] | None:
     return None
 
 
-def _candidates(content: Mapping[str, Any]):
+def _candidates(content: Mapping[str, Any], which: str):
     """(layout, {name: tensor}) in the order of preference."""
     flat = _tensors(strip_prefixes(content))
-    nested = [(name, _tensors(content[name])) for name in (*ENCODERS, *CONTAINERS)
+    order = sorted(ENCODERS, key=lambda name: name != which)
+    nested = [(name, _tensors(content[name])) for name in (*order, *CONTAINERS)
               if isinstance(content.get(name), Mapping)]
     for name, state in nested:
         if name in ENCODERS:
             yield name, state
     for name, state in [*((name, state) for name, state in nested if name in CONTAINERS), ("", flat)]:
         state = strip_prefixes(state)
-        for prefix in ENCODERS:
+        for prefix in order:
             dotted = f"{prefix}."
             inner = {key.removeprefix(dotted): value for key, value in state.items() if key.startswith(dotted)}
             yield f"{name}: {prefix}.*" if name else f"{prefix}.*", inner

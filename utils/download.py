@@ -124,7 +124,8 @@ def _receive(response, part, have, size):
 def extract(archive: Path, folder: Path) -> None:
     """Unpack a tar or zip file into `folder`. ValueError, before anything is written, for members that would land
     outside of it or are links out of it or devices, for a bomb, and for a damaged archive."""
-    total, size = 0, archive.stat().st_size
+    total = 0
+    size = archive.stat().st_size
 
     def check(name, unpacked):
         nonlocal total

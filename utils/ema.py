@@ -24,7 +24,9 @@ class EMA:
     def __init__(self, model: nn.Module, decay: float = 0.999):
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"the decay of the moving average must be in [0, 1), got {decay}")
-        self.decay, self.updates, self.is_applied = decay, 0, False
+        self.decay = decay
+        self.updates = 0
+        self.is_applied = False
         model = unwrap(model)
         self.buffers = _live_buffers(model)
         self.shadow = {}

@@ -32,7 +32,9 @@ class RunLog:
     def __init__(self, log_dir: str | os.PathLike, rank: int = 0, tensorboard: bool = True,
                  total_steps: int | None = None, wandb: Mapping[str, Any] | None = None,
                  resume_step: int | None = None):
-        self.dir, self.rank, self.total_steps = Path(log_dir), rank, total_steps
+        self.dir = Path(log_dir)
+        self.rank = rank
+        self.total_steps = total_steps
         self._text = self._records = self._board = self._wandb = None
         self._start = self._last = (time.monotonic(), resume_step or 0)      # (seconds, step)
         self._resumed_at = set()                                             # the records at resume_step
@@ -76,7 +78,8 @@ class RunLog:
         """
         if self.rank != 0:
             return
-        now, scalars = time.monotonic(), {name: _number(value) for name, value in scalars.items()}
+        now = time.monotonic()
+        scalars = {name: _number(value) for name, value in scalars.items()}
         parts = [f"step {step}" if self.total_steps is None else f"step {step}/{self.total_steps}"]
         parts += [f"{name} {_format(name, value)}" for name, value in scalars.items()]
         if step > self._last[1]:

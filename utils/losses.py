@@ -99,8 +99,10 @@ class MaskedCrossEntropyLoss(nn.Module):
             if class_weights.ndim != 1 or not bool(((class_weights >= 0) & class_weights.isfinite()).all()):
                 raise ValueError(f"class_weights must be a finite number >= 0 per class, got {class_weights.tolist()}")
         self.register_buffer("class_weights", class_weights, persistent=False)
-        self.ignore_index, self.class_dim = ignore_index, class_dim
-        self.label_smoothing, self.gamma = label_smoothing, gamma
+        self.ignore_index = ignore_index
+        self.class_dim = class_dim
+        self.label_smoothing = label_smoothing
+        self.gamma = gamma
 
     def forward(self, logits: Tensor, label: Tensor, mask: Tensor | None = None) -> Tensor:
         return _divide(*self.sum_and_weight(logits, label, mask))

@@ -26,7 +26,8 @@ class ConfusionMatrix:
     def __init__(self, num_classes: int, device: torch.device | str = "cpu"):
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-        self.num_classes, self.device = num_classes, torch.device(device)
+        self.num_classes = num_classes
+        self.device = torch.device(device)
         self.reset()
 
     def reset(self) -> None:
@@ -61,7 +62,8 @@ class ConfusionMatrix:
 
     def _count(self, pred: Tensor, label: Tensor, weight: Tensor | None = None) -> Tensor:
         """(P,) each -> (C, C) int64, or float64 with weights; ids out of range and ignored labels are not in it."""
-        C, side = self.num_classes, self.num_classes + 2
+        C = self.num_classes
+        side = self.num_classes + 2
         table = torch.zeros(side * side, dtype=torch.int64 if weight is None else torch.float64, device=label.device)
         chunk = CHUNK if label.device.type == "cpu" else max(len(label), 1)
         for begin in range(0, len(label), chunk):
@@ -82,7 +84,10 @@ class ConfusionMatrix:
     def all_reduce(self) -> "ConfusionMatrix":
         """Sum the counts of all processes into each of them; once, after the last update. Returns self."""
         # A process whose share was empty has no dtype of its own: it takes the others'.
-        kind = all_agree_max(0 if self.counts is None else 2 if self.counts.is_floating_point() else 1)
+        kind = 0
+        if self.counts is not None:
+            kind = 2 if self.counts.is_floating_point() else 1
+        kind = all_agree_max(kind)
         if kind:
             empty = torch.zeros(self.num_classes, self.num_classes, device=self.device,
                                 dtype=torch.float64 if kind == 2 else torch.int64)

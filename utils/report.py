@@ -191,7 +191,8 @@ def _confusion(names: Sequence[str], matrix: np.ndarray) -> str:
         x = left + (row + 0.5) * side
         parts.append(f'<text transform="translate({x + 3:.1f} {top - 7}) rotate(-{angle})">{escape(short[row])}</text>')
     for row, column in np.argwhere(matrix > 0):
-        x, y, value = left + column * side, top + row * side, share[row, column]
+        x, y = left + column * side, top + row * side
+        value = share[row, column]
         hint = f"{names[row]} taken for {names[column]}" if row != column else f"{names[row]} found"
         hint += f": {_percent(value)} %, {_count(matrix[row, column])} of {_count(total[row])}"
         parts.append(f'<g><title>{escape(hint)}</title><rect x="{x:.1f}" y="{y:.1f}" width="{side:.1f}" '
@@ -252,7 +253,8 @@ def _chart(title: str, series: Sequence[tuple[str, list[tuple[float, float]]]], 
     x_all, y_all = ([p[i] for _, points in series for p in points] for i in (0, 1))
     x_ticks = [x for x in nice_ticks(min(x_all), max(x_all), 6) if min(x_all) <= x <= max(x_all) and x == int(x)]
     y_ticks = nice_ticks(min(y_all), max(y_all))
-    width, height, left, right, top, bottom = 440, 256, 46, 10, 8, 36
+    width, height = 440, 256
+    left, right, top, bottom = 46, 10, 8, 36
     x_span, y_span = (max(x_all) - min(x_all)) or 1, y_ticks[-1] - y_ticks[0]
     decimals = max(0, -math.floor(math.log10(y_ticks[1] - y_ticks[0]) + 1e-9))
 
@@ -289,11 +291,13 @@ def _chart(title: str, series: Sequence[tuple[str, list[tuple[float, float]]]], 
 def data_uri(image: Image.Image, jpeg: bool = False) -> str:
     """The picture as text for an img tag: PNG, or JPEG on request and where PNG is too large; the latter never loses
     transparency."""
-    kind, stream = "png", io.BytesIO()
+    kind = "png"
+    stream = io.BytesIO()
     if not jpeg:
         image.save(stream, "PNG", optimize=True)
     if jpeg or (stream.tell() > MAX_PNG and "A" not in image.mode):
-        kind, stream = "jpeg", io.BytesIO()
+        kind = "jpeg"
+        stream = io.BytesIO()
         image.convert("RGB").save(stream, "JPEG", quality=88)
     return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
 
