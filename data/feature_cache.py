@@ -57,7 +57,9 @@ class CachedTaps(Dataset):
     def _compute(self, embed, batch_size, num_workers) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
-        loader, out, done = DataLoader(self.dataset, batch_size, num_workers=num_workers), None, 0
+        loader = DataLoader(self.dataset, batch_size, num_workers=num_workers)
+        out = None
+        done = 0
         try:
             for batch in progress(loader, "embedding"):
                 taps = [as_stored(tap) for tap in embed(batch["image"])]

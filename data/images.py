@@ -131,8 +131,12 @@ def find_files(patterns: Sequence[str], what: str) -> list[Path]:
         else:
             files = [path for path in map(Path, glob.glob(pattern, recursive=True)) if _is_image(path)]
         if not files:
-            why = (f"no images ({' '.join(SUFFIXES)}) in this folder" if os.path.isdir(pattern) else
-                   "no image file matches" if glob.has_magic(pattern) else "no such file or folder")
+            if os.path.isdir(pattern):
+                why = f"no images ({' '.join(SUFFIXES)}) in this folder"
+            elif glob.has_magic(pattern):
+                why = "no image file matches"
+            else:
+                why = "no such file or folder"
             raise ValueError(f"{what} {pattern}: {why}; name files, folders or globs such as 'images/*.jpg'")
         found.update(files)
     return sorted(found)
@@ -154,10 +158,13 @@ def pair_files(images: Sequence[Path], masks: Sequence[Path],
     for one, other, here, there in ((*by_stem, *names), (*by_stem[::-1], *names[::-1])):
         missing = [path for stem, path in one.items() if stem not in other]
         if missing:
+            shown = ", ".join(path.name for path in missing[:3])
+            if len(missing) > 3:
+                shown += " ..."
             example = next(iter(other.values()), None)
+            hint = f" ({there} has {example.name} ...)" if example else ""
             raise ValueError(f"{here}: {len(missing)} of {len(one)} files have no partner of the same name in {there}: "
-                             f"{', '.join(path.name for path in missing[:3])}{' ...' * (len(missing) > 3)}"
-                             f"{f' ({there} has {example.name} ...)' if example else ''}")
+                             f"{shown}{hint}")
     return [(path, by_stem[1][stem]) for stem, path in by_stem[0].items()]
 
 
@@ -268,18 +275,16 @@ def _range_problem(histogram, table, path):
     wrong = {value: count for value, count in histogram.items() if count and table[value] == OUT_OF_RANGE}
     if not wrong:
         return None
-    known, ignored = np.flatnonzero(table >= 0), np.flatnonzero(table == IGNORE_INDEX)
-    jpeg = "; JPEG changes the values: store masks as PNG" * (Path(path).suffix.lower() in (".jpg", ".jpeg"))
-    return (f"value{'s' * (len(wrong) > 1)} {', '.join(map(str, list(wrong)[:5]))}{' ...' * (len(wrong) > 5)} at "
-            f"{sum(wrong.values())} pixels; expected {known.min()} to {known.max()}, for unlabelled "
-            f"{' or '.join(map(str, ignored[:9])) or 'none'}; check num_classes, ignore_label and "
-            f"reduce_zero_label{jpeg}")
-
-
-def read_mask(path: str | Path, num_classes: int, ignore_label: int = 255,
-              reduce_zero_label: bool = False) -> np.ndarray:
-    """A mask file as labels (H, W) int64 with IGNORE_INDEX. ValueError as open_mask, and for ids out of range."""
-    return to_label(open_mask(path), label_table(num_classes, ignore_label, reduce_zero_label), path)
+    known = np.flatnonzero(table >= 0)
+    ignored = np.flatnonzero(table == IGNORE_INDEX)
+    shown = ", ".join(map(str, list(wrong)[:5]))
+    if len(wrong) > 5:
+        shown += " ..."
+    hint = "check num_classes, ignore_label and reduce_zero_label"
+    if Path(path).suffix.lower() in (".jpg", ".jpeg"):
+        hint += "; JPEG changes the values: store masks as PNG"
+    return (f"{'value' if len(wrong) == 1 else 'values'} {shown} at {sum(wrong.values())} pixels; expected "
+            f"{known.min()} to {known.max()}, for unlabelled {' or '.join(map(str, ignored[:9])) or 'none'}; {hint}")
 
 
 # -- checking ----------------------------------------------------------------------------------------------------------
@@ -299,7 +304,8 @@ def check_pairs(pairs: Sequence[tuple[Path, Path]], num_classes: int, ignore_lab
     found = [problem for record in records if (problem := _problem(record, table))]
     if found:
         others = sum(kind == found[0][0] for kind, _ in found[1:])
-        raise ValueError(found[0][1] + f" (and {others} more file{'s' * (others > 1)})" * (others > 0))
+        more = f" (and {others} more {'file' if others == 1 else 'files'})" if others else ""
+        raise ValueError(found[0][1] + more)
     counts = np.zeros(256, np.int64)
     for record in records:
         for value, count in record["histogram"].items():
@@ -470,7 +476,10 @@ class SegmentationDataset(Dataset):
                              f"augmentation")
         self.pairs = [(Path(image), Path(mask)) for image, mask in pairs]
         self.files = [image for image, _ in self.pairs]
-        self.image_size, self.seed, self.views, self.epoch = image_size, seed, views, 0
+        self.image_size = image_size
+        self.seed = seed
+        self.views = views
+        self.epoch = 0
         self.augmentation = augmentation and augmentation.check()
         if augmentation is not None and augmentation.padding >= min(self.size):
             raise ValueError(f"augmentation.padding={augmentation.padding}: a crop of image_size={image_size} might "
@@ -498,8 +507,11 @@ class SegmentationDataset(Dataset):
     def __getitem__(self, item: int) -> dict:
         index = item if self._windows is None else self._windows[item][0]
         image_path, mask_path = self.pairs[index]
-        mask, corner, changes = open_mask(mask_path), (0, 0), self.augmentation
-        size, part = mask.size, (0, 0, *mask.size)
+        mask = open_mask(mask_path)
+        corner = (0, 0)
+        changes = self.augmentation
+        size = mask.size
+        part = (0, 0, *size)
         if self.views == "windows":
             _, size, part = self._windows[item]
         elif self.views == "crops":
@@ -534,7 +546,8 @@ class SegmentationDataset(Dataset):
         else:
             rows, columns = settings.cover or self.size
             scale = max(columns * factor / mask.size[0], rows * factor / mask.size[1])
-        size, around = resized(mask.size, scale), settings.padding
+        size = resized(mask.size, scale)
+        around = settings.padding
         for _ in range(CROP_TRIES):
             # of the crop in the image, negative where it starts in the padding
             start = [int(rng.integers(max(0, length + 2 * around - shown) + 1)) - around

@@ -18,6 +18,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -38,13 +39,15 @@ from data.mesh_features import (
     surface_descriptors,
     weld,
 )
-from data.mesh_io import find_label_file, read_labels, read_mesh
+from data.mesh_io import Mesh, find_label_file, read_labels, read_mesh
 from utils.checks import check_choice, check_range
 from utils.log import progress
 from utils.losses import IGNORE_INDEX
 from utils.seed import derived_seed
 
 CACHE_VERSION = 2                   # raise it when prepare_mesh computes something else
+LABEL_VERSION = 1                   # raise it when read_labels gives something else
+STATISTICS_ITEMS = 200              # items that feature_statistics looks at
 FACES_IN_MEMORY = 20_000_000        # prepared meshes beyond this are read again from the cache
 PADDING = {"features": 0.0, "embedding": 0.0, "centroid": 0.0, "area": 0.0, "label": IGNORE_INDEX, "mask": False,
            "face_index": -1, "descriptors": 0.0, "texture_sequences": 0.0, "texture_masks": False}
@@ -85,10 +88,6 @@ class MeshSpec:
     def to_dict(self) -> dict:
         return {**asdict(self), "features": list(self.features)}
 
-    @classmethod
-    def from_dict(cls, value: dict) -> MeshSpec:
-        return cls(**{**value, "features": tuple(value["features"])})
-
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -112,8 +111,8 @@ class Augmentation:
         for name in ("rotation_range", "scale_range"):
             ends = getattr(self, name)
             if len(ends) != 2 or ends[0] > ends[1] or (name == "scale_range" and ends[0] <= 0):
-                raise ValueError(f"augmentation.{name}={list(ends)}: expected [lowest, highest]"
-                                 f"{', both above 0' * (name == 'scale_range')}")
+                both = ", both above 0" if name == "scale_range" else ""
+                raise ValueError(f"augmentation.{name}={list(ends)}: expected [lowest, highest]{both}")
         for name in ("deformation", "noise_std", "hks_noise", "flip_probability", "cluster_dropout",
                      "color_jitter"):
             most = 1 if name in ("flip_probability", "cluster_dropout", "color_jitter") else math.inf
@@ -139,18 +138,23 @@ class PreparedMesh(NamedTuple):
 # -- preparing ---------------------------------------------------------------------------------------------------------
 
 def prepare_mesh(path: str | Path, spec: MeshSpec, cache_dir: str | Path | None = None,
-                 descriptors: bool = False) -> PreparedMesh:
+                 descriptors: bool = False, read: Callable[[Path], Mesh] = read_mesh) -> PreparedMesh:
     """All that does not change from epoch to epoch, from the cache where the file and the settings are the same.
 
-    descriptors: also the targets of pre-training. Raises what read_mesh raises, and ValueError where "hks" or
-    descriptors are asked of a mesh too large for it, and for coordinates that 32 bits cannot hold.
+    descriptors: also the targets of pre-training. read: parses the file, where the cache has no entry. Raises what
+    read_mesh raises, and ValueError where "hks" or descriptors are asked of a mesh too large for it, and for
+    coordinates that 32 bits cannot hold.
     """
-    hks = "hks" in spec.features
-    names = {"vertices", "faces", "area", *["neighbors"] * _wants_neighbors(spec), *["hks"] * hks,
-             *["descriptors"] * descriptors}
-    settings = [CACHE_VERSION, spec.unit, _wants_neighbors(spec), HKS_EIGENPAIRS if hks else 0,
-                *[(HKS_EIGENPAIRS, HEAT_RADII)] * descriptors]
-    arrays = cached_arrays(path, settings, names, cache_dir, lambda: _prepare(read_mesh(path), spec, path, descriptors))
+    names = {"vertices", "faces", "area"}
+    if _wants_neighbors(spec):
+        names.add("neighbors")
+    if "hks" in spec.features:
+        names.add("hks")
+    settings = [CACHE_VERSION, spec.unit, _wants_neighbors(spec), HKS_EIGENPAIRS if "hks" in names else 0]
+    if descriptors:
+        names.add("descriptors")
+        settings.append((HKS_EIGENPAIRS, HEAT_RADII))
+    arrays = cached_arrays(path, settings, names, cache_dir, lambda: _prepare(read(path), spec, path, descriptors))
     return PreparedMesh(**{name: arrays.get(name) for name in PreparedMesh._fields})
 
 
@@ -169,8 +173,10 @@ def _prepare(mesh, spec, path, descriptors):
     try:
         hks = heat_kernel_signature(vertices, faces) if descriptors or "hks" in spec.features else None
     except ValueError as error:
-        instead = "; the targets of pre-training need them too: set loss.delta=0 and masking.whole_share=0"
-        raise ValueError(f"{path}: {error}{instead * descriptors}") from None
+        hint = ""
+        if descriptors:
+            hint = "; the targets of pre-training need them too: set loss.delta=0 and masking.whole_share=0"
+        raise ValueError(f"{path}: {error}{hint}") from None
     arrays = {"vertices": stored, "faces": faces,
               "neighbors": face_neighbors(faces) if _wants_neighbors(spec) else None,
               "area": face_geometry(vertices, faces)[2].astype(np.float32),
@@ -302,8 +308,9 @@ class MeshDataset(Dataset):
     as the augmentation's mode and rotation_range say and clustered anew, always the same way; the parts of a view
     hold every face exactly once.
     Randomness depends on (seed, epoch, item) alone: not on workers, batch size or what ran before.
-    All files are read, checked and cached at construction, so that wrong data is found before training. Raises what
-    prepare_mesh and read_labels raise, and ValueError where label_dir has no label but IGNORE_INDEX.
+    All files are read, checked and cached at construction, so that wrong data is found before training. A file is
+    parsed once, or not at all where the cache has its geometry and its labels. Raises what prepare_mesh and read_labels
+    raise, and ValueError where label_dir has no label but IGNORE_INDEX.
     """
 
     files: Sequence[Path]
@@ -320,6 +327,7 @@ class MeshDataset(Dataset):
     description: str = "preparing meshes"
     descriptors: bool = False               # items also have `descriptors` (N, F, 64), the targets of pre-training
     every_part: bool = False                # views 0: no random crops, but parts that hold every face exactly once
+    read: Callable[[Path], Mesh] = read_mesh            # parses a file; predict hands over the mesh it has parsed
 
     def __post_init__(self) -> None:
         self.epoch = 0
@@ -329,9 +337,10 @@ class MeshDataset(Dataset):
         self._last_view: tuple = (None, None)
         kept = 0
         self.num_faces = []
+        read = lru_cache(1)(self.read)                      # geometry and labels share one parse of a file
         for index, path in enumerate(progress(self.files, self.description)):
-            mesh = prepare_mesh(path, self.spec, self.cache_dir, self.descriptors)
-            self.labels.append(self._read_labels(path, len(mesh.faces)))
+            mesh = prepare_mesh(path, self.spec, self.cache_dir, self.descriptors, read)
+            self.labels.append(self._read_labels(path, len(mesh.faces), read))
             self.num_faces.append(len(mesh.faces))
             kept += len(mesh.faces)
             if kept <= FACES_IN_MEMORY or self.cache_dir is None:
@@ -349,11 +358,15 @@ class MeshDataset(Dataset):
                 parts = max(1, clusters // limit) if limit else 1
             self.items += [(index, view, part) for view in range(max(1, self.views)) for part in range(parts)]
 
-    def _read_labels(self, path, num_faces):
+    def _read_labels(self, path, num_faces, read):
         if self.label_dir is None:
             return np.full(num_faces, IGNORE_INDEX, np.int64)
-        return read_labels(find_label_file(path, self.label_dir), read_mesh(path), self.num_classes, self.label_offset,
-                           self.ignore_labels, self.label_kind)
+        file = find_label_file(path, self.label_dir)
+        settings = [self.num_classes, self.label_offset, list(self.ignore_labels), self.label_kind]
+        content = hashlib.sha256(file.read_bytes()).hexdigest()
+        key = ["labels", LABEL_VERSION, file.suffix.lower(), content, *settings]
+        return cached_arrays(path, key, ("label",), self.cache_dir,
+                             lambda: {"label": read_labels(file, read(path), *settings)})["label"]
 
     def _num_clusters(self, num_faces):
         if self.spec.n_clusters:
@@ -370,7 +383,7 @@ class MeshDataset(Dataset):
     def mesh(self, index: int) -> PreparedMesh:
         """The prepared mesh of files[index]."""
         if index not in self._prepared:
-            return prepare_mesh(self.files[index], self.spec, self.cache_dir, self.descriptors)
+            return prepare_mesh(self.files[index], self.spec, self.cache_dir, self.descriptors, self.read)
         return self._prepared[index]
 
     def __getitem__(self, item: int) -> dict:
@@ -378,11 +391,14 @@ class MeshDataset(Dataset):
         centroid (N, F, 3) and area (N, F; of the mesh before augmentation) float32, index of the mesh in `files`; with
         `descriptors` these as well (N, F, 64; of the mesh before augmentation)."""
         index, view, part = self.items[item]
-        augmentation, recluster = self.augmentation, self.augmentation.recluster
+        augmentation = self.augmentation
+        recluster = augmentation.recluster
         drawn = (self.seed, self.epoch, index if self.every_part else item)
         if self.views:
             turn = (augmentation.mode, augmentation.rotation_range) if view else ()
-            augmentation, recluster, drawn = Augmentation(*turn), view > 0, (view,)
+            augmentation = Augmentation(*turn)
+            recluster = view > 0
+            drawn = (view,)
         rng = np.random.default_rng(derived_seed(*drawn))
         if not (self.views or self.every_part):
             face_index, values = self._tokens(index, augmentation, recluster, rng)
@@ -417,7 +433,8 @@ class MeshDataset(Dataset):
         return face_index, values if mesh.descriptors is None else {**values, "descriptors": mesh.descriptors}
 
     def _clusters(self, centroid, neighbors, rng):
-        size, count = self.spec.faces_per_cluster, self._num_clusters(len(centroid))
+        size = self.spec.faces_per_cluster
+        count = self._num_clusters(len(centroid))
         if self.spec.clustering != "bisection":
             farthest = self.spec.clustering == "fps"
             return connected_clusters(centroid, neighbors, size, rng, count, farthest_points=farthest)
@@ -449,7 +466,8 @@ class CachedFeatures(Dataset):
             raise ValueError("training.cache_features needs inputs that never change: switch the augmentation off and "
                              "leave training.clusters_per_batch empty, or train without the cache")
         self.dataset = dataset
-        self._rest, digest = [], hashlib.sha256(key.encode())
+        self._rest = []
+        digest = hashlib.sha256(key.encode())
         for item in range(len(dataset)):
             sample = dataset[item]
             self._rest.append({name: sample[name] for name in ("label", "mask", "face_index", "index")})
@@ -521,12 +539,11 @@ def custom_collate_fn(batch: Sequence[dict]) -> dict:
     return out
 
 
-def feature_statistics(dataset: MeshDataset, name: str = "features",
-                       max_items: int = 200) -> tuple[torch.Tensor, torch.Tensor]:
+def feature_statistics(dataset: MeshDataset, name: str = "features") -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation (Dg,) of the features, or of another entry of the items, over the faces of up to
-    max_items evenly spaced items, as training sees them. A constant feature gets 1 for its deviation."""
+    200 evenly spaced items, as training sees them. A constant feature gets 1 for its deviation."""
     total = square = count = 0
-    for item in range(0, len(dataset), max(1, -(-len(dataset) // max_items))):
+    for item in range(0, len(dataset), max(1, -(-len(dataset) // STATISTICS_ITEMS))):
         sample = dataset[item]
         values = sample[name][sample["mask"]].double()                     # (faces, Dg)
         total, square, count = total + values.sum(0), square + (values**2).sum(0), count + len(values)

@@ -84,7 +84,8 @@ def connected_clusters(centroid: np.ndarray, neighbors: np.ndarray, faces_per_cl
 def _farthest_points(centroid, count, rng):
     """Indices (count,) of faces, each the farthest of a random pool from all before it; a face is never taken twice."""
     pool = rng.choice(len(centroid), min(len(centroid), max(FPS_POOL, 2 * count)), replace=False)
-    point, distance = centroid[pool], np.full(len(pool), np.inf)
+    point = centroid[pool]
+    distance = np.full(len(pool), np.inf)
     chosen = np.zeros(count, np.int64)
     for i in range(1, count):
         distance = np.minimum(distance, ((point - point[chosen[i - 1]]) ** 2).sum(1))

@@ -62,7 +62,8 @@ def normalize_vertices(vertices: np.ndarray, faces: np.ndarray, unit: float | No
     vertices = (vertices - origin) / radius
     corner = vertices.take(faces, 0)                                            # (F, 3, 3)
     area = np.linalg.norm(np.cross(corner[:, 1] - corner[:, 0], corner[:, 2] - corner[:, 0]), axis=1) / 2
-    total, scale = area.sum(), 1.0
+    total = area.sum()
+    scale = 1.0
     if total > TINY:
         vertices = vertices - area @ (corner[:, 0] + corner[:, 1] + corner[:, 2]) / (3 * total)
         scale = np.sqrt(total)
@@ -217,7 +218,8 @@ def cotangent_laplacian(vertices: np.ndarray, faces: np.ndarray) -> tuple[sp.csr
     Deviation: a cotangent above 20 becomes 20, so that a needle triangle cannot swallow the spectrum, and the smallest
     of that face what cot A cot B + cot B cot C + cot C cot A = 1 then gives, so that the matrix stays semi-definite.
     """
-    num_vertices, corner = len(vertices), vertices.take(faces, 0)
+    num_vertices = len(vertices)
+    corner = vertices.take(faces, 0)
     along = [(corner[:, (k + 1) % 3] - corner[:, k], corner[:, (k + 2) % 3] - corner[:, k]) for k in range(3)]
     doubled_area = np.linalg.norm(np.cross(*along[0]), axis=1)
     exact = np.stack([(a * b).sum(1) for a, b in along], axis=1) / np.maximum(doubled_area, 1e-30)[:, None]
@@ -233,7 +235,7 @@ def cotangent_laplacian(vertices: np.ndarray, faces: np.ndarray) -> tuple[sp.csr
     return stiffness.tocsr(), mass
 
 
-def heat_kernel_signature(vertices: np.ndarray, faces: np.ndarray, num_eigenpairs: int = HKS_EIGENPAIRS) -> np.ndarray:
+def heat_kernel_signature(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
     """log of the scale-invariant heat kernel signature (Sun, Ovsjanikov, Guibas 2009), mean of the three corners.
 
     vertices (V, 3), faces (F, 3) -> (F, 16) float32. Every connected component is solved on its own, scaled to area 1;
@@ -257,18 +259,18 @@ def heat_kernel_signature(vertices: np.ndarray, faces: np.ndarray, num_eigenpair
         members = by_component[bounds[c]:bounds[c + 1]]
         local[members] = np.arange(len(members))
         part = local[faces[faces_by_component[face_bounds[c]:face_bounds[c + 1]]]]
-        signature[members] = _component_signature(vertices[members], part, num_eigenpairs)
+        signature[members] = _component_signature(vertices[members], part)
     return signature[faces].mean(1).astype(np.float32)
 
 
-def _component_signature(vertices, faces, num_eigenpairs):
+def _component_signature(vertices, faces):
     stiffness, mass = cotangent_laplacian(vertices, faces)
     total = mass.sum()
     if total <= 0:
         return 0.0
     inverse_root = 1 / np.sqrt(np.maximum(mass / total, 1e-9))                  # area 1; stiffness has no unit
     symmetric = sp.diags(inverse_root) @ stiffness @ sp.diags(inverse_root)
-    k = min(num_eigenpairs, len(vertices) - 1)
+    k = min(HKS_EIGENPAIRS, len(vertices) - 1)
     try:
         if len(vertices) < HKS_DENSE_BELOW:
             with threadpool_limits(1):                          # too small for threads; loaders run beside one another

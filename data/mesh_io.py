@@ -15,6 +15,7 @@ import re
 import struct
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -151,7 +152,8 @@ def plain_lines(text: bytes) -> bytes:
 
 def _parse_obj(text: bytes) -> Parsed | None:
     """The `v` and `f` lines of an OBJ at numpy's speed. None where anything is odd, the slow parser's matter."""
-    values, corners, sides, seen = [], [], [], 0
+    values, corners, sides = [], [], []
+    seen = 0
     for block in _blocks(plain_lines(text) + b"\n", 1 << 20):              # of a size that stays in the cache
         byte = np.frombuffer(block, np.uint8)
         end = np.flatnonzero(byte == ord("\n")) + 1
@@ -190,7 +192,8 @@ def _blocks(text: bytes, size: int) -> Iterator[bytes]:
 
 def _parse_obj_by_line(text: bytes, path: Path) -> Parsed:
     """The same, line by line (about ten times slower), raising with the number of the line that is wrong."""
-    vertices, corner, count, line_of_face, pending = [], [], [], [], b""
+    vertices, corner, count, line_of_face = [], [], [], []
+    pending = b""
     for number, line in enumerate(text.split(b"\n"), 1):
         line = pending + line.split(b"#", 1)[0].rstrip()
         pending = line[:-1] + b" " if line.endswith(b"\\") else b""
@@ -269,22 +272,37 @@ def ply_columns(path: Path) -> tuple[dict[str, dict], list[str]]:
     """{element: {property: (values, None)}}, for a list (values in a row, length of each); and the header's comments.
     Raises ValueError for a file that is no PLY or cut short."""
     data = path.read_bytes()
-    try:
+    with _ply_errors(path):
         format_, elements, comments, offset = _ply_header(data)
         if format_ == "ascii":                      # from here on like a binary file that holds doubles only
             parsed = parse_numbers(data[offset:], np.float64)
             if parsed is None:
                 raise ValueError("something in the body is not a number")
-            data, offset = parsed[0].tobytes(), 0
+            data = parsed[0].tobytes()
+            offset = 0
         order = ">" if format_ == "binary_big_endian" else "<"
         columns = {}
         for name, length, properties in elements:
             types = [(n, *("f8" if format_ == "ascii" and t else t and order + t for t in ts)) for n, *ts in properties]
             columns[name], offset = _ply_element(data, offset, length, types)
+    return columns, comments
+
+
+@contextmanager
+def _ply_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (ValueError, KeyError, IndexError, OverflowError) as error:
         raise ValueError(f"{path}: cannot be read as PLY ({type(error).__name__}: {str(error)[:120]}); "
                          f"is it cut short or damaged?") from error
-    return columns, comments
+
+
+def _has_ply_label(path: Path) -> bool:
+    """Whether the header of a PLY names a label of its faces; the body is not parsed."""
+    with _ply_errors(path):
+        elements = _ply_header(path.read_bytes())[1]
+    return any(element == "face" and name in PLY_LABEL_NAMES and size is None
+               for element, _, properties in elements for name, _, size in properties)
 
 
 def _ply_header(data: bytes) -> tuple[str, list, list[str], int]:
@@ -294,7 +312,8 @@ def _ply_header(data: bytes) -> tuple[str, list, list[str], int]:
     lines = re.split(r"[\r\n]+", data[:end.start()].decode("latin-1")) if end else []
     if not lines or lines[0].strip() != "ply":
         raise ValueError("no PLY header")
-    format_, elements, comments = "", [], []
+    format_ = ""
+    elements, comments = [], []
     for line in lines[1:]:
         word = line.split()
         if word[:1] == ["format"]:
@@ -350,7 +369,9 @@ def _read_with_trimesh(path: Path) -> Parsed:
         if path.suffix.lower() == ".glb":
             _check_glb(path.read_bytes())
         scene = trimesh.load_scene(str(path), process=False, skip_materials=True)
-        vertices, faces, total = [np.empty((0, 3))], [np.empty((0, 3), np.int64)], 0
+        vertices = [np.empty((0, 3))]
+        faces = [np.empty((0, 3), np.int64)]
+        total = 0
         for name, mesh in scene.geometry.items():
             for node in scene.graph.geometry_nodes.get(name, []) if isinstance(mesh, trimesh.Trimesh) else []:
                 vertices.append(trimesh.transform_points(mesh.vertices, scene.graph[node][0]))
@@ -422,7 +443,7 @@ def find_label_file(mesh_path: str | Path, label_dir: str | Path) -> Path:
     found = [label_dir / name for name in names if (label_dir / name).is_file()]
     if len(found) > 1:
         raise ValueError(f"{mesh_path}: {' and '.join(map(str, found))} both look like its labels; keep one")
-    if not found and mesh_path.suffix.lower() == ".ply" and read_mesh(mesh_path).label is not None:
+    if not found and mesh_path.suffix.lower() == ".ply" and _has_ply_label(mesh_path):
         return mesh_path
     if not found:
         raise FileNotFoundError(f"{mesh_path}: no labels; looked in {label_dir} for {', '.join(names)}"
@@ -548,8 +569,10 @@ def _to_faces(label: np.ndarray, mesh: Mesh, kind: str, path: Path) -> np.ndarra
     """label per face, polygon, vertex or edge -> (F,) per face."""
     F, V, n = len(mesh.faces), len(mesh.vertices), len(label)
     polygons = F if mesh.polygon is None else int(mesh.polygon[-1]) + 1
-    if kind == "auto":
-        kind = "edge" if path.suffix.lower() == ".eseg" else "polygon" if n == polygons != F else "face"
+    if kind == "auto" and path.suffix.lower() == ".eseg":
+        kind = "edge"
+    elif kind == "auto":
+        kind = "polygon" if n == polygons != F else "face"
     expected = {"face": F, "polygon": polygons, "vertex": V}
     if kind == "edge" or n != expected[kind]:
         edge, expected["edge"] = _edges(mesh.faces)
@@ -575,7 +598,8 @@ def _to_faces(label: np.ndarray, mesh: Mesh, kind: str, path: Path) -> np.ndarra
 
 def write_labels(path: str | Path, label: np.ndarray) -> None:
     """Write (F,) integers, one per line (.txt) or as int64 array (.npy). Values as the file has them, ignored too."""
-    path, label = Path(path), np.asarray(label)
+    path = Path(path)
+    label = np.asarray(label)
     if label.ndim != 1 or label.dtype.kind not in "iu":
         raise ValueError(f"{path}: labels to write must be a row of integers, not {label.dtype} {label.shape}")
     if path.suffix.lower() == ".npy":

@@ -90,7 +90,10 @@ class MaskedMeshes(Dataset):
     """
 
     def __init__(self, dataset: MeshDataset, spec: MaskSpec, seed: int) -> None:
-        self.dataset, self.spec, self.seed, self.epoch = dataset, spec, seed, 0
+        self.dataset = dataset
+        self.spec = spec
+        self.seed = seed
+        self.epoch = 0
         size = min(dataset.spec.clusters_per_batch or 2, dataset.spec.n_clusters or 2)
         for path, faces in zip(dataset.files, dataset.num_faces, strict=True):
             if size < 2 or faces <= (1 if dataset.spec.n_clusters else dataset.spec.faces_per_cluster):
@@ -108,13 +111,15 @@ class MaskedMeshes(Dataset):
         sample = self.dataset[item]
         mask, centroid = sample["mask"].numpy(), sample["centroid"].numpy()
         center = centroid.sum(1) / mask.sum(1, keepdims=True).clip(min=1)                     # (N, 3)
-        visible, target = np.ones(1, bool), np.zeros((self.spec.num_targets, 1), bool)
+        visible = np.ones(1, bool)
+        target = np.zeros((self.spec.num_targets, 1), bool)
         if len(center) > 1:                                 # one cluster: the last part of a mesh, all context
             epoch = 0 if self.dataset.views else self.epoch
             rng = np.random.default_rng(derived_seed(self.seed, epoch, item, MASK_STREAM))
             visible, target = sample_masks(center, self.spec, rng)
             if rng.random() < self.spec.whole_share:
-                visible[:], target[:] = True, False
+                visible[:] = True
+                target[:] = False
         return {**sample, "visible": torch.from_numpy(visible), "target": torch.from_numpy(target)}
 
 

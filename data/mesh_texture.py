@@ -88,7 +88,8 @@ def read_texture(path: str | Path, cache_dir: str | Path | None = None) -> Textu
 
 
 def _read_obj(path: Path) -> dict[str, np.ndarray]:
-    positions, faces, above, material, names, libraries = [], [], [], [], {}, {}
+    positions, faces, above, material = [], [], [], []
+    names, libraries = {}, {}
     current = -1
     for match in re.finditer(rb"(?m)^(vt|f|usemtl|mtllib)(?!\S)([^\n]*)", plain_lines(obj_text(path))):
         keyword, rest = match.groups()
@@ -122,7 +123,8 @@ def _read_obj(path: Path) -> dict[str, np.ndarray]:
 
 def _read_ply(path: Path) -> dict[str, np.ndarray]:
     columns, comments = ply_columns(path)
-    face, names = columns["face"], [_name(c[12:].encode("latin-1")) for c in comments if c.startswith("TextureFile ")]
+    face = columns["face"]
+    names = [_name(c[12:].encode("latin-1")) for c in comments if c.startswith("TextureFile ")]
     count = next(face[name] for name in PLY_CORNERS if name in face)[1].astype(np.int64)
     if "texcoord" not in face or not names:
         return _by_face(path, np.full((count.sum(), 2), np.nan), count, np.full(len(count), -1, np.int32), [], [])
@@ -170,7 +172,8 @@ def read_mtl(path: str | Path) -> dict[str, Material]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such material file, and a mesh names it (mtllib); put it there")
-    materials, name = {}, None
+    materials = {}
+    name = None
     for number, line in enumerate(obj_text(path).split(b"\n"), 1):
         keyword, *rest = line.split(None, 1) or [b""]
         try:
@@ -314,7 +317,8 @@ def sample_faces(texture: Texture, pyramids: Sequence[Pyramid | None], faces: np
     has = has_color(texture, pyramids, faces)
     if not has.any():
         return colors, has
-    material, step = np.where(has, texture.material[faces], -1), max(1, CHUNK // weights.shape[1])
+    material = np.where(has, texture.material[faces], -1)
+    step = max(1, CHUNK // weights.shape[1])
     for number in np.unique(material[has]):
         pyramid, settings = pyramids[number], texture.materials[number]
         rows = np.flatnonzero(material == number)
@@ -359,9 +363,11 @@ class MeshTextureDataset(MeshDataset):
         return [self._pyramids[material.image or material.color] for material in texture.materials]
 
     def __getitem__(self, item: int) -> dict:
-        sample, index = super().__getitem__(item), self.items[item][0]
+        sample = super().__getitem__(item)
+        index = self.items[item][0]
         texture = self._textures[index] if index in self._textures else read_texture(self.files[index], self.cache_dir)
-        mask, T = sample["mask"], self.texture_samples                           # (N, F)
+        mask = sample["mask"]                                                    # (N, F)
+        T = self.texture_samples
         faces = sample["face_index"][mask].numpy()
         rng = np.random.default_rng(derived_seed(self.seed, self.epoch, item, 1))
         weights = fixed_weights(T) if self.views else random_weights(rng, len(faces), T)

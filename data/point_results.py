@@ -64,7 +64,8 @@ def render_points(coord: np.ndarray, color: np.ndarray, size: int = 360, azimuth
 
 def example_clouds(cloud: Mapping, pred: np.ndarray, palette: np.ndarray) -> tuple[Image.Image | None, Image.Image]:
     """Two pictures for a report: the truth (None without labels) and the prediction (R,) of a raw cloud."""
-    colors, label = np.concatenate([palette, GREY]), cloud.get("label")
+    colors = np.concatenate([palette, GREY])
+    label = cloud.get("label")
     labelled = label is not None and (label >= 0).any()
     truth = render_points(cloud["coord"], colors[np.where(label >= 0, label, len(palette))]) if labelled else None
     return truth, render_points(cloud["coord"], colors[pred])

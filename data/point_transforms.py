@@ -211,19 +211,16 @@ def mix_offsets(offset: torch.Tensor) -> torch.Tensor:
     return torch.cat([offset[1:-1:2], offset[-1:]])
 
 
-def estimate_normals(coord: np.ndarray, neighbors: int = NORMAL_NEIGHBORS,
-                     viewpoint: Sequence[float] | None = None) -> np.ndarray:
-    """(N, 3) float32 unit normals: the direction in which a point's nearest `neighbors` points vary least (PCA; Hoppe
-    et al. 1992), turned to the side of `viewpoint`: of a scan, the surfaces seen. None: 1.5 m above the lowest point,
-    in the middle, so that floors and tables look up, ceilings down, walls into the room. Fewer than three points, or
-    all on one spot: straight up."""
+def estimate_normals(coord: np.ndarray) -> np.ndarray:
+    """(N, 3) float32 unit normals: the direction in which a point's 16 nearest points vary least (PCA; Hoppe et al.
+    1992), turned to a viewpoint 1.5 m above the lowest point, in the middle: floors and tables look up, ceilings down,
+    walls into the room. Fewer than three points, or all on one spot: straight up."""
     coord = coord.astype(np.float64)
     low, high = coord.min(0), coord.max(0)
-    if viewpoint is None:
-        viewpoint = [*(low + high)[:2] / 2, low[2] + EYE_HEIGHT]
+    viewpoint = [*(low + high)[:2] / 2, low[2] + EYE_HEIGHT]
     if len(coord) < 3:
         return np.tile(np.float32([0, 0, 1]), (len(coord), 1))
-    _, index = cKDTree(coord).query(coord, min(neighbors, len(coord)))              # (N, k)
+    _, index = cKDTree(coord).query(coord, min(NORMAL_NEIGHBORS, len(coord)))       # (N, k)
     normal = np.empty_like(coord)
     for begin in range(0, len(coord), 1 << 17):                                     # bounded memory
         rows = slice(begin, begin + (1 << 17))

@@ -35,7 +35,6 @@ from data.point_transforms import (
     VIEWS,
     Cloud,
     PointAugmentation,
-    View,
     apply_view,
     center_shift,
     estimate_normals,
@@ -184,7 +183,8 @@ def _read_fields(path, label_field):
         return _from_columns({name: array[name] for name in array.dtype.names}, label_field)
     if array.ndim != 2 or array.shape[1] not in PLAIN_COLUMNS:
         raise ValueError(f"a matrix of shape {array.shape}; columns are x y z [r g b] [nx ny nz] [label]")
-    raw, begin = {"coord": array[:, :3]}, 3
+    raw = {"coord": array[:, :3]}
+    begin = 3
     for name in PLAIN_COLUMNS[array.shape[1]]:
         width = 1 if name == "label" else 3
         raw[name], begin = array[:, begin:begin + width], begin + width
@@ -319,7 +319,9 @@ def read_classes(path: str | Path) -> ClassList:
         names, ignored, palette = value["classes"], value.get("ignore_index"), value.get("palette")
         if not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
             raise ValueError("the class names must be texts, each once")
-        ignored = {-1, *map(int, ignored if isinstance(ignored, list) else [] if ignored is None else [ignored])}
+        if not isinstance(ignored, list):
+            ignored = [] if ignored is None else [ignored]
+        ignored = {-1, *map(int, ignored)}
         if palette is not None:
             palette = np.array(palette).reshape(len(names), 3)
             if palette.dtype.kind not in "iu" or palette.min() < 0 or palette.max() > 255:
@@ -497,7 +499,9 @@ class PointDataset(Dataset):
                         missing["label"].append(self.files[index])
                 if sum(self.num_points) <= POINTS_IN_MEMORY:
                     self._kept[index] = cloud
-        self.messages = warnings[:5] + [f"... and {len(warnings) - 5} more such lines"] * (len(warnings) > 5)
+        self.messages = warnings[:5]
+        if len(warnings) > 5:
+            self.messages.append(f"... and {len(warnings) - 5} more such lines")
         self._report(missing)
 
     def _report(self, missing):
@@ -595,8 +599,8 @@ class PreciseTest:
     that size, and the prediction mapped back.
     """
 
-    def __init__(self, cloud: Cloud, spec: PointSpec, num_classes: int, views: Sequence[View] = VIEWS) -> None:
-        self.spec, self.views = spec, views
+    def __init__(self, cloud: Cloud, spec: PointSpec, num_classes: int) -> None:
+        self.spec = spec
         self.cloud = center_shift({name: values for name, values in cloud.items() if name != "label"}, z=True)
         self.inverse = None
         if spec.test_grid_size is not None:
@@ -606,7 +610,7 @@ class PreciseTest:
         self.votes = torch.zeros(len(self.cloud["coord"]), num_classes)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        for view in self.views:
+        for view in VIEWS:
             seen = apply_view(self.cloud, view)
             voxels = voxelize(seen["coord"], self.spec.grid_size)
             for index in fragments(voxels):

@@ -71,7 +71,8 @@ def crop_and_place(photo: Image.Image, entry: Mapping) -> tuple[Image.Image, Ima
     """The patch of a provenance entry, and the whole photograph with the patch's box and its cell drawn into it."""
     y0, x0, y1, x1 = entry["box"]
     crop, whole = _thumbnail(photo.crop((x0, y0, x1, y1))), _thumbnail(photo)
-    draw, scale = ImageDraw.Draw(whole), (whole.width / photo.width, whole.height / photo.height)
+    draw = ImageDraw.Draw(whole)
+    scale = (whole.width / photo.width, whole.height / photo.height)
     for box, color in ((entry["cell_box"], CELL_COLOR), (entry["box"], BOX_COLOR)):
         top, left, bottom, right = (round(edge * scale[i % 2 == 0]) for i, edge in enumerate(box))
         right, bottom = max(left, right - 1), max(top, bottom - 1)
@@ -128,7 +129,9 @@ def write_gallery(folder: str | Path, provenance: Sequence[Mapping], class_names
         own = [p for p, entry in enumerate(provenance) if entry["class"] == c]
         cards = "".join(_card(p, provenance[p], read_photo, activations.get(p), weights[:, p], class_names,
                               None if purity is None else float(purity[p])) for p in own)
-        count = f"{len(own)} prototype{'s' * (len(own) != 1)}" if own else "no prototype is left"
+        count = "no prototype is left"
+        if own:
+            count = "1 prototype" if len(own) == 1 else f"{len(own)} prototypes"
         body.append(f'<h2>{dot(colors[c])}{escape(name)}</h2><p class="lead">{count}</p>'
                     f'<div class="gallery">{cards}</div>')
     folder = Path(folder)
@@ -139,7 +142,8 @@ def write_gallery(folder: str | Path, provenance: Sequence[Mapping], class_names
 
 def _card(p, entry, read_photo, activation, weights, names, purity):
     """One prototype: header, three pictures, caption. weights (C,): its column of the last layer."""
-    photo, right = source_photo(entry, read_photo), ""
+    photo = source_photo(entry, read_photo)
+    right = ""
     if purity is not None and math.isfinite(purity):
         right = f"<b>purity {100 * purity:.0f} %</b>"
     texts = [f"weight {weights[entry['class']]:.2f}"]
@@ -280,7 +284,9 @@ def _explanation(number, pixel, read_photo):
 
     rows = ""
     for row in pixel["prototypes"]:
-        entry, pictures, place = row["source"], [], "not a patch of a training image"
+        entry = row["source"]
+        pictures = []
+        place = "not a patch of a training image"
         if entry is not None and entry["pushed"]:
             place = f"{Path(entry['image']).name}, cell {entry['cell'][1]}, {entry['cell'][0]}"
             photo = source_photo(entry, read_photo)

@@ -61,10 +61,9 @@ class _Canvas:
         if label is not None:
             self.draw_label.ellipse((left, top, right, bottom), fill=label)
 
-    def wall(self, x, z, y, color, label=None, alpha=255):
+    def wall(self, x, z, y, color, label=None):
         """Upright rectangle between the ends x (2,), z (2,) of its foot, from y[0] to y[1] above the ground."""
-        self.polygon([(x[0], y[0], z[0]), (x[1], y[0], z[1]), (x[1], y[1], z[1]), (x[0], y[1], z[0])], color, label,
-                     alpha)
+        self.polygon([(x[0], y[0], z[0]), (x[1], y[0], z[1]), (x[1], y[1], z[1]), (x[0], y[1], z[0])], color, label)
 
     def ground(self, x, z, color, label=None, alpha=255):
         """Rectangle on the ground; an opaque one in pieces, far ones hazier."""
@@ -97,7 +96,8 @@ def _sky(c, rng):
 
 def _house(c, rng, side, edge, near, far):
     """Facade along the street and the end wall that faces the camera."""
-    height, color = rng.uniform(4.5, 14), _any_color(rng, 0.35)
+    height = rng.uniform(4.5, 14)
+    color = _any_color(rng, 0.35)
     x, back = side * edge, side * (edge + 9)
     end_light = rng.uniform(0.7, 1.15)
     c.wall((x, back), (near, near), (0, height), color * end_light, BUILDING)
@@ -109,7 +109,8 @@ def _house(c, rng, side, edge, near, far):
         c.polygon([(x, height, near), (x, height, far), (ridge, top, far), (ridge, top, near)], roof, BUILDING)
     if near > 45:
         return
-    pane, lit = rng.uniform(20, 90) + rng.uniform(-10, 10, 3), rng.random() < 0.3
+    pane = rng.uniform(20, 90) + rng.uniform(-10, 10, 3)
+    lit = rng.random() < 0.3
     floors, columns = int(height // 2.8), max(1, int((far - near) // 2.4))
     for floor in range(floors):
         y = floor * 2.8 + 0.9
@@ -123,7 +124,8 @@ def _house(c, rng, side, edge, near, far):
 
 def _tree(c, rng, x, z):
     height, spread = rng.uniform(3.5, 8), rng.uniform(1.0, 2.2)
-    trunk, crown = rng.uniform(40, 90) * np.array([1.1, 0.95, 0.8]), height - spread
+    trunk = rng.uniform(40, 90) * np.array([1.1, 0.95, 0.8])
+    crown = height - spread
     c.wall((x - 0.15, x + 0.15), (z, z), (0, crown), trunk, TREE)
     leaves = [(70, 110, 45), (50, 85, 50), (150, 120, 45), (160, 85, 40), (95, 120, 80)][rng.integers(5)]
     for _ in range(28):
@@ -136,10 +138,12 @@ def _tree(c, rng, x, z):
 def _car(c, rng, x, z):
     """Seen from behind or in front, with the flank that is turned to the camera."""
     width, length, height = rng.uniform(0.8, 0.95), rng.uniform(3.6, 4.6), rng.uniform(1.35, 1.7)
-    color, glass = _any_color(rng, 0.9), np.full(3, rng.uniform(25, 70))
+    color = _any_color(rng, 0.9)
+    glass = np.full(3, rng.uniform(25, 70))
     lamp = [(200, 30, 30), (240, 235, 200)][rng.integers(2)]
     c.ground((x - width - 0.1, x + width + 0.1), (z, z + length), (20, 20, 25), alpha=150)
-    flank, belt = x - np.sign(x - c.eye_x) * width, 0.55 * height
+    flank = x - np.sign(x - c.eye_x) * width
+    belt = 0.55 * height
     for depth in (z + 0.8, z + length - 0.9):               # wheels of the flank
         c.ellipse(flank, 0.32, depth, 0.08 + 0.3 * abs(x - c.eye_x) / depth, 0.32, (25, 25, 28), CAR)
     c.wall((flank, flank), (z, z + length), (0.28, belt), color * 0.8, CAR)

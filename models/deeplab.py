@@ -64,9 +64,9 @@ class Stem(nn.Sequential):
 class ASPP(nn.Module):
     """Four parallel dilated 3x3 convolutions with bias, summed; neither norm nor activation."""
 
-    def __init__(self, in_channels: int, out_channels: int, dilations: Sequence[int] = ASPP_DILATIONS):
+    def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
-        for i, dilation in enumerate(dilations):
+        for i, dilation in enumerate(ASPP_DILATIONS):
             conv = nn.Conv2d(in_channels, out_channels, 3, padding=dilation, dilation=dilation)
             nn.init.normal_(conv.weight, std=0.01)
             nn.init.zeros_(conv.bias)

@@ -200,7 +200,9 @@ class VisionTransformer(nn.Module):
     def __init__(self, config: ViTConfig):
         super().__init__()
         dim, patch = config.embed_dim, config.patch_size
-        self.config, self.embed_dim, self.patch_size = config, dim, patch
+        self.config = config
+        self.embed_dim = dim
+        self.patch_size = patch
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         self.mask_token = nn.Parameter(torch.empty(1, dim))          # of pre-training; in the files, never read
         self.registers = "storage_tokens" if config.pos_grid is None else "register_tokens"
@@ -221,28 +223,25 @@ class VisionTransformer(nn.Module):
             elif parameter.ndim > 1:
                 nn.init.uniform_(parameter, -bound, bound)
 
-    def forward_features(self, image: Tensor) -> dict[str, Tensor]:
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
         """-> "class_token" (B, C), "storage_tokens" (B, R, C) and "patch_tokens" (B, h w, C), after the final norm."""
         prefix = 1 + self.config.num_registers
         tokens = self.norm(self._run(image, [self.config.depth - 1])[0])
         return {"class_token": tokens[:, 0], "storage_tokens": tokens[:, 1:prefix], "patch_tokens": tokens[:, prefix:]}
 
-    forward = forward_features
-
-    def get_intermediate_layers(self, image: Tensor, n: int | Sequence[int] = 1, reshape: bool = True,
-                                norm: bool = True) -> tuple[Tensor, ...]:
+    def get_intermediate_layers(self, image: Tensor, n: int | Sequence[int] = 1,
+                                reshape: bool = True) -> tuple[Tensor, ...]:
         """Patch tokens after the last n blocks, or after the blocks with the indices n, in their order.
 
-        -> each (B, C, h, w) (memory is channels-last), or with reshape=False (B, h w, C). norm: the *final* norm is
-        applied to each. No block after the last one asked for is run. ValueError for an index that does not exist.
+        -> each (B, C, h, w) (memory is channels-last), or with reshape=False (B, h w, C). The *final* norm is applied
+        to each. No block after the last one asked for is run. ValueError for an index that does not exist.
         """
         depth = self.config.depth
         wanted = list(range(depth - n, depth)) if isinstance(n, int) else list(n)
         if not wanted or min(wanted) < 0 or max(wanted) >= depth:
             raise ValueError(f"blocks: expected indices from 0 to {depth - 1}, or a number of blocks; got {n}")
         grid = [side // self.patch_size for side in image.shape[-2:]]
-        outputs = [self.norm(x) if norm else x for x in self._run(image, wanted)]
-        outputs = [x[:, 1 + self.config.num_registers:] for x in outputs]                        # (B, h w, C)
+        outputs = [self.norm(x)[:, 1 + self.config.num_registers:] for x in self._run(image, wanted)]  # (B, h w, C)
         return tuple(x.transpose(1, 2).unflatten(2, grid) if reshape else x for x in outputs)
 
     def _run(self, image: Tensor, wanted: list[int]) -> list[Tensor]:
@@ -255,7 +254,8 @@ class VisionTransformer(nn.Module):
                              f"{self.patch_size}; pad or resize it")
         height, width = height // self.patch_size, width // self.patch_size
         x = self.patch_embed.proj(image).flatten(2).transpose(1, 2)                              # (B, h w, C)
-        prefix, rope = self.cls_token, None
+        prefix = self.cls_token
+        rope = None
         if self.config.pos_grid is None:
             rope = self.rope_embed(height, width, 1 + self.config.num_registers)
         else:
@@ -292,8 +292,12 @@ class FrozenBackbone:
 
     def __init__(self, vit: VisionTransformer, taps: Sequence[int], mean: Sequence[float], std: Sequence[float],
                  entry: dict[str, Any]):
-        self.vit, self.taps, self.entry = vit.requires_grad_(False).eval(), tuple(taps), entry
-        self.embed_dim, self.patch_size, self.multiple = vit.embed_dim, vit.patch_size, math.lcm(32, vit.patch_size)
+        self.vit = vit.requires_grad_(False).eval()
+        self.taps = tuple(taps)
+        self.entry = entry
+        self.embed_dim = vit.embed_dim
+        self.patch_size = vit.patch_size
+        self.multiple = math.lcm(32, vit.patch_size)
         self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
         self.amp_dtype: torch.dtype | None = None
         self._sha256: str | None = None
@@ -312,7 +316,9 @@ class FrozenBackbone:
                 if isinstance(module, nn.Linear | nn.Conv2d):
                     module.to(amp_dtype)                             # before the move: the device never holds both
         self.vit.to(device)
-        self.mean, self.std, self.amp_dtype = self.mean.to(device), self.std.to(device), amp_dtype
+        self.mean = self.mean.to(device)
+        self.std = self.std.to(device)
+        self.amp_dtype = amp_dtype
         return self
 
     def normalize(self, image: Tensor) -> Tensor:

@@ -120,7 +120,9 @@ class DINOv3_Adapter(nn.Module):
                  deform_num_heads: int = 16, drop_path: float = 0.3, cffn_ratio: float = 0.25,
                  deform_ratio: float = 0.5, gradient_checkpointing: bool = False) -> None:
         super().__init__()
-        self.embed_dim, self.patch_size, self.gradient_checkpointing = embed_dim, patch_size, gradient_checkpointing
+        self.embed_dim = embed_dim
+        self.patch_size = patch_size
+        self.gradient_checkpointing = gradient_checkpointing
         self.level_embed = nn.Parameter(torch.empty(3, embed_dim))
         self.spm = SpatialPriorModule(embed_dim, conv_inplane)
         args = (embed_dim, deform_num_heads, n_points, deform_ratio, cffn_ratio, drop_path)
@@ -141,7 +143,8 @@ class DINOv3_Adapter(nn.Module):
         c = torch.cat([m.flatten(2).transpose(1, 2) + self.level_embed[i] for i, m in enumerate(maps)], 1)   # (B, N, C)
         reference_points = grid_centers(tuple(shapes), image.device)[None, :, None]                      # (1, N, 1, 2)
         for interaction, tap in zip(self.interactions, taps, strict=True):
-            tokens, grid = tap.flatten(2).transpose(1, 2), (tap.shape[2], tap.shape[3])                  # (B, h w, C)
+            tokens = tap.flatten(2).transpose(1, 2)                                                      # (B, h w, C)
+            grid = (tap.shape[2], tap.shape[3])
             for extractor in interaction.extractors():
                 if self.gradient_checkpointing and torch.is_grad_enabled():
                     c = checkpoint(extractor, c, shapes, reference_points, tokens, grid, use_reentrant=False)

@@ -66,7 +66,8 @@ def load_backbone(name: str, weights: str | Path | None, seed: int = 0,
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)      # torch.manual_seed would seed the GPUs too
             vit = VisionTransformer(config)
-        file, found = None, ("imagenet", *NORMALIZATIONS["imagenet"])
+        file = None
+        found = ("imagenet", *NORMALIZATIONS["imagenet"])
         message = (f"WARNING: {name} is randomly initialised (seed {seed}), because no weights are given "
                    f"(--backbone-weights). Good for trying things out; results mean nothing")
     else:
@@ -134,7 +135,8 @@ def to_official_names(content: Mapping[str, Any], source: str | Path) -> tuple[d
     layout = "DINOv2" if "pos_embed" in state else "DINOv3"
     unprefixed = {key.removeprefix("model."): tensor for key, tensor in state.items()}
     if "embeddings.cls_token" in unprefixed:
-        state, layout = _from_hugging_face(unprefixed), "Hugging Face"
+        state = _from_hugging_face(unprefixed)
+        layout = "Hugging Face"
     if "cls_token" not in state or "patch_embed.proj.weight" not in state:
         raise ValueError(f"{source}: no DINOv3 or DINOv2 vision transformer; it holds {', '.join(list(state)[:3])} ... "
                          f"(ConvNeXt and timm's files are not read). Use an official or a Hugging Face file.")
@@ -206,7 +208,8 @@ def fetch(weights: str | Path) -> Path:
     if not str(weights).startswith(("https://", "http://")):
         return Path(weights).expanduser()
     url = urlsplit(str(weights))
-    shown, name = f"{url.scheme}://{url.netloc}{url.path}", Path(url.path).name
+    shown = f"{url.scheme}://{url.netloc}{url.path}"
+    name = Path(url.path).name
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
     digits = re.search(r"-([0-9a-f]{8,})\.", name)
     prefix = digits[1] if digits else ""

@@ -89,7 +89,8 @@ class Predictor(nn.Module):
         summary = summary.new_zeros(B, N, P).scatter(1, index[..., None].expand(-1, -1, P), summary)
         x = torch.where(visible[..., None], summary, self.mask_token)[:, None].expand(B, M, N, P)
         x = x + self.position(cluster_center(centroid, masks))[:, None]          # (B, M, N, P)
-        x, keys = x.reshape(B * M, N, P), (visible[:, None] | target).view(B * M, N)
+        x = x.reshape(B * M, N, P)
+        keys = (visible[:, None] | target).view(B * M, N)
         keys = keys | ~keys.any(1, keepdim=True)                                 # a softmax over nothing would be NaN
         for block in self.blocks:
             x = block(x, keys)
@@ -153,7 +154,8 @@ class Jepa(nn.Module):
         seen = take(masks, index) & shown[..., None]                             # (B, K, F)
         context = self.encoder(take(features, index), seen, take(centroid, index), shown)
         prediction, hidden, (b, _, n) = self.predictor(context, seen, index, masks, centroid, visible, target)
-        goal, valid = F.layer_norm(output.float(), output.shape[-1:])[b, n], masks[b, n]
+        goal = F.layer_norm(output.float(), output.shape[-1:])[b, n]
+        valid = masks[b, n]
         if descriptors is None:
             return JepaOutput(prediction.float(), goal, valid, None, None, None, context, seen, output)
         known = torch.cat([(features - self.encoder.feature_mean) / self.encoder.feature_std,

@@ -54,11 +54,13 @@ def measure(model: Jepa, start: Nomeformer, batch: Mapping[str, Tensor], seed: i
     training = model.training
     model.eval()
     device = next(model.parameters()).device
-    batch, start = {name: value.to(device) for name, value in batch.items()}, copy.deepcopy(start).to(device).eval()
+    batch = {name: value.to(device) for name, value in batch.items()}
+    start = copy.deepcopy(start).to(device).eval()
     features, masks, centroid = batch["features"], batch["mask"], batch["centroid"]
     out = model(features, masks, centroid, batch["visible"], batch["target"])
     total, count = prediction_loss(out.prediction, out.target, out.valid)
-    swapped, generator = features.clone(), torch.Generator().manual_seed(seed)
+    swapped = features.clone()
+    generator = torch.Generator().manual_seed(seed)
     for b, mask in enumerate(masks):
         order = torch.randperm(int(mask.sum()), generator=generator).to(device)
         swapped[b, mask] = features[b, mask][order]
@@ -153,7 +155,8 @@ def check_monitors(values: Mapping[str, float], bounds: Mapping[str, float | Non
         value, bound = values.get(name), bounds.get(key)
         if value is None or bound is None or (name == "position_r2" and math.isnan(value)):
             continue
-        limit, shown = bound, f"{bound:g}"
+        limit = bound
+        shown = f"{bound:g}"
         if name in RELATIVE and name in untrained:
             limit = min(bound, 0.9 * untrained[name]) if side == "below" else max(bound, 1.1 * untrained[name])
             shown += "" if limit == bound else f" (here {limit:.3g}, as it was {untrained[name]:.3g} before training)"

@@ -152,7 +152,8 @@ class CrossAttentionLayer(nn.Module):
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
-        self.multihead_attn, self.norm = Attention(dim, num_heads), nn.LayerNorm(dim)
+        self.multihead_attn = Attention(dim, num_heads)
+        self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, query_position: Tensor, key: Tensor, value: Tensor, allowed: Tensor) -> Tensor:
         return self.norm(x + self.multihead_attn(x + query_position, key, value, allowed))
@@ -163,7 +164,8 @@ class SelfAttentionLayer(nn.Module):
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
-        self.self_attn, self.norm = Attention(dim, num_heads), nn.LayerNorm(dim)
+        self.self_attn = Attention(dim, num_heads)
+        self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, query_position: Tensor) -> Tensor:
         placed = x + query_position
@@ -175,7 +177,9 @@ class FFNLayer(nn.Module):
 
     def __init__(self, dim: int, ffn_dim: int) -> None:
         super().__init__()
-        self.linear1, self.linear2, self.norm = nn.Linear(dim, ffn_dim), nn.Linear(ffn_dim, dim), nn.LayerNorm(dim)
+        self.linear1 = nn.Linear(dim, ffn_dim)
+        self.linear2 = nn.Linear(ffn_dim, dim)
+        self.norm = nn.LayerNorm(dim)
         nn.init.xavier_uniform_(self.linear1.weight)
         nn.init.xavier_uniform_(self.linear2.weight)
 
@@ -219,7 +223,8 @@ class TransformerDecoder(nn.Module):
         values = [m.flatten(2).transpose(1, 2) + row
                   for m, row in zip(maps, self.level_embed.weight, strict=True)]                         # (B, h w, C)
         keys = [value + sine_embedding(*m.shape[2:], C, m.device) for value, m in zip(values, maps, strict=True)]
-        x, position = self.query_feat.weight.expand(B, -1, -1), self.query_embed.weight                  # (B, Q, C)
+        x = self.query_feat.weight.expand(B, -1, -1)                                                     # (B, Q, C)
+        position = self.query_embed.weight
         normed = [self.post_norm(x)]
         embedded = [self.mask_embed(normed[0])]
         with torch.no_grad():     # masks at a level's size: resizing the features once replaces resizing every mask

@@ -46,7 +46,8 @@ class Attention(nn.Module):
 
     def __init__(self, embed_dim: int, num_heads: int, dropout: float) -> None:
         super().__init__()
-        self.num_heads, self.dropout = num_heads, dropout
+        self.num_heads = num_heads
+        self.dropout = dropout
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
         self.proj = nn.Linear(embed_dim, embed_dim)
 
@@ -81,7 +82,8 @@ class Layer(nn.Module):
         self.attn = Attention(embed_dim, num_heads, dropout)
         self.mlp = nn.Sequential(nn.Linear(embed_dim, hidden), nn.GELU(), nn.Dropout(dropout),
                                  nn.Linear(hidden, embed_dim))
-        self.drop, self.drop_path = nn.Dropout(dropout), DropPath(drop_path)
+        self.drop = nn.Dropout(dropout)
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, valid: Tensor, queries: int | None = None) -> Tensor:
         x = x[:, :queries] + self.drop_path(self.drop(self.attn(self.norm1(x), valid, queries)))
@@ -130,7 +132,8 @@ class Nomeformer(nn.Module):
             raise ValueError(f"model.num_attention_blocks={num_attention_blocks} must be at least 1, "
                              f"model.drop_path={drop_path} in [0, 1)")
         self.embed_dim, self.feature_dim = embed_dim, feature_dim
-        self.use_position, self.gradient_checkpointing = use_position, gradient_checkpointing
+        self.use_position = use_position
+        self.gradient_checkpointing = gradient_checkpointing
         self.register_buffer("feature_mean", torch.zeros(feature_dim))
         self.register_buffer("feature_std", torch.ones(feature_dim))
         self.embed = nn.Linear(feature_dim, embed_dim)

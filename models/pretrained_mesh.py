@@ -20,20 +20,17 @@ ENCODERS = ("target_encoder", "encoder")                # the teacher first: it 
 CONTAINERS = ("model", "model_state_dict", "state_dict")
 
 
-def read_encoder(path: str | Path,
-                 which: str = "target_encoder") -> tuple[dict[str, Tensor], str, dict[str, Any] | None]:
+def read_encoder(path: str | Path) -> tuple[dict[str, Tensor], str, dict[str, Any] | None]:
     """The weights of a Nomeformer, by its own names: (state_dict, layout, feature_spec).
 
-    which: "target_encoder" or "encoder", where the file has both; a file with one of them gives that one. layout: where
-    in the file they were, for the line that load_weights prints. feature_spec {names, widths, mean, std}: what the
-    encoder was trained on (see `check_features`), None where the file does not say. Load with
-    utils.checkpoint.load_weights, which wants every tensor. Raises what read_weights raises; ValueError for a file
-    without a Nomeformer (saying what it holds instead) and for weights that are not finite.
+    Of a file with target_encoder and encoder, the first. layout: where in the file they were, for the line that
+    load_weights prints. feature_spec {names, widths, mean, std}: what the encoder was trained on (see
+    `check_features`), None where the file does not say. Load with utils.checkpoint.load_weights, which wants every
+    tensor. Raises what read_weights raises; ValueError for a file without a Nomeformer (saying what it holds instead)
+    and for weights that are not finite.
     """
-    if which not in ENCODERS:
-        raise ValueError(f"which encoder: expected one of {', '.join(ENCODERS)}, got {which!r}")
     content = read_weights(path)
-    for layout, state in _candidates(content, which):
+    for layout, state in _candidates(content, ENCODERS[0]):
         state = strip_prefixes(state)
         if _is_nomeformer(state):
             bad = next((name for name, tensor in state.items() if not tensor.isfinite().all()), None)

@@ -153,7 +153,8 @@ def patch_box(similarity: Tensor, cell: Sequence[int], own: Tensor) -> list[int]
     (bicubic); from the cell the box grows, a row or column at a time, while that touches a pixel of the class in the
     top 5 % of the whole map; 5 pixels are added at the end. As published, up to rounding.
     """
-    (H, W), (y0, x0, y1, x1) = own.shape, cell_box(cell, similarity.shape, own.shape)
+    H, W = own.shape
+    y0, x0, y1, x1 = cell_box(cell, similarity.shape, own.shape)
     resized = F.interpolate(similarity[None, None].float(), (H, W), mode="bicubic")[0, 0].detach().cpu().numpy()
     active = (resized > np.quantile(resized, 1 - TOP_SHARE)) & own.cpu().numpy()
     before = None
@@ -173,7 +174,8 @@ def provenance(model: PPNet, table: PushTable, files: Sequence[str | Path]) -> l
     the better one), distance (before the push), class, prototype (its number before the push), pushed. Without a
     patch: image and distance None, pushed False, all else -1.
     """
-    classes, entries = model.class_identity.argmax(1).tolist(), []
+    classes = model.class_identity.argmax(1).tolist()
+    entries = []
     for p, index in enumerate(table.image.tolist()):
         found = index >= 0
         cell, grid, size = (getattr(table, name)[p].tolist() for name in ("cell", "grid", "size"))
@@ -215,7 +217,8 @@ class NearestPatches(PatchTable):
     @staticmethod
     def _classes(places: list[int], grid: Sequence[int], label: Tensor, class_identity: Tensor) -> Tensor:
         """Classes (P,) of the patches at cells `places`: label (H, W) on the CPU."""
-        classes, counted = class_identity.argmax(1).tolist(), torch.where(label == IGNORE_INDEX, -1, label) + 1
+        classes = class_identity.argmax(1).tolist()
+        counted = torch.where(label == IGNORE_INDEX, -1, label) + 1
         for p, place in enumerate(places):
             y0, x0, y1, x1 = cell_box(divmod(place, grid[1]), grid, label.shape)
             counts = counted[y0:y1, x0:x1].flatten().bincount(minlength=class_identity.shape[1] + 1)

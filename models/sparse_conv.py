@@ -64,7 +64,8 @@ def neighbour_table(grid_coord: Tensor, scene: Tensor | None = None, kernel_size
     """
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f"kernel_size: expected an odd number, got {kernel_size}")
-    half, device = kernel_size // 2, grid_coord.device
+    half = kernel_size // 2
+    device = grid_coord.device
     dense = device.type != "cpu" if dense is None else dense
     width = (int(grid_coord.max()) + 2 * half).bit_length() if len(grid_coord) else 1       # a margin on both sides
     scenes = int(scene.max()) if scene is not None and len(scene) else 0
@@ -75,11 +76,13 @@ def neighbour_table(grid_coord: Tensor, scene: Tensor | None = None, kernel_size
     new = torch.ones(len(key), dtype=torch.bool, device=device)
     new[1:] = key[1:] != key[:-1]
     if not new.all():
-        first, voxel = order[new], torch.empty_like(order)
+        first = order[new]
+        voxel = torch.empty_like(order)
         voxel[order] = new.cumsum(0) - 1
         key = key[new]
         order = torch.arange(len(key), device=device)
-    pairs, columns, middle = [], [], kernel_size ** 3 // 2
+    pairs, columns = [], []
+    middle = kernel_size ** 3 // 2
     for tap in range(kernel_size ** 3 if dense else middle):
         x, y, z = tap // kernel_size ** 2 - half, tap // kernel_size % kernel_size - half, tap % kernel_size - half
         wanted = key + (x << 2 * width) + (y << width) + z
@@ -109,7 +112,8 @@ class _SubMConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, table):
         ctx.save_for_backward(x, weight)
-        ctx.table, ctx.has_bias = table, bias is not None
+        ctx.table = table
+        ctx.has_bias = bias is not None
         centre = weight[:, table.num_taps // 2].t()
         out = (x @ centre if bias is None else torch.addmm(bias, x, centre)).to(_sum_dtype(x))
         if table.first is None:

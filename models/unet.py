@@ -67,7 +67,8 @@ class UNet(nn.Module):
     def __init__(self, encoder: nn.Module, num_classes: int, dropout: float = 0.0,
                  freeze_encoder: bool = False) -> None:
         super().__init__()
-        self.encoder, self.freeze_encoder = freeze(encoder) if freeze_encoder else encoder, freeze_encoder
+        self.encoder = freeze(encoder) if freeze_encoder else encoder
+        self.freeze_encoder = freeze_encoder
         self.decoder = UNetDecoder(encoder.channels)
         self.dropout = nn.Dropout2d(dropout)
         self.segmentation_head = nn.Sequential(nn.Conv2d(DECODER_CHANNELS[-1], num_classes, 3, padding=1))
@@ -119,7 +120,8 @@ def read_unet_weights(path: str | Path) -> dict[str, Tensor]:
 def load_unet_weights(model: UNet, path: str | Path) -> str:
     """Load a U-Net with the same encoder; returns the line for the log. Only the head may be of other classes: it keeps
     its start then, and the line says so. Everything else that differs is a ValueError."""
-    state, own = read_unet_weights(path), model.state_dict()
+    state = read_unet_weights(path)
+    own = model.state_dict()
     unexpected = [name for name in state if name not in own]
     if unexpected and is_unet(state):
         raise ValueError(f"{path}: {len(unexpected)} tensors that this U-Net does not have ({unexpected[0]}, ...); is "

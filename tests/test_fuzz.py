@@ -34,7 +34,7 @@ from safetensors.torch import save as safetensors_bytes
 import train_sonata
 import train_upernet_head
 from data.image_splits import read_class_file
-from data.images import check_pairs, read_image, read_mask
+from data.images import check_pairs, read_image
 from data.mesh import Augmentation, MeshDataset, MeshSpec
 from data.mesh_io import Mesh, read_labels, read_mesh, write_glb, write_labels, write_ply
 from data.mesh_texture import read_mtl, read_pyramid, read_texture
@@ -43,7 +43,7 @@ from data.points import find_clouds, read_classes, read_cloud, write_cloud
 from data.points import write_ply as write_cloud_ply
 from models.sparse_conv import SubMConv3d, neighbour_table
 from tests.tiny_clouds import tiny_cloud
-from tests.tiny_images import tiny_picture
+from tests.tiny_images import read_mask, tiny_picture
 from tests.tiny_runs import report
 from utils.checkpoint import find_resume, load_checkpoint, save_checkpoint
 from utils.cli import user_message

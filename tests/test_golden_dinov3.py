@@ -36,7 +36,7 @@ def load(case, layout="state_dict"):
 @torch.no_grad()
 def check(vit, case, image, expected):
     close = {"atol": case["tolerance"]["atol"], "rtol": case["tolerance"]["rtol"]}
-    torch.testing.assert_close(vit.forward_features(image), expected["final"], **close)
+    torch.testing.assert_close(vit(image), expected["final"], **close)
     taps = case["config"]["taps"]
     flat, maps = (vit.get_intermediate_layers(image, taps, reshape=reshape) for reshape in (False, True))
     for tokens, feature, tap in zip(flat, maps, expected["taps"], strict=True):
@@ -64,7 +64,7 @@ def test_rope_periods_of_the_file_are_used():
     expected = case["outputs"]["final_with_bf16_periods"]
     vit, _ = load(case)
     with torch.no_grad():
-        torch.testing.assert_close(vit.forward_features(case["inputs"]["image"]), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(vit(case["inputs"]["image"]), expected, atol=1e-4, rtol=1e-4)
         vit.rope_embed.periods.copy_(read("vit_mlp")["state_dict"]["rope_embed.periods"])     # no stale angles
         check(vit, case, case["inputs"]["image"], case["outputs"])
 

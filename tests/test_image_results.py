@@ -3,7 +3,8 @@ import pytest
 from PIL import Image
 
 from data.image_results import example_pair, feature_picture, overlay, write_image_result, write_label_png
-from data.images import SegmentationDataset, read_mask
+from data.images import SegmentationDataset
+from tests.tiny_images import read_mask
 from utils.losses import IGNORE_INDEX
 from utils.render import IGNORE_COLOR
 

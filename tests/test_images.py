@@ -22,8 +22,8 @@ from data.images import (
     list_images,
     pair_files,
     read_image,
-    read_mask,
 )
+from tests.tiny_images import read_mask
 from utils.losses import IGNORE_INDEX
 
 STILL = Augmentation((1.0, 1.0), cat_max_ratio=1.0, flip=0, brightness=0, contrast=(1, 1), saturation=(1, 1), hue=0)

@@ -187,16 +187,9 @@ def test_a_record_whose_checkpoint_was_not_written_is_not_doubled(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_append_keeps_all_records(tmp_path):
-    run_steps(tmp_path, 1, 2, tensorboard=False)
-    run_steps(tmp_path, 9, 9, tensorboard=False, append=True)
-    assert [record["step"] for record in read_log(tmp_path / "log.jsonl")] == [1, 2, 9]
-
-
-def test_append_and_resume_work_in_a_new_folder(tmp_path):
-    run_steps(tmp_path / "a", 1, 1, tensorboard=False, append=True)
-    run_steps(tmp_path / "b", 6, 6, tensorboard=False, resume_step=5)
-    assert len(read_log(tmp_path / "a" / "log.jsonl")) == len(read_log(tmp_path / "b" / "log.jsonl")) == 1
+def test_resuming_works_in_a_new_folder(tmp_path):
+    run_steps(tmp_path / "a", 6, 6, tensorboard=False, resume_step=5)
+    assert len(read_log(tmp_path / "a" / "log.jsonl")) == 1
 
 
 def test_a_fresh_start_sets_the_old_files_aside(tmp_path):

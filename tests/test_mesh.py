@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import data.mesh
+import data.mesh_io
 from data.mesh import (
     Augmentation,
     CachedFeatures,
@@ -25,6 +26,7 @@ from data.mesh import (
     split_meshes,
 )
 from data.mesh_features import FEATURES, NUM_DESCRIPTORS, face_features, face_neighbors, feature_width
+from data.mesh_io import read_mesh, write_ply
 from models.downstream import DownstreamClassifier
 from models.nomeformer import Nomeformer
 from tests.tiny_meshes import tiny_mesh, write_set
@@ -80,7 +82,8 @@ def logits_in_file_order(model, meshes, view=0):
 
 def test_spec_survives_a_checkpoint():
     spec = MeshSpec(("area", "normal"), 24, 64, "connected", 8, 10.0)
-    assert MeshSpec.from_dict(spec.to_dict()) == spec and type(spec.to_dict()["features"]) is list
+    saved = spec.to_dict()
+    assert MeshSpec(**{**saved, "features": tuple(saved["features"])}) == spec and type(saved["features"]) is list
     assert spec.feature_dim == 4
 
 
@@ -111,12 +114,11 @@ def same_mesh(one, other):
     return all((a is None and b is None) or np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_prepared_mesh_comes_from_the_cache(folder, tmp_path, monkeypatch):
+def test_prepared_mesh_comes_from_the_cache(folder, tmp_path):
     path, cache = folder / "mesh_00.obj", tmp_path / "cache"
     first = prepare_mesh(path, EVERYTHING, cache)
     assert same_mesh(first, prepare_mesh(path, EVERYTHING))
-    monkeypatch.setattr(data.mesh, "read_mesh", lambda path: pytest.fail("read again"))
-    assert same_mesh(prepare_mesh(path, EVERYTHING, cache), first)
+    assert same_mesh(prepare_mesh(path, EVERYTHING, cache, read=lambda path: pytest.fail("read again")), first)
     assert [entry.suffix for entry in cache.iterdir()] == [".npz"]               # no temporary file is left
     assert first.hks.shape == (len(first.faces), FEATURES["hks"]) and first.area.sum() == pytest.approx(1)
     assert first.vertices.dtype == first.area.dtype == np.float32 and first.faces.dtype == np.int64
@@ -205,6 +207,103 @@ def test_meshes_beyond_the_memory_are_read_again_from_the_cache(folder, tmp_path
     assert all(equal(meshes[i], expected[i]) for i in range(4))
     assert len(dataset(folder)._prepared) == 4                                   # without a cache they have to stay
 
+
+# --- how often a file is parsed -------------------------------------------------------------------------------------
+
+@pytest.fixture
+def parsed(monkeypatch):
+    """The names of the files that were parsed, once each time; tests empty it."""
+    names = []
+
+    def count(reader):
+        parse = getattr(data.mesh_io, reader)
+
+        def counted(path):
+            names.append(path.name)
+            return parse(path)
+
+        monkeypatch.setattr(data.mesh_io, reader, counted)
+
+    count("_read_obj")
+    count("_read_ply")
+    return names
+
+
+def write_labelled_ply(obj):
+    """The mesh of an OBJ with its labels inside; the label file goes."""
+    mesh, path = read_mesh(obj), obj.with_suffix(".ply")
+    label = np.loadtxt(obj.with_suffix(".txt"), dtype=int)
+    write_ply(path, mesh.vertices, mesh.faces, np.zeros((len(label), 3), np.uint8), label)
+    obj.with_suffix(".txt").unlink()
+    obj.unlink()
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".obj", ".ply"])
+def test_a_file_is_parsed_once_and_never_again(folder, tmp_path, parsed, suffix):
+    if suffix == ".ply":
+        for obj in sorted(folder.glob("*.obj")):
+            write_labelled_ply(obj)
+    files = sorted(folder.glob(f"*{suffix}"))
+
+    def build(**settings):
+        parsed.clear()
+        return MeshDataset(files, folder, SPEC, 3, cache_dir=tmp_path / "cache", **settings)
+
+    cold = build()
+    assert parsed == [file.name for file in files]
+    warm = build()
+    assert parsed == [] and all(equal(cold[i], warm[i]) for i in range(4))
+    assert all(np.array_equal(one, other) and one.dtype == other.dtype == np.int64
+               for one, other in zip(cold.labels, warm.labels, strict=True))
+    changed = build(ignore_labels=[0])                       # the labels need the mesh again, once
+    assert parsed == [file.name for file in files] and (changed.labels[0][cold.labels[0] == 0] == IGNORE_INDEX).all()
+    build(ignore_labels=[0])
+    assert parsed == []
+
+
+def test_without_a_cache_a_file_is_parsed_once(folder, parsed):
+    dataset(folder)
+    assert parsed == [f"mesh_0{i}.obj" for i in range(4)]
+
+
+@pytest.mark.parametrize("kind", ["face", "vertex"])
+def test_changed_labels_are_noticed_although_the_mesh_is_cached(folder, tmp_path, parsed, kind):
+    cache, file, mesh = tmp_path / "cache", folder / "mesh_01.txt", read_mesh(folder / "mesh_01.obj")
+    if kind == "vertex":
+        for obj in folder.glob("*.obj"):
+            obj.with_suffix(".txt").write_text("0\n" * len(read_mesh(obj).vertices))
+    dataset(folder, cache_dir=cache, label_kind=kind)
+    file.write_text("2\n" * len(mesh.faces if kind == "face" else mesh.vertices))
+    parsed.clear()
+    meshes = dataset(folder, cache_dir=cache, label_kind=kind)
+    assert parsed == ["mesh_01.obj"] and (meshes.labels[1] == 2).all()
+    file.write_text("2\n")
+    with pytest.raises(ValueError, match="mesh_01.txt: 1 labels, but"):
+        dataset(folder, cache_dir=cache, label_kind=kind)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match="mesh_01.obj: no labels"):
+        dataset(folder, cache_dir=cache, label_kind=kind)
+
+
+def test_labels_of_another_mesh_with_the_same_label_file_are_checked(folder, tmp_path):
+    """A mesh that changed below its labels: their number no longer fits."""
+    dataset(folder, cache_dir=tmp_path / "cache")
+    vertices, faces, _ = tiny_mesh(0)
+    write_obj(folder / "mesh_00.obj", vertices, faces[1:])
+    with pytest.raises(ValueError, match="mesh_00.txt: .* labels, but"):
+        dataset(folder, cache_dir=tmp_path / "cache")
+
+
+def test_a_mesh_that_is_read_already_is_not_parsed_again(folder, parsed):
+    path = folder / "mesh_00.obj"
+    mesh = read_mesh(path)
+    parsed.clear()
+    given = MeshDataset([path], folder, SPEC, 3, read=lambda _: mesh)
+    assert parsed == [] and equal(given[0], dataset(folder)[0])
+
+
+# --- splits ---------------------------------------------------------------------------------------------------------
 
 def test_parts_by_name_share_no_mesh():
     files = [Path(f"house_{i}{part}.obj") for i in range(4) for part in "ab"]
@@ -617,7 +716,8 @@ def test_statistics_of_many_meshes_read_some(folder, monkeypatch):
     read = []
     original = MeshDataset.__getitem__
     monkeypatch.setattr(MeshDataset, "__getitem__", lambda self, item: read.append(item) or original(self, item))
-    feature_statistics(meshes, max_items=90)
+    monkeypatch.setattr(data.mesh, "STATISTICS_ITEMS", 90)
+    feature_statistics(meshes)
     assert 45 <= len(read) <= 90 and read[-1] >= 150     # evenly spaced, to the end
 
 

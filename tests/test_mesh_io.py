@@ -333,6 +333,9 @@ def test_labels_inside_a_ply(tmp_path):
     bare = write(tmp_path / "n.ply", ply("ascii", [[0, 1, 2]]))
     with pytest.raises(FileNotFoundError, match="in the PLY for a face property label, labels, class"):
         find_label_file(bare, tmp_path)
+    damaged = write(tmp_path / "d.ply", "ply\nformat ascii 1.0\nelement face\n")
+    with pytest.raises(ValueError, match="d.ply: cannot be read as PLY"):
+        find_label_file(damaged, tmp_path)
     with pytest.raises(ValueError, match="its faces have no property label"):
         read_labels(bare, read_mesh(bare))
     with pytest.raises(ValueError, match="3 labels, but .* has 1 faces"):    # another mesh's labels: count checked

@@ -140,9 +140,8 @@ def test_normals_of_a_room_look_inside(rng):
         assert ((normal[rows] @ expected) > 0.99).mean() > 0.9                           # all but those at the edges
 
 
-def test_normals_follow_the_viewpoint_and_survive_tiny_clouds(rng):
+def test_normals_survive_tiny_clouds(rng):
     plane = np.c_[rng.uniform(0, 1, (50, 2)), np.zeros(50)]
-    assert (transforms.estimate_normals(plane, viewpoint=(0, 0, -9))[:, 2] < -0.99).all()
     for coord in (plane[:1], plane[:2], np.zeros((20, 3))):
         np.testing.assert_array_equal(np.abs(transforms.estimate_normals(coord)), np.tile([0, 0, 1], (len(coord), 1)))
 

@@ -436,11 +436,12 @@ def test_every_raw_point_gets_votes_from_every_view(files):
     assert test.prediction().shape == (200,)
 
 
-def test_votes_are_sums_of_probabilities(files):
+def test_votes_are_sums_of_probabilities(monkeypatch):
     """One confident fragment outweighs two lukewarm ones; counting labels would say otherwise."""
     cloud = {"coord": np.zeros((1, 3), np.float32)}
     spec = PointSpec(features=("coord",))
-    test = PreciseTest(cloud, spec, 2, VIEWS[:3])
+    monkeypatch.setattr(points, "VIEWS", VIEWS[:3])
+    test = PreciseTest(cloud, spec, 2)
     for batch, logits in zip(test, ([[9.0, 0]], [[0, 0.1]], [[0, 0.1]]), strict=True):
         test.add(batch, torch.tensor(logits))
     assert test.prediction().tolist() == [0]

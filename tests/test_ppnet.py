@@ -71,16 +71,14 @@ def test_initial_read_out():
 
 
 @pytest.mark.parametrize("similarity", ["log", "linear"])
-def test_contributions_sum_to_the_logits(similarity):
+def test_weighted_similarities_sum_to_the_logits(similarity):
+    """The read-out is linear and has no bias: what explanations rest on."""
     model = head(similarity=similarity)
     with torch.no_grad():
         model.last_layer.weight.normal_()
     logits, distances = model(torch.randn(2, 5, 3, 4))
-    parts = model.contributions(distances.permute(0, 2, 3, 1))
-    assert parts.shape == (2, 3, 4, 3, 12)
-    torch.testing.assert_close(parts.sum(-1), logits, atol=1e-5, rtol=1e-5)
-    expected = model.last_layer.weight[2, 7] * model.similarity(distances[1, 7, 0, 3])
-    torch.testing.assert_close(parts[1, 0, 3, 2, 7], expected)
+    expected = sum(model.last_layer.weight[2, p] * model.similarity(distances[1, p, 0, 3]) for p in range(12))
+    torch.testing.assert_close(logits[1, 0, 3, 2], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_maximum_over_scales_is_of_features_not_of_logits():
@@ -127,7 +125,9 @@ def test_remove_slices_everything_alike():
     assert model.ones.shape == (4, 5, 1, 1) and model.provenance == [{"prototype": i} for i in keep]
     logits, left = model.classify(features)
     torch.testing.assert_close(left, distances[:, keep])
-    torch.testing.assert_close(model.contributions(left.permute(0, 2, 3, 1)).sum(-1), logits)
+    kept = torch.zeros(12).index_fill(0, torch.tensor(keep), 1.0)
+    expected = torch.einsum("bphw,cp->bhwc", model.similarity(distances), before["last_layer.weight"] * kept)
+    torch.testing.assert_close(logits, expected)
     logits.sum().backward()
     assert model.prototype_vectors.grad.any() and model.last_layer.weight.grad.any()
     assert repr(model.last_layer) == "Linear(in_features=4, out_features=3, bias=False)"

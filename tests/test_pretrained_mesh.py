@@ -30,13 +30,12 @@ def assert_equal(state, module):
 STUDENT, TEACHER = encoder(1), encoder(2)
 
 
-@pytest.mark.parametrize("which, expected", [("target_encoder", TEACHER), ("encoder", STUDENT)])
-def test_jepa_layout_gives_the_teacher_unless_asked_otherwise(tmp_path, which, expected):
+def test_jepa_layout_gives_the_teacher(tmp_path):
     path = saved(tmp_path, {"encoder": STUDENT.state_dict(), "target_encoder": TEACHER.state_dict(), "predictor": {},
                             "opt": {}, "epoch": 3, "loss": 0.1, "feature_spec": {"names": ["corners"], "widths": [9]}})
-    state, layout, spec = read_encoder(path, which)
-    assert_equal(state, expected)
-    assert layout == which and spec == {"names": ["corners"], "widths": [9]}
+    state, layout, spec = read_encoder(path)
+    assert_equal(state, TEACHER)
+    assert layout == "target_encoder" and spec == {"names": ["corners"], "widths": [9]}
 
 
 LAYOUTS = {
@@ -98,11 +97,9 @@ def test_refused_in_one_line(tmp_path, content, message):
     assert "weights.pth" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_missing_file_and_wrong_choice(tmp_path):
+def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_encoder(tmp_path / "none.pth")
-    with pytest.raises(ValueError, match="target_encoder, encoder"):
-        read_encoder(tmp_path / "none.pth", which="teacher")
 
 
 def test_features_of_another_list_are_refused_with_both():

@@ -83,7 +83,8 @@ def test_use_and_number_of_prototypes_equal_a_loop(kind):
     model, data = network(kind), images()
     wins, needed = [0] * (C * K), []
     for distances, _ in data:
-        for cell in model.contributions(distances.flatten(1).T).tolist():             # (C, P)
+        added = model.similarity(distances.flatten(1).T)[:, None] * model.last_layer.weight      # (cells, C, P)
+        for cell in added.tolist():
             logits = [sum(row) for row in cell]
             parts = cell[logits.index(max(logits))]
             wins[parts.index(max(parts))] += 1

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from data.images import read_mask
 from data.prototype_results import (
     at_pixel,
     crop_and_place,
@@ -22,6 +21,7 @@ from data.prototype_results import (
 )
 from models.prototype_push import cell_box
 from tests.test_report import Page
+from tests.tiny_images import read_mask
 
 NAMES = ["<b>sky</b>", 'tree "old"', "road"]
 COLORS = np.array([[0, 0, 0], [0, 128, 0], [128, 64, 128]], np.uint8)

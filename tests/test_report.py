@@ -157,21 +157,16 @@ def test_a_photograph_becomes_jpeg_and_transparency_stays(tmp_path):
         assert parsed.all("img")[0]["src"].startswith(f"data:{kind};base64,")
 
 
-def test_notes_and_extra_tables(tmp_path):
-    parsed, _ = page(tmp_path, notes=[("epoch", 3), ("encoder", None)],
-                     extra_tables=[("Protocols", ["name", "mIoU"], [["by area", 71.234], ["by face", 70.0]])])
+def test_notes(tmp_path):
+    parsed, _ = page(tmp_path, notes=[("epoch", 3), ("encoder", None)])
     assert parsed.text("div", "dt") == ["epoch", "encoder"] and parsed.text("div", "dd") == ["3", "None"]
-    assert "71.23" in parsed.text("tr", "td") and "70.00" in parsed.text("tr", "td")
-    assert parsed.text("h2")[2] == "Protocols"
-    assert [a.get("class") for t, a in parsed.tags if t == "th"][-2:] == [None, "n"]
 
 
 def test_everything_is_escaped_and_nothing_is_loaded(tmp_path):
     evil = "<script>alert(1)</script>\"'&<img src=x onerror=y>"
     parsed, text = page(tmp_path, title=evil, class_names=[evil, "b" + evil, "c" + evil],
                         history=[{**HISTORY[0], "split": evil}, {**HISTORY[1], "split": evil}],
-                        examples=[{**example(evil, 0.4), "caption": evil}], notes=[(evil, evil)],
-                        extra_tables=[(evil, [evil, evil], [[evil, 1]])])
+                        examples=[{**example(evil, 0.4), "caption": evil}], notes=[(evil, evil)])
     assert not parsed.all("script") and "onerror" not in {key for _, a in parsed.tags for key in a}
     assert all(a["src"].startswith("data:image/") for a in parsed.all("img")) and len(parsed.all("img")) == 2
     assert not re.search(r"(https?:)?//|url\(|@import|javascript:", re.sub(r"base64,[^\"]*", "", text))

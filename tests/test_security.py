@@ -226,7 +226,7 @@ def test_what_is_downloaded_counts_only_with_its_hash(tmp_path):
     Path("server.bin").write_bytes(b"other")
     wrong = ("sha256", hashlib.sha256(b"content").hexdigest())
     with pytest.raises(ValueError, match=r"instead of"):
-        fetch([(tmp_path / "server.bin").as_uri()], "file.bin", digest=wrong, pause=0)
+        fetch([(tmp_path / "server.bin").as_uri()], "file.bin", digest=wrong)
     assert not list(tmp_path.glob("file.bin*"))
     assert fetch([(tmp_path / "server.bin").as_uri()], "file.bin", digest=("sha256", hashlib.sha256(b"other").hexdigest())).is_file()
 

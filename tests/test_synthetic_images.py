@@ -6,8 +6,9 @@ from PIL import Image
 from sklearn.tree import DecisionTreeClassifier
 
 from data import synthetic
-from data.images import check_pairs, find_files, pair_files, read_image, read_mask
+from data.images import check_pairs, find_files, pair_files, read_image
 from data.synthetic_images import CAR, IMAGE_CLASSES, IMAGE_PALETTE, PERSON, SKY, VOID, make_image_set, make_scene
+from tests.tiny_images import read_mask
 
 SIZES = {"train": 12, "val": 2, "test": 5}
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+import data.mesh_io as mesh_io
 import data.mesh_results as data_mesh_results
 import evaluate
 import predict
@@ -143,13 +144,16 @@ def test_learns_and_every_reader_agrees(config, data, tmp_path, capsys):
     assert (tmp_path / "out" / "plain.html").stat().st_size > 10_000 and (tmp_path / "out" / "plain_pca.ply").is_file()
 
 
-def test_quads_get_one_label_a_line(config, tmp_path):
+def test_quads_get_one_label_a_line(config, tmp_path, monkeypatch):
     train(config, tmp_path / "run", "training.epochs=1")
+    parsed, parse = [], mesh_io._read_obj
+    monkeypatch.setattr(mesh_io, "_read_obj", lambda path: parsed.append(path.name) or parse(path))
     (tmp_path / "quads.obj").write_text("v 0 0 0\nv 1 0 0\nv 1 1 0\nv 0 1 0\nv 2 0 0\nv 2 1 0\nf 1 2 3 4\nf 2 5 6 3\n")
     labels = predict.main([str(tmp_path / "run/model/model_last.pth"), str(tmp_path / "quads.obj"), "--output", str(tmp_path / "out"),
                            "--picture", "glb", "--labels", "npy"])
     assert [len(label) for label in labels.values()] == [2] == [len(np.load(tmp_path / "out" / "quads.npy"))]
     assert (tmp_path / "out" / "quads.glb").is_file()
+    assert parsed == ["quads.obj"]                          # once: for the picture and for the network
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 4, 5])

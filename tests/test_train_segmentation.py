@@ -27,7 +27,7 @@ from utils.checkpoint import CheckpointKeeper, EarlyStopping, load_checkpoint
 from utils.cli import StopRequested
 from utils.config import load_config
 from utils.log import read_log
-from utils.losses import IGNORE_INDEX, WeightedLoss
+from utils.losses import IGNORE_INDEX, WeightedLoss, lovasz_softmax_loss, soft_dice_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = train_segmentation
@@ -267,7 +267,9 @@ def test_losses_of_a_step_are_their_sums(root):
     logits, label = torch.randn(2, 3, 8, 8), torch.randint(0, 3, (2, 8, 8))
     label[0, :5] = IGNORE_INDEX
     criterion = WeightedLoss({"ce": 1.0, "dice": 0.5, "lovasz": 0.25}, [1.0, 2.0, 0.5], class_dim=1)
-    whole, parts = criterion(logits, label)
+    parts = {"ce": criterion.ce(logits, label), "dice": soft_dice_loss(logits, label, class_dim=1),
+             "lovasz": lovasz_softmax_loss(logits, label, class_dim=1)}
+    whole = parts["ce"] + 0.5 * parts["dice"] + 0.25 * parts["lovasz"]
     terms = SCRIPT.compute_loss(criterion, logits, label, criterion.label_weight(label), 1.0)
     assert terms["total"].item() == pytest.approx(whole.item(), rel=1e-5) and terms["dice"].item() == pytest.approx(parts["dice"].item())
     ignored = torch.full_like(label, IGNORE_INDEX)

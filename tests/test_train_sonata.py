@@ -14,7 +14,7 @@ import torch
 import evaluate
 import predict
 import train_sonata as SCRIPT
-from data.points import PreciseTest, read_cloud, read_ply_vertices
+from data.points import VIEWS, PreciseTest, read_cloud, read_ply_vertices
 from models.point_transformer import build_segmenter
 from tests.tiny_clouds import (
     ENCODER,
@@ -444,7 +444,7 @@ def test_precise_test_votes_on_every_raw_point(root, tmp_path, monkeypatch, netw
     dataset = SCRIPT.build_dataset(model.config, "test")                                
     result = SCRIPT.evaluate(model, dataset, limit_batches=1)
     (test, label), cloud = votes[0], tiny_cloud(200, 90)
-    assert len(votes) == 1 and len(test.views) == 13 and (test.votes.sum(1) > 12.99).all()          # probabilities, 13 or more a point
+    assert len(votes) == 1 and len(VIEWS) == 13 and (test.votes.sum(1) > 12.99).all()          # probabilities, 13 or more a point
     assert (len(test.votes) < 90) == (test_grid_size is not None)
     assert (result["predictions"][0] == label.numpy()).all() and len(label) == len(cloud["coord"])
     assert result["matrix"].sum() == (cloud["segment"] >= 0).sum() and np.isnan(result["loss"])

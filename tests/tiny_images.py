@@ -7,11 +7,17 @@ import numpy as np
 from PIL import Image
 
 import models.unet
+from data.images import label_table, open_mask, to_label
 from models.dinov3 import ViTConfig
 from models.resnet import ENCODERS, BasicBlock, ResNet
 
 TINY = ViTConfig(32, 4, 2, "mlp", 64, taps=(0, 1, 2, 3))       # 4 blocks of 32 channels, patches of 16 pixels
 COLORS = np.array([[40, 60, 200], [60, 160, 60], [200, 50, 40]])
+
+
+def read_mask(path, num_classes: int, ignore_label: int = 255, reduce_zero_label: bool = False) -> np.ndarray:
+    """A mask file as labels (H, W), through the steps a data set takes."""
+    return to_label(open_mask(path), label_table(num_classes, ignore_label, reduce_zero_label), path)
 
 
 def tiny_picture(seed: int, size: tuple[int, int] = (64, 64)) -> tuple[np.ndarray, np.ndarray]:

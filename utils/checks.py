@@ -15,7 +15,8 @@ def check_choice(what: str, value: Any, choices: Iterable) -> Any:
     """Return `value` if it is one of `choices`; otherwise ValueError names `what` (key or flag), value, choices."""
     choices = list(choices)
     if value not in choices:
-        expected, hint = ", ".join(map(str, choices)), did_you_mean(nearest(value, choices))
+        expected = ", ".join(map(str, choices))
+        hint = did_you_mean(nearest(value, choices))
         raise ValueError(f"{what}: expected one of {expected}; got {show(value)}{hint}")
     return value
 

@@ -25,8 +25,10 @@ def pick_device(name: str | None = None) -> torch.device:
 
     ValueError in one line for an unknown name or a device that this machine, or this build of PyTorch, does not have.
     """
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name is None and torch.cuda.is_available():
+        name = "cuda"
+    elif name is None:
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
     kind, _, index = name.partition(":")
     check_choice("--device", kind, ("cpu", "cuda", "mps"))
     if index and not (kind == "cuda" and index.isdecimal()):

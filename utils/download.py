@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 BLOCK = 1 << 20
 TIMEOUT = 30                     # seconds without a byte
+PAUSE = 1.0                      # seconds before the second try, then twice that ...
 TRIES = 4                        # in a row that bring nothing new, for each address
 NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
 BOMB_SIZE, BOMB_RATIO = 1 << 30, 100        # more than a GiB out of less than a hundredth of it is no data set
@@ -37,13 +38,13 @@ def mismatch(path: Path, size: int | None, digest: tuple[str, str] | None) -> st
     return None
 
 
-def fetch(urls: Sequence[str], path: str | Path, size: int | None = None, digest: tuple[str, str] | None = None,
-          pause: float = 1.0) -> Path:
+def fetch(urls: Sequence[str], path: str | Path, size: int | None = None,
+          digest: tuple[str, str] | None = None) -> Path:
     """Download `path` from the first of `urls` that gives the right file; a file that is there already is kept.
 
     What has arrived lies in PATH.part, from which the next call goes on, and becomes PATH once size and digest are
-    verified, where they are given; otherwise it is deleted, and begun anew. pause: seconds before the second try, then
-    twice that ... ValueError: a file of this name that is another one, no address that gives the right one.
+    verified, where they are given; otherwise it is deleted, and begun anew. ValueError: a file of this name that is
+    another one, no address that gives the right one.
     """
     path = Path(path)
     part = path.with_name(f"{path.name}.part")
@@ -58,7 +59,7 @@ def fetch(urls: Sequence[str], path: str | Path, size: int | None = None, digest
         while again:
             again = part.exists()                           # damage may be old: then once more from the start
             try:
-                _download(url, part, size, pause)
+                _download(url, part, size)
             except NETWORK_ERRORS as error:
                 failures.append(f"{url} ({getattr(error, 'reason', None) or error or type(error).__name__})")
                 break
@@ -71,7 +72,7 @@ def fetch(urls: Sequence[str], path: str | Path, size: int | None = None, digest
                      f"again to go on, or fetch the file elsewhere and put it here as {path}")
 
 
-def _download(url, part, size, pause):
+def _download(url, part, size):
     """Append what is missing to `part`, until it is whole as far as the server tells."""
     failed = 0
     while True:
@@ -98,7 +99,7 @@ def _download(url, part, size, pause):
         failed = 0 if part.exists() and part.stat().st_size > have else failed + 1
         if failed == TRIES:
             raise error
-        time.sleep(pause * 2 ** (failed - 1))
+        time.sleep(PAUSE * 2 ** (failed - 1))
 
 
 def _receive(response, part, have, size):
@@ -123,7 +124,8 @@ def _receive(response, part, have, size):
 def extract(archive: Path, folder: Path) -> None:
     """Unpack a tar or zip file into `folder`. ValueError, before anything is written, for members that would land
     outside of it or are links out of it or devices, for a bomb, and for a damaged archive."""
-    total, size = 0, archive.stat().st_size
+    total = 0
+    size = archive.stat().st_size
 
     def check(name, unpacked):
         nonlocal total

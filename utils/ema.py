@@ -13,9 +13,8 @@ from utils.weights import load_weights
 class EMA:
     """Average of the trained tensors: shadow = d * shadow + (1 - d) * live after each optimiser step.
 
-    decay in [0, 1). With warmup, d = min(decay, (1 + t) / (10 + t)) at update t = 0, 1, ...; without, a decay of
-    0.9999 is still 90 % the initial weights after 1,000 steps. Models wrapped in DistributedDataParallel or
-    torch.compile are fine.
+    decay in [0, 1). d = min(decay, (1 + t) / (10 + t)) at update t = 0, 1, ...: with 0.9999 from the start, 90 % would
+    still be the initial weights after 1,000 steps. Models wrapped in DistributedDataParallel or torch.compile are fine.
 
     What is averaged: every trainable parameter, and every saved (persistent) buffer outside frozen parts, so that a
     frozen backbone costs no memory, its BatchNorm statistics included; integer buffers are copied. Part = module: it
@@ -23,10 +22,12 @@ class EMA:
     small updates.
     """
 
-    def __init__(self, model: nn.Module, decay: float = 0.999, warmup: bool = True):
+    def __init__(self, model: nn.Module, decay: float = 0.999):
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"the decay of the moving average must be in [0, 1), got {decay}")
-        self.decay, self.warmup, self.updates, self.is_applied = decay, warmup, 0, False
+        self.decay = decay
+        self.updates = 0
+        self.is_applied = False
         model = unwrap(model)
         self.buffers = _live_buffers(model)
         self.shadow = {}
@@ -50,7 +51,7 @@ class EMA:
     def update(self, model: nn.Module) -> None:
         """Take in the live weights, after optimizer.step(). ValueError if other tensors are trainable than before."""
         assert not self.is_applied, "EMA.update inside EMA.applied would average the average"
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         shadows, lives = [], []
         for name, tensor in self._matched(model).items():
             shadow = self.shadow[name]
@@ -91,7 +92,7 @@ class EMA:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
-        """Take over a saved state; decay and warmup stay. ValueError unless names and shapes are this model's."""
+        """Take over a saved state; the decay stays. ValueError unless names and shapes are this model's."""
         saved = state["shadow"]
         _check_names(saved, self.shadow, "the saved moving average and this model's trainable tensors",
                      "use the model and the frozen parts of the saved run")

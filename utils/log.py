@@ -22,17 +22,19 @@ from utils.distributed import is_main
 class RunLog:
     """Writes `train.log` (text), `log.jsonl` (one line per evaluation) and TensorBoard events into `log_dir`.
 
-    rank: only 0 prints or writes. tensorboard: off leaves the events out. append: continue the files of an earlier run;
-    otherwise they are moved to `log_dir/previous_N`. resume_step: continue at this step (implies append): records and
-    TensorBoard points after it are dropped, so that curves do not double; a record at it that comes again is replaced.
+    rank: only 0 prints or writes. tensorboard: off leaves the events out. resume_step: continue the files of an earlier
+    run at this step: records and TensorBoard points after it are dropped, so that curves do not double; a record at it
+    that comes again is replaced. None: files of an earlier run are moved to `log_dir/previous_N`.
     total_steps: for "120/3000" and the ETA.
     wandb: None, or the keyword arguments of wandb.init; ValueError where wandb or tensorboard is not installed.
     """
 
-    def __init__(self, log_dir: str | os.PathLike, rank: int = 0, tensorboard: bool = True, append: bool = False,
+    def __init__(self, log_dir: str | os.PathLike, rank: int = 0, tensorboard: bool = True,
                  total_steps: int | None = None, wandb: Mapping[str, Any] | None = None,
                  resume_step: int | None = None):
-        self.dir, self.rank, self.total_steps = Path(log_dir), rank, total_steps
+        self.dir = Path(log_dir)
+        self.rank = rank
+        self.total_steps = total_steps
         self._text = self._records = self._board = self._wandb = None
         self._start = self._last = (time.monotonic(), resume_step or 0)      # (seconds, step)
         self._resumed_at = set()                                             # the records at resume_step
@@ -40,8 +42,8 @@ class RunLog:
         if rank != 0:
             return
         self.dir.mkdir(parents=True, exist_ok=True)
-        if append or resume_step is not None:
-            kept = _rewrite(self.dir / "log.jsonl", lambda record: resume_step is None or record["step"] <= resume_step)
+        if resume_step is not None:
+            kept = _rewrite(self.dir / "log.jsonl", lambda record: record["step"] <= resume_step)
             self._resumed_at = {_key(record) for record in kept if record["step"] == resume_step}
         else:
             set_aside(self.dir, "train.log", "log.jsonl", "events.out.tfevents.*")
@@ -76,7 +78,8 @@ class RunLog:
         """
         if self.rank != 0:
             return
-        now, scalars = time.monotonic(), {name: _number(value) for name, value in scalars.items()}
+        now = time.monotonic()
+        scalars = {name: _number(value) for name, value in scalars.items()}
         parts = [f"step {step}" if self.total_steps is None else f"step {step}/{self.total_steps}"]
         parts += [f"{name} {_format(name, value)}" for name, value in scalars.items()]
         if step > self._last[1]:

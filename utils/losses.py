@@ -75,8 +75,11 @@ class MaskedCrossEntropyLoss(nn.Module):
     """Cross entropy averaged over the counting elements, each with the weight of its class.
 
     F.cross_entropy(reduction="mean"), label smoothing with class weights included, but 0 instead of NaN when nothing
-    counts. class_weights (C,) or None; label_smoothing in [0, 1); gamma > 0 makes it the focal loss (see focal_loss).
-    forward(logits, label, mask=None) -> scalar.
+    counts. class_weights (C,) or None; label_smoothing in [0, 1). forward(logits, label, mask=None) -> scalar.
+
+    gamma > 0 makes it the focal loss, the mean of -w (1 - p)^gamma log p with p the label's probability (Lin et al.
+    2017, eq. 5). Deviations: one softmax over the classes instead of a sigmoid each; divided by the sum of the class
+    weights w.
 
     A mean over several micro-batches or processes is exact when sums are added first: `total, weight =
     loss.sum_and_weight(...)`, then sum of totals / sum of weights. `label_weight` knows that weight before the
@@ -97,8 +100,10 @@ class MaskedCrossEntropyLoss(nn.Module):
             if class_weights.ndim != 1 or not bool(((class_weights >= 0) & class_weights.isfinite()).all()):
                 raise ValueError(f"class_weights must be a finite number >= 0 per class, got {class_weights.tolist()}")
         self.register_buffer("class_weights", class_weights, persistent=False)
-        self.ignore_index, self.class_dim = ignore_index, class_dim
-        self.label_smoothing, self.gamma = label_smoothing, gamma
+        self.ignore_index = ignore_index
+        self.class_dim = class_dim
+        self.label_smoothing = label_smoothing
+        self.gamma = gamma
 
     def forward(self, logits: Tensor, label: Tensor, mask: Tensor | None = None) -> Tensor:
         return _divide(*self.sum_and_weight(logits, label, mask))
@@ -132,28 +137,14 @@ class MaskedCrossEntropyLoss(nn.Module):
         return keep if weights is None else weights[label.masked_fill(~keep, 0)] * keep
 
 
-def focal_loss(logits: Tensor, label: Tensor, mask: Tensor | None = None, class_dim: int = -1, gamma: float = 2.0,
-               class_weights: Tensor | Sequence[float] | None = None, ignore_index: int = IGNORE_INDEX) -> Tensor:
-    """Mean of -w (1 - p)^gamma log p over the counting elements, p the label's probability (Lin et al. 2017, eq. 5).
-
-    Shapes as above -> scalar. Deviations: one softmax over the classes instead of a sigmoid each; divided by the sum
-    of the class weights w, so that gamma = 0 is MaskedCrossEntropyLoss.
-    """
-    loss = MaskedCrossEntropyLoss(class_weights, ignore_index, class_dim=class_dim, gamma=gamma)
-    return loss.to(logits.device)(logits, label, mask)
-
-
 def soft_dice_loss(logits: Tensor, label: Tensor, mask: Tensor | None = None, class_dim: int = -1,
-                   ignore_index: int = IGNORE_INDEX, classes: str = "present", eps: float = 1e-6) -> Tensor:
+                   ignore_index: int = IGNORE_INDEX, eps: float = 1e-6) -> Tensor:
     """1 - mean over classes of 2|P.T| / (|P| + |T|), P the softmax (Milletari et al. 2016 square the terms below; we
     do not).
 
-    Shapes as above -> scalar in [0, 1]. Sums run over the whole batch. classes="present" averages over the classes
-    that occur in the labels, as Lovasz does; "all" over all C, where an absent class is nearly 1 whatever is
-    predicted.
+    Shapes as above -> scalar in [0, 1]. Sums run over the whole batch. The mean is over the classes that occur in the
+    labels, as Lovasz's: an absent class would be nearly 1 whatever is predicted.
     """
-    if classes not in ("present", "all"):
-        raise ValueError(f"classes must be 'present' or 'all', got {classes!r}")
     logits, label, keep = _flat(logits, label, mask, class_dim, ignore_index)
     prob = logits.softmax(1) * keep.unsqueeze(1)                             # (P, C) or (B, C, P)
     ids = torch.arange(prob.shape[1], device=label.device).view(-1, *[1] * (label.ndim - 1))
@@ -161,7 +152,7 @@ def soft_dice_loss(logits: Tensor, label: Tensor, mask: Tensor | None = None, cl
     dims = [d for d in range(prob.ndim) if d != 1]
     overlap, size, count = (prob * truth).sum(dims), (prob + truth).sum(dims), truth.sum(dims)       # (C,) each
     loss = 1 - (2 * overlap + eps) / (size + eps)
-    return loss.mean() if classes == "all" else _divide(loss[count > 0].sum(), (count > 0).sum())
+    return _divide(loss[count > 0].sum(), (count > 0).sum())
 
 
 def lovasz_softmax_loss(logits: Tensor, label: Tensor, mask: Tensor | None = None, class_dim: int = -1,
@@ -198,21 +189,20 @@ def _lovasz_slope(error: Tensor, truth: Tensor) -> Tensor:
 
 
 class WeightedLoss(nn.Module):
-    """Weighted sum of losses, terms such as {"ce": 1.0, "dice": 0.5} with the names ce, focal, dice, lovasz.
+    """The terms of a weighted sum of losses, such as {"ce": 1.0, "dice": 0.5}, with the names ce, focal, dice, lovasz.
 
-    forward(logits, label, mask=None) -> (total, {name: its unweighted value, detached}). class_weights act on ce and
+    terms: {name: weight} of those above 0; ce and focal: their MaskedCrossEntropyLoss. class_weights act on ce and
     focal, label_smoothing on ce, gamma on focal. Raises ValueError for unknown names and negative weights.
 
-    ce and focal are sums over elements, so sum_and_weight makes exact means over micro-batches. Dice and Lovasz are
-    functions of a whole set: averaged over micro-batches or processes they are NOT the value of the whole batch,
-    which is why sum_and_weight refuses them.
+    The caller adds up. ce and focal are sums over elements, so their sum_and_weight makes exact means over
+    micro-batches. Dice and Lovasz are functions of a whole set: averaged over micro-batches or processes they are NOT
+    the value of the whole batch.
     """
 
     NAMES = ("ce", "focal", "dice", "lovasz")
 
     def __init__(self, terms: Mapping[str, float], class_weights: Tensor | Sequence[float] | None = None,
-                 ignore_index: int = IGNORE_INDEX, label_smoothing: float = 0.0, class_dim: int = -1,
-                 gamma: float = 2.0):
+                 label_smoothing: float = 0.0, class_dim: int = -1, gamma: float = 2.0):
         super().__init__()
         for name, factor in terms.items():
             if name not in self.NAMES:
@@ -223,24 +213,8 @@ class WeightedLoss(nn.Module):
         self.terms = {name: float(factor) for name, factor in terms.items() if factor > 0}
         if not self.terms:
             raise ValueError(f"no loss with a weight above 0 in {dict(terms)}; choose from {', '.join(self.NAMES)}")
-        self.ce = MaskedCrossEntropyLoss(class_weights, ignore_index, label_smoothing, class_dim)
-        self.focal = MaskedCrossEntropyLoss(class_weights, ignore_index, class_dim=class_dim, gamma=gamma)
-        self.ignore_index, self.class_dim = ignore_index, class_dim
-
-    def forward(self, logits: Tensor, label: Tensor, mask: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        set_losses = {"dice": soft_dice_loss, "lovasz": lovasz_softmax_loss}
-        parts = {name: set_losses[name](logits, label, mask, self.class_dim, self.ignore_index) if name in set_losses
-                 else getattr(self, name)(logits, label, mask) for name in self.terms}
-        total = sum(self.terms[name] * value for name, value in parts.items())
-        return total, {name: value.detach() for name, value in parts.items()}
-
-    def sum_and_weight(self, logits: Tensor, label: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """-> (weighted sum of the terms' sums, sum of weights), scalars; ValueError where a term is dice or lovasz."""
-        for name in self.terms:
-            if name not in ("ce", "focal"):
-                raise ValueError(f"loss {name!r} is not a sum over elements; call the loss itself per micro-batch")
-        sums = {name: getattr(self, name).sum_and_weight(logits, label, mask) for name in self.terms}
-        return sum(self.terms[name] * total for name, (total, _) in sums.items()), next(iter(sums.values()))[1]
+        self.ce = MaskedCrossEntropyLoss(class_weights, label_smoothing=label_smoothing, class_dim=class_dim)
+        self.focal = MaskedCrossEntropyLoss(class_weights, class_dim=class_dim, gamma=gamma)
 
     def label_weight(self, label: Tensor, mask: Tensor | None = None) -> Tensor:
         """As MaskedCrossEntropyLoss.label_weight."""

@@ -54,7 +54,9 @@ class SetCriterion(nn.Module):
         if num_points < 1 or oversample_ratio < 1 or not 0 <= importance_ratio <= 1:
             raise ValueError(f"num_points {num_points}, oversample_ratio {oversample_ratio} and importance_ratio "
                              f"{importance_ratio} must be at least 1, at least 1, and from 0 to 1")
-        self.num_classes, self.num_points, self.no_object_weight = num_classes, num_points, no_object_weight
+        self.num_classes = num_classes
+        self.num_points = num_points
+        self.no_object_weight = no_object_weight
         self.num_candidates, self.num_uncertain = int(oversample_ratio * num_points), int(importance_ratio * num_points)
         self.weights = {"class": class_weight, "mask": mask_weight, "dice": dice_weight}
         self.ignore_in_mask_loss = ignore_in_mask_loss
@@ -85,13 +87,15 @@ class SetCriterion(nn.Module):
         instead of random ones, rows in the order of images and, within, of matched queries.
         """
         predictions = [outputs, *outputs.get("aux_outputs", ())]
-        present, num_queries = self._present(label), outputs["pred_logits"].shape[1]
+        present = self._present(label)
+        num_queries = outputs["pred_logits"].shape[1]
         if normalizer is None:
             normalizer = self.label_weights(label, num_queries)
         num_masks, sum_of_weights = normalizer[0].clamp_min(1), normalizer[1].clamp_min(1e-6)
         with torch.autocast(label.device.type, enabled=False):
             image, query, label_id = self.match(predictions, label, present, points)                   # (O, R) each
-            terms, total = {}, 0
+            terms = {}
+            total = 0
             for o, prediction in enumerate(predictions):
                 rows, drawn = (image[o], query[o], label_id[o]), None if points is None else points[o]
                 class_loss = self._class_loss(prediction["pred_logits"], *rows) / sum_of_weights
@@ -155,7 +159,8 @@ class SetCriterion(nn.Module):
         points = self._loss_points(leaf, label, image, points)                                         # (R, P, 2)
         sampled = sample_points(leaf, points).squeeze(1)                                               # (R, P)
         with torch.no_grad():
-            truth, logits = sample_label(label, points, label_id[:, None], image).squeeze(1), sampled
+            truth = sample_label(label, points, label_id[:, None], image).squeeze(1)
+            logits = sampled
             count = points.shape[1]
             if self.ignore_in_mask_loss:
                 labelled = labelled_points(label, points, image)

@@ -124,7 +124,8 @@ def label_mesh(model: DownstreamClassifier, path: str | Path, amp_dtype: torch.d
     device = next(model.parameters()).device
     mesh = read_mesh(path)
     dataset = open_meshes([path], None, model.spec, model.texture_samples, augmentation=model.augmentation,
-                          views=model.config.evaluation.views, cache_dir=model.config.paths.cache_dir)
+                          views=model.config.evaluation.views, cache_dir=model.config.paths.cache_dir,
+                          read=lambda _: mesh)
     if model.texture_samples is not None and not dataset.num_colored:
         print(f"{path}: no face has a texture or a colour; labelled by geometry alone", flush=True)
     (_, probability, _, _), = mesh_probabilities(model, dataset, device, amp_dtype, batch_size=1)

@@ -17,16 +17,17 @@ CHUNK = 1 << 16    # elements counted at once on a CPU: temporary tensors stay i
 
 
 class ConfusionMatrix:
-    """Counts of (label, prediction) pairs over a split, without the elements whose label is ignore_index.
+    """Counts of (label, prediction) pairs over a split, without the elements whose label is IGNORE_INDEX.
 
     update() counts pairs where the tensors are; matrix() has scikit-learn make the matrix from the C * C distinct pairs
     weighted with their counts, which is the same as, and far cheaper than, giving it every pixel.
     """
 
-    def __init__(self, num_classes: int, ignore_index: int = IGNORE_INDEX, device: torch.device | str = "cpu"):
+    def __init__(self, num_classes: int, device: torch.device | str = "cpu"):
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-        self.num_classes, self.ignore_index, self.device = num_classes, ignore_index, torch.device(device)
+        self.num_classes = num_classes
+        self.device = torch.device(device)
         self.reset()
 
     def reset(self) -> None:
@@ -49,7 +50,7 @@ class ConfusionMatrix:
             raise ValueError("weighted and unweighted updates cannot be mixed; use one ConfusionMatrix for each")
         pred, label = pred.flatten().long(), label.flatten().long()      # long: in uint8, 156 == -100 is true
         counts = self._count(pred, label)
-        ignored = label == self.ignore_index
+        ignored = label == IGNORE_INDEX
         if int(counts.sum() + ignored.sum()) != len(label):
             self._raise_out_of_range(pred[~ignored], label[~ignored])
         if weight is not None:                   # on the CPU: float sums on CUDA have no fixed order
@@ -61,18 +62,16 @@ class ConfusionMatrix:
 
     def _count(self, pred: Tensor, label: Tensor, weight: Tensor | None = None) -> Tensor:
         """(P,) each -> (C, C) int64, or float64 with weights; ids out of range and ignored labels are not in it."""
-        C, side = self.num_classes, self.num_classes + 2
+        C = self.num_classes
+        side = self.num_classes + 2
         table = torch.zeros(side * side, dtype=torch.int64 if weight is None else torch.float64, device=label.device)
         chunk = CHUNK if label.device.type == "cpu" else max(len(label), 1)
         for begin in range(0, len(label), chunk):
             part = slice(begin, begin + chunk)
-            # Clamped to -1..C, all wrong ids (and an ignore_index outside 0..C-1) fall into the border of the table.
+            # Clamped to -1..C, all wrong ids (and IGNORE_INDEX) fall into the border of the table.
             pair = pred[part].clamp(-1, C).add_(label[part].clamp(-1, C), alpha=side).add_(side + 1)
             table += torch.bincount(pair, None if weight is None else weight[part], minlength=side * side)
-        table = table.view(side, side)[1:-1, 1:-1].clone()
-        if 0 <= self.ignore_index < C:
-            table[self.ignore_index] = 0
-        return table
+        return table.view(side, side)[1:-1, 1:-1].clone()
 
     def _raise_out_of_range(self, pred: Tensor, label: Tensor) -> None:
         for name, ids in (("labels", label), ("predictions", pred)):
@@ -80,12 +79,15 @@ class ConfusionMatrix:
             if len(bad):
                 raise ValueError(f"{len(bad)} {name} outside 0..{self.num_classes - 1}, values "
                                  f"{bad.unique()[:5].tolist()}; correct the number of classes, or map unused ids to "
-                                 f"the ignore value {self.ignore_index}")
+                                 f"the ignore value {IGNORE_INDEX}")
 
     def all_reduce(self) -> "ConfusionMatrix":
         """Sum the counts of all processes into each of them; once, after the last update. Returns self."""
         # A process whose share was empty has no dtype of its own: it takes the others'.
-        kind = all_agree_max(0 if self.counts is None else 2 if self.counts.is_floating_point() else 1)
+        kind = 0
+        if self.counts is not None:
+            kind = 2 if self.counts.is_floating_point() else 1
+        kind = all_agree_max(kind)
         if kind:
             empty = torch.zeros(self.num_classes, self.num_classes, device=self.device,
                                 dtype=torch.float64 if kind == 2 else torch.int64)

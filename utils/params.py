@@ -1,6 +1,6 @@
 """Which parameters are trained, at which rate, with which weight decay."""
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 
 from torch import nn
 
@@ -12,13 +12,12 @@ NO_DECAY = frozenset({
 })
 
 
-def has_decay(name: str, parameter: nn.Parameter, no_decay: Collection[str] = NO_DECAY) -> bool:
-    """False for biases, norms and every other 1-d parameter, and for names with a part in no_decay."""
-    return parameter.ndim > 1 and not name.endswith("bias") and not any(part in no_decay for part in name.split("."))
+def has_decay(name: str, parameter: nn.Parameter) -> bool:
+    """False for biases, norms and every other 1-d parameter, and for names with a part in NO_DECAY."""
+    return parameter.ndim > 1 and not name.endswith("bias") and not any(part in NO_DECAY for part in name.split("."))
 
 
-def split_decay(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float,
-                no_decay: Collection[str] = NO_DECAY) -> list[dict]:
+def split_decay(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict]:
     """Trainable parameters -> optimiser groups {"params", "weight_decay", "name"}: with decay, and without (has_decay).
 
     Frozen parameters are in neither, an empty group is left out, and a parameter under two names comes once.
@@ -29,13 +28,12 @@ def split_decay(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_dec
     for name, parameter in named_parameters:
         if parameter.requires_grad and id(parameter) not in seen:
             seen.add(id(parameter))
-            groups["decay" if has_decay(name, parameter, no_decay) else "no_decay"]["params"].append(parameter)
+            groups["decay" if has_decay(name, parameter) else "no_decay"]["params"].append(parameter)
     return [group for group in groups.values() if group["params"]]
 
 
 def layerwise_groups(model: nn.Module, lr: float, weight_decay: float, layer_id: Callable[[str], int], num_layers: int,
-                     layer_decay: float = 1.0, head_lr_mult: float = 1.0,
-                     no_decay: Collection[str] = NO_DECAY) -> list[dict]:
+                     layer_decay: float = 1.0, head_lr_mult: float = 1.0) -> list[dict]:
     """Optimiser groups {"params", "lr", "weight_decay", "name"}, rates falling towards the input (Bao et al. 2022).
 
     layer_id(parameter name) is 0 (embeddings) .. num_layers - 1 (last block) in the encoder and num_layers in the
@@ -58,7 +56,7 @@ def layerwise_groups(model: nn.Module, lr: float, weight_decay: float, layer_id:
     for layer in sorted(layers):
         head = layer == num_layers
         rate = lr * (head_lr_mult if head else layer_decay ** (num_layers - layer))
-        for group in split_decay(layers[layer], weight_decay, no_decay):
+        for group in split_decay(layers[layer], weight_decay):
             groups.append({**group, "lr": rate, "name": f"{'head' if head else f'layer{layer}'}_{group['name']}"})
     return groups
 

@@ -137,7 +137,8 @@ def crf_refine(probability: Tensor, image: Tensor, appearance: float = 3.0, smoo
     for name, value in (("radius", radius), ("dilation", dilation), ("iterations", iterations), ("shrink", shrink)):
         check_range(f"crf.{name}", value, 1)
     unary = probability.float().clamp_min(1e-20).log()
-    small, colors = unary, image.to(unary.device).float()
+    small = unary
+    colors = image.to(unary.device).float()
     if shrink > 1:
         size = [max(1, round(length / shrink)) for length in image.shape[1:]]
         small = F.interpolate(probability.float()[None], size, mode="area")[0].clamp_min(1e-20).log()     # (C, h, w)

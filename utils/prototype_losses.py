@@ -22,7 +22,8 @@ def resize_label(label: Tensor, size: tuple[int, int]) -> Tensor:
 def _nearest(length: int, cells: int, device: torch.device) -> Tensor:
     """Source index of every cell (cells,). Pillow adds up the positions step by step, and so do we: rounding counts."""
     step = length / cells
-    position, indices = step / 2, []
+    position = step / 2
+    indices = []
     for _ in range(cells):
         indices.append(int(position))
         position += step

@@ -151,13 +151,12 @@ def _camera(azimuth: float, elevation: float) -> np.ndarray:
 
 
 def render_mesh(vertices: np.ndarray, faces: np.ndarray, face_color: np.ndarray, size: int = 360,
-                view: tuple[float, float] = (25.0, 15.0), background: int | tuple[int, int, int] | None = 255,
-                up: str = "auto") -> Image.Image:
-    """Picture of a mesh with flat Lambert shading and hidden surfaces removed, size x size pixels, no perspective.
+                view: tuple[float, float] = (25.0, 15.0), up: str = "auto") -> Image.Image:
+    """Picture of a mesh on white with flat Lambert shading and hidden surfaces removed, size x size pixels, no
+    perspective.
 
     vertices (V, 3), faces (F, 3) int, face_color (F, 3) uint8; both sides of a face are drawn.
     view: degrees the camera goes around the object and up. up: "x", "y" or "z", or "auto" to guess (see `upright`).
-    background: grey value, RGB, or None for a transparent picture (mode RGBA instead of RGB).
     """
     vertices, faces, face_color = np.asarray(vertices, float), np.asarray(faces), np.asarray(face_color)
     if faces.ndim != 2 or faces.shape[1:] != (3,) or face_color.shape != faces.shape:
@@ -185,10 +184,7 @@ def render_mesh(vertices: np.ndarray, faces: np.ndarray, face_color: np.ndarray,
         rgb = np.minimum(face_color * shade[:, None], 255)[face] * alpha
     blocks = (size, SUPERSAMPLE, size, SUPERSAMPLE, -1)
     rgb, alpha = rgb.reshape(blocks).mean((1, 3)), alpha.reshape(blocks).mean((1, 3))     # rgb is premultiplied
-    if background is None:
-        rgba = np.concatenate([rgb / np.maximum(alpha, 1e-6), alpha * 255], axis=-1)
-        return Image.fromarray(np.rint(rgba).astype(np.uint8))
-    return Image.fromarray(np.rint(rgb + (1 - alpha) * np.asarray(background)).astype(np.uint8))
+    return Image.fromarray(np.rint(rgb + (1 - alpha) * 255).astype(np.uint8))
 
 
 def pca_colors(embedding: np.ndarray) -> np.ndarray:

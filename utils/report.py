@@ -50,7 +50,7 @@ svg { display: block; } svg text { fill: var(--soft); font-size: 12px; }
 .tiles span, dt, th, figcaption, .keys, .small, .pair p { color: var(--soft); font-size: 13px; }
 dl { display: grid; grid-template-columns: repeat(3, 1fr); gap: 16px 32px; margin: 28px 0 0; } dd { margin: 0; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; } table.extra { width: auto; min-width: 50%; }
+table { border-collapse: collapse; width: 100%; }
 th { text-align: left; font-weight: 500; white-space: nowrap; }
 th, td { padding: 8px 20px 8px 0; border-bottom: 1px solid var(--line); } tr > :last-child { padding-right: 0; }
 .n { text-align: right; white-space: nowrap; } td.name { min-width: 9em; }
@@ -86,13 +86,12 @@ figure header { border-bottom: 1px solid var(--line); } figcaption { padding: 7p
 
 def write_report(path: str | os.PathLike, title: str, class_names: Sequence[str], palette: np.ndarray | Sequence,
                  metrics: Mapping[str, Any], matrix: np.ndarray, history: Sequence[Mapping] = (),
-                 examples: Sequence[Mapping] = (), notes: Sequence[tuple[str, Any]] = (),
-                 extra_tables: Sequence[tuple[str, Sequence, Sequence[Sequence]]] = ()) -> None:
+                 examples: Sequence[Mapping] = (), notes: Sequence[tuple[str, Any]] = ()) -> None:
     """Write the report of one evaluation to `path`.
 
     class_names C names; palette (C, 3) in 0..255; metrics: what segmentation_metrics returns; matrix (C, C), rows =
     truth; history: records of log.jsonl; examples: dicts of name, score (higher is better), truth (picture or None),
-    pred (picture), caption; notes: (key, value) rows; extra_tables: (title, column names, rows).
+    pred (picture), caption; notes: (key, value) rows.
     ValueError where names, colours, matrix and metrics do not have the same number of classes.
     """
     matrix = np.asarray(matrix)
@@ -103,7 +102,7 @@ def write_report(path: str | os.PathLike, title: str, class_names: Sequence[str]
     colors = ["#{:02x}{:02x}{:02x}".format(*map(int, color)) for color in palette]
     body = [f"<h1>{escape(title)}</h1>", _headline(metrics), notes_list(notes),
             _classes(class_names, colors, metrics, matrix), _confusion(class_names, matrix),
-            *(_table(*table) for table in extra_tables), _curves(history), _gallery(class_names, colors, examples)]
+            _curves(history), _gallery(class_names, colors, examples)]
     write_page(path, title, [part for part in body if part])
 
 
@@ -143,19 +142,6 @@ def notes_list(notes: Sequence[tuple[str, Any]]) -> str:
     """(key, value) pairs as a list of terms."""
     rows = "".join(f"<div><dt>{escape(str(key))}</dt><dd>{escape(str(value))}</dd></div>" for key, value in notes)
     return f"<dl>{rows}</dl>" if rows else ""
-
-
-def _table(title: str, header: Sequence, rows: Sequence[Sequence]) -> str:
-    """Any table; columns of numbers are set to the right, floats with two decimals."""
-    def line(tag: str, values: Sequence) -> str:
-        texts = (f"{value:.2f}" if isinstance(value, float) else str(value) for value in values)
-        return "<tr>" + "".join(f"<{tag}{' class=n' if number else ''}>{escape(text)}</{tag}>"
-                                for text, number in zip(texts, numbers, strict=True)) + "</tr>"
-
-    numbers = [all(isinstance(row[i], int | float) for row in rows) for i in range(len(header))]
-    body = "".join(line("td", row) for row in rows)
-    return (f'<h2>{escape(title)}</h2><div class="scroll"><table class="extra"><thead>{line("th", header)}</thead>'
-            f"<tbody>{body}</tbody></table></div>")
 
 
 def dot(color: str) -> str:
@@ -205,7 +191,8 @@ def _confusion(names: Sequence[str], matrix: np.ndarray) -> str:
         x = left + (row + 0.5) * side
         parts.append(f'<text transform="translate({x + 3:.1f} {top - 7}) rotate(-{angle})">{escape(short[row])}</text>')
     for row, column in np.argwhere(matrix > 0):
-        x, y, value = left + column * side, top + row * side, share[row, column]
+        x, y = left + column * side, top + row * side
+        value = share[row, column]
         hint = f"{names[row]} taken for {names[column]}" if row != column else f"{names[row]} found"
         hint += f": {_percent(value)} %, {_count(matrix[row, column])} of {_count(total[row])}"
         parts.append(f'<g><title>{escape(hint)}</title><rect x="{x:.1f}" y="{y:.1f}" width="{side:.1f}" '
@@ -266,7 +253,8 @@ def _chart(title: str, series: Sequence[tuple[str, list[tuple[float, float]]]], 
     x_all, y_all = ([p[i] for _, points in series for p in points] for i in (0, 1))
     x_ticks = [x for x in nice_ticks(min(x_all), max(x_all), 6) if min(x_all) <= x <= max(x_all) and x == int(x)]
     y_ticks = nice_ticks(min(y_all), max(y_all))
-    width, height, left, right, top, bottom = 440, 256, 46, 10, 8, 36
+    width, height = 440, 256
+    left, right, top, bottom = 46, 10, 8, 36
     x_span, y_span = (max(x_all) - min(x_all)) or 1, y_ticks[-1] - y_ticks[0]
     decimals = max(0, -math.floor(math.log10(y_ticks[1] - y_ticks[0]) + 1e-9))
 
@@ -303,11 +291,13 @@ def _chart(title: str, series: Sequence[tuple[str, list[tuple[float, float]]]], 
 def data_uri(image: Image.Image, jpeg: bool = False) -> str:
     """The picture as text for an img tag: PNG, or JPEG on request and where PNG is too large; the latter never loses
     transparency."""
-    kind, stream = "png", io.BytesIO()
+    kind = "png"
+    stream = io.BytesIO()
     if not jpeg:
         image.save(stream, "PNG", optimize=True)
     if jpeg or (stream.tell() > MAX_PNG and "A" not in image.mode):
-        kind, stream = "jpeg", io.BytesIO()
+        kind = "jpeg"
+        stream = io.BytesIO()
         image.convert("RGB").save(stream, "JPEG", quality=88)
     return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
 

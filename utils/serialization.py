@@ -134,7 +134,8 @@ def patch_layout(sizes: Sequence[int], patch_size: int, device: torch.device | s
     place keeps the output of its own patch. A scene of fewer voxels is one patch of its own length; such patches come
     last, those of equal length together. This is the official variable-length ("flash") path. No scene is empty.
     """
-    whole, short, start = [], [], 0            # runs (first place, length, places at its end that are its own)
+    whole, short = [], []                      # runs (first place, length, places at its end that are its own)
+    start = 0
     for size in sizes:
         tail = size % patch_size
         if size >= patch_size:
