@@ -13,11 +13,12 @@ import torch
 import yaml
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader
 
 import evaluate
 import predict
 import train_segmentation
+import utils.run
+from data.image_splits import check_counts
 from data.images import Augmentation
 from models.resnet import ENCODERS
 from models.unet import UNet
@@ -26,8 +27,11 @@ from tests.whole_runs import assert_equal, sigterm_in_call
 from utils.checkpoint import CheckpointKeeper, EarlyStopping, load_checkpoint
 from utils.cli import StopRequested
 from utils.config import load_config
+from utils.image_inference import build_normalizer
 from utils.log import read_log
-from utils.losses import IGNORE_INDEX, WeightedLoss, lovasz_softmax_loss, soft_dice_loss
+from utils.losses import IGNORE_INDEX, WeightedLoss, class_weights, lovasz_softmax_loss, soft_dice_loss
+from utils.postprocess import build_refine
+from utils.training import build_loader
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = train_segmentation
@@ -154,11 +158,11 @@ def test_every_key_of_the_documents_example_does_what_it_says(tmp_path, monkeypa
     torch.save({**pretrained, "fc.weight": torch.zeros(2, 64), "fc.bias": torch.zeros(2)}, "resnet34.pth")
 
     seen = {"loader": [], "clip": [], "stop": [], "keep": [], "model": [], "data": []}
-    monkeypatch.setattr(SCRIPT, "DataLoader", lambda *a, num_workers, **k: seen["loader"].append(num_workers) or DataLoader(*a, **k))
+    monkeypatch.setattr(SCRIPT, "build_loader", lambda data, sampler, num_workers, device: seen["loader"].append(num_workers) or build_loader(data, sampler, 0, device))
     clip = nn.utils.clip_grad_norm_
     monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda p, norm: seen["clip"].append(norm) or clip(p, norm))
     monkeypatch.setattr(SCRIPT, "EarlyStopping", lambda *a: seen["stop"].append(a) or EarlyStopping(*a))
-    monkeypatch.setattr(SCRIPT, "CheckpointKeeper", lambda *a: seen["keep"].append(a[1:]) or CheckpointKeeper(*a))
+    monkeypatch.setattr(utils.run, "CheckpointKeeper", lambda *a: seen["keep"].append(a[1:]) or CheckpointKeeper(*a))
     load, dataset = SCRIPT.load_pretrained, SCRIPT.SegmentationDataset
     monkeypatch.setattr(SCRIPT, "load_pretrained", lambda model, config: seen["model"].append(model) or load(model, config))
     monkeypatch.setattr(SCRIPT, "SegmentationDataset", lambda *a: seen["data"].append(a) or dataset(*a))
@@ -184,7 +188,7 @@ def test_every_key_of_the_documents_example_does_what_it_says(tmp_path, monkeypa
     model, = seen["model"]
     assert isinstance(model, UNet) and model.dropout.p == 0.1 and model.segmentation_head[0].out_channels == 4
     config = load_config("seg.yaml", SCRIPT.DEFAULTS)
-    grey = SCRIPT.normalizer(config)(torch.full((1, 3, 1, 1), 255, dtype=torch.uint8)).flatten()
+    grey = build_normalizer(**config.dataset.normalization)(torch.full((1, 3, 1, 1), 255, dtype=torch.uint8)).flatten()
     assert grey.tolist() == pytest.approx([(1 - m) / s for m, s in zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True)])
     assert (config.training.amp, config.logging.log_every_n_steps, config.training.accumulate_grad_batches) == (True, 50, 1)
 
@@ -221,7 +225,8 @@ def test_flags_win_over_the_file(tmp_path, root):
     args = SCRIPT.parse_args(argv)
     config = SCRIPT.read_config(args, argv)
     assert (config.training.seed, config.training.num_workers, config.training.amp, config.dataset.num_classes) == (3, 5, "float32", 2)
-    assert args.output_dir == "x" and SCRIPT.read_config(args, [*argv, "--seed", "0"]).training.seed == 0
+    argv += ["--seed", "0"]
+    assert args.output_dir == "x" and SCRIPT.read_config(SCRIPT.parse_args(argv), argv).training.seed == 0
     for wrong in (["a.yaml", "--config", "b.yaml"], ["training.epochs=1"]):
         with pytest.raises(SystemExit):
             SCRIPT.parse_args(wrong)
@@ -245,7 +250,8 @@ def test_overfits_four_pictures(tmp_path, losses):
 
 def test_accumulated_is_the_big_batch(tmp_path, root, monkeypatch):
     """Without batch norm, and with very different numbers of unlabelled pixels: two micro-batches of two are one batch of four."""
-    monkeypatch.setitem(SCRIPT.MODELS, "unet", lambda config: nn.Conv2d(3, 3, 3, padding=1))
+    monkeypatch.setattr(SCRIPT, "UNet", lambda *_: nn.Conv2d(3, 3, 3, padding=1))
+    monkeypatch.setattr(nn.Conv2d, "scores", nn.Conv2d.forward, raising=False)
     results = []
     for batch, accumulate in ((4, 1), (2, 2), (1, 4)):
         config = write_config(tmp_path / "c.yaml", root, training={"batch_size": batch, "accumulate_grad_batches": accumulate, "epochs": 1,
@@ -276,13 +282,11 @@ def test_losses_of_a_step_are_their_sums(root):
     assert SCRIPT.compute_loss(criterion, logits, ignored, criterion.label_weight(ignored), 1.0)["total"].item() == 0
 
 
-def test_class_weights_follow_the_median(tmp_path, root):
-    config = load_config(write_config(tmp_path / "c.yaml", root), SCRIPT.DEFAULTS)
+def test_class_weights_follow_the_median():
     counts = np.array([100, 400, 25, 0])
     for name, expected in ((None, None), ([1, 2, 3, 4], [1, 2, 3, 4]), ("median_frequency", [1.0, 0.25, 4.0, 1.0]),
                            ("sqrt_median_frequency", [1.0, 0.5, 2.0, 1.0])):
-        config.losses.class_weights = name
-        assert SCRIPT.class_weights(config, counts) == expected
+        assert class_weights(name, counts) == expected
 
 
 def test_early_stopping_and_the_best_of_a_run(tmp_path, root, monkeypatch, capsys):
@@ -391,7 +395,7 @@ def test_the_averaged_weights_are_what_is_scored(whole):
 def test_post_processing_is_off_until_asked_for_and_tells_the_score_before(root, whole, tmp_path, capsys):
     _, folder, result = whole
     plain = str(last(folder))
-    assert SCRIPT.refine_function(load_config(whole[0], SCRIPT.DEFAULTS)) is None
+    assert build_refine(load_config(whole[0], SCRIPT.DEFAULTS).postprocess) is None
     for number, more in enumerate((["postprocess.mode=5", "postprocess.min_area=40"], ["postprocess.crf.use=true", "postprocess.crf.iterations=2"])):
         after = evaluate.main([plain, "--split", "val", "--device", "cpu", "--output-dir", str(tmp_path / f"{number}"), *more])
         record = json.loads((tmp_path / f"{number}" / "metrics.json").read_text())
@@ -482,10 +486,10 @@ def test_masks_of_0_and_255_have_one_class(tmp_path):
 def test_what_is_rarely_meant_is_told(tmp_path, root):
     """The document's own command, training.epochs=200, with its file, where the schedule has 100 epochs."""
     config = load_config(write_config(tmp_path / "c.yaml", root, scheduler={"max_epochs": 100}), SCRIPT.DEFAULTS, ["training.epochs=200"])
-    absent, schedule = SCRIPT.doubts(config, ["sky", "ground", "box"], np.array([5, 0, 3]))
+    (absent,), (schedule,) = check_counts(["sky", "ground", "box"], np.array([5, 0, 3]), "255"), SCRIPT.schedule_doubts(config)
     assert "no pixel of the training masks is ground" in absent and "max_epochs=100; the last 100 of 200" in schedule
     config.training.epochs = 100
-    assert SCRIPT.doubts(config, ["sky", "ground", "box"], np.array([5, 1, 3])) == []
+    assert check_counts(["sky", "ground", "box"], np.array([5, 1, 3]), "255") == SCRIPT.schedule_doubts(config) == []
 
 
 def test_a_step_that_overflows_in_float16_does_not_count_for_the_schedule(tmp_path, root, monkeypatch):
@@ -497,7 +501,7 @@ def test_a_step_that_overflows_in_float16_does_not_count_for_the_schedule(tmp_pa
         return {**terms, "total": terms["total"] * (1e38 if len(calls) == 2 else 1)}      # finite, until the scaler multiplies it
 
     monkeypatch.setattr(SCRIPT, "compute_loss", overflow)
-    monkeypatch.setattr(SCRIPT, "amp_settings", lambda *_: (None, torch.amp.GradScaler("cpu")))
+    monkeypatch.setattr(utils.run, "amp_settings", lambda *_: (None, torch.amp.GradScaler("cpu")))
     config = write_config(tmp_path / "c.yaml", root, logging={"log_every_n_steps": 100}, scheduler={"name": "poly"}, training={"epochs": 1})
     train(config, tmp_path / "out")
     checkpoint = load_checkpoint(last(tmp_path / "out"))
