@@ -1,6 +1,6 @@
 """I-JEPA pre-training of the mesh encoder (Assran et al. 2023, on clusters of faces): no labels.
 
-    python train_jepa.py configs/jepa_humanbody.yaml      # then train_downstream.py loads the teacher
+    python train_jepa.py configs/jepa_humanbody.yaml    # then train_downstream.py loads its result
     python train_downstream.py CONFIG --pretrained_path exp/jepa/model/model_last.pth
     python train_jepa.py configs/jepa_demo.yaml --device cpu           # about a minute on two cores
     torchrun --nproc_per_node=4 train_jepa.py CONFIG                   # several GPUs

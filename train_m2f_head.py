@@ -1,16 +1,14 @@
 """Mask2Former head on a frozen DINOv3 (or DINOv2): adapter, pixel decoder and decoder are trained.
 
-    python train_m2f_head.py --image-paths "train/images/*.jpg" --mask-paths "train/masks/*.png" \\
-        --num-classes 150 --validate --backbone dinov3_vitl16 \\
-        --backbone-weights dinov3_vitl16_pretrain_lvd1689m-8aa4cbdd.pth
+    python train_m2f_head.py --image-paths "images/*.jpg" --mask-paths "masks/*.png" --validate \\
+        --backbone dinov3_vitl16 --backbone-weights dinov3_vitl16_pretrain_lvd1689m-8aa4cbdd.pth
     python train_m2f_head.py ... --device cpu --limit-batches 2 --epochs 1           # smoke run
     torchrun --nproc_per_node=4 train_m2f_head.py ...                                # several GPUs
     python train_m2f_head.py ... --resume auto                    # go on, bit for bit
     python train_m2f_head.py --resume exp/m2f_head/model/model_best.pth --test-only
     python train_m2f_head.py --test-only --backbone dinov3_vit7b16 --backbone-weights FILE.pth \\
         --hidden-dim 2048 --head-weights dinov3_vit7b16_ade20k_m2f_head-bf307cb1.pth \\
-        --val-image-paths ... --val-mask-paths ... --reduce-zero-label --eval-size 896 \\
-        --eval-stride 596 [--tta]                                        # the released ADE20K head
+        --val-image-paths ... --val-mask-paths ... --reduce-zero-label --eval-size 896  # ADE20K
 
 Cheng et al. 2022 (Mask2Former) on the features of Simeoni et al. 2025 (DINOv3, section 6.3.2), who
 released a head but no code to train one. Masks hold class ids, 255 is ignored. The backbone never
@@ -48,6 +46,7 @@ from utils.image_scripts import (
     describe_data,
     evaluate_photos,
     evaluation_view,
+    has_test_photos,
     label_photo,
     open_backbone,
     photo_pictures,
@@ -213,6 +212,7 @@ predict = label_photo
 write_prediction = write_photo_label
 example_pictures = photo_pictures
 list_inputs = list_images
+has_test_split = has_test_photos
 
 
 def attach_backbone(model: Mask2FormerSegmenter, backbone: FrozenBackbone, config: Config,

@@ -373,7 +373,7 @@ def load_pretrained(model: nn.Module, config: Config) -> str:
 
 def build_criterion(config: Config, counts: np.ndarray) -> WeightedLoss:
     losses = config.losses
-    weights = class_weights(losses.class_weights, counts)
+    weights = class_weights(losses.class_weights, counts, "losses.class_weights")
     terms = {name: losses[name] for name in WeightedLoss.NAMES}
     return WeightedLoss(terms, weights, label_smoothing=losses.label_smoothing, class_dim=1,
                         gamma=losses.gamma)

@@ -47,6 +47,7 @@ from utils.image_scripts import (
     describe_data,
     evaluate_photos,
     evaluation_view,
+    has_test_photos,
     label_photo,
     open_backbone,
     photo_pictures,
@@ -197,6 +198,7 @@ predict = label_photo
 write_prediction = write_photo_label
 example_pictures = photo_pictures
 list_inputs = list_images
+has_test_split = has_test_photos
 
 
 def attach_backbone(model: UPerNetSegmenter, backbone: FrozenBackbone, config: Config,

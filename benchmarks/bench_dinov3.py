@@ -375,6 +375,7 @@ def whole_steps(args, name: str, size: int, batch: int, device: torch.device) ->
     backbone._sha256 = "random"                             # 27 GB need not be hashed
     backbone.to(device, dtype)
     model, criterion = Mask2FormerSegmenter(adapter, head), SetCriterion(NUM_CLASSES, args.num_points).to(device)
+    model.backbone = backbone
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
     data = {"image": torch.randint(256, (batch, 3, size, size), dtype=torch.uint8).to(device),
             "label": patches_of_classes(batch, size).to(device)}

@@ -29,6 +29,7 @@ import models.nomeformer
 import models.point_transformer
 import models.upernet
 import utils.image_inference
+import utils.run
 from tests.tiny_runs import NAMES, ROOT, Forked, TinyRun, last_checkpoint, report, run_forked, same_weights, tiny_run
 from utils.distributed import world_size
 from utils.log import read_log
@@ -412,7 +413,7 @@ def test_processes_that_do_not_see_the_same_are_told(folder, tmp_path):
 
     def other_folder():
         if os.environ["RANK"] == "1":
-            importlib.import_module("train_downstream").find_resume = lambda *_: (None, [])
+            utils.run.find_resume = lambda *_: (None, [])
 
     pair = start_pair(run, tmp_path / "first", "training.epochs=1", "--resume", "auto", hook=other_folder)
     assert [child.wait(120).code for child in pair] == [2, 2] and "go on from different steps (0, 2)" in pair[0].stderr, pair[0].stderr
@@ -574,7 +575,7 @@ def test_a_skipped_step_does_not_advance_the_schedule(folder, tmp_path, name):
         torch.amp.GradScaler.scale = infinite_once
         LRScheduler.step = lambda self, *more: (print("schedule goes on"), step(self, *more))
         LRScheduler._initial_step = lambda self: (print("schedule begins"), begin(self))
-        importlib.import_module(f"train_{name}").amp_settings = lambda *_: (None, torch.amp.GradScaler("cpu"))
+        utils.run.amp_settings = lambda *_: (None, torch.amp.GradScaler("cpu"))
 
     done = run_forked(tiny_run(name, folder, epochs=1), tmp_path / "out", hook=overflow)
     assert done.code == 0, done.stderr

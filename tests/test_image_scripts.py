@@ -20,7 +20,7 @@ import train_upernet_head
 import utils.image_scripts as image_scripts
 from tests.tiny_heads import add_tiny_backbone, flags, score, train, val, weights, write_backbone, write_data
 from tests.tiny_images import write_classes, write_pictures
-from tests.whole_runs import assert_equal, sigterm_in_call
+from tests.whole_runs import assert_equal, refused, sigterm_in_call
 from utils.cli import StopRequested
 from utils.log import read_log
 
@@ -190,10 +190,10 @@ def test_random_weights_are_announced_and_no_weights_refused(script, data, tmp_p
     (["--val-image-paths", "x"], "--val-mask-paths"),
     (["--test-only"], "--test-only needs"),
 ])
-def test_user_errors_name_the_place(script, data, tmp_path, more, message):
+def test_user_errors_name_the_place(script, data, tmp_path, more, message, capsys):
     if "--val-image-paths" in more:
         more = [*more, "--validate"]
-    with pytest.raises((ValueError, OSError), match=message):
+    with refused(capsys, message):
         train(script, data, tmp_path, *more)
 
 

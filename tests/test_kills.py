@@ -26,6 +26,7 @@ import torch
 
 import models.prototype_push as prototype_push
 import utils.checkpoint
+import utils.jepa_scripts as jepa_scripts
 import utils.log
 from tests.tiny_runs import NAMES, ROOT, Forked, TinyRun, last_checkpoint, report, run_forked, tiny_run
 from tests.whole_runs import assert_equal
@@ -46,11 +47,12 @@ def everywhere(default: int, *cases: tuple) -> list:
 def points(script: str) -> dict[str, list[tuple]]:
     """Name of the moment -> the functions (owner, name) that are called then."""
     module = sys.modules[Path(script).stem]
-    scored = {"train_jepa.py": ("measure",), "train_prototype.py": ("evaluate", "finish_push", "finish_prune")}
+    scored = {"train_jepa.py": [(jepa_scripts, "measure")],
+              "train_prototype.py": [(module, "evaluate"), (module, "finish_push"), (module, "finish_prune")]}
     return {"prepare": [(module, "build_dataset")],
             "step": [(torch.optim.AdamW, "step"), (torch.optim.Adam, "step")],
             "epoch": [(module, "train_until" if script == "train_prototype.py" else "train_one_epoch")],
-            "evaluate": [(module, name) for name in scored.get(script, ("evaluate",))],
+            "evaluate": scored.get(script, [(module, "evaluate")]),
             "log": [(utils.log.RunLog, "evaluation")],
             "save": [(torch, "save")],
             "copy": [(shutil, "copyfileobj")],

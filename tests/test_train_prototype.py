@@ -435,6 +435,7 @@ def test_two_processes_equal_one_with_the_double_batch(config, tmp_path):
     one, two = (checkpoint(tmp_path / name) for name in ("one", "two"))
     assert [entry["image"] for entry in one["prototypes"]] == [entry["image"] for entry in two["prototypes"]]
     for name, value in one["model"].items():
-        assert torch.allclose(value.float(), two["model"][name].float(), atol=2e-4), name
+        # Adam divides by the size of the gradient: where that is nearly 0, another order of sums moves a weight by a share of its rate, 3e-3.
+        assert torch.allclose(value.float(), two["model"][name].float(), atol=1e-3), name
     curves = [[record["loss"] for record in read_log(tmp_path / name / "log" / "log.jsonl") if record["split"] == "train"] for name in ("one", "two")]
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)

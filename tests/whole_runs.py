@@ -1,9 +1,21 @@
-"""What the tests of whole training runs share: two runs compared to the last bit, and a signal in the middle of a step."""
+"""What the tests of whole training runs share: two runs compared to the last bit, a signal in the middle of a step, errors of the user."""
 
+import contextlib
 import os
+import re
 import signal
 
+import pytest
 import torch
+
+
+@contextlib.contextmanager
+def refused(capsys, message):
+    """An error of the user that matches: raised by the script, or a line of its parser on stderr."""
+    with pytest.raises((ValueError, OSError, SystemExit)) as error:
+        yield
+    text = capsys.readouterr().err if isinstance(error.value, SystemExit) else str(error.value)
+    assert re.search(message, text), text
 
 
 def assert_equal(first, second, where=""):

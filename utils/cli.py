@@ -39,14 +39,13 @@ class AtLeast(NamedTuple):
     kind: type = int
 
     def __call__(self, text: str) -> int | float:
-        value = self.kind(text)                                # argparse reports its ValueError
+        try:
+            value = self.kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"invalid {self.kind.__name__} value: {text!r}") from None
         if not value >= self.low:                              # NaN too
             raise argparse.ArgumentTypeError(f"expected a number from {self.low}, got {text}")
         return value
-
-    @property
-    def __name__(self) -> str:                                 # argparse's word for the type, in its own messages
-        return self.kind.__name__
 
 
 class ArgumentParser(argparse.ArgumentParser):

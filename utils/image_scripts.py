@@ -129,7 +129,7 @@ def score_split(run: Run, model: nn.Module, given: set[str], source: object) -> 
     """--test-only: print the scores of the model from `source` on the test split, or on validation where there is none
     or it alone is among the flags that are `given`; returns the single numbers."""
     asked_for_val = "val_image_paths" in given and "test_image_paths" not in given
-    split = "test" if has_test_split(model.config) and not asked_for_val else "val"
+    split = "test" if has_test_photos(model.config) and not asked_for_val else "val"
     dataset = build_dataset(model.config, split, num_workers=run.args.num_workers)
     result = evaluate_photos(model, dataset, run.device, run.amp_dtype, num_workers=run.args.num_workers,
                              limit_batches=run.args.limit_batches)
@@ -137,7 +137,7 @@ def score_split(run: Run, model: nn.Module, given: set[str], source: object) -> 
     return headline(result)
 
 
-def has_test_split(config: Config) -> bool:
+def has_test_photos(config: Config) -> bool:
     return bool(config.data.test_image_paths)
 
 

@@ -96,8 +96,9 @@ class Probe:
         return self.baselines
 
     def report(self, scores: dict, epoch: int) -> str:
-        return (f"probe at epoch {epoch} ({self.config.probe.method}, fitted on {sum(self.train.num_faces):,} faces of "
-                f"{len(self.train.files)} meshes, scored on {sum(self.val.num_faces):,} of {len(self.val.files)} others)\n"
+        fitted = f"{sum(self.train.num_faces):,} faces of {len(self.train.files)} meshes"
+        scored = f"{sum(self.val.num_faces):,} of {len(self.val.files)} others"
+        return (f"probe at epoch {epoch} ({self.config.probe.method}, fitted on {fitted}, scored on {scored})\n"
                 f"{probe_table({'pre-trained': scores, **self.baselines})}")
 
 

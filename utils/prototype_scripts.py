@@ -99,8 +99,8 @@ def finish_push(model: PPNet, table: PushTable, dataset: SegmentationDataset) ->
              f"{len(report.duplicates)} duplicates removed, {len(report.kept)} left"]
     if report.unpushed:
         absent = sorted({model.class_names[entries[p]["class"]] for p in report.unpushed})
-        lines.append(f"WARNING: {len(report.unpushed)} prototypes found no patch and keep their "
-                     f"learned vector; never in the push set: {', '.join(absent)}")
+        lines.append(f"WARNING: {len(report.unpushed)} prototypes found no patch and keep their learned vector: "
+                     f"{', '.join(absent)} never {'occurs' if len(absent) == 1 else 'occur'} in the push set")
     return lines
 
 
