@@ -491,9 +491,9 @@ class SonataSegmenter(nn.Module):
     forward(batch, orders=None) -> logits (N, num_classes) float32 in the order of the batch.
 
     In lin and lora each stage's slice of the head is applied at that stage's resolution and the scores are handed down,
-    so that the N x 1232 matrix is never built; the same up to rounding. A frozen encoder runs under no_grad (in lora with
-    gradients, which its updates need), but as upstream it follows train(): its drop path, and the jitter of a rotation,
-    act during training. frozen_eval=True keeps it in eval mode.
+    so that the N x 1232 matrix is never built; the same up to rounding. A frozen encoder runs under no_grad (in lora
+    with gradients, which its updates need), but as upstream it follows train(): its drop path, and the jitter of a
+    rotation, act during training. frozen_eval=True keeps it in eval mode.
     """
 
     def __init__(self, backbone: PointTransformerV3, num_classes: int, mode: str = "lin", frozen_eval: bool = False):
