@@ -7,7 +7,8 @@
     python benchmarks/bench_sonata.py gpu               # bfloat16 on CUDA: forward and a whole ft step, ms and peak GiB
     python benchmarks/bench_sonata.py memory --mode ft --gradient-checkpointing --voxels 200000
 
-Each row of features, modes and memory runs in a process of its own, so that its peak is its own, and gives up at --limit-gib.
+Each row of features, modes and memory runs in a process of its own, so that its peak is its own; modes and memory give
+up at --limit-gib.
 Times on the CPU are CPU seconds with one thread, wall-clock seconds with more: other work disturbs the first little.
 """
 
@@ -43,7 +44,8 @@ TINY = {**SONATA, "enc_depths": [1, 1, 1], "enc_channels": [16, 32, 48], "enc_nu
         "enc_patch_size": [64] * 3}
 HALL, HALL_POINTS = (10.0, 8.0, 2.6), 500_000           # metres; about 4 of 26 neighbours occupied
 ROOM_POINTS = 100_000
-SIZES = {"parts": [30_000], "features": [30_000], "memory": [25_000, 50_000, 100_000, 200_000], "gpu": [30_000, 100_000, 200_000]}
+SIZES = {"parts": [30_000], "features": [30_000], "memory": [25_000, 50_000, 100_000, 200_000],
+         "gpu": [30_000, 100_000, 200_000]}
 TIMED = {"neighbour tables": [(network, "neighbour_table")],
          "serialisation, patches": [(network.Stage, "patches")],
          "sparse convolution": [(network.SubMConv3d, "forward")],
@@ -192,9 +194,10 @@ def one_features(args) -> dict:
     before = peak_gib()
     with torch.no_grad():
         seconds = fastest(args.repeats, device, lambda: upcast(model(batch)))
-    peak, parameters = peak_gib(), sum(parameter.numel() for parameter in model.parameters())
-    print(f"  {name:<15}{parameters / 1e6:>7.1f} M{args.voxels[0]:>9,} voxels{peak:>8.2f} GiB at the peak{before:>7.2f} "
-          f"before{seconds:>8.2f} s", flush=True)
+    peak = peak_gib()
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    print(f"  {name:<15}{millions:>7.1f} M{args.voxels[0]:>9,} voxels{peak:>8.2f} GiB at the peak{before:>7.2f} before"
+          f"{seconds:>8.2f} s", flush=True)
     return {"peak": peak, "seconds": seconds}
 
 
@@ -240,8 +243,8 @@ def features(args) -> None:
     print(f"Up-cast features, {describe(torch.device('cpu'))}, float32, the fastest of {args.repeats}", flush=True)
     for name in args.network or ("sonata", "concerto_large", "utonia"):
         for voxels in args.voxels or SIZES["features"]:
-            code = subprocess.run([sys.executable, __file__, "one", "--network", name, "--voxels", str(voxels), "--threads",
-                                   str(args.threads), "--repeats", str(args.repeats)]).returncode
+            code = subprocess.run([sys.executable, __file__, "one", "--network", name, "--voxels", str(voxels),
+                                   "--threads", str(args.threads), "--repeats", str(args.repeats)]).returncode
             if code:
                 raise ValueError(f"{name} ended with {code}")
 
@@ -290,7 +293,8 @@ def main(argv=None):
     if args.part == "one" and not (args.voxels or args.room):
         raise ValueError("one: give --voxels N or --room POINTS")
     torch.set_num_threads(args.threads)
-    return {"parts": parts, "features": features, "memory": memory, "modes": modes, "gpu": gpu, "one": one}[args.part](args)
+    part = {"parts": parts, "features": features, "memory": memory, "modes": modes, "gpu": gpu, "one": one}[args.part]
+    return part(args)
 
 
 if __name__ == "__main__":

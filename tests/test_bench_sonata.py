@@ -64,6 +64,12 @@ def test_parts_and_gpu(capsys, threads):
     assert capsys.readouterr().out.count("GiB at the peak") == 2
 
 
+def test_features_run_in_processes(capfd):
+    bench_sonata.main(["features", "--network", "utonia_tiny", "sonata_small", "--voxels", "300", "--repeats", "1"])
+    lines = [line for line in capfd.readouterr().out.splitlines() if "GiB at the peak" in line]
+    assert [line.split()[:2] for line in lines] == [["utonia_tiny", "9.3"], ["sonata_small", "38.6"]]
+
+
 @pytest.mark.parametrize("limit", [8, 0.2])
 def test_modes_and_memory_run_in_processes(capfd, limit):
     bench_sonata.main(["modes", "--tiny", "--room", "10000", "--mode", "ft", "--limit-gib", str(limit)])
