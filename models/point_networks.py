@@ -102,3 +102,20 @@ def describe_network(config: Mapping[str, Any], mode: str = "lin") -> list[str]:
         source = "given in the config" if given else "the official one" if official else "not official: none is known"
         lines.append(f"decoder: {' '.join(map(str, given or decoder['dec_channels']))} channels, {source}")
     return lines
+
+
+def data_warning(config: Mapping[str, Any], grid_size: float, scale: float | str) -> str | None:
+    """A line where the voxels are not those that a released network was pre-trained on, else None: its numbers would be
+    plausible and worse. Utonia: 0.01 after a scale (0.5 indoors, 0.2 outdoors, objects to radius 1); others: 0.02."""
+    name = network_name(config)
+    if name is None:
+        return None
+    rotates = NETWORKS[name].rotates
+    expected = 0.01 if rotates else 0.02
+    near = expected / 1.3 < grid_size < expected * 1.3      # pre-training varies sizes by 10 %, and more
+    if near and (rotates or scale == 1):
+        return None
+    advice = "data.grid_size=0.01 with data.scale 0.5 for rooms, 0.2 for outdoor scans, object for single objects" \
+        if rotates else "data.grid_size=0.02 with data.scale=1"
+    return (f"WARNING: the size of {NETWORKS[name].owner}, but data.grid_size={grid_size:g} and data.scale={scale}; it "
+            f"was pre-trained with {advice}")

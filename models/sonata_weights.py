@@ -59,6 +59,9 @@ def read_sonata(path: str | Path) -> SonataWeights:
         prefixes = [prefix for prefix in prefixes if "student" in prefix.split(".")] or prefixes
     if len(prefixes) != 1:
         found = f"several backbones ({', '.join(map(repr, prefixes))})" if prefixes else _describe(state, content)
+        if any(UPDATE in name for name in state):
+            raise ValueError(f"{path}: holds low-rank updates without their encoder; write a plain encoder first: "
+                             f"python scripts/merge_lora.py {path} ENCODER.pth")
         raise ValueError(f"{path}: expected one Point Transformer V3 in this file, found {found}. Use sonata.pth, a "
                          f"checkpoint of Sonata's pre-training, or one trained from it.")
     prefix = prefixes[0]

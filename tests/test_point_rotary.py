@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data.points import PointSpec, collate_points, evaluation_sample
-from models.point_networks import decoder_of, describe_network, network_config
+from models.point_networks import data_warning, decoder_of, describe_network, network_config
 from models.point_rotary import PointRotary, Rotation, frequencies
 from models.point_transformer import build_point_transformer, build_segmenter, centred, mean_positions
 from tests.test_point_transformer import CONFIG, batch_of, scene, strong
@@ -225,6 +225,16 @@ def test_networks_are_described():
     own = describe_network(CONFIG, "dec")
     assert own == ["network: of no released size (16 32 32)", "decoder: 16 32 channels, given in the config"]
     assert len(describe_network(network_config("sonata"), "lin")) == 2
+
+
+@pytest.mark.parametrize("name, grid_size, scale, expected", [
+    ("utonia", 0.02, 1.0, "grid_size=0.01 with data.scale 0.5 for rooms"), ("utonia_tiny", 0.05, 0.2, "data.scale=0.2; it was"), ("utonia", 0.01, 0.5, None),
+    ("utonia", 0.01, "object", None), ("utonia", 0.01, 1.0, None), ("sonata", 0.02, 1.0, None), ("concerto_large", 0.02, 0.5, "grid_size=0.02 with data.scale=1"),
+    ("sonata", 0.05, 1.0, "the size of Sonata or Concerto base, but data.grid_size=0.05")])
+def test_voxels_of_another_size_are_warned_of(name, grid_size, scale, expected):
+    found = data_warning(network_config(name), grid_size, scale)
+    assert found is None if expected is None else found.startswith("WARNING: ") and expected in found
+    assert data_warning(CONFIG, grid_size, scale) is None
 
 
 def test_unknown_encoders_that_rotate_get_their_own_widths():
