@@ -24,7 +24,7 @@ import torch
 
 from utils.checkpoint import check_writable, load_checkpoint
 from utils.checks import check_range
-from utils.cli import ArgumentParser, run
+from utils.cli import ArgumentParser, run_main
 from utils.config import override_config
 from utils.device import amp_settings, describe, environment, pick_device
 from utils.distributed import cleanup, init_distributed, is_main
@@ -178,4 +178,4 @@ def without_nan(value):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

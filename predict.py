@@ -18,7 +18,7 @@ from pathlib import Path
 from evaluate import load
 from utils.checkpoint import check_writable
 from utils.checks import check_choice, printable
-from utils.cli import ArgumentParser, run
+from utils.cli import ArgumentParser, run_main
 from utils.device import amp_settings, pick_device
 from utils.log import progress
 
@@ -115,4 +115,4 @@ def main(argv=None) -> dict:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -19,7 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_downstream  # noqa: E402
 from utils.checkpoint import load_checkpoint  # noqa: E402
-from utils.cli import ArgumentParser, run  # noqa: E402
+from utils.cli import ArgumentParser, run_main  # noqa: E402
 from utils.device import describe, pick_device  # noqa: E402
 
 FIXED = ["training.use_pretrained=false", "training.num_unfrozen_encoder_layers=0", "augmentation.mode=none",
@@ -70,4 +70,4 @@ def main(argv=None) -> dict:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -37,7 +37,7 @@ from models.dinov3 import BACKBONES, FrozenBackbone, VisionTransformer, ViTConfi
 from models.dinov3_adapter import DINOv3_Adapter  # noqa: E402
 from models.dinov3_weights import load_vit  # noqa: E402
 from models.mask2former import Mask2FormerHead, Mask2FormerSegmenter  # noqa: E402
-from utils.cli import ArgumentParser, run  # noqa: E402
+from utils.cli import ArgumentParser, run_main  # noqa: E402
 from utils.device import autocast, describe, pick_device, trim_memory  # noqa: E402
 from utils.log import read_log  # noqa: E402
 from utils.mask_losses import SetCriterion  # noqa: E402
@@ -437,4 +437,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -28,7 +28,7 @@ from data.mesh_features import face_features, face_neighbors, normalize_vertices
 from data.mesh_io import read_mesh  # noqa: E402
 from data.mesh_texture import fixed_weights, random_weights, read_pyramid, read_texture, sample_faces  # noqa: E402
 from models.nomeformer import Nomeformer  # noqa: E402
-from utils.cli import ArgumentParser, run  # noqa: E402
+from utils.cli import ArgumentParser, run_main  # noqa: E402
 from utils.device import describe, pick_device  # noqa: E402
 
 PARTS = ("prepare", "texture", "clusters", "encoder")
@@ -180,4 +180,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -37,7 +37,7 @@ from train_downstream import (  # noqa: E402
     mesh_spec,
     to_device,
 )
-from utils.cli import ArgumentParser, run  # noqa: E402
+from utils.cli import ArgumentParser, run_main  # noqa: E402
 from utils.config import load_config  # noqa: E402
 from utils.device import describe, pick_device  # noqa: E402
 from utils.distributed import EpochBatchSampler  # noqa: E402
@@ -176,4 +176,4 @@ def main(argv=None) -> dict:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_prototype as script  # noqa: E402
 from models.prototype_push import PushTable  # noqa: E402
-from utils.cli import ArgumentParser, run  # noqa: E402
+from utils.cli import ArgumentParser, run_main  # noqa: E402
 from utils.config import Config, load_config  # noqa: E402
 from utils.device import autocast, describe, pick_device  # noqa: E402
 from utils.losses import IGNORE_INDEX, MaskedCrossEntropyLoss  # noqa: E402
@@ -189,4 +189,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.images import Augmentation, SegmentationDataset  # noqa: E402
 from models.resnet import ENCODERS  # noqa: E402
 from models.unet import UNet  # noqa: E402
-from utils.cli import ArgumentParser, run  # noqa: E402
+from utils.cli import ArgumentParser, run_main  # noqa: E402
 from utils.device import autocast, describe, pick_device  # noqa: E402
 
 CLASSES = 11
@@ -165,4 +165,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -33,7 +33,7 @@ from data.synthetic_points import POINT_CLASSES, make_room  # noqa: E402
 from models.point_networks import NETWORKS, network_config  # noqa: E402
 from models.point_transformer import MODES, build_point_transformer, build_segmenter, upcast  # noqa: E402
 from models.sparse_conv import neighbour_table  # noqa: E402
-from utils.cli import ArgumentParser, run  # noqa: E402
+from utils.cli import ArgumentParser, run_main  # noqa: E402
 from utils.device import AMP_DTYPES, autocast, describe, pick_device  # noqa: E402
 from utils.losses import MaskedCrossEntropyLoss, lovasz_softmax_loss  # noqa: E402
 
@@ -298,4 +298,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -21,7 +21,7 @@ from sklearn.linear_model import LogisticRegression
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from train_downstream import DEFAULTS, build_dataset, class_names  # noqa: E402
-from utils.cli import ArgumentParser, run  # noqa: E402
+from utils.cli import ArgumentParser, run_main  # noqa: E402
 from utils.config import load_config  # noqa: E402
 from utils.metrics import metrics_table, segmentation_metrics  # noqa: E402
 
@@ -81,4 +81,4 @@ def main(argv=None) -> dict:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -119,3 +119,13 @@ def checked_dataset(data: Mapping, pairs, num_workers: int = 2, seed: int = 0, v
     dataset = SegmentationDataset(pairs, data["image_size"], data["num_classes"], augmentation, data["ignore_label"],
                                   data["reduce_zero_label"], seed, views)
     return dataset, summary
+
+
+def check_counts(names: list[str], counts: np.ndarray, ignored: str) -> list[str]:
+    """Warnings of what can be trained but is rarely meant; counts (C,): pixels of the training masks; ignored says
+    which value is not a class. ValueError where all of them are of one class: the score would be perfect."""
+    absent = [names[c] for c in np.flatnonzero(counts == 0)]
+    if len(absent) == len(names) - 1:
+        raise ValueError(f"all labelled pixels of the training masks are {names[int(counts.argmax())]}, so that there "
+                         f"is nothing to learn; {ignored}: for masks of 0 and 255, write 1 in place of 255")
+    return [f"WARNING: no pixel of the training masks is {', '.join(absent)}; {ignored}"] if absent else []

@@ -76,6 +76,12 @@ class MeshSpec:
     def feature_dim(self) -> int:
         return feature_width(self.features)
 
+    def check_feature_dim(self, given: int | None) -> None:
+        """ValueError where a config's model.feature_dim says something else; None says nothing."""
+        if given not in (None, self.feature_dim):
+            raise ValueError(f"model.feature_dim={given}, but model.features {list(self.features)} are "
+                             f"{self.feature_dim} wide; correct one of them (feature_dim may be left out)")
+
     def to_dict(self) -> dict:
         return {**asdict(self), "features": list(self.features)}
 

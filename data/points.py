@@ -344,6 +344,18 @@ def is_cloud(path: Path) -> bool:
     return (path / "coord.npy").is_file() if path.is_dir() else path.suffix.lower() in CLOUD_SUFFIXES
 
 
+def list_clouds(folder: str | Path) -> list[Path]:
+    """The clouds of a folder, or the folder itself where it is one (Pointcept's layout). FileNotFoundError, and
+    ValueError where there are none."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    files = [folder] if is_cloud(folder) else sorted(path for path in folder.iterdir() if is_cloud(path))
+    if not files:
+        raise ValueError(f"{folder}: no clouds in this folder")
+    return files
+
+
 def find_clouds(root: str | Path, split: str | Sequence[str]) -> list[Path]:
     """Sorted clouds of a split of the data set in folder `root`. A split (or each of several: ["Area_1", "Area_2"]) is
     a folder of clouds under root (train, Area_5 ...), a key of root/splits.json {split: [names]}, or a .json file

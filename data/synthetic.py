@@ -26,7 +26,7 @@ from scipy.spatial.transform import Rotation
 
 from data.synthetic_images import make_image_set
 from data.synthetic_points import make_point_set
-from utils.cli import ArgumentParser, run
+from utils.cli import ArgumentParser, run_main
 
 MESH_CLASSES = ["torso", "neck", "head", "upper arm", "lower arm", "upper leg", "lower leg", "tail"]
 TORSO, NECK, HEAD, UPPER_ARM, LOWER_ARM, UPPER_LEG, LOWER_LEG, TAIL = range(len(MESH_CLASSES))
@@ -387,4 +387,4 @@ def main(argv=None) -> list[str]:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -128,6 +128,21 @@ class MultiScale(nn.Module):
         return [*maps, highest] if self.training else highest
 
 
+class DeepLabClassifier(nn.Module):
+    """DeepLab v2 as an ordinary classifier: image (B, 3, H, W) -> logits (B, C, H, W), enlarged bilinearly."""
+
+    def __init__(self, num_classes: int, n_blocks: Sequence[int], base_width: int) -> None:
+        super().__init__()
+        self.network = MultiScale(DeepLabV2(num_classes, tuple(n_blocks), base_width))
+
+    def forward(self, image: Tensor) -> Tensor:
+        logits = self.network(image)                                                        # (B, C, H/8, W/8)
+        return F.interpolate(logits.float(), image.shape[-2:], mode="bilinear")
+
+    def scores(self, image: Tensor) -> Tensor:
+        return self(image)
+
+
 def freeze_batch_norm(module: nn.Module) -> None:
     """Put every batch norm of `module` into eval mode, so that its running statistics stay; call after every train().
 

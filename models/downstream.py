@@ -74,3 +74,14 @@ class DownstreamClassifier(nn.Module):
         """Logits (B, N, F, C); with `embedding` (B, N, F, E), the result of an earlier embed, the encoder is not
         run."""
         return self.head(self.embed(features, masks, centroid, **texture) if embedding is None else embedding)
+
+
+def face_logits(network: nn.Module, batch: dict) -> Tensor:
+    """Logits (B, N, F, C) of a collated batch, on the embeddings where they were computed before; network: a
+    DownstreamClassifier, or what DDP and torch.compile made of it."""
+    return network(batch.get("features"), batch["mask"], batch.get("centroid"), embedding=batch.get("embedding"),
+                   **texture_of(batch))
+
+
+def texture_of(batch: dict) -> dict:
+    return {name: batch[name] for name in ("texture_sequences", "texture_masks") if name in batch}

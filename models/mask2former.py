@@ -295,8 +295,11 @@ class Mask2FormerSegmenter(nn.Module):
     """Adapter and head over a frozen backbone that is no part of it: every parameter here is trained.
 
     forward(image (B, 3, H, W) normalised, taps of the backbone) -> outputs of the head. The names in state_dict are
-    those of the head released with DINOv3.
+    those of the head released with DINOv3. backbone: set it to the FrozenBackbone for `scores`; it is no module, so it
+    is in no state_dict.
     """
+
+    backbone = None
 
     def __init__(self, adapter: nn.Module, head: Mask2FormerHead) -> None:
         super().__init__()
@@ -306,7 +309,7 @@ class Mask2FormerSegmenter(nn.Module):
         adapter, head = self.segmentation_model
         return head(adapter(image, taps), aux=aux)
 
-    def scores(self, image: Tensor, taps: Sequence[Tensor]) -> Tensor:
+    def scores(self, image: Tensor) -> Tensor:
         """Scores of the classes at the image's size, (B, K, H, W) float32; the auxiliary outputs are not computed."""
-        outputs = self(image, taps, aux=False)
+        outputs = self(image, self.backbone(image), aux=False)
         return semantic_scores(outputs["pred_logits"], outputs["pred_masks"], image.shape[2:])

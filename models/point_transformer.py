@@ -525,6 +525,11 @@ class SonataSegmenter(nn.Module):
         return [module for part in parts for module in part.modules()
                 if module not in updates and not list(module.children())]
 
+    def frozen_names(self) -> set[str]:
+        """Names of the parameters in frozen()."""
+        frozen = {id(parameter) for module in self.frozen() for parameter in module.parameters()}
+        return {name for name, parameter in self.named_parameters() if id(parameter) in frozen}
+
     def train(self, mode: bool = True) -> SonataSegmenter:
         super().train(mode)
         for module in self.frozen() if self.frozen_eval else ():

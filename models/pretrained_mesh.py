@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from models.nomeformer import Nomeformer
-from utils.checkpoint import read_weights, strip_prefixes
+from utils.weights import read_weights, strip_prefixes
 
 ENCODERS = ("target_encoder", "encoder")                # the teacher first: it is what I-JEPA evaluates
 CONTAINERS = ("model", "model_state_dict", "state_dict")

@@ -88,6 +88,9 @@ class UNet(nn.Module):
         x = self.decoder(features, image.shape[-2:])                             # (B, 16, H, W)
         return self.segmentation_head(self.dropout(x))
 
+    def scores(self, image: Tensor) -> Tensor:
+        return self(image)
+
 
 def is_unet(state: dict) -> bool:
     return any(name.startswith("decoder.") for name in state)

@@ -126,8 +126,11 @@ class UPerNetSegmenter(nn.Module):
 
     neck: a DINOv3_Adapter, called with (image, taps), or a FeaturePyramidNeck, called with (taps); then only the size
     of the image matters. image (B, 3, H, W) normalised, taps four maps (B, C, h, w) of the backbone.
-    forward -> {"logits" (B, K, ., .), in training also "aux_logits" (B, K, ., .)} at the sizes of their maps.
+    forward -> {"logits" (B, K, ., .), in training also "aux_logits" (B, K, ., .)} at the sizes of their maps. backbone:
+    set it to the FrozenBackbone for `scores`; it is no module, so it is in no state_dict.
     """
+
+    backbone = None
 
     def __init__(self, neck: nn.Module, decode_head: UPerHead, auxiliary_head: FCNHead):
         super().__init__()
@@ -144,6 +147,6 @@ class UPerNetSegmenter(nn.Module):
             outputs["aux_logits"] = self.auxiliary_head(features)
         return outputs
 
-    def scores(self, image: Tensor, taps: Sequence[Tensor]) -> Tensor:
+    def scores(self, image: Tensor) -> Tensor:
         """Logits at the size of the image: (B, K, H, W) float32."""
-        return resize(self(image, taps)["logits"].float(), image.shape[-2:])
+        return resize(self(image, self.backbone(image))["logits"].float(), image.shape[-2:])

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from models.resnet import FILES, URL  # noqa: E402
 from scripts import download_voc  # noqa: E402
 from utils.checkpoint import check_writable  # noqa: E402
-from utils.cli import ArgumentParser, run  # noqa: E402
+from utils.cli import ArgumentParser, run_main  # noqa: E402
 from utils.download import extract, fetch  # noqa: E402
 
 ADE20K = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"
@@ -67,4 +67,4 @@ def main(argv=None) -> dict:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

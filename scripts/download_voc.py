@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.voc import read_ids  # noqa: E402
 from utils.checkpoint import check_writable  # noqa: E402
-from utils.cli import ArgumentParser, run  # noqa: E402
+from utils.cli import ArgumentParser, run_main  # noqa: E402
 from utils.download import extract, extract_flat, fetch  # noqa: E402
 
 ARCHIVE = "VOCtrainval_11-May-2012.tar"
@@ -96,4 +96,4 @@ def unpack(path: Path, root: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

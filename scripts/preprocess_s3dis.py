@@ -26,7 +26,7 @@ from data.point_classes import BENCHMARKS  # noqa: E402
 from data.point_transforms import estimate_normals, rotate  # noqa: E402
 from data.points import write_cloud  # noqa: E402
 from utils.checkpoint import check_writable  # noqa: E402
-from utils.cli import ArgumentParser, run  # noqa: E402
+from utils.cli import ArgumentParser, run_main  # noqa: E402
 from utils.log import progress  # noqa: E402
 
 CLASSES = BENCHMARKS["s3dis"].names
@@ -138,4 +138,4 @@ def main(argv=None) -> dict:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -19,7 +19,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.cli import ArgumentParser, run  # noqa: E402
+from utils.cli import ArgumentParser, run_main  # noqa: E402
 from utils.metrics import absent_as_zero, metrics_table, segmentation_metrics  # noqa: E402
 
 AREAS = tuple(f"Area_{k}" for k in range(1, 7))
@@ -97,4 +97,4 @@ def main(argv=None) -> dict:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -17,7 +17,7 @@ import pytest
 from tests.bad_inputs import CASES, DOWN, MESHES, PREDICT, SETTINGS, SONATA, UNET, Case, document, run_in
 from tests.tiny_heads import add_tiny_backbone
 from tests.tiny_images import shrink_unet
-from utils.cli import run
+from utils.cli import run_main
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 20                                                # of processor time; a bomb is refused in less

@@ -31,7 +31,7 @@ from tests.tiny_heads import SMALL
 from tests.tiny_images import TINY, write_classes, write_pictures
 from tests.tiny_meshes import CLASSES, write_set
 from utils.checkpoint import load_checkpoint
-from utils.cli import run as run_main
+from utils.cli import run_main
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("downstream", "jepa", "m2f_head", "upernet_head", "sonata", "segmentation", "prototype")

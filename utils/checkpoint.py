@@ -1,7 +1,4 @@
-"""Checkpoints: plain types, written whole or not at all, checked when read; the run folder; which files to keep.
-
-Reading foreign weight files is in `utils/weights.py`; its functions can be imported from here as well.
-"""
+"""Checkpoints: plain types, written whole or not at all, checked when read; the run folder; which files to keep."""
 
 import contextlib
 import math
@@ -16,10 +13,7 @@ import torch
 from torch import Tensor
 
 from utils.checks import check_names
-from utils.weights import load_weights, read_torch_file, read_weights, sha256_file, strip_prefixes
-
-__all__ = ["FORMAT", "CheckpointKeeper", "EarlyStopping", "RunFolder", "check_writable", "find_resume",
-           "load_checkpoint", "load_weights", "read_weights", "save_checkpoint", "sha256_file", "strip_prefixes"]
+from utils.weights import read_torch_file
 
 FORMAT = "segheads-1"
 FINITE_SECTIONS = ("model", "ema", "optimizer")    # no NaN or infinity in their tensors
@@ -307,13 +301,18 @@ class EarlyStopping:
         self.best: float | None = None
         self.waited = 0
 
+    @property
+    def reached(self) -> bool:
+        """True when it is time to stop."""
+        return 0 < self.patience <= self.waited
+
     def update(self, score: float) -> bool:
         """Take the score of one evaluation (NaN is no improvement); True when it is time to stop."""
         if math.isfinite(score) and (self.best is None or self.sign * (score - self.best) > self.min_delta):
             self.best, self.waited = float(score), 0
         else:
             self.waited += 1
-        return 0 < self.patience <= self.waited
+        return self.reached
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "waited": self.waited}

@@ -6,7 +6,7 @@
         return parser.parse_args(argv)
 
     if __name__ == "__main__":
-        run(main)
+        run_main(main)
 """
 
 import argparse
@@ -20,7 +20,7 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from utils.checks import did_you_mean, nearest, printable
 from utils.config import Config, Setting
@@ -30,6 +30,23 @@ ROOT = Path(__file__).resolve().parents[1]
 NO_MEMORY = re.compile("OutOfMemoryError|out of memory|can't allocate memory|MemoryError", re.IGNORECASE)
 # gloo's words, the store's, NCCL's.
 LOST_PROCESS = re.compile("connection (closed|reset) by peer|connection was likely closed|communicator was abort", re.I)
+
+
+class AtLeast(NamedTuple):
+    """The type of a flag with a smallest value: add_argument("--epochs", type=AtLeast(1))."""
+
+    low: float
+    kind: type = int
+
+    def __call__(self, text: str) -> int | float:
+        value = self.kind(text)                                # argparse reports its ValueError
+        if not value >= self.low:                              # NaN too
+            raise argparse.ArgumentTypeError(f"expected a number from {self.low}, got {text}")
+        return value
+
+    @property
+    def __name__(self) -> str:                                 # argparse's word for the type, in its own messages
+        return self.kind.__name__
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -42,14 +59,36 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, *args, **kwargs):
         kwargs.setdefault("allow_abbrev", False)
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        self.actions: list[argparse.Action] = []               # all, in the order of their declaration
+        self.groups: dict[str, list[argparse.Action]] = {}     # those of each group made by add_argument_group
         super().__init__(*args, **kwargs)
 
+    def add_argument(self, *args, **kwargs) -> argparse.Action:
+        action = super().add_argument(*args, **kwargs)
+        self.actions.append(action)
+        return action
+
+    def add_argument_group(self, *args, **kwargs):
+        group = super().add_argument_group(*args, **kwargs)
+        declare = group.add_argument
+
+        def add_argument(*more, **settings) -> argparse.Action:
+            action = declare(*more, **settings)
+            self.actions.append(action)
+            self.groups.setdefault(group.title, []).append(action)
+            return action
+        group.add_argument = add_argument
+        return group
+
+    def declared_flags(self) -> list[str]:
+        return [flag for action in self.actions for flag in action.option_strings]
+
     def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
-        args = self._respell(sys.argv[1:] if args is None else args)
+        args, declared = self.respelt(sys.argv[1:] if args is None else args), self.declared_flags()
         # Before anything else, or a misspelt required flag would be reported as the other one missing.
         for flag in (token.partition("=")[0] for token in _before_separator(args) if token.startswith("--")):
-            if flag not in self._option_string_actions and " " not in flag:
-                hint = did_you_mean(nearest(flag, self._option_string_actions))
+            if flag not in declared and " " not in flag:
+                hint = did_you_mean(nearest(flag, declared))
                 if not hint and "." in flag:                   # the habit of other configuration tools
                     hint = f"; write {flag[2:]}=VALUE without hyphens"
                 self.error(f"unknown flag {flag}{hint}")
@@ -59,50 +98,54 @@ class ArgumentParser(argparse.ArgumentParser):
         return parsed
 
     def parse_known_args(self, args=None, namespace=None):
-        return super().parse_known_args(self._respell(sys.argv[1:] if args is None else args), namespace)
+        return super().parse_known_args(self.respelt(sys.argv[1:] if args is None else args), namespace)
 
     def error(self, message: str):
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
-    def _respell(self, args: Sequence[str]) -> list[str]:
+    def respelt(self, args: Sequence[str]) -> list[str]:
         """Replace each flag by the declared one that differs from it only in - and _."""
-        declared = {flag.replace("_", "-"): flag for flag in self._option_string_actions}
+        flags = self.declared_flags()
+        declared = {flag.replace("_", "-"): flag for flag in flags}
         args, result = list(args), []
         for token in _before_separator(args):
             flag, equals, value = token.partition("=")
-            if token.startswith("--") and flag not in self._option_string_actions:
+            if token.startswith("--") and flag not in flags:
                 flag = declared.get(flag.replace("_", "-"), flag)
             result.append(f"{flag}{equals}{value}")
         return result + args[len(result):]
 
 
-def flags_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Config:
+def flags_config(parser: ArgumentParser, args: argparse.Namespace) -> Config:
     """The values of a script's flags as the config of its checkpoints: {group title: {flag: value}}, with the groups
     made by parser.add_argument_group; flags outside them (seed, device ...) are no part of the experiment."""
     return Config({title: {action.dest: getattr(args, action.dest) for action in actions}
-                   for title, actions in _groups(parser)})
+                   for title, actions in parser.groups.items()})
 
 
-def flags_defaults(parser: argparse.ArgumentParser) -> dict:
-    """The defaults of the same flags with their types, as utils.config checks overrides (`section.key=value`)."""
+def flags_defaults(parser: ArgumentParser) -> dict:
+    """The defaults of the same flags with types and bounds, as utils.config checks overrides (`section.key=value`)."""
     def setting(action):
-        kind = bool if action.nargs == 0 else list if action.nargs == "+" else action.type or str
+        low = None
+        if action.nargs == 0:
+            kind = bool
+        elif action.nargs == "+":
+            kind = list
+        elif isinstance(action.type, AtLeast):
+            kind, low = action.type.kind, action.type.low
+        else:
+            kind = action.type or str
         default = [] if kind is list and action.default is None else action.default
-        return Setting(default, (kind,), None if action.choices is None else tuple(action.choices))
-    return {title: {action.dest: setting(action) for action in actions} for title, actions in _groups(parser)}
+        return Setting(default, (kind,), None if action.choices is None else tuple(action.choices), low)
+    return {title: {action.dest: setting(action) for action in actions} for title, actions in parser.groups.items()}
 
 
-def given_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> set[str]:
+def given_flags(parser: ArgumentParser, argv: Sequence[str] | None) -> set[str]:
     """The names of the flags that really stand on the command line, whatever their values. `parser` loses its
     defaults: pass a fresh one."""
-    for action in parser._actions:
+    for action in parser.actions:
         action.default = argparse.SUPPRESS
     return set(vars(parser.parse_args(argv)))
-
-
-def _groups(parser):
-    own = {"positional arguments", "options"}                  # argparse's
-    return [(group.title, group._group_actions) for group in parser._action_groups if group.title not in own]
 
 
 def _before_separator(args: Sequence[str]) -> Sequence[str]:
@@ -166,7 +209,7 @@ class StopSignal:
         os.write(2, f"{signal.Signals(signum).name}: finishing the step, then saving; again to abort\n".encode())
 
 
-def run(main: Callable[[], Any]) -> None:
+def run_main(main: Callable[[], Any]) -> None:
     """Call `main()` and turn what a user can cause and mend into one `error: ...` line on stderr.
 
     ValueError, OSError (a missing file, a full disk), FloatingPointError (the run diverged), memory used up: exit 2.

@@ -20,19 +20,18 @@ from typing import Any, NamedTuple
 from utils.checks import check_choice, check_range, did_you_mean, nearest, printable, show
 from utils.config_file import read_mapping, read_yaml, to_plain, write_yaml
 
-__all__ = ["REQUIRED", "Config", "Required", "Setting", "check_choice", "check_range", "load_config", "override_config",
-           "save_config"]
-
 TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "text", list: "a list",
               dict: "a mapping"}
 
 
 class Setting(NamedTuple):
-    """A setting of several types, of fixed choices (for a list: of its items), or null: a None default allows null."""
+    """A setting of several types, of fixed choices (for a list: of its items), or null: a None default allows null.
+    low: the smallest number allowed."""
 
     default: Any
     types: type | tuple[type, ...]
     choices: tuple | None = None
+    low: float | None = None
 
 
 class Required(NamedTuple):
@@ -40,6 +39,7 @@ class Required(NamedTuple):
 
     types: type | tuple[type, ...]
     choices: tuple | None = None
+    low: float | None = None
 
 
 REQUIRED = Required(tuple(TYPE_NAMES))                         # required, of any type
@@ -99,6 +99,11 @@ def override_config(config: Mapping, defaults: Mapping, overrides: Sequence[str]
     Keys that the defaults have and the settings lack, because an older version wrote them, get their defaults.
     """
     return _resolve(to_plain(config), "the settings in the checkpoint", defaults, overrides)
+
+
+def not_needed_lines(config: Mapping, table: Mapping[str, str]) -> list[str]:
+    """Lines for the log about keys that are accepted and have no effect; table: {section.key: why}."""
+    return [f"{name} is not needed: {why}" for name, why in table.items() if _look_up(config, name) is not None]
 
 
 def save_config(config: Mapping, path: str | os.PathLike) -> None:
@@ -212,4 +217,6 @@ def _checked(value: Any, spec: Any, what: str) -> Any:
     if spec.choices is not None:
         for item in value if isinstance(value, list) else [value]:
             check_choice(what, item, spec.choices)
+    if spec.low is not None and isinstance(value, int | float):
+        check_range(what, value, spec.low)
     return value

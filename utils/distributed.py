@@ -60,11 +60,12 @@ def rank() -> int:
     return dist.get_rank() if _active() else 0
 
 
-this_rank = rank                                   # for where a parameter is called rank
-
-
 def world_size() -> int:
     return dist.get_world_size() if _active() else 1
+
+
+def _place() -> tuple[int, int]:
+    return rank(), world_size()
 
 
 def is_main() -> bool:
@@ -142,9 +143,9 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def shard_indices(num_items: int, rank: int, world: int) -> range:
+def own_share(num_items: int) -> range:
     """The items this process evaluates: over all ranks every item exactly once, none twice to even the shares out."""
-    return range(rank, num_items, world)
+    return range(rank(), num_items, world_size())
 
 
 class EpochBatchSampler(Sampler[list[int]]):
@@ -163,8 +164,9 @@ class EpochBatchSampler(Sampler[list[int]]):
     def __init__(self, num_items: int, batch_size: int, seed: int, shuffle: bool = True, drop_last: bool = False,
                  rank: int | None = None, world: int | None = None, group: int = 1):
         self.num_items, self.batch_size, self.seed, self.shuffle = num_items, batch_size, seed, shuffle
-        self.rank = this_rank() if rank is None else rank
-        self.world = world_size() if world is None else world
+        own_rank, own_world = _place()
+        self.rank = own_rank if rank is None else rank
+        self.world = own_world if world is None else world
         self.group = group
         if batch_size < 1 or group < 1 or not 0 <= self.rank < self.world:
             raise ValueError(f"batch_size {batch_size}, group {group}, rank {self.rank}, world {self.world}: "

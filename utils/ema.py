@@ -1,12 +1,13 @@
 """Exponential moving average of the weights in training."""
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from utils.distributed import unwrap
+from utils.weights import load_weights
 
 
 class EMA:
@@ -101,6 +102,20 @@ class EMA:
         for name, shadow in self.shadow.items():
             shadow.copy_(saved[name])
         self.updates = int(state["updates"])
+
+
+def averaged(ema: EMA | None, model: nn.Module) -> AbstractContextManager:
+    """ema.applied(model), or without an average a context that does nothing."""
+    return nullcontext() if ema is None else ema.applied(model)
+
+
+def load_averaged(model: nn.Module, checkpoint: Mapping) -> None:
+    """Fill the model from a checkpoint, with the averaged weights where it has them. ValueError unless all fit."""
+    load_weights(model, checkpoint["model"], "the checkpoint", what="model")
+    if checkpoint.get("ema") is not None:
+        average = EMA(model)
+        average.load_state_dict(checkpoint["ema"])
+        average.copy_to(model)
 
 
 def _live_buffers(model: nn.Module, prefix: str = "") -> set[str]:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from utils.distributed import all_reduce_sum, rank, shard_indices, world_size
+from utils.distributed import all_reduce_sum, own_share
 from utils.log import progress
 from utils.losses import IGNORE_INDEX
 from utils.metrics import ConfusionMatrix, miou_of_each, segmentation_metrics
@@ -119,6 +119,17 @@ def slide(score: Callable[[Tensor], Tensor], image: Tensor, window: int | None, 
     return total / count
 
 
+def build_normalizer(mean: Sequence[float], std: Sequence[float],
+                     order: torch.memory_format = torch.contiguous_format) -> Callable[[Tensor], Tensor]:
+    """A function: image (B, 3, H, W) uint8 -> float32, (image / 255 - mean) / std, in this memory order."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
+
+    def normalize(image: Tensor) -> Tensor:
+        image = image.contiguous(memory_format=order)
+        return (image.float() / 255 - mean.to(image.device)) / std.to(image.device)
+    return normalize
+
+
 # -- one photograph ----------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
@@ -173,7 +184,7 @@ def segment_dataset(score, normalize, dataset, view: View, device: torch.device,
                     num_workers: int = 0, limit: int = 0, refine: Refine | None = None) -> Iterator[tuple]:
     """Yield (index, true label (H, W) int64, result of segment_image) of this process's share of a data set of whole
     photographs; at most `limit` of them, 0 for all."""
-    mine = list(shard_indices(len(dataset), rank(), world_size()))
+    mine = list(own_share(len(dataset)))
     loader = DataLoader(Subset(dataset, mine[:limit] if limit else mine), batch_size=None, num_workers=num_workers,
                         worker_init_fn=seed_worker, generator=torch.Generator())
     for item in progress(loader, "evaluating"):

@@ -12,6 +12,7 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -244,3 +245,19 @@ class WeightedLoss(nn.Module):
     def label_weight(self, label: Tensor, mask: Tensor | None = None) -> Tensor:
         """As MaskedCrossEntropyLoss.label_weight."""
         return self.ce.label_weight(label, mask)
+
+
+def class_weights(weights: Sequence[float] | str | None, counts: np.ndarray) -> list[float] | None:
+    """The weights themselves, or made from the classes' elements in the training set, counts (C,). median_frequency
+    (Eigen and Fergus 2015, but over all elements): median share / share; sqrt_median_frequency: its root. A class
+    without elements gets 1. ValueError for another name, and for a list of another length."""
+    powers = {"median_frequency": 1.0, "sqrt_median_frequency": 0.5}
+    if isinstance(weights, str):
+        if weights not in powers:
+            raise ValueError(f"class_weights={weights}: expected a list, null, {' or '.join(powers)}")
+        median = np.median(counts[counts > 0])
+        share = np.where(counts > 0, counts, median)
+        return ((median / share) ** powers[weights]).tolist()
+    if weights is not None and len(weights) != len(counts):
+        raise ValueError(f"class_weights: {len(weights)} numbers for {len(counts)} classes; give one per class")
+    return weights

@@ -63,6 +63,13 @@ def layerwise_groups(model: nn.Module, lr: float, weight_decay: float, layer_id:
     return groups
 
 
+def describe_parameters(model: nn.Module) -> str:
+    """'1,234,567 parameters, 890 trained' for the log."""
+    counts = {trained: sum(p.numel() for p in model.parameters() if p.requires_grad >= trained)
+              for trained in (False, True)}
+    return f"{counts[False]:,} parameters, {counts[True]:,} trained"
+
+
 def freeze(module: nn.Module) -> nn.Module:
     """No gradient for any parameter, and eval mode. Returns the module.
 

@@ -6,7 +6,7 @@ while it lowers the mIoU. benchmarks/bench_postprocess.py shows the score before
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -17,6 +17,23 @@ from torch.nn import functional as F
 from utils.checks import check_range
 
 SQUARE = np.ones((3, 3), int)               # neighbours of a pixel, the diagonal ones too
+
+
+def build_refine(settings: Mapping) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Both, as the section `postprocess` of a config says, as a function of probability (C, H, W) and image (3, H, W)
+    uint8 -> label (H, W); None where nothing is to be done."""
+    squares = {name: value for name, value in settings.items() if name != "crf"}
+    crf = {name: value for name, value in settings["crf"].items() if name != "use"}
+    use_crf = settings["crf"]["use"]
+    if not use_crf and not any(squares[name] for name in ("opening", "closing", "mode", "min_area")):
+        return None
+
+    def refine(probability: Tensor, image: Tensor) -> Tensor:
+        if use_crf:
+            probability = crf_refine(probability, image, **crf)
+        label = probability.argmax(0)                                                       # (H, W)
+        return torch.from_numpy(morphology(label.cpu().numpy(), len(probability), **squares)).to(label.device)
+    return refine
 
 
 # -- morphology --------------------------------------------------------------------------------------------------------

@@ -5,18 +5,30 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from utils.checkpoint import RunFolder
 from utils.config import save_config
 from utils.device import describe, environment
-from utils.distributed import all_gather, all_reduce_sum, is_main, rank, world_size
+from utils.distributed import EpochBatchSampler, all_gather, all_reduce_sum, is_main, rank, world_size
 from utils.log import set_aside
 from utils.metrics import ConfusionMatrix, segmentation_metrics
-from utils.seed import derived_seed, rng_state, set_rng_state
+from utils.seed import derived_seed, rng_state, seed_worker, set_rng_state
+
+
+def build_loader(dataset: Dataset, sampler: EpochBatchSampler, num_workers: int, device: torch.device,
+                 collate_fn: Callable | None = None) -> DataLoader:
+    """The loader of the training batches; its workers draw nothing from the generators of this process."""
+    return DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers, collate_fn=collate_fn,
+                      worker_init_fn=seed_worker, pin_memory=device.type == "cuda", generator=torch.Generator())
+
+
+def to_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
 
 def micro_steps(network: nn.Module, batches: Sequence) -> Iterator:
@@ -46,73 +58,65 @@ def optimizer_step(optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_s
     optimizer.zero_grad(set_to_none=True)
 
 
-class EpochTotals:
-    """Loss and confusion matrix of the epoch so far; saved with a checkpoint in the middle of an epoch."""
+class Totals:
+    """Sums of named terms over the steps of the epoch so far and, with num_classes, the confusion matrix of its
+    predictions (`matrix`); saved with a checkpoint in the middle of an epoch."""
 
-    def __init__(self, num_classes: int, device: torch.device) -> None:
-        self.loss = torch.zeros((), dtype=torch.float64, device=device)
-        self.weight = torch.zeros((), dtype=torch.float64, device=device)
-        self.matrix = ConfusionMatrix(num_classes, device=device)
+    def __init__(self, num_classes: int | None = None, device: torch.device | str = "cpu") -> None:
+        self.num_classes = num_classes
+        self.device = device
+        self.reset()
 
-    def add(self, loss_sum: Tensor, weight: Tensor) -> None:
-        """loss_sum of this process, weight of all processes together."""
-        self.loss += loss_sum.double()
-        self.weight += weight.double()
-
-    def metrics(self) -> dict:
-        """loss (mean) and segmentation_metrics; then everything starts again at 0."""
-        loss = (all_reduce_sum(self.loss) / self.weight.clamp(min=1e-12)).item()
-        metrics = {"loss": loss, **segmentation_metrics(self.matrix.all_reduce().matrix())}
-        self.__init__(self.matrix.num_classes, self.loss.device)
-        return metrics
-
-    def state_dict(self) -> dict:
-        """Plain types, summed over the processes: every process has to call it."""
-        counts = self.matrix.counts
-        if counts is None:
-            C = self.matrix.num_classes
-            counts = torch.zeros(C, C, dtype=torch.int64, device=self.loss.device)
-        return {"loss": all_reduce_sum(self.loss).item(), "weight": self.weight.item(),
-                "counts": all_reduce_sum(counts).cpu()}
-
-    def load_state_dict(self, state: Mapping) -> None:
-        """The first process carries on what all had; the number of processes may have changed."""
-        self.weight += state["weight"]
-        if is_main():
-            self.loss += state["loss"]
-            self.matrix.counts = state["counts"].to(self.loss.device)
-
-
-class LossTotals:
-    """Sums of named loss terms over the steps of an epoch so far; saved with a checkpoint in the middle of it."""
-
-    def __init__(self) -> None:
+    def reset(self) -> None:
         self.terms: dict[str, Tensor | float] = {}
-        self.steps = 0
+        self.weight: Tensor | float = 0
+        self.matrix = None if self.num_classes is None else ConfusionMatrix(self.num_classes, device=self.device)
 
-    def add(self, terms: Mapping[str, Tensor]) -> None:
-        """terms: this process's part of each; a step's value is the sum over the processes."""
+    def add(self, terms: Mapping[str, Tensor], weight: Tensor | float = 1) -> None:
+        """terms: this process's part of each, added up over the processes in the end. weight: of all processes
+        together, what the sums are divided by: 1 a step, or its number of labelled elements."""
         for name, value in terms.items():
-            wide = torch.float32 if value.device.type == "mps" else torch.float64            # MPS has no float64
-            self.terms[name] = self.terms.get(name, 0.0) + value.to(wide)
-        self.steps += 1
+            self.terms[name] = self.terms.get(name, 0.0) + widened(value)
+        self.weight = self.weight + (widened(weight) if isinstance(weight, Tensor) else weight)
 
-    def means(self) -> dict[str, float]:
-        """The mean of each term over the steps; then everything starts again at 0. Every process has to call it."""
-        means = {name: value / max(self.steps, 1) for name, value in self.state_dict()["terms"].items()}
-        self.__init__()
+    def means(self) -> dict:
+        """The mean of each term, and segmentation_metrics of the matrix; then everything starts again at 0. Every
+        process has to call it."""
+        weight = max(float(self.weight), 1e-12)
+        means = {name: float(all_reduce_sum(value)) / weight for name, value in self.terms.items()}
+        if self.matrix is not None:
+            means |= segmentation_metrics(self.matrix.all_reduce().matrix())
+        self.reset()
         return means
 
     def state_dict(self) -> dict:
         """Plain types, summed over the processes: every process has to call it."""
-        return {"terms": {name: float(all_reduce_sum(value)) for name, value in self.terms.items()},
-                "steps": self.steps}
+        steps = float(self.weight) if isinstance(self.weight, Tensor) else self.weight
+        state = {"terms": {name: float(all_reduce_sum(value)) for name, value in self.terms.items()}, "steps": steps}
+        if self.matrix is not None:
+            counts = self.matrix.counts
+            if counts is None:
+                counts = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64, device=self.device)
+            state["counts"] = all_reduce_sum(counts).cpu()
+        return state
 
     def load_state_dict(self, state: Mapping) -> None:
-        """The first process carries on what all had; the number of processes may have changed."""
-        self.terms = {name: torch.tensor(value if is_main() else 0.0, dtype=torch.float64)
-                      for name, value in state["terms"].items()}
-        self.steps = state["steps"]
+        """The first process carries on what all had; the number of processes may have changed. Files of earlier
+        versions, without `terms`, hold the sums beside the weight (or the number of steps)."""
+        self.reset()
+        beside = {name: value for name, value in state.items() if name not in ("steps", "weight", "counts")}
+        terms = state["terms"] if "terms" in state else beside
+        self.weight = state["steps"] if "steps" in state else state["weight"]
+        if self.weight:
+            self.terms = {name: torch.tensor(float(value) if is_main() else 0.0, dtype=torch.float64)
+                          for name, value in terms.items()}
+        if self.matrix is not None and is_main():
+            self.matrix.counts = state["counts"].to(self.device)
+
+
+def widened(value: Tensor) -> Tensor:
+    """In float64, in which the sum of an epoch is exact enough; in float32 on MPS, which has no float64."""
+    return value.to(torch.float32 if value.device.type == "mps" else torch.float64)
 
 
 def rng_entries() -> dict:

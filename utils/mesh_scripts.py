@@ -1,0 +1,194 @@
+"""What train_downstream.py does with a trained network: class probabilities of every face, averaged over the views of a
+mesh, scores of a data set, labels and pictures of files, and embeddings that are computed once.
+
+This module stands above data/ and models/; only scripts import it. model: a DownstreamClassifier with the attributes
+that the script's `attach` gives it. C classes, P faces of a mesh in the order of its file, N clusters of F face slots.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+from data.mesh import CachedFeatures, MeshDataset, custom_collate_fn
+from data.mesh_io import read_mesh
+from data.mesh_results import write_mesh_result
+from data.mesh_texture import open_meshes
+from models.downstream import DownstreamClassifier, face_logits, texture_of
+from utils.device import autocast
+from utils.distributed import all_reduce_sum, own_share
+from utils.log import progress
+from utils.metrics import ConfusionMatrix, miou_of_each, segmentation_metrics
+from utils.render import label_colors, pca_colors, render_mesh
+from utils.run import main_first
+from utils.seed import seed_worker
+from utils.training import to_device
+
+
+@torch.no_grad()
+def mesh_probabilities(model: DownstreamClassifier, dataset: MeshDataset, device: torch.device,
+                       amp_dtype: torch.dtype | None = None, batch_size: int = 8, num_workers: int = 0,
+                       limit_batches: int = 0,
+                       criterion: nn.Module | None = None) -> Iterator[tuple[int, Tensor, float, float]]:
+    """Yield (index, probability (P, C) in file order, loss sum, loss weight) of every mesh of this process's share.
+
+    The probability is the mean over the views of the mesh; the loss (0 without criterion) is that of the first view.
+    """
+    model.eval()
+    mine = set(own_share(len(dataset.files)))
+    items = [item for item, (index, _, _) in enumerate(dataset.items) if index in mine]
+    loader = DataLoader(Subset(dataset, items), batch_size, collate_fn=custom_collate_fn, num_workers=num_workers,
+                        worker_init_fn=seed_worker, generator=torch.Generator())
+    current = None                                          # [index, sum of probabilities, loss sum, loss weight]
+    done = 0
+    for number, batch in enumerate(progress(loader, "evaluating")):
+        if limit_batches and number >= limit_batches:
+            break
+        batch = to_device(batch, device)
+        with autocast(device, amp_dtype):
+            logits = face_logits(model, batch).float()                                        # (B, N, F, C)
+        probabilities = logits.softmax(-1).cpu()
+        face_index = batch["face_index"].cpu()
+        mask = batch["mask"].cpu()
+        for b, index in enumerate(batch["index"].tolist()):
+            if current is None or index != current[0]:
+                if current is not None:
+                    yield _finished(current)
+                current = [index, torch.zeros(dataset.num_faces[index], model.num_classes), 0.0, 0.0]
+            current[1][face_index[b][mask[b]]] += probabilities[b][mask[b]]      # a mesh's items are consecutive
+            if criterion is not None and dataset.items[items[done]][1] == 0:
+                total, weight = criterion.sum_and_weight(logits[b], batch["label"][b], batch["mask"][b])
+                current[2] += total.item()
+                current[3] += weight.item()
+            done += 1
+    if current is not None:
+        yield _finished(current)
+
+
+def _finished(current):
+    index, total, loss, weight = current
+    return index, total / total.sum(1, keepdim=True).clamp(min=1e-12), loss, weight
+
+
+def evaluate_meshes(model: DownstreamClassifier, dataset: MeshDataset, device: torch.device,
+                    amp_dtype: torch.dtype | None, batch_size: int, num_workers: int, limit_batches: int,
+                    criterion: nn.Module) -> dict:
+    """Score every face of a data set exactly once.
+
+    Returns metrics (by number of faces, the headline), tables {"by area": metrics by surface}, loss (per face, first
+    view), matrix, examples [(index, name, mIoU)] and predictions {index: (P,) int64 in file order} of this process,
+    and seconds.
+    """
+    started = time.monotonic()
+    C = model.num_classes
+    loss = weight = 0.0
+    pairs, predictions = [], {}
+    for index, probability, loss_sum, loss_weight in mesh_probabilities(
+            model, dataset, device, amp_dtype, batch_size, num_workers, limit_batches, criterion):
+        pred = probability.argmax(1).numpy()                                                # (P,)
+        label = dataset.labels[index]                                                       # (P,)
+        predictions[index] = pred
+        loss += loss_sum
+        weight += loss_weight
+        pairs.append(np.bincount((label * C + pred)[label >= 0], minlength=C * C).reshape(C, C))
+    # Counted all at once: a call per mesh would cost a tenth of the time of small meshes.
+    by_count, by_area = ConfusionMatrix(C), ConfusionMatrix(C)
+    examples = []
+    if predictions:
+        examples = [(index, dataset.files[index].stem, float(score))
+                    for index, score in zip(predictions, miou_of_each(np.stack(pairs)), strict=True)]
+        pred, label = (torch.from_numpy(np.concatenate([values[index] for index in predictions]))
+                       for values in (predictions, dataset.labels))
+        area = np.concatenate([dataset.mesh(index).area for index in predictions])
+        by_count.update(pred, label)
+        by_area.update(pred, label, torch.from_numpy(area))
+    matrix = by_count.all_reduce().matrix()
+    area_matrix = by_area.all_reduce().matrix()
+    return {"metrics": segmentation_metrics(matrix), "tables": {"by area": segmentation_metrics(area_matrix)},
+            "loss": all_reduce_sum(loss) / max(all_reduce_sum(weight), 1e-12), "matrix": matrix,
+            "examples": examples, "predictions": predictions, "seconds": time.monotonic() - started}
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+def label_mesh(model: DownstreamClassifier, path: str | Path, amp_dtype: torch.dtype | None = None) -> dict:
+    """Label a mesh file: label and confidence (L,) for the face lines of the file, in its order (a quad has one label,
+    that of its triangles together), and for drawing vertices (V, 3), faces (P, 3) and their face_label (P,)."""
+    device = next(model.parameters()).device
+    mesh = read_mesh(path)
+    dataset = open_meshes([path], None, model.spec, model.texture_samples, augmentation=model.augmentation,
+                          views=model.config.evaluation.views, cache_dir=model.config.paths.cache_dir)
+    if model.texture_samples is not None and not dataset.num_colored:
+        print(f"{path}: no face has a texture or a colour; labelled by geometry alone", flush=True)
+    (_, probability, _, _), = mesh_probabilities(model, dataset, device, amp_dtype, batch_size=1)
+    line = torch.arange(len(mesh.faces)) if mesh.polygon is None else torch.from_numpy(mesh.polygon)
+    total = torch.zeros(int(line[-1]) + 1, model.num_classes).index_add_(0, line, probability)
+    confidence, label = (total / torch.bincount(line)[:, None].clamp(min=1)).max(1)
+    return {"label": label.numpy(), "confidence": confidence.numpy(), "vertices": mesh.vertices, "faces": mesh.faces,
+            "face_label": label[line].numpy()}
+
+
+def write_mesh_label(model: DownstreamClassifier, path: Path, prediction: dict, stem: Path, options) -> list[Path]:
+    """Write what predict.py's options ask for as STEM.*, labels in the numbers of the training labels' files."""
+    colors = {"": label_colors(prediction["face_label"], model.palette)}
+    if options.pca:
+        colors["_pca"] = pca_colors(embed_mesh(model, path))
+    return write_mesh_result(stem, prediction, colors, options.labels, options.picture, options.html,
+                             model.config.data.label_offset)
+
+
+def mesh_pictures(model: DownstreamClassifier, dataset: MeshDataset, index: int, pred: np.ndarray):
+    """Two pictures for the report: the truth (None without labels) and the prediction (P,) of one mesh."""
+    mesh = dataset.mesh(index)
+    label = dataset.labels[index]
+    up = "z" if model.spec.unit else "auto"
+    truth, drawn = (render_mesh(mesh.vertices, mesh.faces, label_colors(values, model.palette), up=up)
+                    for values in (label, pred))
+    return (truth if (label >= 0).any() else None), drawn
+
+
+# -- embeddings --------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def embed_mesh(model: DownstreamClassifier, path: str | Path) -> np.ndarray:
+    """The encoder's embedding (P, E) float32 of every face of a mesh file, in file order."""
+    device = next(model.parameters()).device
+    dataset = open_meshes([path], None, model.spec, model.texture_samples, views=1,
+                          cache_dir=model.config.paths.cache_dir)
+    out = np.zeros((dataset.num_faces[0], model.encoder.embed_dim), np.float32)
+    for item in range(len(dataset)):
+        batch = to_device(custom_collate_fn([dataset[item]]), device)
+        embedding = model.embed(batch["features"], batch["mask"], batch["centroid"], **texture_of(batch))
+        mask = batch["mask"]
+        out[batch["face_index"][mask].cpu().numpy()] = embedding[mask].float().cpu().numpy()
+    return out
+
+
+def cache_embeddings(model: DownstreamClassifier, datasets: Sequence[MeshDataset], device: torch.device,
+                     amp_dtype: torch.dtype | None) -> tuple[list[CachedFeatures], str]:
+    """The data sets with the embeddings of the frozen encoder in place of their features, and a line for the log.
+    ValueError where the encoder is not frozen."""
+    if not model.encoder_is_frozen:
+        raise ValueError("training.cache_features needs a frozen encoder without texture: set "
+                         "training.num_unfrozen_encoder_layers=0 and give a --pretrained_path")
+    weights = b"".join(tensor.cpu().numpy().tobytes() for tensor in model.encoder.state_dict().values())
+    heads = model.encoder.blocks[0].local_layer.attn.num_heads
+    key = hashlib.sha256(weights + f"{heads} {device.type} {amp_dtype}".encode()).hexdigest()
+
+    def embed(batch: dict) -> Tensor:
+        with autocast(device, amp_dtype):                   # as in training: the embeddings are the same to the bit
+            return model.embed(*(batch[name].to(device) for name in ("features", "mask", "centroid")))
+
+    started = time.monotonic()
+    with main_first():
+        cached = [CachedFeatures(dataset, embed, key, model.config.paths.cache_dir) for dataset in datasets]
+    how = "read" if cached[0].was_stored else "embedded"
+    return cached, (f"cached features: {sum(map(len, cached))} items {how} in {time.monotonic() - started:.1f} s; the "
+                    f"encoder does not run again")

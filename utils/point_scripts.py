@@ -1,0 +1,168 @@
+"""What train_sonata.py does with a trained network: labels of raw clouds by one view or by the precise test, scores of a
+data set, labels and pictures of files.
+
+This module stands above data/ and models/; only scripts import it. model: a SonataSegmenter with the attributes that
+the script's `attach` gives it. R raw points of a cloud.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Subset
+
+from data.point_results import example_clouds, write_point_result
+from data.points import (
+    PointDataset,
+    PreciseTest,
+    collate_points,
+    complete,
+    evaluation_sample,
+    read_cloud,
+    to_cloud,
+)
+from models.point_transformer import SonataSegmenter, upcast
+from utils.distributed import all_reduce_sum, own_share, unwrap
+from utils.log import progress
+from utils.losses import MaskedCrossEntropyLoss
+from utils.metrics import ConfusionMatrix, absent_as_zero, miou_of_each, segmentation_metrics
+from utils.render import pca_colors
+from utils.seed import seed_worker
+from utils.training import to_device
+
+OFFICIAL = "all classes, absent ones as 0 (the official mean)"
+
+
+def fixed_orders(model: SonataSegmenter, index: int) -> torch.Tensor:
+    """The permutations of the serialisation orders for cloud `index`: drawn as upstream draws them,
+    but the same in every evaluation."""
+    stages = len(model.backbone.enc_channels)
+    orders = len(model.backbone.order)
+    if not model.backbone.shuffle_orders:
+        return torch.arange(orders).repeat(stages, 1)
+    generator = torch.Generator().manual_seed(index)
+    return torch.stack([torch.randperm(orders, generator=generator) for _ in range(stages)])
+
+
+@torch.no_grad()
+def label_cloud(model: SonataSegmenter, cloud: dict | None, precise: bool, index: int = 0,
+                sample: dict | None = None):
+    """A raw cloud -> (label (R,) int64, its mean probability (R,), the voxels' logits of the single
+    view).
+
+    precise: votes of 13 views and all their fragments; else one view, one point a voxel, copied to
+    the voxel's points; `sample` is then evaluation_sample(cloud), where that is done. In float32
+    without autocast, as upstream.
+    """
+    device = next(model.parameters()).device
+    orders = fixed_orders(model, index)
+    if precise:
+        test = PreciseTest(cloud, model.spec, model.num_classes)
+        for batch in test:
+            test.add(batch, model(to_device(batch, device), orders))
+        share = (test.votes / test.votes.sum(1, keepdim=True)).max(1).values.cpu()
+        if test.inverse is not None:
+            share = share[test.inverse]
+        return test.prediction(), share, None
+    if sample is None:
+        sample = evaluation_sample(cloud, model.spec)
+    batch = collate_points([sample])
+    logits = model(to_device(batch, device), orders).cpu()
+    confidence, label = logits.softmax(1).max(1)
+    return label[sample["inverse"]], confidence[sample["inverse"]], logits
+
+
+def only_item(items: list) -> dict:
+    return items[0]
+
+
+@torch.no_grad()
+def evaluate_clouds(model: SonataSegmenter, dataset: PointDataset, device: torch.device | None = None,
+                    amp_dtype: torch.dtype | None = None, batch_size: int = 1, num_workers: int = 0,
+                    limit_batches: int = 0, precise: bool | None = None) -> dict:
+    """Score every labelled raw point exactly once; used in training, by --test-only and by
+    evaluate.py.
+
+    precise None: as evaluation.precise says. Returns metrics (means over the classes that occur),
+    tables {OFFICIAL: means over all classes, absent ones 0}, loss (per labelled voxel of the single
+    view, NaN for the precise test), matrix, examples, predictions {index: (R,)} of this process,
+    and seconds.
+    """
+    started = time.monotonic()
+    model = unwrap(model).eval()
+    if precise is None:
+        precise = model.config.evaluation.precise
+    criterion = MaskedCrossEntropyLoss()
+    confusion = ConfusionMatrix(model.num_classes)
+    mine = list(own_share(len(dataset.files)))
+    if limit_batches:
+        mine = mine[:limit_batches]
+    loader = mine
+    if not precise:
+        loader = DataLoader(Subset(dataset, mine), 1, collate_fn=only_item, num_workers=num_workers,
+                            worker_init_fn=seed_worker, generator=torch.Generator())
+    examples = []
+    predictions = {}
+    loss = weight = 0.0
+    for index, item in zip(mine, progress(loader, "evaluating"), strict=True):
+        if precise:
+            cloud = dataset.cloud(index)
+            label, _, _ = label_cloud(model, cloud, True, index)
+            truth = torch.from_numpy(cloud["label"])
+        else:
+            label, _, logits = label_cloud(model, None, False, index, item)
+            truth = item["raw_label"]
+            total, voxels = criterion.sum_and_weight(logits, item["label"])
+            loss += float(total)
+            weight += float(voxels)
+        before = 0 if confusion.counts is None else confusion.counts
+        confusion.update(label, truth)
+        own = (confusion.counts - before).numpy()
+        file = dataset.files[index]
+        examples.append((index, file.name if file.is_dir() else file.stem,
+                         float(miou_of_each(own[None])[0])))
+        predictions[index] = label.numpy().astype(np.int16)
+    matrix = confusion.all_reduce().matrix()
+    metrics = segmentation_metrics(matrix)
+    official = {**metrics, "miou": absent_as_zero(metrics["iou"]),
+                "mean_f1": absent_as_zero(metrics["f1"]),
+                "mean_accuracy": absent_as_zero(metrics["accuracy"])}
+    weight = all_reduce_sum(weight)
+    mean_loss = all_reduce_sum(loss) / weight if weight else float("nan")
+    return {"metrics": metrics, "tables": {OFFICIAL: official}, "loss": mean_loss, "matrix": matrix,
+            "examples": examples, "predictions": predictions,
+            "seconds": time.monotonic() - started}
+
+
+def label_cloud_file(model: SonataSegmenter, path: str | Path, amp_dtype: torch.dtype | None = None) -> dict:
+    """Label a cloud file: label (R,) int64 and confidence (R,) of every raw point in file order,
+    and coord (R, 3)."""
+    raw, missing = complete(read_cloud(path), model.spec, path, model.config.paths.cache_dir)
+    for line in (*raw.warnings, *(f"{path}: no {name}s in the file" for name in missing)):
+        print(line, flush=True)
+    cloud = {name: value for name, value in to_cloud(raw, model.spec).items() if name != "label"}
+    label, confidence, _ = label_cloud(model, cloud, model.config.evaluation.precise)
+    return {"label": label.numpy(), "confidence": confidence.numpy(), "coord": raw.coord,
+            "cloud": cloud}
+
+
+def write_cloud_label(model: SonataSegmenter, path: Path, prediction: dict, stem: Path, options) -> list[Path]:
+    """Write what predict.py's options ask for as STEM*: labels in file order, the coloured cloud,
+    PCA colours."""
+    colors = {"": model.palette[prediction["label"]]}
+    if options.pca:
+        sample = evaluation_sample(prediction["cloud"], model.spec)
+        batch = to_device(collate_points([sample]), next(model.parameters()).device)
+        with torch.no_grad():
+            stages, restore = model.backbone.encode(batch, fixed_orders(model, 0))
+            features = upcast(model.backbone.outputs(stages, restore)).float().cpu().numpy()
+        colors["_pca"] = pca_colors(features)[sample["inverse"].numpy()]
+    return write_point_result(stem, prediction, colors, options.labels, options.picture)
+
+
+def cloud_pictures(model: SonataSegmenter, dataset: PointDataset, index: int, pred: np.ndarray):
+    """Two pictures for the report: the truth (None without labels) and the prediction (R,)."""
+    return example_clouds(dataset.cloud(index), pred, model.palette)
