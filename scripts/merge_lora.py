@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_sonata  # noqa: E402
 from models.lora import merge_lora  # noqa: E402
 from utils.checkpoint import load_checkpoint  # noqa: E402
-from utils.cli import ArgumentParser, run  # noqa: E402
+from utils.cli import ArgumentParser, run_main  # noqa: E402
 
 
 def parse_args(argv=None):
@@ -43,7 +43,8 @@ def main(argv=None) -> dict:
     model = train_sonata.load_model(checkpoint, torch.device("cpu"))
     merged = merge_lora(model.backbone.enc)
     if not merged:
-        raise ValueError(f"{args.checkpoint}: model.mode={model.mode} has no low-rank updates; there is nothing to merge")
+        raise ValueError(f"{args.checkpoint}: model.mode={model.mode} has no low-rank updates; there is nothing to "
+                         f"merge")
     state = {**model.backbone.state_dict(), **{f"seg_head.{name}": value for name, value in
                                                model.seg_head.state_dict().items()}}
     config = {**checkpoint["encoder"]["config"], "mask_token": False, "enc_mode": True}
@@ -56,4 +57,4 @@ def main(argv=None) -> dict:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -1,0 +1,135 @@
+"""train_sonata.py with files like Concerto's and Utonia's, in all modes, with and without colours: what is frozen stays, a resumed
+run is the same run, low-rank updates merge into a plain file."""
+
+import numpy as np
+import pytest
+import torch
+
+import train_sonata as SCRIPT
+from models.lora import LowRankUpdate
+from models.point_networks import NETWORKS
+from scripts import merge_lora
+from tests.tiny_clouds import UTONIA, tiny_cloud, write_classes, write_clouds, write_config, write_encoder
+from tests.whole_runs import assert_equal, sigterm_in_call
+from utils.checkpoint import load_checkpoint
+from utils.cli import StopRequested
+
+CPU = torch.device("cpu")
+TRAINED = {"lin": ("seg_head.",), "dec": ("seg_head.", "backbone.dec."), "lora": ("seg_head.", ".attn.lora."), "ft": ("",)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory):
+    """Clouds with colours and normals, and the same without."""
+    folder = tmp_path_factory.mktemp("clouds")
+    for split, count, seed in (("train", 4, 0), ("val", 1, 100)):
+        write_clouds(folder / "all" / split, count, seed, 150)
+        (folder / "coord" / split).mkdir(parents=True)
+        for number in range(seed, seed + count):
+            cloud = tiny_cloud(number, 150 + 7 * (number % 5))
+            np.savez(folder / "coord" / split / f"cloud_{number:03d}.npz", coord=cloud["coord"], segment=cloud["segment"])
+    return {name: write_classes(folder / name) for name in ("all", "coord")}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights")
+    return {"concerto": write_encoder(folder / "concerto.pth"), "utonia": write_encoder(folder / "utonia.pth", **UTONIA)}
+
+
+def config_of(tmp_path, root, mode, **sections):
+    return write_config(tmp_path / "c.yaml", root, **{
+        "model": {"mode": mode, "encoder": {}}, "training": {"use_pretrained": None, "epochs": 2, "eval_epochs": 2, "batch_size": 2},
+        "data": {"root": str(root), "grid_size": 0.05, "missing_normal": "zeros"}, "augmentation": {"elastic": [[0.2, 0.05]], "drop_color": 0.5}, **sections})
+
+
+def train(config, output, file, *more):
+    return SCRIPT.main([config, "--device", "cpu", "--num-workers", "0", "--output-dir", str(output), "--pretrained_path", file, *map(str, more)])
+
+
+def last(output):
+    return load_checkpoint(output / "model" / "model_last.pth")
+
+
+@pytest.mark.parametrize("data", ["all", "coord"])
+@pytest.mark.parametrize("name", ["concerto", "utonia"])
+@pytest.mark.parametrize("mode", ["lin", "dec", "ft", "lora"])
+def test_frozen_parts_stay_and_a_resumed_run_is_the_same(roots, weights, tmp_path, monkeypatch, capsys, mode, name, data):
+    config = config_of(tmp_path, roots[data], mode)
+    train(config, tmp_path / "whole", weights[name])
+    assert ("no colors" in capsys.readouterr().out) is (data == "coord")
+    with monkeypatch.context() as patch:
+        sigterm_in_call(patch, torch.optim.AdamW, "step", 2)
+        with pytest.raises(StopRequested):
+            train(config, tmp_path / "cut", weights[name])
+    assert 1 < last(tmp_path / "cut")["step"] < 4
+    train(config, tmp_path / "cut", weights[name], "--resume", "auto")
+    whole, cut = last(tmp_path / "whole"), last(tmp_path / "cut")
+    assert whole["step"] == cut["step"] == 4
+    for part in ("model", "optimizer", "scheduler", "rng"):
+        assert_equal(whole[part], cut[part])
+
+    stored = torch.load(weights[name], weights_only=True)["state_dict"]
+    model = SCRIPT.load_model(whole, CPU)
+    for key, tensor in model.state_dict().items():
+        inner = key.removeprefix("backbone.")
+        buffer = key.endswith("inv_freq")
+        trained = any(word in key for word in TRAINED[mode]) and not buffer
+        if inner in stored:
+            assert torch.equal(tensor, stored[inner]) is not trained, key
+        assert (key in whole["model"]) is (trained or buffer or mode == "ft"), key
+    assert model.backbone.rotates is (name == "utonia")
+
+
+@pytest.mark.parametrize("name", ["concerto", "utonia"])
+def test_low_rank_updates_merge_into_a_plain_file(roots, weights, tmp_path, capsys, name):
+    config = config_of(tmp_path, roots["all"], "lora", optimizer={"lr": 0.01, "block_lr": 0.01})
+    train(config, tmp_path / "out", weights[name])
+    checkpoint, merged = tmp_path / "out" / "model" / "model_last.pth", tmp_path / "merged.pth"
+    assert merge_lora.main([str(checkpoint), str(merged)])["merged"] == 3
+    stored = torch.load(merged, weights_only=True)
+    assert not any("lora" in key for key in stored["state_dict"]) and stored["config"]["enc_mode"] is True
+    lin = config_of(tmp_path, roots["all"], "lin")
+    train(lin, tmp_path / "lin", str(merged), f"paths.head={merged}", "optimizer.lr=1e-12", "optimizer.block_lr=1e-12")
+    before, after = (SCRIPT.load_model(load_checkpoint(path), CPU) for path in (checkpoint, tmp_path / "lin" / "model" / "model_last.pth"))
+    results = [SCRIPT.evaluate(model, SCRIPT.build_dataset(model.config, "val"), precise=False) for model in (before, after)]
+    assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-4)
+    for update in before.backbone.modules():                 # the updates matter: without them the loss is another
+        if isinstance(update, LowRankUpdate):
+            torch.nn.init.zeros_(update.b)
+    without = SCRIPT.evaluate(before, SCRIPT.build_dataset(before.config, "val"), precise=False)
+    assert abs(without["loss"] - results[0]["loss"]) > 1e-3
+    with pytest.raises(ValueError, match=r"merged\.pth exists"):
+        merge_lora.main([str(checkpoint), str(merged)])
+    with pytest.raises(ValueError, match="model.mode=lin has no low-rank updates"):
+        merge_lora.main([str(tmp_path / "lin" / "model" / "model_last.pth"), str(tmp_path / "other.pth")])
+    assert not (tmp_path / "other.pth").exists()
+    with pytest.raises(ValueError, match="low-rank updates without their encoder"):
+        train(lin, tmp_path / "again", str(checkpoint))
+
+
+def test_a_utonia_file_without_rope_base_runs_with_its_rotation(roots, weights, tmp_path):
+    """Fault 2: it was accepted, and ran without. With and without the keys the run is the same to the bit."""
+    content = torch.load(weights["utonia"], weights_only=True)
+    for key in ("rope_base", "jitter_coords", "rescale_coords"):
+        del content["config"][key]
+    torch.save(content, tmp_path / "other.pth")
+    config = config_of(tmp_path, roots["all"], "lin")
+    for output, file in (("one", weights["utonia"]), ("two", str(tmp_path / "other.pth"))):
+        train(config, tmp_path / output, file)
+    assert_equal(last(tmp_path / "one")["model"], last(tmp_path / "two")["model"])
+    assert last(tmp_path / "two")["encoder"]["config"]["rope_base"] == 10.0
+
+
+def test_every_network_has_an_owner_that_the_documents_name():
+    text = (SCRIPT.Path(SCRIPT.__file__).parent / "docs" / "sonata.md").read_text()
+    for network in NETWORKS.values():
+        assert network.owner.split(" or ")[-1] in text, network.owner
