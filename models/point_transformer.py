@@ -151,6 +151,20 @@ class PointDropPath(nn.Module):
         return x * keep
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None, pad: bool) -> Tensor:
+    """scaled_dot_product_attention of (patches, heads, length, D); scale None: D^-0.5.
+
+    pad: fill D up with zeros to a multiple of 8, which changes no score. CUDA's kernels that never hold the matrix of
+    scores need that (float32 ones at least: not measured, for lack of a GPU); heads of 18 channels would miss them.
+    """
+    width = q.shape[-1]
+    missing = -width % 8 if pad else 0
+    if not missing:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    q, k, v = (F.pad(part, (0, missing)) for part in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=width ** -0.5 if scale is None else scale)[..., :width]
+
+
 class PatchAttention(nn.Module):
     """Multi-head attention within the patches of a sequence; qkv rows ordered q, k, v, heads contiguous in each.
 
@@ -178,7 +192,7 @@ class PatchAttention(nn.Module):
         for count, length in groups:
             part = qkv[start:start + count * length].view(count, length, 3, self.num_heads, -1)
             q, k, v = part.permute(2, 0, 3, 1, 4).unbind(0)                          # (patches, heads, length, D)
-            out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+            out = attend(q, k, v, self.scale, pad=q.device.type == "cuda")
             outputs.append(out.transpose(1, 2).reshape(count * length, -1))          # (patches * length, C)
             start += count * length
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
