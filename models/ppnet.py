@@ -25,8 +25,11 @@ class PPNet(nn.Module):
     forward returns a list of such pairs. Prototypes start uniform in [0, 1), prototypes_per_class in a row belong to
     one class; the read-out starts at 1 for a class's own prototypes and -0.5 for the others. Different from upstream,
     class_identity (P, C), one-hot, is a buffer: after remove() nothing else tells which class a prototype has.
-    `provenance` is one entry per prototype, or None: where a pushed prototype came from.
+    `provenance` is one entry per prototype, or None: where a pushed prototype came from. `squash` (height, width), or
+    None: `shown` and `scores` resize every image to that, whatever its shape.
     """
+
+    squash: tuple[int, int] | None = None
 
     def __init__(self, features: nn.Module, num_classes: int, prototypes_per_class: int = 10, channels: int = 64,
                  similarity: str = "log"):
@@ -82,17 +85,18 @@ class PPNet(nn.Module):
         features = self.features_of(image)
         return [self.classify(f) for f in features] if isinstance(features, list) else self.classify(features)
 
+    def shown(self, image: Tensor) -> Tensor:
+        """image (B, 3, H, W) as the network is shown it."""
+        if self.squash is None:
+            return image
+        return F.interpolate(image, self.squash, mode="bilinear", antialias=True)
+
     def scores(self, image: Tensor) -> Tensor:
         """image (B, 3, H, W) -> logits (B, C, H, W) float32, bilinear. In eval mode."""
-        logits, _ = self(image)
-        return F.interpolate(logits.permute(0, 3, 1, 2), image.shape[-2:], mode="bilinear")
-
-    def contributions(self, distances: Tensor) -> Tensor:
-        """Distances of some cells (..., P) -> (..., C, P), what each prototype adds to each class.
-
-        The sum over P is the logit, exactly: the read-out is linear and has no bias.
-        """
-        return self.similarity(distances).unsqueeze(-2) * self.last_layer.weight
+        shown = self.shown(image)
+        logits, _ = self(shown)
+        logits = F.interpolate(logits.permute(0, 3, 1, 2), shown.shape[-2:], mode="bilinear")
+        return logits if self.squash is None else F.interpolate(logits, image.shape[-2:], mode="bilinear")
 
     def remove(self, keep: Tensor) -> None:
         """Keep only the prototypes `keep` (P',) int64, in this order, with their classes, weights and provenance.

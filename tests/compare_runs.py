@@ -23,7 +23,7 @@ from utils.log import read_log
 from utils.training import Totals
 
 ACCUMULATE = {"downstream": ["training.accumulation_steps=2"], "sonata": ["training.accumulation_steps=2"],
-              "segmentation": ["training.accumulate_grad_batches=2"], "prototype": ["training.accumulate=3"],
+              "segmentation": ["training.accumulate_grad_batches=2"], "prototype": ["training.accumulate=3", "training.steps=[3,9,3]"],
               "m2f_head": ["--accumulate", "2"], "upernet_head": ["--accumulate", "2"]}
 CUT = """
 import importlib, os, signal, sys

@@ -125,6 +125,7 @@ class Run:
             check_writable(self.folder.model, self.folder.log, self.folder.config)
         self.epoch = self.batch = self.step = 0
         self.numbers: dict = {}                             # of the last evaluation
+        self.stop: StopSignal | None = None                 # in training
         self._terms: dict[str, Tensor] = {}                 # of the step so far
         self._weight: Tensor | None = None
 
@@ -307,17 +308,22 @@ class Run:
 
     def end_epoch(self, result: Mapping | None, shown: Mapping[str, str], score: str = "miou",
                   more: Mapping[str, float] | None = None) -> dict:
-        """Log the epoch and save its checkpoints; returns the record of its training part.
+        """log_epoch, then save_epoch by the number named `score`."""
+        train = self.log_epoch(result, shown, more)
+        self.save_epoch(None if result is None else self.numbers[score])
+        return train
 
-        result: of an evaluation (metrics, loss, seconds), or None. shown: {label on the console: name of a metric}.
-        score: the number by which the best epoch is chosen. more: numbers besides the metrics.
+    def log_epoch(self, result: Mapping | None, shown: Mapping[str, str], more: Mapping | None = None) -> dict:
+        """Log the epoch's totals, whose record it returns, and an evaluation (metrics, loss, seconds; or None).
+
+        shown: {label on the console: name of a metric}. more: numbers of the evaluation besides its metrics.
         """
         seconds = time.monotonic() - self._started
         terms = [name for name in self.totals.terms if name not in ("loss", "total")]
         train = self.totals.means()
         train.setdefault("loss", train.get("total"))
         self.log.evaluation(self.epoch, self.step, "train", train)
-        line = f"Epoch {self.epoch}: " + shown_numbers("Train", train, shown)
+        line = f"Epoch {self.epoch}: {shown_numbers('Train', train, shown)}"
         if terms:
             line += f" ({', '.join(f'{name} {train[name]:.4f}' for name in terms)})"
         if result is not None:
@@ -325,7 +331,6 @@ class Run:
             self.log.evaluation(self.epoch, self.step, "val", self.numbers)
             line += f"\n          {shown_numbers('Val', self.numbers, shown)} (evaluation {result['seconds']:.2f} s)"
         self.log.info(f"{line} ({seconds:.2f} s)")
-        self.save_epoch(None if result is None else self.numbers[score])
         return train
 
     def summary(self) -> dict:
@@ -367,7 +372,7 @@ class Run:
 
     def stop_requested(self) -> int:
         """The signal by which any process was asked to stop, else 0. Every process has to call it."""
-        return all_agree_max(self.stop.requested or 0)
+        return all_agree_max(self.stop.requested or 0 if self.stop else 0)
 
     def stop_if_asked(self, where: str) -> None:
         """Raise StopRequested, with the command that goes on, where a stop was requested; all is saved by then."""
