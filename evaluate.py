@@ -26,8 +26,8 @@ from utils.checkpoint import check_writable, load_checkpoint
 from utils.checks import check_range
 from utils.cli import ArgumentParser, run_main
 from utils.config import override_config
-from utils.device import amp_settings, describe, environment, pick_device
-from utils.distributed import cleanup, init_distributed, is_main
+from utils.device import amp_settings, describe, environment
+from utils.distributed import cleanup, is_main, join
 from utils.log import read_log
 from utils.metrics import metrics_table
 from utils.report import write_report
@@ -104,10 +104,7 @@ def main(argv=None) -> dict:
         raise ValueError("--label-dir names the labels of --data-dir; the labels of a split are named in the config")
     for name, lowest in (("batch_size", 1), ("examples", 0), ("limit_batches", 0), ("num_workers", 0)):
         check_range(f"--{name.replace('_', '-')}", getattr(args, name), lowest)
-    device = pick_device(args.device)
-    rank, local_rank, world = init_distributed(device.type)
-    if device.type == "cuda" and world > 1:
-        device = torch.device("cuda", local_rank)
+    device, _, _ = join(args.device)
     amp_dtype, _ = amp_settings(device, args.amp_dtype)
     script, model, checkpoint = load(args.checkpoint, args.overrides, device)
     split = args.split or ("test" if script.has_test_split(model.config) else "val")

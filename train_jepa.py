@@ -554,7 +554,7 @@ def main(argv=None) -> dict:
                 run.log.info(prober.report(scores, run.epoch))
                 run.log.evaluation(run.epoch, run.step, "probe", {**scores, **prober.baselines})
             # The best is chosen by the probe: the lowest loss is a collapsed network's.
-            run.save_epoch(score)
+            run.save(run.epoch, score)
             for line in beyond:
                 run.log.info(line)
             if all_agree_max(bool(beyond)) and config.monitor.stop:

@@ -60,6 +60,7 @@ from utils.mask_losses import SetCriterion
 from utils.params import describe_parameters, split_decay
 from utils.run import Run, add_run_flags, main_first
 from utils.schedule import build_scheduler
+from utils.seed import seed_everything
 from utils.training import build_loader, micro_steps
 from utils.weights import load_weights
 
@@ -286,7 +287,7 @@ def main(argv=None) -> dict:
                                             config.data.cache_dir, training.batch_size,
                                             args.num_workers)
         run.messages.append(message)
-    run.seed_everything()               # the head starts the same, however the backbone came
+    seed_everything(args.seed, args.deterministic)      # the head starts the same, however the backbone came
     model = build_model(config, backbone.embed_dim, backbone.patch_size)
     if not run.restore(model) and config.model.head_weights is not None:
         run.messages += load_head(model, config.model.head_weights)

@@ -1,5 +1,5 @@
-"""Prototype segmentation: a DeepLab v2 whose classes are read off similarities to learned, then real,
-image patches.
+"""Prototype segmentation: a DeepLab v2 whose classes are read off similarities to learned, then to
+real, image patches.
 
     python train_prototype.py configs/prototype_voc.yaml --pretrained_path resnet101-63fe2227.pth
     python train_prototype.py CONFIG model.weights=random --device cpu --limit-batches 10
@@ -9,8 +9,8 @@ image patches.
     python train_prototype.py CONFIG --resume exp/prototype/model/model_best.pth --test-only
     python train_prototype.py CONFIG --resume exp/prototype/model/model_best.pth --gallery
 
-Sacha et al. 2023 (ProtoSeg), after Chen et al. 2019 (ProtoPNet). Warm-up trains ASPP and prototypes,
-joint training everything; the push replaces each prototype by the nearest feature of its class in
+Sacha et al. 2023 (ProtoSeg), after Chen et al. 2019 (ProtoPNet). Warm-up trains ASPP and
+prototypes, joint training everything; the push replaces each prototype by the nearest feature of its class in
 the training set; fine-tuning trains the last layer alone; pruning (training.prune) drops prototypes
 whose neighbours are of other classes, and fine-tunes again. Steps are micro-steps of batch_size
 images, `accumulate` of them make an update. All keys are in DEFAULTS, `section.key=value` changes
@@ -20,7 +20,6 @@ one. Every number logged, every deviation from the paper: docs/prototype.md.
 from __future__ import annotations
 
 import itertools
-import json
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -28,52 +27,41 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Subset
 
-from data import cityscapes, voc
 from data.image_splits import class_info, folder_pairs
-from data.images import Augmentation, SegmentationDataset, check_pairs, list_images, pair_files, read_image
-from data.prototype_results import (
-    explain_pixels,
-    prototype_colors,
-    write_gallery,
-    write_prototype_prediction,
-)
+from data.images import Augmentation, SegmentationDataset, check_pairs, list_images, pair_files
 from models.deeplab import DeepLabV2, MultiScale, freeze_batch_norm, load_deeplab_weights
 from models.ppnet import PPNet, parameter_groups, ppnet_from_state
-from models.prototype_push import (
-    NearestPatches,
-    PushTable,
-    patch_box,
-    provenance,
-    prune_keep,
-    purity,
-    push,
-)
 from utils.checkpoint import find_resume, save_checkpoint
-from utils.checks import check_positive, check_range
+from utils.checks import check_positive
 from utils.cli import ArgumentParser, run_main
 from utils.config import Config, Required, Setting, load_config
-from utils.device import autocast, describe
+from utils.device import describe
 from utils.distributed import (
     EpochBatchSampler,
-    all_gather,
     all_reduce_sum,
     broadcast_buffers,
     is_main,
-    own_share,
     world_size,
 )
 from utils.image_inference import TTA_SCALES, View, build_normalizer
-from utils.image_scripts import attach, evaluate_photos, label_photo, photo_pictures
-from utils.log import progress
+from utils.image_scripts import attach, evaluate_photos, photo_pictures
 from utils.losses import MaskedCrossEntropyLoss
 from utils.metrics import metrics_table
 from utils.prototype_losses import off_class_l1, prototype_divergence, resize_label
-from utils.prototype_metrics import PrototypeStatistics, noise_stability
+from utils.prototype_scripts import (
+    DATASETS,
+    describe_prototypes,
+    finish_prune,
+    finish_push,
+    label_with_distances,
+    new_table,
+    scan,
+    write_explained,
+    write_pages,
+)
 from utils.run import Run, add_run_flags, headline, main_first
 from utils.schedule import build_scheduler
-from utils.seed import seed_worker
 from utils.training import build_loader, check_same_run, micro_steps
 from utils.weights import sha256_file
 
@@ -82,7 +70,6 @@ STAGES = ("warmup", "joint", "push", "finetune", "prune", "refinetune")
 PHASE = {"warmup": 0, "joint": 1, "push": 1, "finetune": 2, "prune": 2, "refinetune": 2}
 SCANS = ("push", "prune")               # passes over whole photographs; the others train
 SCAN_CHUNK = 200                        # photographs between two saves of a scan
-DATASETS = {"cityscapes": cityscapes, "pascal": voc}
 # For predict.py, default first.
 RESULTS = {"labels": ("png", "npy"), "picture": ("png", "none"), "html": False, "pca": False,
            "explain": True}
@@ -246,7 +233,6 @@ def check_config(config: Config) -> None:
         if len(size) != 2 or not all(isinstance(side, int) and side >= 8 for side in size):
             raise ValueError(f"{name}={size}: [height, width] in pixels")
     for name in ("window", "size"):
-        check_range(f"evaluation.{name}", config.evaluation[name] or 8, 8)
         if config.evaluation.squash and config.evaluation[name]:
             raise ValueError(f"evaluation.squash and evaluation.{name}: squashing is of whole "
                              f"photographs; name one")
@@ -479,8 +465,7 @@ def train_stage(job: Job, name: str) -> None:
         due = progress.done % interval == 0 and run.totals.terms    # stopped before its evaluation
         end = progress.done if due else (progress.done // interval + 1) * interval
         finished = train_until(job, name, network, min(length, end))
-        if run.device.type != "cuda":       # there SyncBatchNorm has the same statistics everywhere
-            broadcast_buffers(job.model)
+        broadcast_buffers(job.model)
         if not finished:
             job.save()
             job.stop_if_asked(name)
@@ -548,7 +533,7 @@ def scan_stage(job: Job, name: str) -> None:
     if job.next_stage() != name:
         return
     run = job.run
-    table = new_table(name, job.model, job.config)
+    table = new_table(name, job.model)
     if job.resumed is not None and job.resumed["table"] is not None:
         table.load_state_dict(job.resumed["table"])
     job.resumed = None
@@ -560,95 +545,14 @@ def scan_stage(job: Job, name: str) -> None:
         if job.progress.done < job.lengths[name]:
             job.save()
             job.stop_if_asked(name)
-    finish = finish_push if name == "push" else finish_prune
-    for line in finish(job.model, table, job.push_set, job.config):
+    if name == "push":
+        lines = finish_push(job.model, table, job.push_set)
+    else:
+        lines = finish_prune(job.model, table)
+    for line in lines:
         run.log.info(line)
     run.keeper.load_state_dict({"score": None, "epoch": None, "top": []})   # another kind of model
     job.end_stage(name, job.evaluate(name, None, started))
-
-
-def new_table(name: str, model: PPNet, config: Config):
-    P, D = model.prototype_vectors.shape[:2]
-    if name == "push":
-        return PushTable(P, D)
-    return NearestPatches(P, config.training.prune_neighbors)
-
-
-@torch.no_grad()
-def scan(run: Run, model: PPNet, dataset, table, begin: int, end: int, name: str) -> int:
-    """Show the photographs begin..end-1 (shared among the processes) at their own size to a
-    PushTable or NearestPatches; returns where it stopped, `end` unless a signal came. Afterwards
-    every process's table holds what all of them saw."""
-    model.eval()
-    mine = [begin + i for i in own_share(end - begin)]
-    loader = DataLoader(Subset(dataset, mine), batch_size=None, num_workers=run.args.num_workers,
-                        worker_init_fn=seed_worker, generator=torch.Generator())
-    items = iter(loader)
-    done = begin
-    for turn in progress(range(-(-(end - begin) // run.world)), name):
-        if turn < len(mine):
-            item = next(items)
-            image = model.normalize(item["image"][None].to(run.device))
-            features = model.features_of(image)                     # (1, D, h, w) after the sigmoid
-            distances = model.prototype_distances(features)         # (1, P, h, w)
-            label = item["label"].to(run.device)
-            seen = (features[0], distances[0]) if isinstance(table, PushTable) else (distances[0],)
-            table.update(mine[turn], *seen, label, model.class_identity)
-        done = min(end, begin + (turn + 1) * run.world)
-        if run.stop_requested() and done < end:
-            break
-    table.merge(all_gather(table.state_dict()))
-    return done
-
-
-@torch.no_grad()
-def self_activations(model: PPNet, dataset):
-    """Yield (prototype, its similarities (h, w) on the photograph it comes from, label (H, W) of
-    that); prototypes without a patch, or whose photograph is not in `dataset`, are left out."""
-    model.eval()
-    device = next(model.parameters()).device
-    places = {str(file): index for index, file in enumerate(dataset.files)}
-    by_image: dict[int | None, list[int]] = {}
-    for prototype, entry in enumerate(model.provenance):
-        by_image.setdefault(places.get(entry["image"]), []).append(prototype)
-    by_image.pop(None, None)
-    for index, prototypes in by_image.items():
-        item = dataset[index]
-        features = model.features_of(model.normalize(item["image"][None].to(device)))
-        similarity = model.similarity(model.prototype_distances(features))[0].cpu()     # (P, h, w)
-        for prototype in prototypes:
-            yield prototype, similarity[prototype], item["label"]
-
-
-def finish_push(model: PPNet, table: PushTable, dataset, config: Config) -> list[str]:
-    """Overwrite the prototypes by the patches that were found, drop duplicates, and note where each
-    comes from; returns lines for the log."""
-    entries = model.provenance = provenance(model, table, dataset.files)
-    report = push(model, table)
-    for prototype, similarity, label in self_activations(model, dataset):
-        entry = model.provenance[prototype]
-        entry["box"] = patch_box(similarity, entry["cell"], label == entry["class"])
-    lines = [f"push: {len(entries)} prototypes, {len(report.unpushed)} without a patch, "
-             f"{len(report.duplicates)} duplicates removed, {len(report.kept)} left"]
-    if report.unpushed:
-        absent = sorted({model.class_names[entries[p]["class"]] for p in report.unpushed})
-        lines.append(f"WARNING: {len(report.unpushed)} prototypes found no patch and keep their "
-                     f"learned vector; never in the push set: {', '.join(absent)}")
-    return lines
-
-
-def finish_prune(model: PPNet, table: NearestPatches, dataset, config: Config) -> list[str]:
-    """Drop the prototypes with too few neighbours of their class; returns lines for the log."""
-    keep = prune_keep(table, model.class_identity, config.training.prune_threshold)
-    before = model.class_identity.sum(0).int()
-    after = model.class_identity[keep].sum(0).int()
-    model.remove(keep)
-    lines = [f"pruning: {int(before.sum())} prototypes, {len(keep)} left"]
-    lost = [model.class_names[c] for c in range(len(after)) if before[c] and not after[c]]
-    if lost:
-        lines.append(f"WARNING: no prototype is left of {', '.join(lost)}: they cannot be "
-                     f"predicted any more")
-    return lines
 
 
 # -- evaluation ------------------------------------------------------------------------------------
@@ -676,27 +580,6 @@ def evaluate(model, dataset, device=None, amp_dtype=None, batch_size=4, num_work
     return result
 
 
-@torch.no_grad()
-def describe_prototypes(model: PPNet, dataset, limit: int = 0) -> dict:
-    """Purity, diversity, sparsity, noise stability and use of the prototypes over a labelled
-    split."""
-    device = next(model.parameters()).device
-    nearest = new_table("prune", model, model.config)
-    statistics = PrototypeStatistics(model)
-    for index in progress(own_share(min(len(dataset), limit or len(dataset))), "prototypes"):
-        item = dataset[index]
-        image = model.normalize(item["image"][None].to(device))
-        label = item["label"].to(device)
-        distances = model.prototype_distances(model.features_of(image))[0]              # (P, h, w)
-        nearest.update(index, distances, label, model.class_identity)
-        statistics.update(distances, label)
-        statistics.add_stability(noise_stability(model, image, index))
-    nearest.merge(all_gather(nearest.state_dict()))
-    result = statistics.result()
-    return {**result.pop("sparsity"), **result,
-            "purity": purity(nearest, model.class_identity).tolist()}
-
-
 def log_evaluation(run: Run, place: Progress, train: dict | None, result: dict,
                    seconds: float) -> None:
     """An evaluation on the console and in log.jsonl; train None: after a push or pruning."""
@@ -717,6 +600,8 @@ def log_evaluation(run: Run, place: Progress, train: dict | None, result: dict,
 
 # -- what evaluate.py and predict.py call besides --------------------------------------------------
 
+predict = label_with_distances
+write_prediction = write_explained
 example_pictures = photo_pictures
 list_inputs = list_images
 
@@ -742,69 +627,6 @@ def load_model(checkpoint: dict, device: torch.device) -> PPNet:
     attach_settings(model, config, checkpoint["class_names"],
                     np.array(checkpoint["palette"], np.uint8))
     return model.to(device).eval()
-
-
-@torch.no_grad()
-def predict(model: PPNet, path: str | Path, amp_dtype=None) -> dict:
-    """Label a photograph, see label_photo, with the squared distances (P, h, w) of the grid cells
-    to the prototypes. They are those behind the label unless evaluation.size, window or tta change
-    how it is made: they are of one pass over the whole photograph."""
-    device = next(model.parameters()).device
-    prediction = label_photo(model, path, amp_dtype)
-    photo = torch.from_numpy(np.array(prediction["photo"])).permute(2, 0, 1)[None].to(device)
-    with autocast(device, amp_dtype):
-        features = model.features_of(model.shown(model.normalize(photo)))       # (1, D, h, w)
-    distances = model.prototype_distances(features)[0]                          # (P, h, w)
-    return {**prediction, "distances": distances.cpu()}
-
-
-def write_prediction(model: PPNet, path: Path, prediction: dict, stem: Path,
-                     options) -> list[Path]:
-    """Write what predict.py's options ask for as STEM*: labels in the numbers of the masks, an
-    overlay, the map of the winning prototypes, and for --explain the prototypes that decided at the
-    named pixels."""
-    data = model.config.dataset
-    identity = model.class_identity.cpu().numpy()
-    weight = model.last_layer.weight.detach().cpu()
-    similarity = model.similarity(prediction["distances"])                      # (P, h, w)
-    of_cell = torch.einsum("cp,phw->hwc", weight, similarity).argmax(-1)        # (h, w)
-    winner = (similarity * weight[of_cell].permute(2, 0, 1)).argmax(0).numpy()  # (h, w)
-    explained = []
-    if options.explain:                 # first: a pixel outside of the photograph leaves no files
-        explained = explain_pixels(stem, prediction["photo"], options.explain, weight.numpy(),
-                                   similarity.numpy(), model.class_names, identity,
-                                   model.provenance, read_source)
-    return explained + write_prototype_prediction(
-        stem, {**prediction, "winner": winner}, model.palette,
-        prototype_colors(identity, model.palette), options.labels, options.picture,
-        data.ignore_label, data.reduce_zero_label,
-        getattr(DATASETS.get(data.name), "LABEL_IDS", None))
-
-
-def read_source(entry: dict):
-    """The photograph that an entry of model.provenance names, or None where it is gone."""
-    if entry["image"] and Path(entry["image"]).is_file():
-        return read_image(entry["image"])
-    return None
-
-
-def write_pages(run: Run, model: PPNet, dataset) -> Path:
-    """OUTPUT_DIR/prototypes: the page of all prototypes with their purity over the push set, and
-    prototypes.json, where each comes from. All processes have to call it; the first writes."""
-    folder = Path(run.args.output_dir) / "prototypes"
-    end = min(len(dataset), run.args.limit_batches or len(dataset))
-    nearest = new_table("prune", model, model.config)
-    if scan(run, model, dataset, nearest, 0, end, "prototypes") < end:
-        run.stop_if_asked("behind all stages, before the page of prototypes")
-    if is_main():
-        activations = {p: similarity.numpy()
-                       for p, similarity, _ in self_activations(model, dataset)}
-        write_gallery(folder, model.provenance, model.class_names, model.palette, read_source,
-                      activations, model.last_layer.weight.detach().cpu().numpy(),
-                      purity(nearest, model.class_identity).numpy())
-        (folder / "prototypes.json").write_text(json.dumps(model.provenance, indent=1) + "\n",
-                                                encoding="utf-8")
-    return folder / "index.html"
 
 
 # -- set-up and resume -----------------------------------------------------------------------------

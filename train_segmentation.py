@@ -439,8 +439,7 @@ def train_one_epoch(run: Run, network, loader, criterion, ema: EMA | None, clip_
             losses = compute_loss(criterion, logits, label, weight, share)
             run.backward(losses["total"], losses)
         run.update(clip_grad)
-        if run.device.type != "cuda":       # there SyncBatchNorm has the same statistics everywhere
-            broadcast_buffers(network)
+        broadcast_buffers(network)      # before they are averaged
         if ema is not None:
             ema.update(network)
 

@@ -226,6 +226,19 @@ class CheckpointKeeper:
         self.top: list[list] = []                  # [score, epoch], best first
         self._state, self._key, self._files = None, None, []   # the last state, its version, and the files that hold it
 
+    def save_all(self, state: dict, epoch: int | None = None, score: float | None = None) -> bool:
+        """save_best_if where there is a score, save_epoch where there is an epoch, then save_last, from which a resume
+        goes on; True where the score is the best."""
+        best = score is not None and self.save_best_if(score, state)
+        if epoch is not None:
+            self.save_epoch(epoch, state)
+        self.save_last(state)
+        return best
+
+    def best(self) -> str:
+        """For the log: the best score and its epoch."""
+        return "none" if self.best_score is None else f"{self.best_score:.4f} (epoch {self.best_epoch})"
+
     def save_last(self, state: dict) -> None:
         """Write model_last.pth."""
         self._save("model_last.pth", state)

@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
+from utils.device import pick_device
+
 # Others wait at a barrier while rank 0 prepares data or writes; torchrun itself ends them when one dies, so be patient.
 TIMEOUT = timedelta(hours=2)
 _left_group = None                                 # see cleanup
@@ -50,6 +52,16 @@ def init_distributed(device_type: str) -> tuple[int, int, int]:
                     "rank": own_rank, "world_size": count}
         dist.init_process_group(**how)
     return rank(), local_rank, world_size()
+
+
+def join(device: str | None) -> tuple[torch.device, int, int]:
+    """(device, rank, world size) of this process: --device as pick_device has it, and of several processes on CUDA each
+    its own GPU. Raises as pick_device and init_distributed."""
+    picked = pick_device(device)
+    own_rank, local_rank, world = init_distributed(picked.type)
+    if picked.type == "cuda" and world > 1:
+        picked = torch.device("cuda", local_rank)
+    return picked, own_rank, world
 
 
 def _active() -> bool:
@@ -117,10 +129,12 @@ def all_gather(value: Any) -> list:
 
 
 def broadcast_buffers(module: nn.Module) -> None:
-    """Give all processes the first one's buffers: running statistics of batch norms that are not synchronised."""
+    """Give all processes the first one's buffers: running statistics of batch norms. Not on CUDA, where SyncBatchNorm
+    has the same statistics in all of them."""
     if _active():
         for buffer in module.buffers():
-            dist.broadcast(buffer, 0)
+            if buffer.device.type != "cuda":
+                dist.broadcast(buffer, 0)
 
 
 def _reduced(tensor: Tensor, operation: dist.ReduceOp) -> Tensor:

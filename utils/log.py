@@ -108,6 +108,18 @@ class RunLog:
         numbers = {name: record[name] for name in metrics if type(record[name]) in (int, float)}
         self.scalars(step, {f"{split}/{name}": value for name, value in numbers.items()})
 
+    def epoch(self, epoch: int, step: int, seconds: float, shown: Mapping[str, str], terms: Iterable[str],
+              train: Mapping[str, Any], val: Mapping[str, Any] | None = None, val_seconds: float = 0.0) -> None:
+        """Records of an epoch's training and of its evaluation, if there was one, and a line for each on the console
+        with the loss and the metrics named by shown, {label: name}; of training also the `terms` of its loss."""
+        self.evaluation(epoch, step, "train", train)
+        parts = ", ".join(f"{name} {train[name]:.4f}" for name in terms if name not in ("loss", "total"))
+        line = f"Epoch {epoch}: {_shown('Train', shown, train)}{f' ({parts})' if parts else ''}"
+        if val is not None:
+            self.evaluation(epoch, step, "val", val)
+            line += f"\n          {_shown('Val', shown, val)} (evaluation {val_seconds:.2f} s)"
+        self.info(f"{line} ({seconds:.2f} s)")
+
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """TensorBoard only (and wandb): {"Loss/train": 0.4, ...} at `step`."""
         if self.rank != 0:
@@ -157,6 +169,11 @@ def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
             if number < len(lines):                            # a whole line ends with a newline, so that "" follows it
                 raise ValueError(f"{path}: line {number} is not a record ({error}): {line[:60]!r}") from error
     return records
+
+
+def _shown(split: str, shown: Mapping[str, str], numbers: Mapping[str, Any]) -> str:
+    names = {"Loss": "loss", **shown}
+    return ", ".join(f"{split} {label}: {numbers[name]:.4f}" for label, name in names.items() if name in numbers)
 
 
 def _key(record: Mapping) -> tuple:

@@ -1,4 +1,4 @@
-"""What train_sonata.py does with a trained network: labels of raw clouds by one view or by the precise test, scores of a
+"""What train_sonata.py does with a trained network: labels of raw clouds by one view or the precise test, scores of a
 data set, labels and pictures of files.
 
 This module stands above data/ and models/; only scripts import it. model: a SonataSegmenter with the attributes that

@@ -1,24 +1,8 @@
 """What every training run does around its method: device and processes, resume, log, checkpoints, stopping.
 
-    run = Run(args, SCRIPT)                                     # device, seed, run folder, the checkpoint to resume
-    with main_first():                                          # rank 0 fills caches, the others read them
-        train_set = ...
-    sampler = run.plan(len(train_set), config, batch_size=8, epochs=10)
-    run.restore(model)                                          # weights of the resumed checkpoint, if there is one
-    network = run.wrap(model)                                   # to the device, SyncBatchNorm, compile, DDP
-    run.track(config=config, optimizer=optimizer, scheduler=scheduler, ...)     # what a checkpoint holds
-    with run.training("a line for the log", log_interval=10):
-        for _ in run.epochs(train_set, sampler):
-            for micro_batches in run.steps(loader):             # counts, logs, saves and stops behind each step
-                for batch in micro_steps(network, micro_batches):
-                    run.backward(loss)
-                run.update(clip_norm)
-            run.end_epoch(result, {"mIoU": "miou"}, score="miou")
-    return run.summary()
-
 Run never calls the network, never looks into a batch and has no hooks: what happens in a step, and in which order,
-stands in the script. A script that wants another policy of saving or stopping calls `snapshot`, `save` and
-`stop_if_asked` itself, as train_prototype.py does.
+stands in the script. train_upernet_head.py shows its use. For another policy of saving or stopping call save and
+stop_if_asked there, as train_prototype.py does.
 """
 
 from __future__ import annotations
@@ -30,7 +14,6 @@ import shlex
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -40,17 +23,8 @@ from torch.utils.data import DataLoader
 from utils.checkpoint import CheckpointKeeper, EarlyStopping, RunFolder, check_writable, find_resume, load_checkpoint
 from utils.cli import ArgumentParser, AtLeast, StopRequested, StopSignal
 from utils.config import Config
-from utils.device import AMP_DTYPES, amp_settings, autocast, describe, pick_device
-from utils.distributed import (
-    EpochBatchSampler,
-    all_agree_max,
-    all_reduce_sum,
-    barrier,
-    broadcast_buffers,
-    cleanup,
-    init_distributed,
-    is_main,
-)
+from utils.device import AMP_DTYPES, amp_settings, autocast, describe
+from utils.distributed import EpochBatchSampler, all_agree_max, barrier, broadcast_buffers, cleanup, is_main, join
 from utils.log import RunLog
 from utils.seed import seed_everything
 from utils.training import Totals, check_same_run, optimizer_step, restore_rng, rng_entries, write_run_files
@@ -99,20 +73,17 @@ class Run:
     Attributes: device, rank, world, amp_dtype, scaler, folder; checkpoint and resume_path (None on a fresh start);
     messages, lines for the top of the log; epoch, batch, step: epochs finished, batches of the next one, optimiser
     steps; totals of the epoch so far; entries, what a checkpoint holds besides, whose values a script may replace.
-    Raises what pick_device, init_distributed, find_resume, load_checkpoint and check_writable refuse (ValueError,
-    OSError), and ValueError where a checkpoint is needed and there is none.
+    Raises what join, find_resume, load_checkpoint and check_writable refuse (ValueError, OSError), and ValueError where
+    a checkpoint is needed and there is none.
     """
 
     def __init__(self, args: argparse.Namespace, script: str, checkpoint_dir: str | None = None,
                  log_dir: str | None = None, needs_checkpoint: bool | None = None) -> None:
         self.args = args
         self.script = script
-        self.device = pick_device(args.device)
-        self.rank, self.local_rank, self.world = init_distributed(self.device.type)
-        if self.device.type == "cuda" and self.world > 1:
-            self.device = torch.device("cuda", self.local_rank)
+        self.device, self.rank, self.world = join(args.device)
         self.amp_dtype, self.scaler = amp_settings(self.device, args.amp_dtype)
-        self.seed_everything()
+        seed_everything(args.seed, args.deterministic)
         self.folder = RunFolder(args.output_dir, checkpoint_dir, log_dir)
         self.resume_path, self.messages = find_resume(args.resume, self.folder.model, script)
         needed = args.test_only if needs_checkpoint is None else needs_checkpoint
@@ -125,18 +96,10 @@ class Run:
             check_writable(self.folder.model, self.folder.log, self.folder.config)
         self.epoch = self.batch = self.step = 0
         self.numbers: dict = {}                             # of the last evaluation
-        self.stop: StopSignal | None = None                 # in training
-        self._terms: dict[str, Tensor] = {}                 # of the step so far
-        self._weight: Tensor | None = None
+        self.stop = StopSignal()                            # takes signals in training only
 
-    def seed_everything(self) -> None:
-        """Start all generators from --seed, again."""
-        seed_everything(self.args.seed, self.args.deterministic)
-
-    def autocast(self) -> AbstractContextManager:
+    def autocast(self) -> contextlib.AbstractContextManager:
         return autocast(self.device, self.amp_dtype)
-
-    # -- set-up, in this order -----------------------------------------------------------------------------------------
 
     def plan(self, num_items: int, config: Config, *, batch_size: int, epochs: int, accumulate: int = 1,
              drop_last: bool = False, compare: Sequence[str] = (), free: Sequence[str] = (),
@@ -168,14 +131,12 @@ class Run:
         CUDA), compiled, under DistributedDataParallel, as flags and processes ask."""
         self.model = model.to(self.device)
         network = self.model
-        cuda = self.device.type == "cuda"
-        if self.world > 1 and cuda:
+        devices = [self.device] if self.device.type == "cuda" else None
+        if self.world > 1 and devices:
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         if self.args.compile:
             network = torch.compile(network)
-        if self.world > 1:
-            network = nn.parallel.DistributedDataParallel(network, [self.local_rank] if cuda else None)
-        return network
+        return nn.parallel.DistributedDataParallel(network, devices) if self.world > 1 else network
 
     def track(self, *, config: Config, class_names: Sequence[str] | None, palette: Any,
               optimizer: torch.optim.Optimizer | None, scheduler: Any, save_interval: int, keep_top_k: int = 0,
@@ -218,15 +179,11 @@ class Run:
         for line in (*self.messages, *lines):
             self.log.info(line)
         if self.resume_path not in (None, self.folder.model / "model_last.pth"):       # what --resume auto goes on from
-            self.save(self.snapshot(), None if self.batch else self.epoch)
+            self.save(None if self.batch else self.epoch)
         with StopSignal() as self.stop, self.log:
             yield
-            best = "none" if self.keeper.best_score is None else \
-                f"{self.keeper.best_score:.4f} (epoch {self.keeper.best_epoch})"
-            self.log.info(f"Best {self.monitor}: {best}; checkpoints in {self.folder.model}")
+            self.log.info(f"Best {self.monitor}: {self.keeper.best()}; checkpoints in {self.folder.model}")
         cleanup()
-
-    # -- the loop ------------------------------------------------------------------------------------------------------
 
     def epochs(self, dataset: Any, sampler: EpochBatchSampler, stopping: EarlyStopping | None = None) -> Iterator[int]:
         """The epochs still to do, by number. StopRequested behind one in which a stop was asked for."""
@@ -257,12 +214,11 @@ class Run:
             self.count_step()
             micro_batches = []
             if self.stop_requested():
-                self.save(self.snapshot())
+                self.save()
                 self.stop_if_asked(f"at step {self.step} of {self.total_steps}")
             if self.batch >= limit:
                 break
-        if self.device.type != "cuda":                      # there SyncBatchNorm has the same statistics everywhere
-            broadcast_buffers(self.model)
+        broadcast_buffers(self.model)
         self.epoch += 1
         self.batch = 0
 
@@ -274,11 +230,10 @@ class Run:
         """
         scaled = loss * self.world                          # DistributedDataParallel takes the mean over the processes
         if weight is not None:
-            self._weight = weight.clamp(min=1e-12)
-            scaled = scaled / self._weight
+            weight = weight.clamp(min=1e-12)
+            scaled = scaled / weight
         self.scaler.scale(scaled).backward()
-        for name, value in (terms or {"loss": loss}).items():
-            self._terms[name] = self._terms.get(name, 0.0) + value.detach()
+        self.totals.collect(terms or {"loss": loss}, 1 if weight is None else weight)
 
     def update(self, clip_norm: float = 0.0) -> None:
         """One optimiser step; see optimizer_step."""
@@ -287,13 +242,11 @@ class Run:
     def count_step(self) -> None:
         """Count the step and its terms, and log them every log_interval steps, the only place that waits for the GPU.
         FloatingPointError where the loss is not finite."""
-        terms, weight = self._terms, 1 if self._weight is None else self._weight
-        self._terms, self._weight = {}, None
         self.step += 1
-        self.totals.add(terms, weight)
+        self.totals.end_step()
         if self.step % self.log_interval:
             return
-        means = {name: float(all_reduce_sum(value)) / float(weight) for name, value in terms.items()}
+        means = self.totals.step_means()
         loss = means.pop("total") if "total" in means else means.pop("loss")
         rate = max(self.scheduler.get_last_lr())            # of the group with the largest rate
         if not math.isfinite(loss):
@@ -308,29 +261,23 @@ class Run:
 
     def end_epoch(self, result: Mapping | None, shown: Mapping[str, str], score: str = "miou",
                   more: Mapping[str, float] | None = None) -> dict:
-        """log_epoch, then save_epoch by the number named `score`."""
+        """log_epoch, then save, as the best where the number named `score` is."""
         train = self.log_epoch(result, shown, more)
-        self.save_epoch(None if result is None else self.numbers[score])
+        self.save(self.epoch, None if result is None else self.numbers[score])
         return train
 
     def log_epoch(self, result: Mapping | None, shown: Mapping[str, str], more: Mapping | None = None) -> dict:
-        """Log the epoch's totals, whose record it returns, and an evaluation (metrics, loss, seconds; or None).
-
-        shown: {label on the console: name of a metric}. more: numbers of the evaluation besides its metrics.
-        """
-        seconds = time.monotonic() - self._started
-        terms = [name for name in self.totals.terms if name not in ("loss", "total")]
+        """Log the epoch's totals, whose record it returns, and an evaluation (metrics, loss, seconds; or None). shown:
+        {label on the console: name of a metric}. more: numbers of the evaluation besides its metrics."""
+        terms = tuple(self.totals.terms)
         train = self.totals.means()
         train.setdefault("loss", train.get("total"))
-        self.log.evaluation(self.epoch, self.step, "train", train)
-        line = f"Epoch {self.epoch}: {shown_numbers('Train', train, shown)}"
-        if terms:
-            line += f" ({', '.join(f'{name} {train[name]:.4f}' for name in terms)})"
-        if result is not None:
-            self.numbers = {**result["metrics"], "loss": result["loss"], **(more or {})}
-            self.log.evaluation(self.epoch, self.step, "val", self.numbers)
-            line += f"\n          {shown_numbers('Val', self.numbers, shown)} (evaluation {result['seconds']:.2f} s)"
-        self.log.info(f"{line} ({seconds:.2f} s)")
+        place = (self.epoch, self.step, time.monotonic() - self._started)
+        if result is None:
+            self.log.epoch(*place, shown, terms, train)
+            return train
+        self.numbers = {**result["metrics"], "loss": result["loss"], **(more or {})}
+        self.log.epoch(*place, shown, terms, train, self.numbers, result["seconds"])
         return train
 
     def summary(self) -> dict:
@@ -344,8 +291,6 @@ class Run:
             print(*lines, sep="\n", flush=True)
         cleanup()
 
-    # -- saving and stopping -------------------------------------------------------------------------------------------
-
     def snapshot(self) -> dict:
         """Everything a resume needs, as checkpoint entries. Every process has to call it: it gathers what they have."""
         parts = {"optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.scaler,
@@ -356,31 +301,19 @@ class Run:
                 "total_steps": self.total_steps, "seed": self.args.seed, "epoch": self.epoch, "batch": self.batch,
                 "step": self.step}
 
-    def save(self, snapshot: dict, epoch: int | None = None) -> None:
-        """Write model_last.pth and, for the end of an epoch, its own file where one is due. Rank 0 writes."""
-        if is_main():
-            if epoch is not None:                           # before model_last, which a resume goes on from
-                self.keeper.save_epoch(epoch, snapshot)
-            self.keeper.save_last(snapshot)
-
-    def save_epoch(self, score: float | None = None) -> None:
-        """The checkpoints of an epoch's end; model_best.pth where `score` is the best so far."""
+    def save(self, epoch: int | None = None, score: float | None = None) -> None:
+        """Write model_last.pth; of the end of an epoch its own file where one is due, and model_best.pth where `score`
+        is the best so far. Every process has to call it; rank 0 writes."""
         snapshot = self.snapshot()
-        if is_main() and score is not None and self.keeper.save_best_if(score, snapshot):
+        if is_main() and self.keeper.save_all(snapshot, epoch, score):
             self.log.info(f"New best {self.monitor}: {score:.4f}. Checkpoint saved.")
-        self.save(snapshot, self.epoch)
 
     def stop_requested(self) -> int:
         """The signal by which any process was asked to stop, else 0. Every process has to call it."""
-        return all_agree_max(self.stop.requested or 0 if self.stop else 0)
+        return all_agree_max(self.stop.requested or 0)
 
     def stop_if_asked(self, where: str) -> None:
         """Raise StopRequested, with the command that goes on, where a stop was requested; all is saved by then."""
         if signum := self.stop_requested():
             command = shlex.join(["python", *sys.argv, "--resume", "auto"])
             raise StopRequested(signum, f"stopped {where}, saved; go on with: {command}")
-
-
-def shown_numbers(split: str, numbers: Mapping, shown: Mapping[str, str]) -> str:
-    names = {"Loss": "loss", **shown}
-    return ", ".join(f"{split} {label}: {numbers[name]:.4f}" for label, name in names.items() if name in numbers)

@@ -71,13 +71,29 @@ class Totals:
         self.terms: dict[str, Tensor | float] = {}
         self.weight: Tensor | float = 0
         self.matrix = None if self.num_classes is None else ConfusionMatrix(self.num_classes, device=self.device)
+        self.step: dict[str, Tensor] = {}                   # terms of the micro-batches so far
+        self.step_weight: Tensor | float = 1
 
-    def add(self, terms: Mapping[str, Tensor], weight: Tensor | float = 1) -> None:
-        """terms: this process's part of each, added up over the processes in the end. weight: of all processes
-        together, what the sums are divided by: 1 a step, or its number of labelled elements."""
+    def collect(self, terms: Mapping[str, Tensor], weight: Tensor | float = 1) -> None:
+        """A micro-batch. terms: this process's part of each, added up over micro-batches and processes. weight: what
+        these sums are divided by, of the whole step: 1, or its number of labelled elements."""
         for name, value in terms.items():
+            self.step[name] = self.step.get(name, 0.0) + value.detach()
+        self.step_weight = weight
+
+    def end_step(self) -> None:
+        """Add the step to the epoch."""
+        for name, value in self.step.items():
             self.terms[name] = self.terms.get(name, 0.0) + widened(value)
+        weight = self.step_weight
         self.weight = self.weight + (widened(weight) if isinstance(weight, Tensor) else weight)
+        self.last = (self.step, weight)
+        self.step = {}
+
+    def step_means(self) -> dict[str, float]:
+        """The terms of the last step. Every process has to call it; it waits for the GPU."""
+        terms, weight = self.last
+        return {name: float(all_reduce_sum(value)) / float(weight) for name, value in terms.items()}
 
     def means(self) -> dict:
         """The mean of each term, and segmentation_metrics of the matrix; then everything starts again at 0. Every
