@@ -57,9 +57,9 @@ def network_config(name: str, **changes: Any) -> dict[str, Any]:
 def network_name(config: Mapping[str, Any]) -> str | None:
     """The name in NETWORKS of the network that a config describes; None for any other."""
     def same(network: Network) -> bool:
-        sizes = (network.enc_depths, network.enc_channels, network.enc_num_head)
-        return sizes == tuple(tuple(config.get(key, ())) for key in ("enc_depths", "enc_channels", "enc_num_head")) \
-            and network.rotates == bool(config.get("rope_base"))
+        return network.rotates == bool(config.get("rope_base")) and all(
+            list(getattr(network, key)) == config.get(key) or getattr(network, key) == config.get(key)
+            for key in ("enc_depths", "enc_channels", "enc_num_head"))
     return next((name for name, network in NETWORKS.items() if same(network)), None)
 
 

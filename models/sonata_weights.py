@@ -185,8 +185,12 @@ def _with_rotation(config: Mapping[str, Any], state: Mapping[str, Tensor], sourc
     tensors, and for heads of 18 channels without buffers, unless the file is a checkpoint of ours, which says so."""
     config, turns = dict(config), _buffer(state, source)
     named = config.get("rope_base")
-    widths = [(width, heads) for part in ("enc", "dec") for width, heads in
-              zip(config.get(f"{part}_channels") or (), config.get(f"{part}_num_head") or (), strict=False) if heads]
+    if named is not None and not isinstance(named, int | float):
+        raise ValueError(f"{source}: its config has rope_base {named!r}; expected a number")
+    lists = [(config.get(f"{part}_channels"), config.get(f"{part}_num_head")) for part in ("enc", "dec")]
+    widths = [(width, heads) for channels, num_head in lists if isinstance(channels, list | tuple)
+              and isinstance(num_head, list | tuple) for width, heads in zip(channels, num_head, strict=False)
+              if isinstance(width, int) and isinstance(heads, int) and heads > 0]
     if turns is None:
         if named:
             raise ValueError(f"{source}: its config has rope_base {named}, but no tensor of the rotation "

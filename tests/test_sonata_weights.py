@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from models.point_networks import NETWORKS, network_config
+from models.point_networks import NETWORKS, network_config, network_name
 from models.point_rotary import frequencies
 from models.point_transformer import build_point_transformer, build_segmenter
 from models.sonata_weights import guess_config, load_sonata, read_linear_head, read_sonata
@@ -207,6 +207,16 @@ def test_any_base_is_recognised(tmp_path, base, dtype):
     assert torch.equal(model.enc["enc0"]["block0"].attn.rope.inv_freq, state[BUFFER].to(dtype).float())
 
 
+@pytest.mark.parametrize("value", [None, 18, "18", [None], {"a": 1}, [[18]]])
+def test_a_config_of_odd_types_is_read_and_refused_later(tmp_path, value):
+    for config in (CONFIG, UTONIA):
+        torch.manual_seed(0)
+        torch.save({"config": {**config, "enc_channels": value, "enc_num_head": value}, "state_dict": build_point_transformer(config).state_dict()},
+                   tmp_path / "w.pth")
+        found = read_sonata(tmp_path / "w.pth").config
+        assert found["enc_channels"] == value and network_name(found) is None
+
+
 def test_a_null_range_stays_off(tmp_path):
     save_utonia(tmp_path / "w.pth", {**UTONIA, "jitter_coords": None})
     found = read_sonata(tmp_path / "w.pth").config
@@ -241,6 +251,7 @@ def change_all(state):
     ({**UTONIA, "rope_base": 10000}, None, "config has rope_base 10000, but its tensors rotate with base 10"),
     (UTONIA, drop_one, "enc1.block1.attn.rope.inv_freq is missing: attention rotates in all"), (UTONIA, change_one, "are different rotations"),
     (UTONIA, change_all, r"is \[1, 0\.5, 0\.1\]; expected 1, f, f\^2"),
+    ({**UTONIA, "rope_base": "ten"}, None, "config has rope_base 'ten'; expected a number"),
     ({**UTONIA, "enc_num_head": [1, 3]}, None, "36 channels of 3 heads, but its rotation is for heads of 18")])
 def test_contradictions_about_the_rotation_are_refused(tmp_path, config, change, message):
     path = tmp_path / "w.pth"
