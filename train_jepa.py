@@ -451,7 +451,7 @@ def main(argv=None) -> dict:
     training = config.training
     if training.resume and not args.resume:
         args.resume = "auto"
-    run = Run(args, SCRIPT, config.paths.checkpoint_dir, config.paths.log_dir)
+    run = Run(args, SCRIPT, DEFAULTS, config.paths.checkpoint_dir, config.paths.log_dir)
     if args.test_only:
         return test_only(run, config)
 

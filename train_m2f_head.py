@@ -259,7 +259,7 @@ def test_only(run: Run, argv) -> dict:
 def main(argv=None) -> dict:
     args = parse_args(argv)
     untrained = args.test_only and args.head_weights is None
-    run = Run(args, SCRIPT, args.checkpoint_dir, args.log_dir, needs_checkpoint=untrained)
+    run = Run(args, SCRIPT, DEFAULTS, args.checkpoint_dir, args.log_dir, needs_checkpoint=untrained)
     if args.test_only:
         return test_only(run, argv)
     config = config_of(args)

@@ -730,7 +730,7 @@ def main(argv=None) -> dict:
     args = parse_args(argv)
     config = read_config(args)
     args.test_only = args.test_only or args.gallery
-    run = Run(args, SCRIPT)
+    run = Run(args, SCRIPT, DEFAULTS)
     if args.test_only:
         return test_only(run, config)
 

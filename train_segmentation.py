@@ -509,7 +509,7 @@ def test_only(run: Run, config: Config) -> dict:
 def main(argv=None) -> dict:
     args = parse_args(argv)
     config = read_config(args, argv)
-    run = Run(args, SCRIPT, config.checkpointing.dir, config.logging.dir)
+    run = Run(args, SCRIPT, DEFAULTS, config.checkpointing.dir, config.logging.dir)
     if args.test_only:
         return test_only(run, config)
     training = config.training

@@ -1,19 +1,21 @@
-"""Semantic segmentation of point clouds on Sonata (Point Transformer V3): linear probe, decoder,
-full fine-tuning.
+"""Semantic segmentation of point clouds on Sonata, Concerto or Utonia (Point Transformer V3):
+linear probe, decoder, full fine-tuning, LoRA.
 
     python train_sonata.py configs/sonata/semseg-sonata-v1m1-0a-scannet-lin.yaml \\
         --pretrained_path sonata.pth
     python train_sonata.py CONFIG --pretrained_path sonata.pth --device cpu --limit-batches 2
     python train_sonata.py CONFIG model.mode=ft training.use_pretrained=false        # from scratch
+    python train_sonata.py configs/sonata/utonia-scannet.yaml --pretrained_path utonia.pth
     torchrun --nproc_per_node=4 train_sonata.py CONFIG --pretrained_path sonata.pth  # several GPUs
     python train_sonata.py CONFIG --resume auto                               # go on, bit for bit
     python train_sonata.py CONFIG --resume exp/sonata/model/model_best.pth --test-only
 
-Wu et al. 2025 (Sonata, arXiv 2503.16429), as released in Pointcept, in plain PyTorch. model.mode:
-lin trains a linear head on the frozen encoder's features, dec a decoder on them, ft everything.
-Validation is scored on raw points; the precise test (--test-only) votes over 13 views and all
-fragments. All keys are in DEFAULTS, `section.key=value` changes one. What to expect, every number
-logged and every deviation from upstream: docs/sonata.md.
+Wu et al. 2025 (Sonata, arXiv 2503.16429), as released in Pointcept, in plain PyTorch, with the
+weights of its successors too. model.mode: lin trains a linear head on the frozen encoder's
+features, dec a decoder on them, ft everything, lora the head and low-rank updates of the encoder's
+attention. Validation is scored on raw points; the precise test (--test-only) votes over 13 views
+and all fragments. All keys are in DEFAULTS, `section.key=value` changes one. What to expect, every
+number logged and every deviation from upstream: docs/sonata.md.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ from data.points import (
     list_clouds,
     read_classes,
 )
-from models.point_transformer import MODES, SonataSegmenter, build_segmenter
+from models.point_networks import data_warning, describe_network
+from models.point_transformer import MODES, SonataSegmenter, build_segmenter, with_decoder
 from models.sonata_weights import guess_config, load_sonata, read_linear_head, read_sonata
 from utils.checks import check_names, check_positive
 from utils.cli import ArgumentParser, run_main
@@ -87,6 +90,10 @@ DEFAULTS = {
         "ignore_labels": [-1],                  # besides those in root/classes.json
         "grid_size": 0.02,                      # metres
         "unit": 1.0,                            # metres of one length unit of the files
+        # What metres are multiplied by before voxels are made. Utonia: 0.5 indoors, 0.2 outdoors,
+        # object (each cloud to radius 1).
+        "scale": Setting(1.0, (float, str)),
+        "center": True,                         # false, outdoors: the sensor stays at 0
         "features": ["coord", "color", "normal"],
         "missing_normal": Setting("estimate", (str,), ("estimate", "zeros", "error")),
         "missing_color": Setting("zeros", (str,), ("zeros", "error")),
@@ -105,7 +112,7 @@ DEFAULTS = {
         # Lovasz and Mix3D see one micro-batch: not the big batch
         "accumulation_steps": Setting(1, (int,), low=1),
         "clip_grad": Setting(3.0, (float,), low=0),
-        # false: a random encoder, in lin and dec a frozen one
+        # false: a random encoder, in lin, dec and lora a frozen one
         "use_pretrained": Setting(None, (bool,)),
         "resume": False,                                    # the same as --resume auto
     },
@@ -137,7 +144,8 @@ def parse_args(argv=None):
     parser.add_argument("overrides", nargs="*", metavar="section.key=value",
                         help="changes to the config")
     parser.add_argument("--pretrained_path",
-                        help="sonata.pth, sonata_small.pth, a pre-training or a downstream run")
+                        help="sonata.pth, concerto_large.pth, utonia.pth, a pre-training or a "
+                             "downstream run")
     add_run_flags(parser, SCRIPT)
     return parser.parse_args(argv)
 
@@ -164,8 +172,10 @@ def check_config(config: Config) -> None:
 
 def point_spec(config: Config) -> PointSpec:
     data = config.data
+    # Checkpoints from before the last two keys existed lack them.
     return PointSpec(data.grid_size, data.unit, tuple(data.features), data.missing_normal,
-                     data.missing_color, data.test_grid_size)
+                     data.missing_color, data.test_grid_size, data.get("scale", 1.0),
+                     data.get("center", True))
 
 
 def build_augmentation(config: Config) -> PointAugmentation:
@@ -256,6 +266,8 @@ def open_encoder(config: Config) -> tuple[dict, dict | None]:
         if stored.get("enc_mode"):      # an encoder alone: its dec_ keys describe nothing
             stored = {key: value for key, value in stored.items() if not key.startswith("dec_")}
         arguments = {**stored, **given}
+        if config.model.mode in ("dec", "ft"):      # recorded: a later default changes nothing
+            arguments = with_decoder(arguments)
         entry = {"name": "PointTransformerV3", "file": str(path), "sha256": sha256_file(path),
                  "config": arguments}
     channels = 3 * len(config.data.features)
@@ -304,6 +316,9 @@ def start_model(run: Run, config: Config, encoder) -> tuple[SonataSegmenter, dic
     model = build_model(config, arguments)
     if entry is not None:
         run.messages.append(load_sonata(model.backbone, entry["file"]))
+        run.messages += describe_network(entry["config"], config.model.mode)
+        warning = data_warning(entry["config"], config.data.grid_size, config.data.scale)
+        run.messages += [warning] if warning else []
     else:
         frozen = "" if config.model.mode == "ft" else ", and stays so: a baseline"
         run.messages.append(f"WARNING: the encoder is randomly initialised{frozen}")
@@ -433,6 +448,10 @@ def describe_data(train_set: PointDataset, val_set: PointDataset) -> list[str]:
         lines.append(f"WARNING: {len(both)} of {len(val_set.files)} validation clouds are in "
                      f"training too, such as {min(both)}: their score says nothing about new "
                      f"clouds")
+    for name in ("color", "normal"):
+        if share := getattr(train_set.augmentation, f"drop_{name}"):
+            lines.append(f"augmentation.drop_{name}: {100 * share:g} % of the training items lose "
+                         f"all {name}s, so that the network learns to do without")
     lines.append(f"{len(train_set.files)} training and {len(val_set.files)} validation clouds, "
                  f"{sum(train_set.num_points):,} and {sum(val_set.num_points):,} points")
     return lines
@@ -442,7 +461,7 @@ def main(argv=None) -> dict:
     args = parse_args(argv)
     config = read_config(args)
     training = config.training
-    run = Run(args, SCRIPT, config.paths.checkpoint_dir, config.paths.log_dir)
+    run = Run(args, SCRIPT, DEFAULTS, config.paths.checkpoint_dir, config.paths.log_dir)
     if args.test_only:
         return test_only(run, config)
     if training.batch_size % run.world:

@@ -230,7 +230,7 @@ def test_only(run: Run, argv) -> dict:
 
 def main(argv=None) -> dict:
     args = parse_args(argv)
-    run = Run(args, SCRIPT, args.checkpoint_dir, args.log_dir)
+    run = Run(args, SCRIPT, DEFAULTS, args.checkpoint_dir, args.log_dir)
     if args.test_only:
         return test_only(run, argv)
     config = config_of(args)

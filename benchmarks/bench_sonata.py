@@ -1,12 +1,14 @@
 """Time and memory of Point Transformer V3 in Sonata's size, random weights, on made-up rooms at 2 cm.
 
     python benchmarks/bench_sonata.py parts             # encoder forward at 30,000 voxels, by parts
-    python benchmarks/bench_sonata.py modes             # lin, dec, ft forward + backward on a room of 100,000 points
+    python benchmarks/bench_sonata.py features          # up-cast features of Sonata's, Concerto's and Utonia's sizes
+    python benchmarks/bench_sonata.py modes             # all modes, forward + backward, on a room of 100,000 points
     python benchmarks/bench_sonata.py memory            # their peak memory from 25,000 to 200,000 voxels
     python benchmarks/bench_sonata.py gpu               # bfloat16 on CUDA: forward and a whole ft step, ms and peak GiB
     python benchmarks/bench_sonata.py memory --mode ft --gradient-checkpointing --voxels 200000
 
-Each row of modes and memory runs in a process of its own, so that its peak is its own, and gives up at --limit-gib.
+Each row of features, modes and memory runs in a process of its own, so that its peak is its own; modes and memory give
+up at --limit-gib.
 Times on the CPU are CPU seconds with one thread, wall-clock seconds with more: other work disturbs the first little.
 """
 
@@ -28,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import models.point_transformer as network  # noqa: E402
 from data.points import PointSpec, collate_points, evaluation_sample  # noqa: E402
 from data.synthetic_points import POINT_CLASSES, make_room  # noqa: E402
-from models.point_transformer import MODES, build_point_transformer, build_segmenter  # noqa: E402
+from models.point_networks import NETWORKS, network_config  # noqa: E402
+from models.point_transformer import MODES, build_point_transformer, build_segmenter, upcast  # noqa: E402
 from models.sparse_conv import neighbour_table  # noqa: E402
 from utils.cli import ArgumentParser, run_main  # noqa: E402
 from utils.device import AMP_DTYPES, autocast, describe, pick_device  # noqa: E402
@@ -41,20 +44,24 @@ TINY = {**SONATA, "enc_depths": [1, 1, 1], "enc_channels": [16, 32, 48], "enc_nu
         "enc_patch_size": [64] * 3}
 HALL, HALL_POINTS = (10.0, 8.0, 2.6), 500_000           # metres; about 4 of 26 neighbours occupied
 ROOM_POINTS = 100_000
-SIZES = {"parts": [30_000], "memory": [25_000, 50_000, 100_000, 200_000], "gpu": [30_000, 100_000, 200_000]}
+SIZES = {"parts": [30_000], "features": [30_000], "memory": [25_000, 50_000, 100_000, 200_000],
+         "gpu": [30_000, 100_000, 200_000]}
 TIMED = {"neighbour tables": [(network, "neighbour_table")],
          "serialisation, patches": [(network.Stage, "patches")],
          "sparse convolution": [(network.SubMConv3d, "forward")],
          "attention: softmax(q k) v": [(network.F, "scaled_dot_product_attention")],
          "attention: linear, gather": [(network.PatchAttention, "forward")],
+         "rotation of q and k": [(network.PatchAttention, "rotate")],
          "MLP": [(network.Mlp, "forward")],
          "pooling": [(network.Stage, "coarser"), (network.GridPooling, "forward")]}
 
 
 def parse_args(argv=None):
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=("parts", "memory", "modes", "gpu", "one"),
-                        help="one: a single row of memory or modes, in this process")
+    parser.add_argument("part", choices=("parts", "features", "memory", "modes", "gpu", "one"),
+                        help="one: a single row of features, memory or modes, in this process")
+    parser.add_argument("--network", choices=tuple(NETWORKS), nargs="+",
+                        help="features: default sonata, concerto_large, utonia; parts: one, default sonata")
     parser.add_argument("--voxels", type=int, nargs="+", help="default: as above")
     parser.add_argument("--mode", choices=MODES, nargs="+", default=list(MODES))
     parser.add_argument("--gradient-checkpointing", action="store_true", help="ft and dec: blocks computed twice")
@@ -122,7 +129,8 @@ def timed_parts(device: torch.device):
 
 def forward_parts(args, device, batch, amp_dtype) -> float:
     """Print the parts of an encoder forward; returns its seconds without the clocks in between."""
-    model = build_point_transformer({**(TINY if args.tiny else SONATA), "shuffle_orders": False}).to(device).eval()
+    size = network_config(args.network[0]) if args.network else TINY if args.tiny else SONATA
+    model = build_point_transformer({**size, "shuffle_orders": False}).to(device).eval()
     best, total = {}, float("inf")
     with torch.no_grad(), autocast(device, amp_dtype):
         model(batch)
@@ -177,8 +185,26 @@ def step(model, batch, device, amp_dtype=None, optimizer=None) -> None:
         optimizer.zero_grad()
 
 
+def one_features(args) -> dict:
+    """The up-cast features of one network on the CPU, and what they took."""
+    device, name = torch.device("cpu"), args.network[0]
+    torch.manual_seed(0)
+    batch = make_batch(args.voxels[0])
+    model = build_point_transformer(network_config(name, shuffle_orders=False)).eval()
+    before = peak_gib()
+    with torch.no_grad():
+        seconds = fastest(args.repeats, device, lambda: upcast(model(batch)))
+    peak = peak_gib()
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    print(f"  {name:<15}{millions:>7.1f} M{args.voxels[0]:>9,} voxels{peak:>8.2f} GiB at the peak{before:>7.2f} before"
+          f"{seconds:>8.2f} s", flush=True)
+    return {"peak": peak, "seconds": seconds}
+
+
 def one(args) -> dict:
     """A forward + backward of one mode on the CPU, and what it took."""
+    if args.network:
+        return one_features(args)
     mode, device = args.mode[0], torch.device("cpu")
     torch.manual_seed(0)
     batch = make_batch(None, args.room) if args.room else make_batch(args.voxels[0])
@@ -210,6 +236,17 @@ def rows(args, more: list[list[str]]) -> None:
             if code:
                 raise ValueError(f"{mode} {' '.join(extra)} ended with {code}"
                                  f"{': killed, the machine has too little memory' if code == -9 else ''}")
+
+
+def features(args) -> None:
+    """A row for each network, each in a process of its own. ValueError if one dies."""
+    print(f"Up-cast features, {describe(torch.device('cpu'))}, float32, the fastest of {args.repeats}", flush=True)
+    for name in args.network or ("sonata", "concerto_large", "utonia"):
+        for voxels in args.voxels or SIZES["features"]:
+            code = subprocess.run([sys.executable, __file__, "one", "--network", name, "--voxels", str(voxels),
+                                   "--threads", str(args.threads), "--repeats", str(args.repeats)]).returncode
+            if code:
+                raise ValueError(f"{name} ended with {code}")
 
 
 def memory(args) -> None:
@@ -256,7 +293,8 @@ def main(argv=None):
     if args.part == "one" and not (args.voxels or args.room):
         raise ValueError("one: give --voxels N or --room POINTS")
     torch.set_num_threads(args.threads)
-    return {"parts": parts, "memory": memory, "modes": modes, "gpu": gpu, "one": one}[args.part](args)
+    part = {"parts": parts, "features": features, "memory": memory, "modes": modes, "gpu": gpu, "one": one}[args.part]
+    return part(args)
 
 
 if __name__ == "__main__":

@@ -239,8 +239,8 @@ def estimate_normals(coord: np.ndarray) -> np.ndarray:
 @dataclass(frozen=True)
 class PointAugmentation:
     """Random changes of a training cloud. The defaults are those of Sonata on ScanNet; S3DIS: crop_share 0.6 and
-    crop_points 204,800. Lengths in metres after data.unit. Raises ValueError for shares outside [0, 1], negative
-    amounts and ranges that are not [lowest, highest]."""
+    crop_points 204,800. Lengths in metres after data.unit and data.scale. Raises ValueError for shares outside [0, 1],
+    negative amounts and ranges that are not [lowest, highest]."""
 
     dropout: float = 0.2                            # share of the points that is left out, every time
     rotation_z: float = 180.0                       # largest turn about the origin, degrees
@@ -257,13 +257,15 @@ class PointAugmentation:
     color_shift_probability: float = 0.95
     color_jitter: float = 0.05
     color_jitter_probability: float = 0.95
+    drop_color: float = 0.0                         # probability that an item has no colours at all (zeros), so that
+    drop_normal: float = 0.0                        # a network learns to do without; the same for normals
     crop_share: float | None = None                 # of the voxels that a first crop keeps
     crop_points: int | None = 102_400               # most voxels of an item
     mix_probability: float = 0.8                    # Mix3D, once a batch
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            share = name == "dropout" or name.endswith(("_probability", "_share"))
+            share = name.startswith("drop") or name.endswith(("_probability", "_share"))
             if isinstance(value, (int, float)):
                 check_range(f"augmentation.{name}", value, 0, 1 if share else math.inf)
         if self.dropout >= 1 or self.crop_share == 0 or self.crop_points == 0:
@@ -300,22 +302,27 @@ def augment(cloud: Cloud, settings: PointAugmentation, rng: np.random.Generator)
             cloud = color_translation(cloud, settings.color_shift, rng)
         if rng.random() < settings.color_jitter_probability:
             cloud = color_jitter(cloud, settings.color_jitter, rng)
+    for name, probability in (("color", settings.drop_color), ("normal", settings.drop_normal)):
+        if name in cloud and probability and rng.random() < probability:        # 0 draws nothing: runs stay as they are
+            cloud = {**cloud, name: np.zeros_like(cloud[name])}
     return cloud
 
 
-def training_sample(cloud: Cloud, grid_size: float, settings: PointAugmentation, rng: np.random.Generator) -> Cloud:
+def training_sample(cloud: Cloud, grid_size: float, settings: PointAugmentation, rng: np.random.Generator,
+                    center: bool = True) -> Cloud:
     """Augment, keep one random point a voxel (grid_coord (V, 3) int32 is added), crop, centre again.
 
-    As officially, the crop comes after voxelisation and leaves the grid coordinates as they are.
+    As officially, the crop comes after voxelisation and leaves the grid coordinates as they are. center False: no
+    centring, before or after; turns are about the origin, where outdoors the sensor is.
     """
-    cloud = augment(center_shift(cloud, z=True), settings, rng)
+    cloud = augment(center_shift(cloud, z=True) if center else cloud, settings, rng)
     voxels = voxelize(cloud["coord"], grid_size)
     cloud = {**take(cloud, representatives(voxels, rng)), "grid_coord": voxels.grid_coord}
     count = len(cloud["coord"])
     for most in (settings.crop_share and max(1, int(settings.crop_share * count)), settings.crop_points):
         if most and len(cloud["coord"]) > most:
             cloud = sphere_crop(cloud, most, cloud["coord"][rng.integers(len(cloud["coord"]))])
-    return center_shift(cloud, z=False)
+    return center_shift(cloud, z=False) if center else cloud
 
 
 # -- the precise test --------------------------------------------------------------------------------------------------

@@ -77,6 +77,9 @@ class PointSpec:
     missing_normal: str = "estimate"                    # estimate | zeros | error
     missing_color: str = "zeros"                        # zeros | error
     test_grid_size: float | None = None                 # S3DIS: 0.01, one point a voxel of this size before the test
+    scale: float | str = 1.0                            # what metres are multiplied by before voxels are made: Utonia
+                                                        # 0.5 indoors, 0.2 outdoors, "object": each cloud to radius 1
+    center: bool = True                                 # false, outdoors: the sensor stays at 0
 
     def __post_init__(self) -> None:
         for name in self.features:
@@ -88,6 +91,8 @@ class PointSpec:
         for name in ("grid_size", "unit", "test_grid_size"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"data.{name}={value}: expected a number above 0")
+        if self.scale != "object" and (isinstance(self.scale, bool | str) or not 0 < self.scale < float("inf")):
+            raise ValueError(f"data.scale={self.scale}: expected a number above 0, or object")
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -407,12 +412,13 @@ def complete(cloud: PointCloud, spec: PointSpec, path: str | Path = "cloud",
              cache_dir: str | Path | None = None) -> tuple[PointCloud, tuple[str, ...]]:
     """Fill in missing colours and normals as the spec says; -> cloud, and what was missing, for a message.
 
-    Estimated normals are kept in cache_dir. A cloud wider than 500 m gets a warning. ValueError for one of more voxels
-    along an axis than can be, and where the spec says "error".
+    Estimated normals, for which a length is a metre whatever the spec's scale, are kept in cache_dir. A cloud wider
+    than 500 m gets a warning. ValueError for one of more voxels along an axis than can be, and where the spec says
+    "error".
     """
     extent = np.ptp(cloud.coord, 0).max() * spec.unit
     wide = f"{path}: the cloud is {extent:.0f} m wide; is it in millimetres? Set data.unit=0.001"
-    if extent > MAX_GRID_INDEX * spec.grid_size:
+    if spec.scale != "object" and extent * spec.scale > MAX_GRID_INDEX * spec.grid_size:
         raise ValueError(f"{wide}, or a larger data.grid_size: {MAX_GRID_INDEX + 1} voxels of {spec.grid_size:g} m fit "
                          f"along an axis")
     if extent > WIDEST:
@@ -505,7 +511,7 @@ class PointDataset(Dataset):
         self._report(missing)
 
     def _report(self, missing):
-        worse = "; expect worse results from weights that were trained with them"
+        worse = "; expect worse results from weights that always had them, such as sonata.pth"
         ways = {"color": "black" + worse, "label": "nothing to learn or to score",
                 "normal": "estimated from neighbours" if self.spec.missing_normal == "estimate" else "zero" + worse}
         for name, files in missing.items():
@@ -531,7 +537,7 @@ class PointDataset(Dataset):
         return len(self.files) * self.repeat
 
     def cloud(self, index: int) -> Cloud:
-        """coord, color and normal (as far as features), label of files[index]: all raw points, in metres."""
+        """coord, color and normal (as far as features), label of files[index]: all raw points, in metres x scale."""
         cloud = self._kept[index] if index in self._kept else self._read(self.files[index])[0]
         return to_cloud(cloud, self.spec)
 
@@ -544,15 +550,23 @@ class PointDataset(Dataset):
         rng = np.random.default_rng(derived_seed(self.seed, self.epoch, item))
         mix_draw = float(rng.random())
         try:
-            sample = training_sample(cloud, self.spec.grid_size, self.augmentation, rng)
+            sample = training_sample(cloud, self.spec.grid_size, self.augmentation, rng, self.spec.center)
         except ValueError as error:
             raise ValueError(f"{self.files[index]}: {error}") from None
         return {**to_tensors(sample, self.spec), "mix_draw": mix_draw}
 
 
 def to_cloud(cloud: PointCloud, spec: PointSpec) -> Cloud:
-    """The arrays that the features need, in metres and float32; label where the cloud has it."""
+    """The arrays that the features need, in float32, coordinates in metres x scale; label where the cloud has it.
+
+    Scale "object": the centre of mass at 0 and the farthest point at distance 1 (a cloud on one spot stays there)."""
     arrays = {"coord": cloud.coord * np.float32(spec.unit)}
+    if spec.scale == "object":
+        around = arrays["coord"] - arrays["coord"].mean(0, dtype=np.float64).astype(np.float32)
+        radius = np.sqrt((around * around).sum(1).max())
+        arrays["coord"] = around / radius if radius > 0 else around
+    elif spec.scale != 1:
+        arrays["coord"] = arrays["coord"] * np.float32(spec.scale)
     arrays |= {name: getattr(cloud, name).astype(np.float32) for name in ("color", "normal") if name in spec.features}
     return arrays if cloud.label is None else {**arrays, "label": cloud.label}
 
@@ -564,12 +578,17 @@ def to_tensors(cloud: Cloud, spec: PointSpec) -> dict[str, torch.Tensor]:
             {**arrays, "feat": stack_features(cloud, spec.features)}.items()}
 
 
+def placed(cloud: Cloud, spec: PointSpec, z: bool) -> Cloud:
+    """center_shift, or the cloud as it is where the spec says that clouds keep their place."""
+    return center_shift(cloud, z) if spec.center else cloud
+
+
 def evaluation_sample(cloud: Cloud, spec: PointSpec) -> dict[str, torch.Tensor]:
     """A raw cloud as voxels, always the same: coord, grid_coord, feat, label, inverse (R,) and raw_label (R,)."""
-    cloud = center_shift(cloud, z=True)
+    cloud = placed(cloud, spec, z=True)
     voxels = voxelize(cloud["coord"], spec.grid_size)
     sample = take(cloud, representatives(voxels, np.random.default_rng(0)))
-    sample = center_shift({**sample, "grid_coord": voxels.grid_coord}, z=False)
+    sample = placed({**sample, "grid_coord": voxels.grid_coord}, spec, z=False)
     rest = {"inverse": voxels.inverse} | ({"raw_label": cloud["label"]} if "label" in cloud else {})
     return {**to_tensors(sample, spec), **{name: torch.from_numpy(values) for name, values in rest.items()}}
 
@@ -601,7 +620,7 @@ class PreciseTest:
 
     def __init__(self, cloud: Cloud, spec: PointSpec, num_classes: int) -> None:
         self.spec = spec
-        self.cloud = center_shift({name: values for name, values in cloud.items() if name != "label"}, z=True)
+        self.cloud = placed({name: values for name, values in cloud.items() if name != "label"}, spec, z=True)
         self.inverse = None
         if spec.test_grid_size is not None:
             voxels = voxelize(self.cloud["coord"], spec.test_grid_size)
@@ -614,7 +633,7 @@ class PreciseTest:
             seen = apply_view(self.cloud, view)
             voxels = voxelize(seen["coord"], self.spec.grid_size)
             for index in fragments(voxels):
-                fragment = center_shift({**take(seen, index), "grid_coord": voxels.grid_coord}, z=False)
+                fragment = placed({**take(seen, index), "grid_coord": voxels.grid_coord}, self.spec, z=False)
                 yield {**to_tensors(fragment, self.spec), "offset": torch.tensor([len(index)]),
                        "index": torch.from_numpy(index)}
 

@@ -1,13 +1,15 @@
-"""Point Transformer V3 in the variant that Sonata pre-trains ("PT-v3m2"), and segmentation heads on it.
+"""Point Transformer V3 in the variants that Sonata and Utonia pre-train (PT-v3m2, m3), and segmentation heads on it.
 
-Wu et al., Point Transformer V3 (CVPR 2024, arXiv 2312.10035) and Sonata (CVPR 2025, arXiv 2503.16429); the numbers
-are those of github.com/facebookresearch/sonata (Apache-2.0) on its GPU path, the parameter names too. No compiled
+Wu et al., Point Transformer V3 (CVPR 2024, arXiv 2312.10035) and Sonata (CVPR 2025, arXiv 2503.16429), Utonia (arXiv
+2603.03283); the numbers are those of github.com/facebookresearch/sonata and github.com/Pointcept/Utonia (Apache-2.0)
+on their GPU path, the parameter names too. Concerto is Sonata's network with other weights and sizes. No compiled
 extension: the sparse convolution is models/sparse_conv.py, attention is scaled_dot_product_attention.
 
 A batch is a dict: grid_coord (N, 3) integer >= 0, feat (N, in_channels) float (for Sonata coordinates in metres,
 colour in 0..1, normal), offset (S,) int64, the cumulative ends of the scenes; `mask` (N,) bool where the mask token
-replaces the embedding. Inside, the voxels lie in the order of their coordinates, for the memory's sake; everything
-that is returned has the order of the batch.
+replaces the embedding; coord (N, 3) float metres where the network rotates (Utonia; float64 for map coordinates).
+Inside, the voxels lie in the order of their coordinates, for the memory's sake; everything that is returned has the
+order of the batch.
 
 Deviations: one attention patch is exact in the dtype of the computation (officially half precision); ties of the
 max-pooling share the gradient; equal voxels, which Mix3D makes, follow a fixed rule (see NeighbourTable).
@@ -23,6 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.lora import LowRankUpdate, add_lora
+from models.point_networks import decoder_of
+from models.point_rotary import PointRotary, Rotation
 from models.sparse_conv import NeighbourTable, SubMConv3d, neighbour_table, pack, unpack
 from utils.checks import check_choice, did_you_mean, nearest
 from utils.serialization import (
@@ -36,26 +41,33 @@ from utils.serialization import (
     serialize,
 )
 
-MODES = ("lin", "dec", "ft")
+MODES = ("lin", "dec", "ft", "lora")
+ENCODER_ONLY = ("lin", "lora")                              # modes without a decoder
 
 
 # -- one resolution ----------------------------------------------------------------------------------------------------
 
 class StageOutput(NamedTuple):
     """One stage, finest first. feat (n, C); grid_coord (n, 3) int32; offset (S,) int64; cluster (n,) int64, the row of
-    each voxel in the next coarser stage, None in the last. Coarser voxels are ordered by (scene, x, y, z)."""
+    each voxel in the next coarser stage, None in the last. Coarser voxels are ordered by (scene, x, y, z). coord
+    (n, 3) float32 metres from the middle of the scene where the network rotates, else None."""
 
     feat: Tensor
     grid_coord: Tensor
     offset: Tensor
     cluster: Tensor | None
+    coord: Tensor | None = None
 
 
 class Stage:
-    """The voxels of one resolution, and what its blocks share: neighbours, sequences, patches; made when first used."""
+    """The voxels of one resolution, and what its blocks share: neighbours, sequences, patches; made when first used.
 
-    def __init__(self, grid_coord: Tensor, scene: Tensor, sizes: list[int], largest: int, orders: Sequence[str]):
+    coord (n, 3) float32 metres are the positions that blocks with a rotation turn by; None where there is none."""
+
+    def __init__(self, grid_coord: Tensor, scene: Tensor, sizes: list[int], largest: int, orders: Sequence[str],
+                 coord: Tensor | None = None):
         self.grid_coord, self.scene, self.sizes = grid_coord, scene, sizes           # (n, 3), (n,), S numbers
+        self.coord = coord
         self.largest, self.depth, self.orders = largest, depth_of(largest), orders
         self.feat: Tensor | None = None                      # (n, C)
         self.cluster: Tensor | None = None                   # (n,)
@@ -86,17 +98,40 @@ class Stage:
         return torch.tensor(self.sizes, device=self.grid_coord.device).cumsum(0)
 
     def coarser(self, orders: Sequence[str]) -> Stage:
-        """The stage of half the resolution; sets `cluster`."""
+        """The stage of half the resolution; sets `cluster`. Its positions are the means of those merged."""
         key, self.cluster = torch.unique(pack(self.grid_coord >> 1, self.scene, self.depth), return_inverse=True)
         grid_coord, scene = unpack(key, self.depth)
         sizes = torch.bincount(scene, minlength=len(self.sizes)).tolist()
-        return Stage(grid_coord, scene, sizes, self.largest >> 1, orders)
+        coord = None if self.coord is None else mean_positions(self.coord, self.cluster, len(grid_coord))
+        return Stage(grid_coord, scene, sizes, self.largest >> 1, orders, coord)
 
 
 def take_parents(feat: Tensor, cluster: Tensor) -> Tensor:
     """Coarse feat (m, C), cluster (n,) -> (n, C). Deterministic backward: indexing sorts on CUDA, where index_select
     adds atomically; on the CPU index_select is the fast one, and adds in order."""
     return feat.index_select(0, cluster) if feat.device.type == "cpu" else feat[cluster]
+
+
+def mean_positions(coord: Tensor, cluster: Tensor, size: int) -> Tensor:
+    """coord (n, 3) float32, cluster (n,) int64 in 0..size - 1, all occupied -> (size, 3), the mean of each cluster.
+    Deterministic, by the same choice as take_parents."""
+    total = coord.new_zeros(size, 3)
+    if coord.device.type == "cpu":
+        total.index_add_(0, cluster, coord)
+    else:
+        total.index_put_((cluster,), coord, accumulate=True)
+    return total / torch.bincount(cluster, minlength=size)[:, None]
+
+
+def centred(coord: Tensor, scene: Tensor, num_scenes: int) -> Tensor:
+    """Positions from the middle of their scene's bounding box: coord (n, 3) float, scene (n,) int64 -> (n, 3) float32.
+
+    Rotations see differences alone; without this, float32 angles of map coordinates (1e6 m) would mean nothing.
+    """
+    place = scene[:, None].expand(-1, 3)
+    low, high = (coord.new_zeros(num_scenes, 3).scatter_reduce(0, place, coord, reduce, include_self=False)
+                 for reduce in ("amin", "amax"))
+    return (coord - ((low + high) / 2)[scene]).float()
 
 
 # -- layers ------------------------------------------------------------------------------------------------------------
@@ -116,28 +151,59 @@ class PointDropPath(nn.Module):
         return x * keep
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None, pad: bool) -> Tensor:
+    """scaled_dot_product_attention of (patches, heads, length, D); scale None: D^-0.5.
+
+    pad: fill D up with zeros to a multiple of 8, which changes no score. CUDA's kernels that never hold the matrix of
+    scores need that (float32 ones at least: not measured, for lack of a GPU); heads of 18 channels would miss them.
+    """
+    width = q.shape[-1]
+    missing = -width % 8 if pad else 0
+    if not missing:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    q, k, v = (F.pad(part, (0, missing)) for part in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=width ** -0.5 if scale is None else scale)[..., :width]
+
+
 class PatchAttention(nn.Module):
-    """Multi-head attention within the patches of a sequence; qkv rows ordered q, k, v, heads contiguous in each."""
+    """Multi-head attention within the patches of a sequence; qkv rows ordered q, k, v, heads contiguous in each.
+
+    With a rotation, q and k are turned by the voxels' positions. `lora` is a low-rank change of qkv (models/lora.py),
+    where one was added."""
 
     def __init__(self, channels: int, num_heads: int, patch_size: int, qkv_bias: bool = True,
-                 qk_scale: float | None = None):
+                 qk_scale: float | None = None, rotation: Rotation | None = None):
         super().__init__()
         self.num_heads, self.patch_size, self.scale = num_heads, patch_size, qk_scale
         self.qkv = nn.Linear(channels, 3 * channels, bias=qkv_bias)
         self.proj = nn.Linear(channels, channels)
+        self.rope = None if rotation is None else PointRotary(channels // num_heads, rotation)
+        self.lora: LowRankUpdate | None = None
 
     def forward(self, x: Tensor, stage: Stage, block: int) -> Tensor:
         voxel, slot, groups = stage.patches(block, self.patch_size)
-        qkv = self.qkv(x).index_select(0, voxel)                                     # (M, 3 C)
+        qkv = self.qkv(x)                                                            # (n, 3 C)
+        if self.lora is not None:
+            qkv = qkv + self.lora(x)
+        if self.rope is not None:
+            qkv = self.rotate(qkv, stage.coord)
+        qkv = qkv.index_select(0, voxel)                                             # (M, 3 C)
         outputs, start = [], 0
         for count, length in groups:
             part = qkv[start:start + count * length].view(count, length, 3, self.num_heads, -1)
             q, k, v = part.permute(2, 0, 3, 1, 4).unbind(0)                          # (patches, heads, length, D)
-            out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+            out = attend(q, k, v, self.scale, pad=q.device.type == "cuda")
             outputs.append(out.transpose(1, 2).reshape(count * length, -1))          # (patches * length, C)
             start += count * length
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return self.proj(out.index_select(0, slot))                                  # (n, C)
+
+    def rotate(self, qkv: Tensor, coord: Tensor) -> Tensor:
+        """qkv (n, 3 C) with q and k turned by the positions coord (n, 3). A voxel keeps its position wherever it
+        stands in a sequence, so this comes before voxels are put into patches."""
+        qk, v = qkv.split([2 * qkv.shape[1] // 3, qkv.shape[1] // 3], 1)
+        qk = self.rope(qk.unflatten(1, (2 * self.num_heads, -1)), coord)             # (n, 2 heads, D)
+        return torch.cat([qk.flatten(1), v], 1)
 
 
 class Mlp(nn.Module):
@@ -153,12 +219,13 @@ class Block(nn.Module):
     """Conditional position encoding (sparse convolution), attention and MLP, each a residual branch."""
 
     def __init__(self, channels: int, num_heads: int, patch_size: int, index: int = 0, mlp_ratio: float = 4.0,
-                 drop_path: float = 0.0, qkv_bias: bool = True, qk_scale: float | None = None):
+                 drop_path: float = 0.0, qkv_bias: bool = True, qk_scale: float | None = None,
+                 rotation: Rotation | None = None):
         super().__init__()
         self.index = index
         self.cpe = nn.Sequential(SubMConv3d(channels, channels), nn.Linear(channels, channels), nn.LayerNorm(channels))
         self.norm1 = nn.Sequential(nn.LayerNorm(channels))
-        self.attn = PatchAttention(channels, num_heads, patch_size, qkv_bias, qk_scale)
+        self.attn = PatchAttention(channels, num_heads, patch_size, qkv_bias, qk_scale, rotation)
         self.norm2 = nn.Sequential(nn.LayerNorm(channels))
         self.mlp = nn.Sequential(Mlp(channels, int(channels * mlp_ratio)))
         self.drop_path = PointDropPath(drop_path)
@@ -225,6 +292,7 @@ class PointTransformerV3(nn.Module):
     shuffle_orders: each stage draws its own permutation of the orders in every forward pass, also in eval mode:
     torch.randperm from torch's global CPU generator, once per stage, finest first. (Officially the switch reaches only
     the first stage.) gradient_checkpointing computes each block again in the backward pass instead of storing it.
+    rope_base: base of the rotation in every attention, None for none; jitter_coords and rescale_coords: Rotation's.
     """
 
     def __init__(self, in_channels: int, order: Sequence[str], enc_depths: Sequence[int], enc_channels: Sequence[int],
@@ -232,14 +300,18 @@ class PointTransformerV3(nn.Module):
                  dec_channels: Sequence[int] = (), dec_num_head: Sequence[int] = (), dec_patch_size: Sequence[int] = (),
                  mlp_ratio: float = 4.0, qkv_bias: bool = True, qk_scale: float | None = None, drop_path: float = 0.3,
                  shuffle_orders: bool = True, mask_token: bool = False, enc_mode: bool = False,
-                 gradient_checkpointing: bool = False):
+                 gradient_checkpointing: bool = False, rope_base: float | None = None,
+                 jitter_coords: float | None = None, rescale_coords: float | None = None):
         super().__init__()
+        rotation = Rotation(rope_base, jitter_coords, rescale_coords) if rope_base else None
+        self.rotates = rotation is not None
         self.order, self.in_channels, self.enc_mode = tuple(order), in_channels, enc_mode
         self.shuffle_orders, self.gradient_checkpointing = shuffle_orders, gradient_checkpointing
         self.enc_channels, self.dec_channels = tuple(enc_channels), () if enc_mode else tuple(dec_channels)
 
         def layers(first, s, channels, heads, patches, rates):
-            block = {f"block{i}": Block(channels[s], heads[s], patches[s], i, mlp_ratio, rate, qkv_bias, qk_scale)
+            block = {f"block{i}": Block(channels[s], heads[s], patches[s], i, mlp_ratio, rate, qkv_bias, qk_scale,
+                                        rotation)
                      for i, rate in enumerate(rates[s])}
             return nn.ModuleDict({**first, **block})
 
@@ -271,7 +343,7 @@ class PointTransformerV3(nn.Module):
         """Stages in the order of their coordinates, with feat and cluster, and the place there of each voxel of the
         batch (N,)."""
         names = [[self.order[i] for i in row] for row in self._permutations(orders)]
-        stage, order = _first_stage(batch, names[0], self.in_channels)
+        stage, order = _first_stage(batch, names[0], self.in_channels, self.rotates)
         mask = batch["mask"].index_select(0, order) if "mask" in batch else None
         feat = self.embedding(batch["feat"].index_select(0, order), mask)
         stages = []
@@ -294,10 +366,11 @@ class PointTransformerV3(nn.Module):
 
     def outputs(self, stages: list[Stage], restore: Tensor) -> list[StageOutput]:
         """Stages as forward returns them."""
-        rows = [StageOutput(stage.feat, stage.grid_coord, stage.offset(), stage.cluster) for stage in stages]
+        rows = [StageOutput(stage.feat, stage.grid_coord, stage.offset(), stage.cluster, stage.coord)
+                for stage in stages]
         first = [None if part is None else part.index_select(0, restore)
-                 for part in (rows[0].feat, rows[0].grid_coord, rows[0].cluster)]
-        return [StageOutput(first[0], first[1], rows[0].offset, first[2]), *rows[1:]]
+                 for part in (rows[0].feat, rows[0].grid_coord, rows[0].cluster, rows[0].coord)]
+        return [StageOutput(first[0], first[1], rows[0].offset, first[2], first[3]), *rows[1:]]
 
     def _blocks(self, layers: nn.ModuleDict, feat: Tensor, stage: Stage) -> Tensor:
         feat = feat.to(torch.promote_types(feat.dtype, torch.float32))       # the residual stream, also under autocast
@@ -324,7 +397,8 @@ def _ramp(rate: float, depths: Sequence[int]) -> list[list[float]]:
     return [rates[sum(depths[:s]):sum(depths[:s + 1])] for s in range(len(depths))]
 
 
-def _first_stage(batch: Mapping[str, Tensor], orders: Sequence[str], in_channels: int) -> tuple[Stage, Tensor]:
+def _first_stage(batch: Mapping[str, Tensor], orders: Sequence[str], in_channels: int,
+                 rotates: bool) -> tuple[Stage, Tensor]:
     """Check the batch; its voxels sorted by (scene, x, y, z), and the row in the batch of each, (N,)."""
     grid_coord, feat, offset = batch["grid_coord"], batch["feat"], batch["offset"]
     ends = offset.tolist()
@@ -340,7 +414,15 @@ def _first_stage(batch: Mapping[str, Tensor], orders: Sequence[str], in_channels
                                     torch.tensor(sizes, device=feat.device), output_size=len(feat))
     key, order = pack(grid_coord, scene, depth).sort(stable=True)
     sorted_grid, scene = unpack(key, depth)
-    return Stage(sorted_grid, scene, sizes, largest, orders), order
+    coord = None
+    if rotates:
+        coord = batch.get("coord")
+        if coord is None or coord.shape != (len(feat), 3) or not coord.is_floating_point():
+            found = "none" if coord is None else f"{tuple(coord.shape)} {coord.dtype}"
+            raise ValueError(f"batch: this network turns queries and keys by positions; expected coord ({len(feat)}, "
+                             f"3) float in metres, got {found}")
+        coord = centred(coord.index_select(0, order), scene, len(sizes))
+    return Stage(sorted_grid, scene, sizes, largest, orders, coord), order
 
 
 def upcast(stages: Sequence[StageOutput]) -> Tensor:
@@ -355,19 +437,25 @@ def upcast(stages: Sequence[StageOutput]) -> Tensor:
 # -- from a config -----------------------------------------------------------------------------------------------------
 
 FIXED = {"stride": 2, "attn_drop": 0, "proj_drop": 0, "pre_norm": True, "enable_rpe": False, "layer_scale": None}
-IGNORED = ("type", "enable_flash", "upcast_attention", "upcast_softmax", "traceable", "freeze_encoder", *FIXED)
+IGNORED = ("type", "enable_flash", "upcast_attention", "upcast_softmax", "traceable", "freeze_encoder", "shift_coords",
+           *FIXED)
 KEYS = ("in_channels", "order", "enc_depths", "enc_channels", "enc_num_head", "enc_patch_size", "dec_depths",
         "dec_channels", "dec_num_head", "dec_patch_size", "mlp_ratio", "qkv_bias", "qk_scale", "drop_path",
-        "shuffle_orders", "mask_token", "enc_mode", "gradient_checkpointing")
+        "shuffle_orders", "mask_token", "enc_mode", "gradient_checkpointing", "rope_base", "jitter_coords",
+        "rescale_coords")
 
 
 def build_point_transformer(config: Mapping[str, Any]) -> PointTransformerV3:
-    """The network of a `config` as sonata.pth stores it: the official constructor's arguments.
+    """The network of a `config` as sonata.pth or utonia.pth stores it: the official constructor's arguments.
+
+    rope_base absent, null or 0: no rotation. What a weight file rotates by is in its tensors, and read_sonata puts it
+    into the config that it returns; upstream's two defaults (10 and 10000) contradict each other.
 
     Accepted and without effect: enable_flash, upcast_attention, upcast_softmax (attention is always the same function,
     with its softmax in float32), traceable (clusters are always returned), freeze_encoder (SonataSegmenter freezes by
-    its mode), type. stride 2, no dropout in attention, pre-norm, no relative positions, no layer scale are all there
-    is. ValueError, naming the key, for unknown keys, other values of those, and lengths or widths that do not fit.
+    its mode), shift_coords (a common shift of positions changes nothing), type. stride 2, no dropout in attention,
+    pre-norm, no relative positions, no layer scale are all there is. ValueError, naming the key, for unknown keys,
+    other values of those, and lengths or widths that do not fit.
     """
     unknown = [key for key in config if key not in (*KEYS, *IGNORED)]
     if unknown:
@@ -395,16 +483,16 @@ def build_point_transformer(config: Mapping[str, Any]) -> PointTransformerV3:
         for width, heads in zip(values[part + "_channels"], values[part + "_num_head"], strict=True):
             if width % heads:
                 raise ValueError(f"model config: {part}_channels {width} is no multiple of {heads} heads")
-    return PointTransformerV3(**settings)
+    try:
+        return PointTransformerV3(**settings)
+    except ValueError as error:                             # of the rotation
+        raise ValueError(f"model config: {error}") from None
 
 
 def with_decoder(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config of an encoder, with the official decoder where it names none: two blocks a stage, 64 channels at the
-    finest and the encoder's width at the others, heads of 16 channels."""
-    channels = [64, *config["enc_channels"][1:-1]]
-    decoder = {"dec_depths": [2] * len(channels), "dec_channels": channels, "dec_num_head": [c // 16 for c in channels],
-               "dec_patch_size": list(config["enc_patch_size"][:-1])}
-    return {**decoder, **config, "enc_mode": False}
+    """A config of an encoder, with a decoder where it names none: the official one of a released network, else the
+    formula in decoder_of."""
+    return {**decoder_of(config)[0], **config, "enc_mode": False}
 
 
 # -- segmentation ------------------------------------------------------------------------------------------------------
@@ -413,28 +501,43 @@ class SonataSegmenter(nn.Module):
     """A linear head on Point Transformer V3: seg_head on backbone, the names of the official DefaultSegmentorV2.
 
     mode: "lin" (frozen encoder, head on the up-cast features of all stages), "dec" (frozen encoder, trained decoder),
-    "ft" (all trained). forward(batch, orders=None) -> logits (N, num_classes) float32 in the order of the batch.
+    "ft" (all trained), "lora" (as lin, with a low-rank change of every qkv of the encoder, trained: models/lora.py).
+    forward(batch, orders=None) -> logits (N, num_classes) float32 in the order of the batch.
 
-    In lin each stage's slice of the head is applied at that stage's resolution and the scores are handed down, so that
-    the N x 1232 matrix is never built; the same up to rounding. A frozen encoder runs under no_grad, but as upstream
-    it follows train(): its drop path acts during training. frozen_eval=True keeps it in eval mode.
+    In lin and lora each stage's slice of the head is applied at that stage's resolution and the scores are handed down,
+    so that the N x 1232 matrix is never built; the same up to rounding. A frozen encoder runs under no_grad (in lora
+    with gradients, which its updates need), but as upstream it follows train(): its drop path, and the jitter of a
+    rotation, act during training. frozen_eval=True keeps it in eval mode.
     """
 
     def __init__(self, backbone: PointTransformerV3, num_classes: int, mode: str = "lin", frozen_eval: bool = False):
         super().__init__()
         check_choice("mode", mode, MODES)
-        if backbone.enc_mode != (mode == "lin"):
-            raise ValueError(f"mode {mode} needs a backbone {'without' if mode == 'lin' else 'with'} a decoder; set "
+        alone = mode in ENCODER_ONLY
+        if backbone.enc_mode != alone:
+            raise ValueError(f"mode {mode} needs a backbone {'without' if alone else 'with'} a decoder; set "
                              f"enc_mode accordingly")
         self.mode, self.frozen_eval, self.num_classes = mode, frozen_eval, num_classes
-        width = sum(backbone.enc_channels) if mode == "lin" else backbone.dec_channels[0]
+        width = sum(backbone.enc_channels) if alone else backbone.dec_channels[0]
         self.seg_head = nn.Linear(width, num_classes)
         self.backbone = backbone
+        if mode == "lora":
+            add_lora(backbone.enc)
         for module in self.frozen():
             module.requires_grad_(False)
 
     def frozen(self) -> list[nn.Module]:
-        return [] if self.mode == "ft" else [self.backbone.embedding, self.backbone.enc]
+        """The modules that are not trained; none of them contains a trained one. In lora the layers themselves, for
+        the updates lie between them."""
+        if self.mode == "ft":
+            return []
+        parts = [self.backbone.embedding, self.backbone.enc]
+        if self.mode != "lora":
+            return parts
+        updates = {inner for part in parts for module in part.modules() if isinstance(module, LowRankUpdate)
+                   for inner in module.modules()}
+        return [module for part in parts for module in part.modules()
+                if module not in updates and not list(module.children())]
 
     def frozen_names(self) -> set[str]:
         """Names of the parameters in frozen()."""
@@ -448,9 +551,9 @@ class SonataSegmenter(nn.Module):
         return self
 
     def forward(self, batch: Mapping[str, Tensor], orders: Tensor | None = None) -> Tensor:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.mode == "ft"):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.mode in ("ft", "lora")):
             stages, restore = self.backbone.encode(batch, orders)
-        if self.mode != "lin":
+        if self.mode not in ENCODER_ONLY:
             feat = self.backbone.decode(stages)[0].feat                              # (N, 64)
             return self.seg_head(feat).float().index_select(0, restore)
         slices = self.seg_head.weight.split(self.backbone.enc_channels, 1)
@@ -466,5 +569,5 @@ def build_segmenter(config: Mapping[str, Any], num_classes: int, mode: str = "li
     out as `mode` needs and whose mask token is left out; `changes` replace keys of the config."""
     check_choice("mode", mode, MODES)
     config = {**config, **changes, "mask_token": False}
-    config = {**config, "enc_mode": True} if mode == "lin" else with_decoder(config)
+    config = {**config, "enc_mode": True} if mode in ENCODER_ONLY else with_decoder(config)
     return SonataSegmenter(build_point_transformer(config), num_classes, mode, frozen_eval)

@@ -11,6 +11,7 @@ from models.point_transformer import (
     PatchAttention,
     PointDropPath,
     Stage,
+    attend,
     build_point_transformer,
     build_segmenter,
     upcast,
@@ -96,6 +97,16 @@ def test_attention_with_a_borrowed_tail(count):
     weights = torch.randn_like(out)
     grads = [torch.autograd.grad((value * weights).sum(), x)[0] for value in (out, expected)]
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("width", [16, 18, 6])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_padded_heads_attend_alike(width, scale):
+    q, k, v = torch.randn(3, 2, 4, 20, width).mul(2).requires_grad_().unbind(0)
+    plain, padded = attend(q, k, v, scale, pad=False), attend(q, k, v, scale, pad=True)
+    assert padded.shape == plain.shape
+    torch.testing.assert_close(padded, plain, rtol=1e-5, atol=1e-6)
+    assert torch.equal(padded, plain) or width % 8
 
 
 def test_attention_stays_in_its_patch():
@@ -313,7 +324,7 @@ def test_other_errors():
         build_point_transformer({key: value for key, value in CONFIG.items() if key not in ("order", "in_channels")})
     build_point_transformer({**CONFIG, "enable_flash": True, "type": "PT-v3m2", "traceable": True, "stride": [2, 2],
                              "layer_scale": None, "freeze_encoder": True, "upcast_softmax": True})
-    with pytest.raises(ValueError, match="mode: expected one of lin, dec, ft"):
+    with pytest.raises(ValueError, match="mode: expected one of lin, dec, ft, lora"):
         build_segmenter(CONFIG, 5, "linear")
     model, given = network(), scene(30)
     for change, message in [({"offset": torch.tensor([29])}, r"offset \[29\] do not fit"),
@@ -350,11 +361,14 @@ print("done")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("mode", ["lin", "dec", "ft"])
-def test_deterministic_on_cuda(mode):
+@pytest.mark.parametrize("rotates", [False, True])
+@pytest.mark.parametrize("mode", ["lin", "dec", "ft", "lora"])
+def test_deterministic_on_cuda(mode, rotates):
     given = batch_of(scene(1500, 24), scene(1500, 24, 1), scene(20, seed=2))
+    given["coord"] = given["grid_coord"] * 0.02
     given["offset"] = given["offset"][1:]                    # Mix3D
-    model, results = segmenter(mode), []
+    changes = {"enc_channels": [18, 36, 36], "dec_channels": [18, 36], "rope_base": 10.0, "jitter_coords": 1.1, "rescale_coords": 1.2}
+    model, results = segmenter(mode, **(changes if rotates else {})), []
     expected = model.eval()(given, IDENTITY)
     model, given = model.cuda(), {key: value.cuda() for key, value in given.items()}
     torch.testing.assert_close(model(given, IDENTITY).cpu(), expected, rtol=1e-3, atol=1e-3)

@@ -208,11 +208,47 @@ def test_each_random_change_happens_as_often_as_it_should(rng):
         np.testing.assert_allclose(same[name], values, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["color", "normal"])
+def test_colours_or_normals_are_dropped_as_often_as_asked(rng, name):
+    cloud = transforms.center_shift(make_cloud(rng, 60), z=True)
+    settings = PointAugmentation(**{**vars(STILL), f"drop_{name}": 0.4})
+    found = [transforms.augment(cloud, settings, rng) for _ in range(300)]
+    dropped = [(sample[name] == 0).all() for sample in found]
+    assert 0.3 < np.mean(dropped) < 0.5
+    other = {"color": "normal", "normal": "color"}[name]
+    for sample, empty in zip(found, dropped, strict=True):
+        np.testing.assert_allclose(sample[other], cloud[other], atol=1e-6)
+        assert empty or np.allclose(sample[name], cloud[name], atol=1e-6)
+    only_coord = {key: cloud[key] for key in ("coord", "label")}
+    assert set(transforms.augment(only_coord, settings, rng)) == {"coord", "label"}
+
+
+def test_without_dropping_the_random_numbers_are_those_of_before():
+    """A run that was made before drop_color and drop_normal existed draws the same numbers: a digest made by that code."""
+    rng = np.random.default_rng(5)
+    cloud = make_cloud(rng, 400)
+    sample = transforms.training_sample(cloud, 0.05, PointAugmentation(crop_points=200), rng)
+    assert [len(sample["coord"]), int(sample["grid_coord"].sum()), rng.integers(1 << 30)] == [200, 11995, 630426501]
+    assert sample["color"].sum(dtype=np.float64) == pytest.approx(79686.613, rel=1e-5)
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_clouds_keep_their_place_where_asked(rng, center):
+    cloud = make_cloud(rng)
+    cloud["coord"] += np.float32([5, -3, 2])
+    sample = transforms.training_sample(cloud, 0.05, STILL, rng, center)
+    low, high = sample["coord"].min(0), sample["coord"].max(0)
+    expected = [0, 0, 1] if center else [6, -2, 3]
+    np.testing.assert_allclose((low + high) / 2, expected, atol=0.1)
+    assert sample["grid_coord"].min() == 0
+
+
 @pytest.mark.parametrize("changes, message", [({"dropout": 1.5}, "augmentation.dropout"), ({"dropout": 1.0}, "no point"),
                                               ({"jitter": -1}, "augmentation.jitter"), ({"crop_points": 0}, "no point"),
                                               ({"scale_range": (1.1, 0.9)}, "lowest, highest"),
                                               ({"elastic": ((0, 1),)}, "granularity above 0"),
-                                              ({"mix_probability": 2}, "mix_probability")])
+                                              ({"mix_probability": 2}, "mix_probability"), ({"drop_color": 1.5}, "drop_color"),
+                                              ({"drop_normal": -0.1}, "drop_normal")])
 def test_impossible_settings_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         PointAugmentation(**changes)

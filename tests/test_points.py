@@ -414,9 +414,47 @@ def test_unit_scales_the_coordinates(tmp_path):
     torch.testing.assert_close(small["coord"] * 3, large["coord"], atol=1e-5, rtol=0)
 
 
+def test_scale_comes_before_the_voxels_and_reaches_coordinates_and_features(tmp_path):
+    file = save(tmp_path / "a.npz", arrays())
+    room, half = PointDataset([file], PointSpec(0.5), 4)[0], PointDataset([file], PointSpec(0.25, scale=0.5), 4)[0]
+    assert torch.equal(room["grid_coord"], half["grid_coord"])
+    torch.testing.assert_close(half["coord"], room["coord"] / 2, atol=1e-6, rtol=0)
+    torch.testing.assert_close(half["feat"][:, :3], half["coord"], atol=0, rtol=0)
+    coarser = PointDataset([file], PointSpec(0.5, scale=0.5), 4)[0]          # the grid is not scaled with it
+    assert len(coarser["grid_coord"]) < len(room["grid_coord"])
+    assert torch.equal(PointDataset([file], PointSpec(0.5, scale=1.0), 4)[0]["feat"], room["feat"])
+
+
+def test_an_object_becomes_one_of_radius_one(tmp_path):
+    file = save(tmp_path / "a.npz", {**arrays(), "coord": arrays()["coord"] * 7 + 30})
+    coord = PointDataset([file], PointSpec(0.01, scale="object"), 4).cloud(0)["coord"]
+    np.testing.assert_allclose(coord.mean(0), 0, atol=1e-5)
+    assert np.linalg.norm(coord, axis=1).max() == pytest.approx(1, abs=1e-5)
+    one = save(tmp_path / "b.npz", {"coord": np.ones((3, 3)), "segment": np.zeros(3, int)})
+    assert (PointDataset([one], PointSpec(0.01, scale="object"), 4).cloud(0)["coord"] == 0).all()
+
+
+def test_outdoors_the_sensor_stays_where_it_is(tmp_path):
+    file = save(tmp_path / "a.npz", arrays())
+    spec = PointSpec(0.5, center=False)
+    dataset = PointDataset([file], spec, 4)
+    raw = {tuple(row) for row in dataset.cloud(0)["coord"].tolist()}
+    assert all(tuple(row) in raw for row in dataset[0]["coord"].tolist())
+    assert all(tuple(row) in raw for row in next(iter(PreciseTest(dataset.cloud(0), spec, 4)))["coord"].tolist())
+    assert dataset[0]["grid_coord"].min() == 0
+
+
+def test_normals_are_estimated_in_metres_whatever_the_scale(tmp_path):
+    cloud = arrays()
+    del cloud["normal"]
+    file = save(tmp_path / "a.npz", cloud)
+    normal = [PointDataset([file], PointSpec(0.5, scale=scale), 4).cloud(0)["normal"] for scale in (1.0, 0.2, "object")]
+    assert all(np.array_equal(normal[0], other) for other in normal[1:])
+
+
 def test_spec_refuses_nonsense():
     for change in ({"grid_size": 0}, {"features": ()}, {"features": ("coord", "coord")}, {"features": ("cord",)},
-                   {"missing_normal": "guess"}, {"unit": -1.0}):
+                   {"missing_normal": "guess"}, {"unit": -1.0}, {"scale": 0}, {"scale": "objects"}, {"scale": True}):
         with pytest.raises(ValueError, match="data[.]"):
             PointSpec(**change)
 

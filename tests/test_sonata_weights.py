@@ -5,6 +5,8 @@ import pytest
 import torch
 from torch import nn
 
+from models.point_networks import NETWORKS, network_config, network_name
+from models.point_rotary import frequencies
 from models.point_transformer import build_point_transformer, build_segmenter
 from models.sonata_weights import guess_config, load_sonata, read_linear_head, read_sonata
 from utils.checkpoint import save_checkpoint
@@ -144,6 +146,207 @@ def test_linear_head(tmp_path, prefix):
     written("sonata.pth", path)
     with pytest.raises(ValueError, match=r"head\.pth: expected one seg_head\.weight .* found \d+ tensors \(embedding"):
         read_linear_head(path)
+
+
+# -- the rotation of Utonia ----------------------------------------------------------------------------------------------
+
+UTONIA = {**CONFIG, "enc_channels": [18, 36], "rope_base": 10.0, "jitter_coords": 1.1, "rescale_coords": 1.2}
+BUFFER = "enc.enc0.block0.attn.rope.inv_freq"
+
+
+def save_utonia(path, config=UTONIA, seed=0, change=None):
+    """A file like utonia.pth, whose config lacks what `config` lacks; `change` edits its tensors."""
+    torch.manual_seed(seed)
+    state = build_point_transformer(UTONIA).state_dict()
+    if change is not None:
+        change(state)
+    torch.save({"config": config, "state_dict": state}, path)
+    return state
+
+
+def without(config, *keys):
+    return {key: value for key, value in config.items() if key not in keys}
+
+
+def batch(seed=0, count=60):
+    generator = torch.Generator().manual_seed(seed)
+    grid = torch.randperm(1000, generator=generator)[:count]
+    grid = torch.stack([grid // 100, grid // 10 % 10, grid % 10], 1).int()
+    coord = grid * 0.02 + 0.005 * torch.rand(count, 3, generator=generator)
+    return {"grid_coord": grid, "coord": coord, "feat": torch.cat([coord, torch.rand(count, 3, generator=generator)], 1),
+            "offset": torch.tensor([count])}
+
+
+@pytest.mark.parametrize("config", [UTONIA, without(UTONIA, "rope_base"), without(UTONIA, "rope_base", "jitter_coords", "rescale_coords"),
+                                    {**UTONIA, "rope_base": None}], ids=["all keys", "no base", "no key", "null"])
+def test_the_rotation_is_read_from_the_tensors(tmp_path, config):
+    """With or without rope_base in the config: the same network, the same numbers."""
+    path = tmp_path / "utonia.pth"
+    state = save_utonia(path, config)
+    found = read_sonata(path).config
+    assert (found["rope_base"], found["jitter_coords"], found["rescale_coords"]) == (10.0, 1.1, 1.2)
+    model, expected = (build_point_transformer({**arguments, "shuffle_orders": False}).eval() for arguments in (found, UTONIA))
+    message, count = load_sonata(model, path), len(state)
+    assert message.startswith(f"matched {count}/{count} encoder tensors") and "not used" not in message
+    expected.load_state_dict(state)
+    for one, other in zip(model(batch()), expected(batch()), strict=True):
+        assert torch.equal(one.feat, other.feat)
+
+
+@pytest.mark.parametrize("base", [7.0, 10_000.0, 1.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_any_base_is_recognised(tmp_path, base, dtype):
+    torch.manual_seed(0)
+    state = build_point_transformer({**UTONIA, "rope_base": base}).state_dict()
+    torch.save({name: tensor.to(dtype) for name, tensor in state.items()}, tmp_path / "w.pth")
+    found = guess_config(read_sonata(tmp_path / "w.pth").state)
+    exact = dtype == torch.float32
+    assert found["rope_base"] == pytest.approx(base, rel=1e-4 if exact else 0.02)
+    model = build_point_transformer(found)
+    load_sonata(model, tmp_path / "w.pth")
+    assert torch.equal(model.enc["enc0"]["block0"].attn.rope.inv_freq, state[BUFFER].to(dtype).float())
+
+
+@pytest.mark.parametrize("value", [None, 18, "18", [None], {"a": 1}, [[18]]])
+def test_a_config_of_odd_types_is_read_and_refused_later(tmp_path, value):
+    for config in (CONFIG, UTONIA):
+        torch.manual_seed(0)
+        torch.save({"config": {**config, "enc_channels": value, "enc_num_head": value}, "state_dict": build_point_transformer(config).state_dict()},
+                   tmp_path / "w.pth")
+        found = read_sonata(tmp_path / "w.pth").config
+        assert found["enc_channels"] == value and network_name(found) is None
+
+
+def test_a_null_range_stays_off(tmp_path):
+    save_utonia(tmp_path / "w.pth", {**UTONIA, "jitter_coords": None})
+    found = read_sonata(tmp_path / "w.pth").config
+    assert found["jitter_coords"] is None and found["rescale_coords"] == 1.2
+
+
+def drop_buffers(state):
+    for name in [name for name in state if name.endswith("inv_freq")]:
+        del state[name]
+
+
+def drop_one(state):
+    del state["enc.enc1.block1.attn.rope.inv_freq"]
+
+
+def change_one(state):
+    state[BUFFER] = state[BUFFER] * 1.5
+
+
+def change_all(state):
+    for name in state:
+        if name.endswith("inv_freq"):
+            state[name] = torch.tensor([1.0, 0.5, 0.1])
+
+
+@pytest.mark.parametrize("config, change, message", [
+    (UTONIA, drop_buffers, r"config has rope_base 10\.0, but no tensor of the rotation"),
+    (without(UTONIA, "rope_base"), drop_buffers, "heads of 18 channels are Utonia's, but no tensor"),
+    ({**CONFIG, "rope_base": 10}, drop_buffers, "config has rope_base 10, but no tensor"),
+    ({**UTONIA, "rope_base": 7}, None, "config has rope_base 7, but its tensors rotate with base 10"),
+    ({**UTONIA, "rope_base": 0}, None, "config has rope_base 0, but its tensors rotate with base 10"),
+    ({**UTONIA, "rope_base": 10000}, None, "config has rope_base 10000, but its tensors rotate with base 10"),
+    (UTONIA, drop_one, "enc1.block1.attn.rope.inv_freq is missing: attention rotates in all"), (UTONIA, change_one, "are different rotations"),
+    (UTONIA, change_all, r"is \[1, 0\.5, 0\.1\]; expected 1, f, f\^2"),
+    ({**UTONIA, "rope_base": "ten"}, None, "config has rope_base 'ten'; expected a number"),
+    ({**UTONIA, "enc_num_head": [1, 3]}, None, "36 channels of 3 heads, but its rotation is for heads of 18")])
+def test_contradictions_about_the_rotation_are_refused(tmp_path, config, change, message):
+    path = tmp_path / "w.pth"
+    save_utonia(path, config, change=change)
+    with pytest.raises(ValueError, match=r"w\.pth: .*" + message):
+        read_sonata(path)
+
+
+@pytest.mark.parametrize("extra", ["enc.enc0.block0.attn.rope.inv_freq", "enc.enc0.block0.ls1.gamma", "enc.enc1.block1.attn.rpe.table",
+                                   "enc.enc1.block2.norm1.0.weight", "enc.norm.weight", "dec.dec0.block0.attn.rope.inv_freq", "dec.dec0.block0.ls1.gamma",
+                                   "dec.dec0.up.gate.weight", "dec.norm", "embedding.position"])
+@pytest.mark.parametrize("decoder", [False, True])
+def test_tensors_without_a_place_are_an_error(tmp_path, extra, decoder):
+    """Whatever they are: a network that runs without them gives wrong numbers. The file is complete, and holds more."""
+    path = tmp_path / "w.pth"
+    torch.save({**build_segmenter(CONFIG, 5, "dec").backbone.state_dict(), extra: torch.ones(3)}, path)
+    model = build_segmenter(CONFIG, 5, "dec" if decoder else "lin").backbone
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=rf"w\.pth: 1 tensors of its encoder or decoder have no place .*{extra}"):
+        load_sonata(model, path)
+    assert same(model, before)
+    if "inv_freq" in extra:
+        with pytest.raises(ValueError, match="attention rotates in all blocks or in none"):
+            guess_config(read_sonata(path).state)
+
+
+def test_utonia_into_a_network_without_rotation_is_an_error(tmp_path):
+    """Fault 2 of facts/concerto_utonia.md: it was accepted, with '5 others in the file not used', and 29 to 49 % off."""
+    save_utonia(tmp_path / "w.pth")
+    model = tiny(**{**UTONIA, "rope_base": None})
+    with pytest.raises(ValueError, match=r"3 tensors of its encoder or decoder have no place .*inv_freq"):
+        load_sonata(model, tmp_path / "w.pth")
+    model = tiny(**{**UTONIA, "rope_base": 7.0})
+    with pytest.raises(ValueError, match=r"inv_freq is \[1, 0\.4642, 0\.2154\], but the network was built .*take rope_base out"):
+        load_sonata(model, tmp_path / "w.pth")
+    model = tiny(**{**UTONIA, "enc_depths": [1, 1]})
+    with pytest.raises(ValueError, match=r"tensors of its encoder or decoder have no place .*enc\.enc1\.block1"):
+        load_sonata(model, tmp_path / "w.pth")
+
+
+def test_own_checkpoints_keep_the_rotation(tmp_path):
+    model = build_segmenter(UTONIA, 5, "dec")
+    save_checkpoint(tmp_path / "w.pth", script="train_sonata", config={}, class_names=None, palette=None, model=model.state_dict(),
+                    encoder={"config": without(UTONIA, "rope_base"), "file": None})
+    assert read_sonata(tmp_path / "w.pth").config["rope_base"] == 10.0
+    plain = {**CONFIG, "enc_channels": [18, 36]}             # heads of 18 without rotation, from scratch: ours, and it says so
+    model = build_segmenter(plain, 5, "ft")
+    save_checkpoint(tmp_path / "own.pth", script="train_sonata", config={}, class_names=None, palette=None, model=model.state_dict(),
+                    encoder={"config": plain, "file": None})
+    assert "rope_base" not in read_sonata(tmp_path / "own.pth").config
+    load_sonata(build_segmenter(plain, 5, "lin").backbone, tmp_path / "own.pth")
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_raw_pre_training_checkpoints_give_the_heads_of_every_network(name):
+    """Head widths 16 and 18: Utonia tiny's 144 channels are 8 heads, not 9, and 216 is no error."""
+    config = network_config(name)
+    with torch.device("meta"):
+        state = build_point_transformer(config).state_dict()
+    turns = frequencies(18, 10.0)
+    found = guess_config({key: turns if key.endswith("inv_freq") else value for key, value in state.items()})
+    assert found == config
+
+
+def test_raw_checkpoint_of_head_width_18_without_buffers_is_refused():
+    state = tiny(**UTONIA).state_dict()
+    drop_buffers(state)
+    with pytest.raises(ValueError, match=r"w\.pth: it stores no config, and a stage of 18 channels has no whole number of heads of 16; was the rot"):
+        guess_config(state, "w.pth")
+
+
+@pytest.mark.parametrize("width", [1232, 1728, 1386])
+def test_linear_heads_of_all_networks(tmp_path, width):
+    state = {"seg_head.weight": torch.randn(20, width), "seg_head.bias": torch.randn(20)}
+    torch.save({"config": {"backbone_out_channels": width, "num_classes": 20}, "state_dict": state}, tmp_path / "head.pth")
+    name = {1232: "sonata", 1728: "concerto_large", 1386: "utonia"}[width]
+    with torch.device("meta"):
+        model = build_segmenter(network_config(name), 20, "lin")
+    head = read_linear_head(tmp_path / "head.pth")
+    assert {f"seg_head.{key}": list(value.shape) for key, value in model.seg_head.state_dict().items()} == \
+        {key: list(value.shape) for key, value in head.items()}
+
+
+def test_updates_of_a_model_stay_and_those_of_a_file_are_refused(tmp_path):
+    expected = written("sonata.pth", tmp_path / "w.pth")
+    model = build_segmenter(CONFIG, 5, "lora").backbone
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    message, count = load_sonata(model, tmp_path / "w.pth"), len(expected) - 1                  # without the mask token
+    assert message.startswith(f"matched {count}/{count} encoder tensors")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name] if ".lora." in name else expected[name])
+    torch.save(model.state_dict(), tmp_path / "lora.pth")
+    for mode in ("lin", "lora"):
+        with pytest.raises(ValueError, match=r"lora\.pth: holds low-rank updates .*scripts/merge_lora\.py"):
+            load_sonata(build_segmenter(CONFIG, 5, mode).backbone, tmp_path / "lora.pth")
 
 
 # -- numpy's numbers, and hostile pickles ------------------------------------------------------------------------------

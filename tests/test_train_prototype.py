@@ -168,7 +168,7 @@ def test_an_update_is_the_mean_of_its_micro_losses(config, tmp_path, monkeypatch
     pooled = torch.autograd.grad(script.compute_loss(criterion, model, model(normalize(images)), labels, settings)["total"], trained)
     monkeypatch.setattr(torch.optim.SGD, "step", lambda self, *a, **k: seen.append([p.grad.clone() for p in trained]))
     batches = 2 * [{"image": x[None], "label": y[None]} for x, y in zip(images, labels, strict=True)]
-    run = script.Run(script.parse_args([str(config), "--device", "cpu", "--output-dir", str(tmp_path)]), "train_prototype.py")
+    run = script.Run(script.parse_args([str(config), "--device", "cpu", "--output-dir", str(tmp_path)]), "train_prototype.py", script.DEFAULTS)
     model.normalize, run.model, run.log_interval, run.totals = normalize, model, 100, Totals()
     run.optimizer, run.scheduler = torch.optim.SGD(groups, lr=1.0), SimpleNamespace(step=lambda: None, get_last_lr=lambda: [0.0])
     monkeypatch.setattr(script, "stage_batches", lambda job, end: iter(batches))

@@ -14,6 +14,7 @@ COLORS = np.array([[150, 140, 120], [40, 60, 200], [220, 60, 40]])
 ENCODER = {"in_channels": 9, "order": ["z", "z-trans", "hilbert", "hilbert-trans"], "enc_depths": [1, 1, 1],
            "enc_channels": [16, 32, 48], "enc_num_head": [1, 2, 3], "enc_patch_size": [64, 64, 64], "dec_depths": [1, 1],
            "dec_channels": [16, 32], "dec_num_head": [1, 2], "dec_patch_size": [64, 64], "drop_path": 0.1}
+UTONIA = {"enc_channels": [18, 36, 54], "rope_base": 10.0, "jitter_coords": 1.1, "rescale_coords": 1.2}    # changes of ENCODER
 STILL = {"dropout": 0.0, "rotation_probability": 0.0, "scale_range": [1.0, 1.0], "flip_probability": 0.0, "jitter": 0.0,
          "elastic_probability": 0.0, "contrast_probability": 0.0, "color_shift_probability": 0.0,
          "color_jitter_probability": 0.0, "mix_probability": 0.0}          # no augmentation at all
@@ -78,11 +79,12 @@ def write_config(path: Path, root: Path, **sections) -> str:
 
 
 def write_encoder(path: Path, seed: int = 3, **changes) -> str:
-    """The tiny encoder as sonata.pth has it: config and state_dict, with a mask token; norms and attention as if trained."""
+    """The tiny encoder as sonata.pth has it: config and state_dict, with a mask token; norms and attention as if trained.
+    changes=UTONIA: as utonia.pth, with a rotation, whose frequencies no training changes."""
     config = {key: value for key, value in ENCODER.items() if not key.startswith("dec_")}
     config = {**config, "enc_mode": True, "mask_token": True, **changes}
     torch.manual_seed(seed)
     state = build_point_transformer(config).state_dict()
-    state = {name: value + 0.05 * torch.randn_like(value) for name, value in state.items()}
+    state = {name: value if name.endswith("inv_freq") else value + 0.05 * torch.randn_like(value) for name, value in state.items()}
     torch.save({"config": config, "state_dict": state}, path)
     return str(path)

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from utils.checkpoint import CheckpointKeeper, EarlyStopping, RunFolder, check_writable, find_resume, load_checkpoint
 from utils.cli import ArgumentParser, AtLeast, StopRequested, StopSignal
-from utils.config import Config
+from utils.config import Config, override_config
 from utils.device import AMP_DTYPES, amp_settings, autocast, describe
 from utils.distributed import EpochBatchSampler, all_agree_max, barrier, broadcast_buffers, cleanup, is_main, join
 from utils.log import RunLog
@@ -68,16 +68,15 @@ def headline(result: Mapping) -> dict[str, float]:
 class Run:
     """The state and the bookkeeping of one training run.
 
-    args: the flags of add_run_flags. script: the name in checkpoints, "train_sonata.py". checkpoint_dir, log_dir: in
-    place of OUTPUT_DIR/model and /log. needs_checkpoint: there must be one to resume; default: with --test-only.
+    args: the flags of add_run_flags. script: the name in checkpoints, "train_sonata.py". defaults: of its settings.
+    checkpoint_dir, log_dir: in place of OUTPUT_DIR/model and /log. needs_checkpoint: default: with --test-only.
     Attributes: device, rank, world, amp_dtype, scaler, folder; checkpoint and resume_path (None on a fresh start);
     messages, lines for the top of the log; epoch, batch, step: epochs finished, batches of the next one, optimiser
     steps; totals of the epoch so far; entries, what a checkpoint holds besides, whose values a script may replace.
-    Raises what join, find_resume, load_checkpoint and check_writable refuse (ValueError, OSError), and ValueError where
-    a checkpoint is needed and there is none.
+    Raises ValueError and OSError: a device, folder or checkpoint that cannot be used, none where one is needed.
     """
 
-    def __init__(self, args: argparse.Namespace, script: str, checkpoint_dir: str | None = None,
+    def __init__(self, args: argparse.Namespace, script: str, defaults: Mapping, checkpoint_dir: str | None = None,
                  log_dir: str | None = None, needs_checkpoint: bool | None = None) -> None:
         self.args = args
         self.script = script
@@ -92,6 +91,8 @@ class Run:
             raise ValueError(f"--test-only needs a checkpoint: {there}add --resume PATH or --resume auto; a network "
                              f"that was never trained has no score")
         self.checkpoint = load_checkpoint(self.resume_path, script) if self.resume_path else None
+        if self.checkpoint is not None:                     # keys that are newer than it have their defaults
+            self.checkpoint["config"] = override_config(self.checkpoint["config"], defaults, []).to_dict()
         if not args.test_only:
             check_writable(self.folder.model, self.folder.log, self.folder.config)
         self.epoch = self.batch = self.step = 0

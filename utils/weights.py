@@ -148,8 +148,10 @@ def strip_prefixes(state_dict: Mapping[str, Any],
 
 
 def load_weights(module: nn.Module, state_dict: Mapping[str, Tensor], source: str | Path, what: str = "encoder",
-                 layout: str = "") -> str:
+                 layout: str = "", keep: str | None = None) -> str:
     """Load all of `module` from `state_dict`, whose names must already be the module's, or nothing.
+
+    keep: tensors of the module with this text in their names stay as they are, and are not counted.
 
     Every parameter and persistent buffer must be there in its shape; otherwise ValueError counts and names the
     tensors that are not, and the module is unchanged. A weight stored as integers (quantised) counts as one of
@@ -158,7 +160,7 @@ def load_weights(module: nn.Module, state_dict: Mapping[str, Tensor], source: st
     file that has none: torch before 0.4.1 did not write it, and batch norm does not read it unless its momentum is
     None.
     """
-    own = module.state_dict()
+    own = {name: tensor for name, tensor in module.state_dict().items() if keep is None or keep not in name}
     counter = "num_batches_tracked"
     needed = own if any(str(name).endswith(counter) for name in state_dict) else \
         {name: tensor for name, tensor in own.items() if not name.endswith(counter)}
@@ -176,7 +178,7 @@ def load_weights(module: nn.Module, state_dict: Mapping[str, Tensor], source: st
     bad = next((name for name in needed if not state_dict[name].isfinite().all()), None)
     if bad is not None:
         raise ValueError(f"{origin}: {bad} is not finite: the run had diverged, or the file is damaged. Use another.")
-    module.load_state_dict({**own, **{name: state_dict[name] for name in needed}}, strict=True)
+    module.load_state_dict({**module.state_dict(), **{name: state_dict[name] for name in needed}}, strict=True)
     return f"{counts} from {origin}" + (f"; {len(unexpected)} others in the file not used" if unexpected else "")
 
 
