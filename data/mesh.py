@@ -367,6 +367,11 @@ class MeshDataset(Dataset):
             return prepare_mesh(self.files[index], self.spec, self.cache_dir, self.descriptors)
         return self._prepared[index]
 
+    @staticmethod
+    def collate_fn(batch: Sequence[dict]) -> dict:
+        """A batch of items of this kind of data set."""
+        return custom_collate_fn(batch)
+
     def __getitem__(self, item: int) -> dict:
         """features (N, F, Dg) float32, label (N, F) int64, mask (N, F) bool, face_index (N, F) int64 (-1 = padding),
         centroid (N, F, 3) and area (N, F; of the mesh before augmentation) float32, index of the mesh in `files`; with
@@ -480,7 +485,7 @@ class CachedFeatures(Dataset):
     def _fill(self, embed, allocate):
         out = None
         for item in progress(range(len(self)), "embedding"):
-            batch = custom_collate_fn([self.dataset[item]])
+            batch = self.dataset.collate_fn([self.dataset[item]])
             embedding = embed(batch)[0].flatten(0, 1).float().cpu().numpy()      # (N F, E)
             if out is None:
                 out = allocate((int(self._bounds[-1]), embedding.shape[1]))

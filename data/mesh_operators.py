@@ -337,7 +337,7 @@ def signature_times(count: int = 16) -> np.ndarray:
 
 
 def plain_signature(eigenvalues: np.ndarray, eigenvectors: np.ndarray, count: int = 16) -> np.ndarray:
-    """Heat-kernel signature (Sun, Ovsjanikov and Guibas 2009): sum over k of exp(-lambda_k t) x_k^2, (V, count) float32.
+    """Heat-kernel signature (Sun, Ovsjanikov, Guibas 2009): sum over k of exp(-lambda_k t) x_k^2, (V, count) float32.
 
     eigenvalues (k,), eigenvectors (V, k). All pairs count, the constant one too; no logarithm, no division by the heat
     trace, times of `signature_times`. The "hks" of data/mesh_features.py is another one: scale-free, in the logarithm.
