@@ -19,10 +19,13 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
+import torch
 from scipy.linalg import eigh
 from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import LinearOperator, eigsh, splu
 from threadpoolctl import threadpool_limits
+
+from utils.memory import check_memory
 
 OPERATORS_VERSION = 1           # of what is cached: raise it when mesh_operators computes something else
 NUM_EIGENPAIRS = 128            # what the official weights were trained with
@@ -30,6 +33,7 @@ DENSE_BELOW = 1000              # vertices; a dense solve is faster and exact he
 ALL_PAIRS_UP_TO = 60_000        # vertices; 128 pairs of them take about 12 CPU seconds, of 250,000 more than a minute
 FEWER_PAIRS = 64                # beyond that
 LARGEST = 250_000               # vertices
+BYTES_A_VERTEX = 6_000          # of the eigensolver (measured: 0.35 GiB for 60,000 vertices, 1.4 GiB for 250,000)
 MAX_COTANGENT = 1000.0          # of an angle of 0.06 degrees
 MAIN_PART = 0.95                # of the area: what lies outside the largest components that hold it may be stray
 STRAY_BEYOND = 1.05             # times the radius of the main part
@@ -46,10 +50,10 @@ SHIFT = -1e-2                   # of the eigensolver: the matrix it factors is p
 class MeshOperators(NamedTuple):
     """What `mesh_operators` makes of a mesh of V vertices. float32 unless said otherwise.
 
-    vertices (V, 3) in the unit ball; normals (V, 3) unit; mass (V,) vertex areas, 0 for a vertex that no face uses;
-    eigenvalues (k,) ascending, of 1 / length^2; eigenvectors (V, k) with x^T M x = 1; gradient_index (2, E) int32 rows
-    and columns, sorted; gradient_x, gradient_y (E,): derivatives along the two axes of a vertex's tangent plane, in
-    1 / length; note: what was unusual about the mesh, for the user to read, or "".
+    vertices (V, 3) in the unit ball; normals (V, 3) unit; mass (V,) vertex areas; eigenvalues (k,) ascending, of
+    1 / length^2; eigenvectors (V, k) with x^T M x = 1; gradient_index (2, E) int32 rows and columns, sorted;
+    gradient_x, gradient_y (E,): derivatives along the two axes of a vertex's tangent plane, in 1 / length; note: what
+    was unusual about the mesh, for the user to read, or "". A vertex that no face uses lies at 0 and has no area.
     """
 
     vertices: np.ndarray
@@ -69,33 +73,36 @@ def mesh_operators(vertices: np.ndarray, faces: np.ndarray, num_eigenpairs: int 
     Weld the mesh first (data/mesh_features.weld): every vertex of a triangle soup is a component of its own. Fewer
     vertices than eigenpairs give one pair a vertex. Beyond 60,000 vertices there are 64 eigenpairs at most, and `note`
     gives the error: by the law of Weyl, what the missing pairs add to the signature is estimated at its smallest time.
-    Raises ValueError for more than 250,000 vertices and where the eigensolver fails.
+    Raises ValueError for more than 250,000 vertices, for more than memory holds, and where the eigensolver fails.
     """
     used = np.zeros(len(vertices), bool)
     used[faces] = True
     if used.sum() > LARGEST:
         raise ValueError(f"operators of {used.sum():,} vertices take minutes and gigabytes (limit {LARGEST:,}); "
                          f"simplify the mesh")
-    unit_ball, note = unit_ball_positions(vertices, faces)
-    compact = np.cumsum(used) - 1
-    part, part_faces = unit_ball[used].astype(np.float64), compact[faces]
-    k = num_eigenpairs if len(part) <= ALL_PAIRS_UP_TO else min(num_eigenpairs, FEWER_PAIRS)
-    stiffness, mass = laplacian(part, part_faces)
-    eigenvalues, eigenvectors = eigenpairs(stiffness, mass, part_faces, k)
-    if k < min(num_eigenpairs, len(part)):
-        note = "; ".join(filter(None, (note, _missing_pairs(eigenvalues, num_eigenpairs, len(part)))))
-    frames = vertex_frames(part, part_faces)
-    row, column, along_x, along_y = gradient(part, frames, stiffness)
+    check_memory(BYTES_A_VERTEX * int(used.sum()), torch.device("cpu"), f"the eigensolver for {used.sum():,} vertices",
+                 "simplify the mesh")
+    number = np.cumsum(used) - 1
+    faces = number[faces]
+    unit_ball, note = unit_ball_positions(vertices[used], faces)
+    position = unit_ball.astype(np.float64)
+    k = num_eigenpairs if len(position) <= ALL_PAIRS_UP_TO else min(num_eigenpairs, FEWER_PAIRS)
+    stiffness, mass = laplacian(position, faces)
+    eigenvalues, eigenvectors = eigenpairs(stiffness, mass, faces, k)
+    if k < min(num_eigenpairs, len(position)):
+        note = "; ".join(filter(None, (note, _missing_pairs(eigenvalues, num_eigenpairs, len(position)))))
+    frames = vertex_frames(position, faces)
+    row, column, along_x, along_y = gradient(position, frames, stiffness)
 
-    def put_back(values: np.ndarray, unused: float = 0.0) -> np.ndarray:
-        out = np.full((len(vertices), *values.shape[1:]), unused, np.float32)
+    def put_back(values: np.ndarray) -> np.ndarray:
+        out = np.zeros((len(vertices), *values.shape[1:]), np.float32)
         out[used] = values
         return out
 
     normals = put_back(frames[:, 2])
     normals[~used] = (0, 0, 1)
     original = np.flatnonzero(used).astype(np.int32)
-    return MeshOperators(unit_ball, normals, put_back(mass), eigenvalues.astype(np.float32), put_back(eigenvectors),
+    return MeshOperators(put_back(unit_ball), normals, put_back(mass), eigenvalues.astype(np.float32), put_back(eigenvectors),
                          np.stack([original[row], original[column]]), along_x.astype(np.float32),
                          along_y.astype(np.float32), note)
 
@@ -116,8 +123,9 @@ def unit_ball_positions(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.nda
     """Positions (V, 3) float32 in the unit ball about 0, and `center_and_radius`'s line for the user."""
     center, radius, _ = center_and_radius(vertices, faces)
     # An offset of more than half the size goes off in float64; without one, 32 bits come first, as in the reference
-    # code: the diagonal of a gradient is a sum in which 1e-7 counts.
-    vertices = (vertices - np.rint(center / radius) * radius).astype(np.float32).astype(np.float64)
+    # code: the diagonal of a gradient is a sum in which 1e-7 counts. A power of two moves no bit of 32-bit positions.
+    vertices = (vertices - np.rint(center / radius) * radius) / 2.0 ** np.rint(np.log2(radius))
+    vertices = vertices.astype(np.float32).astype(np.float64)
     center, radius, note = center_and_radius(vertices, faces)
     return ((vertices - center) / radius).astype(np.float32), note
 
