@@ -102,9 +102,9 @@ def mesh_operators(vertices: np.ndarray, faces: np.ndarray, num_eigenpairs: int 
     normals = put_back(frames[:, 2])
     normals[~used] = (0, 0, 1)
     original = np.flatnonzero(used).astype(np.int32)
-    return MeshOperators(put_back(unit_ball), normals, put_back(mass), eigenvalues.astype(np.float32), put_back(eigenvectors),
-                         np.stack([original[row], original[column]]), along_x.astype(np.float32),
-                         along_y.astype(np.float32), note)
+    return MeshOperators(put_back(unit_ball), normals, put_back(mass), eigenvalues.astype(np.float32),
+                         put_back(eigenvectors), np.stack([original[row], original[column]]),
+                         along_x.astype(np.float32), along_y.astype(np.float32), note)
 
 
 def _missing_pairs(eigenvalues: np.ndarray, wanted: int, num_vertices: int) -> str:

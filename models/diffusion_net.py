@@ -6,7 +6,8 @@ its weights load as they are. Deviations: a mesh at a time instead of batches of
 below 1e-8 is clamped for the pass and stays in the parameter; diffusion and gradients are float32 under autocast.
 
 Shapes: V vertices, k eigenpairs, C channels (width), F faces. The mesh comes as `Operators`, which
-data/mesh_operators.py prepares. Memory: `memory_needed`; with 4 blocks of 128, 56 kB a vertex in training and 11 kB without gradients.
+data/mesh_operators.py prepares. Memory: `memory_needed`; with 4 blocks of 128 channels about 56 kB a vertex in
+training, 11 kB without gradients.
 """
 
 from __future__ import annotations
