@@ -367,6 +367,11 @@ class MeshDataset(Dataset):
             return prepare_mesh(self.files[index], self.spec, self.cache_dir, self.descriptors)
         return self._prepared[index]
 
+    @property
+    def input_key(self) -> str:
+        """What a network sees of an item besides its features, centroid and face_index: see CachedFeatures."""
+        return ""
+
     @staticmethod
     def collate_fn(batch: Sequence[dict]) -> dict:
         """A batch of items of this kind of data set."""
@@ -448,7 +453,7 @@ class CachedFeatures(Dataset):
             raise ValueError("training.cache_features needs inputs that never change: switch the augmentation off and "
                              "leave training.clusters_per_batch empty, or train without the cache")
         self.dataset = dataset
-        self._rest, digest = [], hashlib.sha256(key.encode())
+        self._rest, digest = [], hashlib.sha256((key + dataset.input_key).encode())
         for item in range(len(dataset)):
             sample = dataset[item]
             self._rest.append({name: sample[name] for name in ("label", "mask", "face_index", "index")})

@@ -169,6 +169,10 @@ class SurfaceDataset(MeshDataset):
             if kept <= BYTES_IN_MEMORY or self.cache_dir is None:
                 self._operators[index] = operators
 
+    @property
+    def input_key(self) -> str:
+        return f"operators {OPERATORS_VERSION}, {self.surface_spec.num_eigenpairs} eigenpairs"
+
     def operators(self, index: int) -> MeshOperators:
         """The operators of files[index], as the file has it."""
         if index not in self._operators:
@@ -209,7 +213,10 @@ class SurfaceDataset(MeshDataset):
 
     @staticmethod
     def collate_fn(batch: Sequence[dict]) -> dict:
-        """What custom_collate_fn makes of the entries that belong to faces, and features: Surfaces of the meshes."""
+        """What custom_collate_fn makes of the entries that belong to faces, and features: Surfaces of the meshes. Items
+        of CachedFeatures have an embedding instead."""
+        if "embedding" in batch[0]:
+            return custom_collate_fn(batch)
         own = ("features", "operators", "faces")
         faces = [{name: value for name, value in item.items() if name not in own} for item in batch]
         surfaces = Surfaces(Surface(*(item[name] for name in own)) for item in batch)
