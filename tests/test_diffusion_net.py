@@ -214,6 +214,15 @@ def test_frozen_blocks_change_no_parameter_in_a_training_pass():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_a_frozen_encoder_needs_the_memory_of_a_pass_without_gradients(monkeypatch):
+    model, batch = SurfaceClassifier(network(num_classes=None), 3, unfrozen_layers=0), batch_of(surface(*TETRAHEDRON))
+    monkeypatch.setattr("utils.memory.free_memory", lambda device: 2 * model.encoder.memory_needed(4, False))
+    model(*batch, None).sum().backward()
+    model.encoder.requires_grad_(True)
+    with pytest.raises(ValueError, match="a mesh of 4 vertices needs"):
+        model(*batch, None)
+
+
 def test_layers_for_rates_that_fall_towards_the_input():
     model = SurfaceClassifier(network(num_classes=None), 3, unfrozen_layers="all")
     ids = {name: model.layer_id(name) for name, _ in model.named_parameters()}
