@@ -342,12 +342,12 @@ def test_triangle_soup_is_many_components_until_it_is_welded():
 # -- size ------------------------------------------------------------------------------------------------------------
 
 def test_everything_but_the_eigensolver_is_fast(monkeypatch):
-    """60,000 vertices in under 2 CPU seconds (0.2 measured); a loop over the vertices takes 15."""
+    """60,000 vertices in under a CPU second (0.2 measured; the goal is 2); a loop over the vertices takes 2 to 15."""
     monkeypatch.setattr(mesh_operators_module, "eigenpairs", lambda stiffness, mass, faces, k: (np.arange(k), np.zeros((len(mass), k))))
     vertices, faces = torus(60_000)
     started = time.process_time()
     mesh_operators(vertices, faces)
-    assert time.process_time() - started < 2
+    assert time.process_time() - started < 1
 
 
 @pytest.mark.slow
