@@ -26,6 +26,7 @@ from data.mesh_operators import (
     plain_signature,
     rotation_from_uniforms,
 )
+from data.mesh_texture import MeshTextureDataset
 from models.diffusion_net import Operators
 from utils.checks import did_you_mean, nearest
 from utils.log import progress
@@ -221,3 +222,8 @@ class SurfaceDataset(MeshDataset):
         faces = [{name: value for name, value in item.items() if name not in own} for item in batch]
         surfaces = Surfaces(Surface(*(item[name] for name in own)) for item in batch)
         return {**custom_collate_fn(faces), "features": surfaces}
+
+
+class SurfaceTextureDataset(MeshTextureDataset, SurfaceDataset):
+    """SurfaceDataset whose items also hold texture_sequences (1, F, T, 3) and texture_masks (1, F, T), as
+    MeshTextureDataset's."""

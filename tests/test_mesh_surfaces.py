@@ -9,10 +9,19 @@ import data.mesh_surfaces as mesh_surfaces
 from data.mesh import Augmentation, CachedFeatures, MeshDataset, MeshSpec
 from data.mesh_io import list_meshes
 from data.mesh_operators import mesh_operators, plain_signature
-from data.mesh_surfaces import SurfaceDataset, Surfaces, SurfaceSpec, prepare_operators, turned, vertex_features
+from data.mesh_surfaces import (
+    SurfaceDataset,
+    Surfaces,
+    SurfaceSpec,
+    SurfaceTextureDataset,
+    prepare_operators,
+    turned,
+    vertex_features,
+)
 from models.diffusion_net import DiffusionNet, Operators
 from models.downstream import SurfaceClassifier
-from tests.tiny_meshes import tiny_mesh, write_obj, write_set
+from models.mesh_texture import TexturedSurfaceClassifier
+from tests.tiny_meshes import tiny_mesh, write_obj, write_set, write_textured_set
 from utils.ema import EMA
 from utils.losses import IGNORE_INDEX, MaskedCrossEntropyLoss
 from utils.params import layerwise_groups
@@ -320,3 +329,50 @@ def test_cached_features_know_the_operators(folder, tmp_path):
 
     found = [CachedFeatures(dataset(folder, features=("xyz",), num_eigenpairs=k, views=1), embed, "weights", tmp_path) for k in (24, 8)]
     assert not found[1].was_stored
+
+
+# -- textures --------------------------------------------------------------------------------------------------------
+
+def textured(folder, **options):
+    return SurfaceTextureDataset(list_meshes(folder), folder, SurfaceSpec(("hks",), 16), 2, texture_samples=4, **options)
+
+
+def textured_classifier(unfrozen):
+    torch.manual_seed(0)
+    encoder = DiffusionNet(16, width=16, num_blocks=2, dropout=0.0)
+    return TexturedSurfaceClassifier(encoder, 2, "mlp", unfrozen_layers=unfrozen, texture_embed_dim=8)
+
+
+@pytest.mark.parametrize("unfrozen", [0, "all"])
+def test_texture_tells_what_geometry_cannot(tmp_path, unfrozen):
+    data = textured(write_textured_set(tmp_path / "train", 4))
+    assert data[0]["texture_sequences"].shape == (1, data.num_faces[0], 4, 3) and data.num_colored == sum(data.num_faces)
+    model = textured_classifier(unfrozen)
+    before = {name: value.clone() for name, value in model.encoder.state_dict().items()}
+    groups = layerwise_groups(model, 1e-2, 0.01, model.layer_id, 3)
+    optimizer, criterion = torch.optim.AdamW(groups), MaskedCrossEntropyLoss()
+    for epoch in range(12):
+        data.set_epoch(epoch)
+        batch = data.collate_fn([data[i] for i in range(4)])
+        colors = {name: batch[name] for name in ("texture_sequences", "texture_masks")}
+        total, weight = criterion.sum_and_weight(model(batch["features"], batch["mask"], None, **colors), batch["label"], batch["mask"])
+        optimizer.zero_grad()
+        (total / weight).backward()
+        optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in model.encoder.state_dict().items()) == (unfrozen == 0)
+    held_out = textured(write_textured_set(tmp_path / "test", 2, first_seed=30), views=1)
+    batch = held_out.collate_fn([held_out[i] for i in range(2)])
+    with torch.no_grad():
+        logits = model.eval()(batch["features"], batch["mask"], None, batch.get("embedding"), texture_sequences=batch["texture_sequences"],
+                              texture_masks=batch["texture_masks"])
+    assert (logits.argmax(-1) == batch["label"])[batch["mask"]].double().mean() > 0.9
+
+
+def test_faces_without_texture_keep_their_geometry(tmp_path):
+    data, model = textured(write_textured_set(tmp_path, 1), views=1), textured_classifier("all").eval()
+    batch = data.collate_fn([data[0]])
+    masks = batch["texture_masks"].clone()
+    masks[:, :, ::2] = False
+    plain = model.embed(batch["features"], batch["mask"])
+    mixed = model.embed(batch["features"], batch["mask"], None, batch["texture_sequences"], masks)
+    assert torch.equal(mixed[:, :, ::2], plain[:, :, ::2]) and not torch.equal(mixed[:, :, 1::2], plain[:, :, 1::2])
