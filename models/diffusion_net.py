@@ -46,6 +46,7 @@ class Operators(NamedTuple):
     def to(self, device: torch.device, non_blocking: bool = False) -> Operators:
         return Operators(*(tensor.to(device, non_blocking=non_blocking) for tensor in self))
 
+    @torch.compiler.disable
     def gradient(self) -> Tensor:
         """Both gradient matrices as one sparse matrix (2V, V), x over y."""
         V = len(self.mass)
@@ -70,12 +71,16 @@ class LearnedTimeDiffusion(nn.Module):
 
     def forward(self, x: Tensor, mass: Tensor, eigenvalues: Tensor, eigenvectors: Tensor) -> Tensor:
         if self.training:
-            with torch.no_grad():
-                self.diffusion_time.clamp_(min=SMALLEST_TIME)
+            self._clamp()
         time = self.diffusion_time.float()
         time = time + (time.clamp(min=SMALLEST_TIME) - time).detach()
         spectrum = eigenvectors.T @ (x * mass[:, None])                          # (k, C)
         return eigenvectors @ (torch.exp(-eigenvalues[:, None] * time) * spectrum)
+
+    @torch.compiler.disable
+    def _clamp(self) -> None:
+        # .data: a second mesh of the batch must not look as if it changed what the first one's backward pass needs.
+        self.diffusion_time.data.clamp_(min=SMALLEST_TIME)
 
 
 class SpatialGradientFeatures(nn.Module):
@@ -170,10 +175,8 @@ class DiffusionNet(nn.Module):
     def embed(self, features: Tensor, operators: Operators) -> Tensor:
         """(V, in_channels) -> (V, C) float32: everything before the last layer. Raises ValueError where memory for the
         mesh is missing."""
-        V = len(features)
+        self._check_memory(features)
         with_gradient = torch.is_grad_enabled()
-        check_memory(self.memory_needed(V, with_gradient), features.device, f"a mesh of {V:,} vertices",
-                     "simplify it, or set model.gradient_checkpointing=true" if with_gradient else "simplify it")
         has_gradients = self.block_0.gradient_features is not None
         gradient = operators.gradient() if has_gradients else None
         x = self.first_lin(features).float()
@@ -192,6 +195,12 @@ class DiffusionNet(nn.Module):
         if self.last_lin is not None:
             x = self.last_lin(x)
         return at_elements(x, where, elements, operators.mass)
+
+    @torch.compiler.disable
+    def _check_memory(self, features: Tensor) -> None:
+        training, V = torch.is_grad_enabled(), len(features)
+        check_memory(self.memory_needed(V, training), features.device, f"a mesh of {V:,} vertices",
+                     "simplify it, or set model.gradient_checkpointing=true" if training else "simplify it")
 
     def memory_needed(self, num_vertices: int, training: bool) -> int:
         """Bytes of a pass over a mesh, in training with what is kept for the backward pass; operators not counted."""
