@@ -386,6 +386,16 @@ class MeshDataset(Dataset):
             return prepare_mesh(self.files[index], self.spec, self.cache_dir, self.descriptors, self.read)
         return self._prepared[index]
 
+    @property
+    def input_key(self) -> str:
+        """What a network sees of an item besides its features, centroid and face_index: see CachedFeatures."""
+        return ""
+
+    @staticmethod
+    def collate_fn(batch: Sequence[dict]) -> dict:
+        """A batch of items of this kind of data set."""
+        return custom_collate_fn(batch)
+
     def __getitem__(self, item: int) -> dict:
         """features (N, F, Dg) float32, label (N, F) int64, mask (N, F) bool, face_index (N, F) int64 (-1 = padding),
         centroid (N, F, 3) and area (N, F; of the mesh before augmentation) float32, index of the mesh in `files`; with
@@ -467,7 +477,7 @@ class CachedFeatures(Dataset):
                              "leave training.clusters_per_batch empty, or train without the cache")
         self.dataset = dataset
         self._rest = []
-        digest = hashlib.sha256(key.encode())
+        digest = hashlib.sha256((key + dataset.input_key).encode())
         for item in range(len(dataset)):
             sample = dataset[item]
             self._rest.append({name: sample[name] for name in ("label", "mask", "face_index", "index")})
@@ -504,7 +514,7 @@ class CachedFeatures(Dataset):
     def _fill(self, embed, allocate):
         out = None
         for item in progress(range(len(self)), "embedding"):
-            batch = custom_collate_fn([self.dataset[item]])
+            batch = self.dataset.collate_fn([self.dataset[item]])
             embedding = embed(batch)[0].flatten(0, 1).float().cpu().numpy()      # (N F, E)
             if out is None:
                 out = allocate((int(self._bounds[-1]), embedding.shape[1]))
