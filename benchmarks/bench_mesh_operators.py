@@ -21,9 +21,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import mesh_operators as operators_module  # noqa: E402
 from data.mesh_operators import NUM_EIGENPAIRS, mesh_operators, plain_signature  # noqa: E402
-from models.diffusion_net import DiffusionNet, Operators  # noqa: E402
+from models.diffusion_net import DiffusionNet  # noqa: E402
 from utils.cli import ArgumentParser, run  # noqa: E402
 from utils.device import describe, pick_device  # noqa: E402
+from utils.surface_operators import Operators  # noqa: E402
 
 SIZES = (750, 5_000, 20_000, 60_000, 250_000)
 TRAINED_UP_TO = 60_000              # vertices; a training step beyond that takes 14 GiB

@@ -27,10 +27,10 @@ from data.mesh_operators import (
     rotation_from_uniforms,
 )
 from data.mesh_texture import MeshTextureDataset
-from models.diffusion_net import Operators
 from utils.checks import did_you_mean, nearest
 from utils.log import progress
 from utils.seed import derived_seed
+from utils.surface_operators import Operators
 
 BYTES_IN_MEMORY = 2 << 30           # operators beyond this are read again from the cache
 
@@ -69,12 +69,14 @@ class SurfaceSpec:
     def feature_dim(self) -> int:
         return sum(VERTEX_FEATURES[name] for name in self.features)
 
+    def check_feature_dim(self, given: int | None) -> None:
+        """ValueError where a config's model.feature_dim says something else; None says nothing."""
+        if given not in (None, self.feature_dim):
+            raise ValueError(f"model.feature_dim={given}, but model.features {list(self.features)} are "
+                             f"{self.feature_dim} wide; correct one of them (feature_dim may be left out)")
+
     def to_dict(self) -> dict:
         return {**asdict(self), "features": list(self.features)}
-
-    @classmethod
-    def from_dict(cls, value: dict) -> SurfaceSpec:
-        return cls(**{**value, "features": tuple(value["features"])})
 
 
 class Surface(NamedTuple):
@@ -181,7 +183,7 @@ class SurfaceDataset(MeshDataset):
         return self._operators[index]
 
     def __getitem__(self, item: int) -> dict:
-        """features (V, D) float32, operators (models.diffusion_net.Operators), faces (F, 3) int64; and as in
+        """features (V, D) float32, operators (utils.surface_operators.Operators), faces (F, 3) int64; and as in
         MeshDataset, with one cluster that holds the faces in file order: label, mask, face_index (1, F), centroid
         (1, F, 3) and area (1, F; before augmentation), index."""
         index, view, _ = self.items[item]
@@ -227,3 +229,14 @@ class SurfaceDataset(MeshDataset):
 class SurfaceTextureDataset(MeshTextureDataset, SurfaceDataset):
     """SurfaceDataset whose items also hold texture_sequences (1, F, T, 3) and texture_masks (1, F, T), as
     MeshTextureDataset's."""
+
+
+def open_meshes(files: Sequence[Path], label_dir: str | Path | None, spec: MeshSpec | SurfaceSpec,
+                texture_samples: int | None = None, **options) -> MeshDataset:
+    """The data set of the kind that `spec` asks for, with so many texture samples a face; options: further ones of
+    MeshDataset."""
+    surfaces = isinstance(spec, SurfaceSpec)
+    if texture_samples is None:
+        return (SurfaceDataset if surfaces else MeshDataset)(files, label_dir, spec, **options)
+    kind = SurfaceTextureDataset if surfaces else MeshTextureDataset
+    return kind(files, label_dir, spec, texture_samples=texture_samples, **options)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from data.images import opened, to_rgb
-from data.mesh import MeshDataset, MeshSpec, cached_arrays, custom_collate_fn, write_whole
+from data.mesh import MeshDataset, cached_arrays, custom_collate_fn, write_whole
 from data.mesh_io import PLY_CORNERS, _fan, obj_text, parse_numbers, plain_lines, ply_columns
 from utils.log import progress
 from utils.seed import derived_seed
@@ -380,11 +380,3 @@ class MeshTextureDataset(MeshDataset):
         sample["texture_masks"] = torch.zeros(*mask.shape, T, dtype=torch.bool)
         sample["texture_masks"][mask] = torch.from_numpy(has)[:, None]
         return sample
-
-
-def open_meshes(files: list[Path], label_dir: str | Path | None, spec: MeshSpec, texture_samples: int | None = None,
-                **options) -> MeshDataset:
-    """The meshes as a MeshDataset, or with so many texture samples a face; options: further ones of MeshDataset."""
-    if texture_samples is None:
-        return MeshDataset(files, label_dir, spec, **options)
-    return MeshTextureDataset(files, label_dir, spec, texture_samples=texture_samples, **options)

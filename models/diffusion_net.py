@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from utils.memory import check_memory
+from utils.surface_operators import Operators
 
 SMALLEST_TIME = 1e-8
 # Floats per vertex and channel, from the largest resident memory of passes over 20,000 to 250,000 vertices (CPU).
@@ -30,30 +30,6 @@ BACKWARD_FLOATS = 10            # in training: besides
 CHECKPOINTED_FLOATS = 46        # in training with gradient checkpointing: one block, forward and backward
 CHECKPOINTED_KEPT_FLOATS = 8    # and what every block keeps then
 WHERE = ("vertices", "faces", "edges", "global_mean")
-
-
-class Operators(NamedTuple):
-    """What DiffusionNet knows of a mesh: mass (V,), eigenvalues (k,), eigenvectors (V, k), gradient_index (2, E) rows
-    and columns, sorted, gradient_x and gradient_y (E,). float32, indices int32 or int64."""
-
-    mass: Tensor
-    eigenvalues: Tensor
-    eigenvectors: Tensor
-    gradient_index: Tensor
-    gradient_x: Tensor
-    gradient_y: Tensor
-
-    def to(self, device: torch.device, non_blocking: bool = False) -> Operators:
-        return Operators(*(tensor.to(device, non_blocking=non_blocking) for tensor in self))
-
-    @torch.compiler.disable
-    def gradient(self) -> Tensor:
-        """Both gradient matrices as one sparse matrix (2V, V), x over y."""
-        V = len(self.mass)
-        index = self.gradient_index.long()
-        both = torch.cat([index, index + index.new_tensor([[V], [0]])], dim=1)
-        values = torch.cat([self.gradient_x, self.gradient_y])
-        return torch.sparse_coo_tensor(both, values, (2 * V, V), is_coalesced=True, check_invariants=False)
 
 
 # -- layers ------------------------------------------------------------------------------------------------------------

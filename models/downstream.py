@@ -39,6 +39,19 @@ class DownstreamClassifier(nn.Module):
         self.train()
 
     @property
+    def num_layers(self) -> int:
+        """For utils.params.layerwise_groups: the layers below the head."""
+        return len(self.encoder.blocks) + 2
+
+    def layer_id(self, name: str) -> int:
+        """0 for what is before the blocks, then the blocks, their norm, and the head with the texture's part."""
+        if name.startswith(("head.", "encoder.texture_")):
+            return self.num_layers
+        if name.startswith("encoder.blocks."):
+            return int(name.split(".")[2]) + 1
+        return self.num_layers - 1 if name.startswith("encoder.norm.") else 0
+
+    @property
     def encoder_is_frozen(self) -> bool:
         return not any(parameter.requires_grad for parameter in self.encoder.parameters())
 
@@ -96,9 +109,12 @@ class SurfaceClassifier(DownstreamClassifier):
         slots = masks.shape[2]
         return torch.stack([nn.functional.pad(faces, (0, 0, 0, slots - len(faces))) for faces in each])[:, None]
 
+    @property
+    def num_layers(self) -> int:
+        return self.encoder.num_blocks + 1
+
     def layer_id(self, name: str) -> int:
-        """0 for the input layer, 1 .. blocks for the blocks, blocks + 1 for the head: for utils.params.layerwise_groups
-        with num_layers = blocks + 1."""
+        """0 for the input layer, 1 .. blocks for the blocks, blocks + 1 for the head."""
         if name.startswith("head."):
             return self.encoder.num_blocks + 1
         part = name.split(".")[1]

@@ -7,7 +7,7 @@ from torch import nn
 
 from data.mesh_operators import mesh_operators, plain_signature, rotation_from_uniforms
 from data.mesh_surfaces import Surface, Surfaces
-from models.diffusion_net import DiffusionNet, LearnedTimeDiffusion, Operators, at_elements
+from models.diffusion_net import DiffusionNet, LearnedTimeDiffusion, at_elements
 from models.downstream import SurfaceClassifier
 from models.pretrained_mesh import load_diffusion_net, read_diffusion_net
 from tests.test_golden_diffusionnet import (
@@ -25,6 +25,7 @@ from tests.test_golden_diffusionnet import (
 )
 from tests.test_mesh_operators import TETRAHEDRON, blob, joined
 from utils.memory import check_memory, free_memory
+from utils.surface_operators import Operators
 from utils.weights import load_weights
 
 

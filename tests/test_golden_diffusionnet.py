@@ -29,7 +29,6 @@ from models.diffusion_net import (
     DiffusionNet,
     DiffusionNetBlock,
     LearnedTimeDiffusion,
-    Operators,
     SpatialGradientFeatures,
     mini_mlp,
 )
@@ -37,6 +36,7 @@ from models.downstream import SurfaceClassifier
 from models.pretrained_mesh import load_diffusion_net, read_diffusion_net
 from utils.metrics import ConfusionMatrix, segmentation_metrics
 from utils.schedule import build_scheduler
+from utils.surface_operators import Operators
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).parent / "golden" / "diffusionnet"

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from data.mesh import CachedFeatures, MeshDataset, custom_collate_fn
+from data.mesh import CachedFeatures, MeshDataset
 from data.mesh_io import read_mesh
 from data.mesh_results import write_mesh_result
-from data.mesh_texture import open_meshes
-from models.downstream import DownstreamClassifier, face_logits, texture_of
+from data.mesh_surfaces import open_meshes
+from models.downstream import DownstreamClassifier, SurfaceClassifier, face_logits, texture_of
 from utils.device import autocast
 from utils.distributed import all_reduce_sum, own_share
 from utils.log import progress
@@ -44,7 +44,7 @@ def mesh_probabilities(model: DownstreamClassifier, dataset: MeshDataset, device
     model.eval()
     mine = set(own_share(len(dataset.files)))
     items = [item for item, (index, _, _) in enumerate(dataset.items) if index in mine]
-    loader = DataLoader(Subset(dataset, items), batch_size, collate_fn=custom_collate_fn, num_workers=num_workers,
+    loader = DataLoader(Subset(dataset, items), batch_size, collate_fn=dataset.collate_fn, num_workers=num_workers,
                         worker_init_fn=seed_worker, generator=torch.Generator())
     current = None                                          # [index, sum of probabilities, loss sum, loss weight]
     done = 0
@@ -149,7 +149,7 @@ def mesh_pictures(model: DownstreamClassifier, dataset: MeshDataset, index: int,
     """Two pictures for the report: the truth (None without labels) and the prediction (P,) of one mesh."""
     mesh = dataset.mesh(index)
     label = dataset.labels[index]
-    up = "z" if model.spec.unit else "auto"
+    up = "z" if getattr(model.spec, "unit", None) else "auto"
     truth, drawn = (render_mesh(mesh.vertices, mesh.faces, label_colors(values, model.palette), up=up)
                     for values in (label, pred))
     return (truth if (label >= 0).any() else None), drawn
@@ -165,7 +165,7 @@ def embed_mesh(model: DownstreamClassifier, path: str | Path) -> np.ndarray:
                           cache_dir=model.config.paths.cache_dir)
     out = np.zeros((dataset.num_faces[0], model.encoder.embed_dim), np.float32)
     for item in range(len(dataset)):
-        batch = to_device(custom_collate_fn([dataset[item]]), device)
+        batch = to_device(dataset.collate_fn([dataset[item]]), device)
         embedding = model.embed(batch["features"], batch["mask"], batch["centroid"], **texture_of(batch))
         mask = batch["mask"]
         out[batch["face_index"][mask].cpu().numpy()] = embedding[mask].float().cpu().numpy()
@@ -180,7 +180,7 @@ def cache_embeddings(model: DownstreamClassifier, datasets: Sequence[MeshDataset
         raise ValueError("training.cache_features needs a frozen encoder without texture: set "
                          "training.num_unfrozen_encoder_layers=0 and give a --pretrained_path")
     weights = b"".join(tensor.cpu().numpy().tobytes() for tensor in model.encoder.state_dict().values())
-    heads = model.encoder.blocks[0].local_layer.attn.num_heads
+    heads = 0 if isinstance(model, SurfaceClassifier) else model.encoder.blocks[0].local_layer.attn.num_heads
     key = hashlib.sha256(weights + f"{heads} {device.type} {amp_dtype}".encode()).hexdigest()
 
     def embed(batch: dict) -> Tensor:
