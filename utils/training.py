@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from utils.checkpoint import RunFolder
 from utils.config import save_config
-from utils.device import describe, environment
+from utils.device import describe, environment, widest_dtype
 from utils.distributed import EpochBatchSampler, all_gather, all_reduce_sum, is_main, rank, world_size
 from utils.log import set_aside
 from utils.metrics import ConfusionMatrix, segmentation_metrics
@@ -131,8 +131,8 @@ class Totals:
 
 
 def widened(value: Tensor) -> Tensor:
-    """In float64, in which the sum of an epoch is exact enough; in float32 on MPS, which has no float64."""
-    return value.to(torch.float32 if value.device.type == "mps" else torch.float64)
+    """In float64, in which the sum of an epoch is exact enough; in float32 where the device has none."""
+    return value.to(widest_dtype(value.device))
 
 
 def rng_entries() -> dict:
