@@ -457,7 +457,8 @@ def build_criterion(config: Config) -> MaskedCrossEntropyLoss:
 
 def train_one_epoch(run: Run, network, loader, criterion, ema: EMA | None, clip_grad: float):
     network.train()
-    for micro_batches in run.steps(loader):         # counts, logs, saves and stops behind each step
+    # After each step: counts, logs, on Ctrl-C saves and stops.
+    for micro_batches in run.steps(loader):
         # The loss is the mean over all valid faces of the step, whatever the number of
         # micro-batches and processes.
         weight = sum(criterion.label_weight(batch["label"], batch["mask"])
@@ -638,8 +639,9 @@ def main(argv=None) -> dict:
                                       config.evaluation.batch_size, args.num_workers,
                                       args.limit_batches)
                 stopping.update(result["metrics"][monitor])
-            train = run.end_epoch(result, SHOWN, score=monitor, more=result and by_area(result))
+            train = run.log_epoch(result, SHOWN, by_area(result) if result else None)
             log_curves(run, train, result)
+            run.save(run.epoch, result["metrics"][monitor] if result else None)
         if training.epochs == 0:
             score_untrained(run, network, val_set, config)
     return run.summary()

@@ -7,10 +7,10 @@
     python train_jepa.py CONFIG --resume auto                          # go on, bit for bit
     python train_jepa.py CONFIG --resume auto --test-only              # monitors and probe alone
 
-The student sees most clusters of a mesh and predicts what its teacher (a moving average of itself)
-makes of the hidden ones. The loss says nothing about quality: watch the monitors, which stop a run
-that collapses, and the probe, which says whether the encoder is better than a random one. Often it
-is not: read docs/jepa.md before spending a night on it. Differs from train_downstream.py: masks,
+The student sees most clusters of a mesh and predicts its teacher's (a moving average of itself)
+embeddings of the hidden ones. The loss says nothing about quality: watch the monitors, which stop a
+run that collapses, and the probe, which says whether the encoder is better than a random one. Often
+it is not: read docs/jepa.md before spending a night on it. Differs from train_downstream.py: masks,
 teacher and predictor for labels and head; a weight decay that grows.
 """
 
@@ -294,7 +294,8 @@ def global_mean(total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
 def train_one_epoch(run: Run, network, loader, config: Config) -> None:
     network.train()
     momentum = start_momentum(config.ema.momentum, run.total_steps)
-    for batch, in run.steps(loader):                # counts, logs, saves and stops behind each step
+    # After each step: counts, logs, on Ctrl-C saves and stops.
+    for (batch,) in run.steps(loader):
         batch = to_device(batch, run.device)
         decay = weight_decay_at(run.step, run.total_steps, *config.training.weight_decay)
         for group in run.optimizer.param_groups:

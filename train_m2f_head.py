@@ -53,6 +53,7 @@ from utils.image_scripts import (
     prepare,
     score_split,
     tested_config,
+    tested_split,
     write_photo_label,
 )
 from utils.mask_losses import SetCriterion
@@ -190,7 +191,8 @@ def build_lr_scheduler(optimizer: torch.optim.Optimizer, config: Config, total_s
 
 def train_one_epoch(run: Run, network, backbone, loader, criterion, config: Config) -> None:
     network.train()
-    for micro_batches in run.steps(loader):         # counts, logs, saves and stops behind each step
+    # After each step: counts, logs, on Ctrl-C saves and stops.
+    for micro_batches in run.steps(loader):
         # Numbers of masks and of queries are those of the step, whatever the number of
         # micro-batches and processes.
         counts = sum(criterion.label_weights(batch["label"], config.model.num_queries)
@@ -248,18 +250,25 @@ def test_only(run: Run, argv) -> dict:
     """Score a checkpoint, with its own settings but for the given flags, or a released head."""
     given = given_flags(make_parser(), argv)
     config = config_of(run.args)
+    if run.checkpoint is not None:
+        config = tested_config(run.checkpoint, config, given)
+        check_config(config)
+        run.checkpoint["config"] = config.to_dict()
+    split, dataset = tested_split(run, config, given)
     if run.checkpoint is None:
-        return score_split(run, load_released(config, run), given, run.args.head_weights)
-    check_config(tested_config(run.checkpoint, config, given))
-    return score_split(run, load_model(run.checkpoint, run.device), given, run.resume_path)
+        model = load_released(config, run)
+        return score_split(run, model, split, dataset, config.model.head_weights)
+    model = load_model(run.checkpoint, run.device)
+    return score_split(run, model, split, dataset, run.resume_path)
 
 
 # -- main ------------------------------------------------------------------------------------------
 
 def main(argv=None) -> dict:
     args = parse_args(argv)
-    untrained = args.test_only and args.head_weights is None
-    run = Run(args, SCRIPT, DEFAULTS, args.checkpoint_dir, args.log_dir, needs_checkpoint=untrained)
+    needed = "--test-only needs a checkpoint (or --head-weights FILE)" if args.test_only else None
+    run = Run(args, SCRIPT, DEFAULTS, args.checkpoint_dir, args.log_dir,
+              needs_checkpoint=None if args.head_weights else needed)
     if args.test_only:
         return test_only(run, argv)
     config = config_of(args)

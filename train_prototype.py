@@ -432,9 +432,9 @@ class Job:
         self.run.optimizer = self.run.scheduler = self.run.entries["table"] = None
         self.save(result["metrics"]["miou"], finished=name)
         if self.next_stage() is not None:
-            self.run.stop_if_asked(f"behind {name}, after {done} of {self.lengths[name]}")
+            self.run.stop_if_asked(f"after {name}: {done} of {self.lengths[name]}")
 
-    def evaluate(self, name: str, train: dict | None, started: float) -> dict:
+    def evaluate(self, train: dict | None, started: float) -> dict:
         run = self.run
         result = evaluate(self.model, self.val_set, run.device, run.amp_dtype,
                           num_workers=run.args.num_workers, limit_batches=run.args.limit_batches,
@@ -457,20 +457,23 @@ def train_stage(job: Job, name: str) -> None:
     if job.resumed is not None and job.resumed["optimizer"] is not None:
         run.optimizer.load_state_dict(job.resumed["optimizer"])
         run.scheduler.load_state_dict(job.resumed["scheduler"])
-    job.resumed = None
+    job.resumed = run.checkpoint = None             # which frees it
     network = run.wrap(job.model)
     progress = job.progress
     ended = False
     while not ended:
         started = time.monotonic()
-        due = progress.done % interval == 0 and run.totals.terms    # stopped before its evaluation
-        end = progress.done if due else (progress.done // interval + 1) * interval
+        # A run that was stopped right there still has to evaluate.
+        missed_evaluation = progress.done % interval == 0 and run.totals.terms
+        end = (progress.done // interval + 1) * interval
+        if missed_evaluation:
+            end = progress.done
         finished = train_until(job, name, network, min(length, end))
         broadcast_buffers(job.model)
         if not finished:
             job.save()
             job.stop_if_asked(name)
-        result = job.evaluate(name, run.totals.means(), started)
+        result = job.evaluate(run.totals.means(), started)
         ended = progress.done == length
         if name in ("finetune", "refinetune") and stops_early(progress, result, job.config):
             run.log.info(f"{name}: the accuracy has not risen for {job.config.training.patience} "
@@ -537,7 +540,7 @@ def scan_stage(job: Job, name: str) -> None:
     table = new_table(name, job.model)
     if job.resumed is not None and job.resumed["table"] is not None:
         table.load_state_dict(job.resumed["table"])
-    job.resumed = None
+    job.resumed = run.checkpoint = None             # which frees it
     run.entries["table"] = table
     started = time.monotonic()
     while job.progress.done < job.lengths[name]:
@@ -553,7 +556,7 @@ def scan_stage(job: Job, name: str) -> None:
     for line in lines:
         run.log.info(line)
     run.keeper.load_state_dict({"score": None, "epoch": None, "top": []})   # another kind of model
-    job.end_stage(name, job.evaluate(name, None, started))
+    job.end_stage(name, job.evaluate(None, started))
 
 
 # -- evaluation ------------------------------------------------------------------------------------
@@ -665,7 +668,7 @@ def keep_resumed(run: Run) -> None:
     run.folder.create()
     taken = {name: value for name, value in checkpoint.items() if name not in ("format", "best")}
     end = run.folder.model / f"{STAGES[checkpoint['stage'] - 1]}.pth"
-    # Lost in a kill behind model_best.pth.
+    # Lost where a kill came right after model_best.pth.
     if checkpoint["stage"] and not checkpoint["done"] and not end.is_file():
         save_checkpoint(end, **taken, best=checkpoint["best"])
     run.keeper.save_last(taken)
@@ -730,7 +733,8 @@ def main(argv=None) -> dict:
     args = parse_args(argv)
     config = read_config(args)
     args.test_only = args.test_only or args.gallery
-    run = Run(args, SCRIPT, DEFAULTS)
+    needed = "--test-only and --gallery need a checkpoint"
+    run = Run(args, SCRIPT, DEFAULTS, needs_checkpoint=needed)
     if args.test_only:
         return test_only(run, config)
 
@@ -754,6 +758,7 @@ def main(argv=None) -> dict:
     job = Job(run, config, model, datasets, sampler, lengths)
     run.track(config=config, class_names=class_names, palette=palette.tolist(), optimizer=None,
               scheduler=None, save_interval=0, encoder=encoder_entry, ema=None, table=None)
+    run.keeper.counted = "stage"
     keep_resumed(run)
 
     with run.training(*describe_stages(job), log_interval=config.logging.log_interval,
@@ -766,7 +771,9 @@ def main(argv=None) -> dict:
         train_stage(job, "refinetune")
         if model.provenance is not None:
             run.log.info(f"all prototypes: {write_pages(run, model, push_set)}")
-    return {**run.summary(), "prototypes": len(model.class_identity)}
+    summary = run.summary()
+    del summary["best_epoch"]           # which counts stages here
+    return {**summary, "prototypes": len(model.class_identity)}
 
 
 if __name__ == "__main__":

@@ -425,7 +425,8 @@ def memory_format(config: Config) -> torch.memory_format:
 
 def train_one_epoch(run: Run, network, loader, criterion, ema: EMA | None, clip_grad: float):
     network.train()
-    for micro_batches in run.steps(loader):         # counts, logs, saves and stops behind each step
+    # After each step: counts, logs, on Ctrl-C saves and stops.
+    for micro_batches in run.steps(loader):
         # Means are over all labelled pixels of the step, whatever the number of micro-batches and
         # processes.
         labels = [batch["label"].to(run.device, non_blocking=True) for batch in micro_batches]

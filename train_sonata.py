@@ -353,7 +353,8 @@ def compute_loss(criterion, logits, label, weight, share) -> torch.Tensor:
 
 def train_one_epoch(run: Run, network, loader, criterion, clip_grad: float) -> None:
     network.train()
-    for micro_batches in run.steps(loader):         # counts, logs, saves and stops behind each step
+    # After each step: counts, logs, on Ctrl-C saves and stops.
+    for micro_batches in run.steps(loader):
         weight = sum(criterion.label_weight(batch["label"]) for batch in micro_batches)
         weight = all_reduce_sum(weight.to(run.device))
         share = 1 / (run.world * len(micro_batches))
@@ -467,7 +468,7 @@ def main(argv=None) -> dict:
     if training.batch_size % run.world:
         raise ValueError(f"training.batch_size={training.batch_size} clouds cannot be shared among "
                          f"{run.world} processes; take a multiple")
-    # First of all: a wrong file is told before the data are read.
+    # A wrong file is reported before the data are read.
     encoder = open_encoder(config) if run.checkpoint is None else None
 
     # data: rank 0 fills the cache of estimated normals, the others read it
@@ -508,8 +509,8 @@ def main(argv=None) -> dict:
             if run.due(config.evaluation.interval):
                 result = evaluate(network, val_set, run.device, num_workers=args.num_workers,
                                   limit_batches=args.limit_batches, precise=False)
-            run.end_epoch(result, SHOWN, score="official_miou",
-                          more=result and official_mean(result))
+            more = official_mean(result) if result else None
+            run.end_epoch(result, SHOWN, score="official_miou", more=more)
         run.log.info(f"the precise test: python evaluate.py {run.folder.model}/model_best.pth")
     return run.summary()
 

@@ -39,6 +39,10 @@ class RunFolder:
         self.log = Path(log_dir) if log_dir else self.root / "log"
         self.config = self.root / "config"
 
+    def check_writable(self) -> None:
+        """See check_writable."""
+        check_writable(self.model, self.log, self.config)
+
     def create(self) -> "RunFolder":
         """Make the folders where they do not exist yet; returns self."""
         for folder in (self.model, self.log, self.config):
@@ -161,6 +165,13 @@ def load_checkpoint(path: str | Path, script: str | None = None, map_location: A
     return checkpoint
 
 
+def entry_of(checkpoint: Mapping, name: str, path: object) -> Any:
+    """checkpoint[name]; ValueError where it has none, as one of an earlier version of a script."""
+    if checkpoint.get(name) is None:
+        raise ValueError(f"{path} has no entry {name!r}, which this run keeps; start afresh in another --output-dir")
+    return checkpoint[name]
+
+
 def find_resume(resume: str | Path | None, model_dir: str | Path,
                 script: str | None = None) -> tuple[Path | None, list[str]]:
     """Which checkpoint `--resume` means (None: a fresh start), and the lines to tell the user about the choice.
@@ -223,6 +234,7 @@ class CheckpointKeeper:
         self.sign = _sign(mode)
         self.best_score: float | None = None
         self.best_epoch: int | None = None
+        self.counted = "epoch"                     # what the state's `epoch` counts
         self.top: list[list] = []                  # [score, epoch], best first
         self._state, self._key, self._files = None, None, []   # the last state, its version, and the files that hold it
 
@@ -236,8 +248,8 @@ class CheckpointKeeper:
         return best
 
     def best(self) -> str:
-        """For the log: the best score and its epoch."""
-        return "none" if self.best_score is None else f"{self.best_score:.4f} (epoch {self.best_epoch})"
+        """For the log: the best score and when it was reached."""
+        return "none" if self.best_score is None else f"{self.best_score:.4f} ({self.counted} {self.best_epoch})"
 
     def save_last(self, state: dict) -> None:
         """Write model_last.pth."""

@@ -1,5 +1,5 @@
-"""What scripts on photographs share and no reader of a method needs: the flags of those without a config file, the
-frozen backbone and its features, scoring, labelling and drawing photographs.
+"""Plumbing shared by the scripts on photographs: the flags of those without a config file, the frozen backbone and its
+features, scoring, labelling and drawing photographs.
 
 This module stands above data/ and models/; only scripts import it. Scoring and labelling serve any network with
 `scores(image)`: normalised images (B, 3, H, W) whose sides are multiples of `multiple` -> (B, C, H, W). What they need
@@ -110,8 +110,8 @@ def check_flags(config: Config) -> None:
 
 
 def tested_config(checkpoint: dict, config: Config, given: set[str]) -> Config:
-    """The checkpoint's config under the flags that are `given`, also written back into the checkpoint; ValueError for a
-    flag that would make it another network."""
+    """The checkpoint's config under the flags that are `given`, class names and colours also in the checkpoint;
+    ValueError for a flag that would make it another network."""
     stored = checkpoint["config"]
     for key in config.model:
         if key in given and key != "backbone_weights" and config.model[key] != stored["model"][key]:
@@ -125,12 +125,16 @@ def tested_config(checkpoint: dict, config: Config, given: set[str]) -> Config:
     return Config(stored)
 
 
-def score_split(run: Run, model: nn.Module, given: set[str], source: object) -> dict:
-    """--test-only: print the scores of the model from `source` on the test split, or on validation where there is none
-    or it alone is among the flags that are `given`; returns the single numbers."""
+def tested_split(run: Run, config: Config, given: set[str]) -> tuple[str, SegmentationDataset]:
+    """What --test-only scores: the test split, or validation where there is none or it alone is among the flags that
+    are `given`."""
     asked_for_val = "val_image_paths" in given and "test_image_paths" not in given
-    split = "test" if has_test_photos(model.config) and not asked_for_val else "val"
-    dataset = build_dataset(model.config, split, num_workers=run.args.num_workers)
+    split = "test" if has_test_photos(config) and not asked_for_val else "val"
+    return split, build_dataset(config, split, num_workers=run.args.num_workers)
+
+
+def score_split(run: Run, model: nn.Module, split: str, dataset: SegmentationDataset, source: object) -> dict:
+    """--test-only: print the scores of the model from the file `source`; returns the single numbers."""
     result = evaluate_photos(model, dataset, run.device, run.amp_dtype, num_workers=run.args.num_workers,
                              limit_batches=run.args.limit_batches)
     run.report(f"{source} on the {split} split:", metrics_table(result["metrics"], model.class_names))
@@ -205,8 +209,8 @@ def prepare(batch: dict, backbone: FrozenBackbone, device: torch.device) -> tupl
 
 def describe_data(train_set: SegmentationDataset | CachedTaps, val_set: SegmentationDataset | None) -> str:
     """A line for the log."""
-    line = f"{len(train_set.files)} training and {len(val_set.files) if val_set else 0} validation images, " \
-           f"{len(train_set)} views an epoch"
+    validation = 0 if val_set is None else len(val_set.files)
+    line = f"{len(train_set.files)} training and {validation} validation images, {len(train_set)} views an epoch"
     if val_set is None:
         line += "\nno validation during training: --validate is not given, and no model_best.pth will be written"
     return line

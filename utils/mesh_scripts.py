@@ -89,7 +89,8 @@ def evaluate_meshes(model: DownstreamClassifier, dataset: MeshDataset, device: t
     started = time.monotonic()
     C = model.num_classes
     loss = weight = 0.0
-    pairs, predictions = [], {}
+    pairs = []
+    predictions = {}
     for index, probability, loss_sum, loss_weight in mesh_probabilities(
             model, dataset, device, amp_dtype, batch_size, num_workers, limit_batches, criterion):
         pred = probability.argmax(1).numpy()                                                # (P,)

@@ -189,7 +189,7 @@ def write_pages(run: Run, model: PPNet, dataset: SegmentationDataset) -> Path:
     end = min(len(dataset), run.args.limit_batches or len(dataset))
     nearest = new_table("prune", model)
     if scan(run, model, dataset, nearest, 0, end, "prototypes") < end:
-        run.stop_if_asked("behind all stages, before the page of prototypes")
+        run.stop_if_asked("after all stages, before the page of prototypes")
     if is_main():
         activations = {p: similarity.numpy()
                        for p, similarity, _ in self_activations(model, dataset)}

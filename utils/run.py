@@ -1,8 +1,7 @@
 """What every training run does around its method: device and processes, resume, log, checkpoints, stopping.
 
-Run never calls the network, never looks into a batch and has no hooks: what happens in a step, and in which order,
-stands in the script. train_upernet_head.py shows its use. For another policy of saving or stopping call save and
-stop_if_asked there, as train_prototype.py does.
+Run never calls the network, never looks into a batch and has no hooks: what happens in a step stands in the script.
+train_upernet_head.py shows its use, train_prototype.py another policy of saving and stopping.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from utils.checkpoint import CheckpointKeeper, EarlyStopping, RunFolder, check_writable, find_resume, load_checkpoint
+from utils.checkpoint import CheckpointKeeper, EarlyStopping, RunFolder, entry_of, find_resume, load_checkpoint
 from utils.cli import ArgumentParser, AtLeast, StopRequested, StopSignal
 from utils.config import Config, override_config
 from utils.device import AMP_DTYPES, amp_settings, autocast, describe
@@ -51,7 +50,7 @@ def add_run_flags(parser: ArgumentParser, script: str, num_workers: int | None =
 
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
-    """The body runs in rank 0 first, and in the other processes when it is done there."""
+    """The body runs in rank 0, then in the other processes."""
     if not is_main():
         barrier()
     yield
@@ -69,15 +68,15 @@ class Run:
     """The state and the bookkeeping of one training run.
 
     args: the flags of add_run_flags. script: the name in checkpoints, "train_sonata.py". defaults: of its settings.
-    checkpoint_dir, log_dir: in place of OUTPUT_DIR/model and /log. needs_checkpoint: default: with --test-only.
+    checkpoint_dir, log_dir: in place of OUTPUT_DIR/model and /log. needs_checkpoint: what to say where --test-only has
+    no checkpoint; None: it needs none. Call in this order: plan, restore, wrap, track, training, epochs, steps.
     Attributes: device, rank, world, amp_dtype, scaler, folder; checkpoint and resume_path (None on a fresh start);
-    messages, lines for the top of the log; epoch, batch, step: epochs finished, batches of the next one, optimiser
-    steps; totals of the epoch so far; entries, what a checkpoint holds besides, whose values a script may replace.
-    Raises ValueError and OSError: a device, folder or checkpoint that cannot be used, none where one is needed.
+    messages for the top of the log; epoch, batch, step: epochs finished, batches of the next one, optimiser steps;
+    totals of the epoch so far; entries of a checkpoint, whose values a script may replace. Raises ValueError, OSError.
     """
 
     def __init__(self, args: argparse.Namespace, script: str, defaults: Mapping, checkpoint_dir: str | None = None,
-                 log_dir: str | None = None, needs_checkpoint: bool | None = None) -> None:
+                 log_dir: str | None = None, needs_checkpoint: str | None = "--test-only needs a checkpoint") -> None:
         self.args = args
         self.script = script
         self.device, self.rank, self.world = join(args.device)
@@ -85,16 +84,14 @@ class Run:
         seed_everything(args.seed, args.deterministic)
         self.folder = RunFolder(args.output_dir, checkpoint_dir, log_dir)
         self.resume_path, self.messages = find_resume(args.resume, self.folder.model, script)
-        needed = args.test_only if needs_checkpoint is None else needs_checkpoint
-        if needed and self.resume_path is None:
+        if args.test_only and needs_checkpoint and self.resume_path is None:
             there = f"there is no checkpoint in {self.folder.model}; " if args.resume == "auto" else ""
-            raise ValueError(f"--test-only needs a checkpoint: {there}add --resume PATH or --resume auto; a network "
-                             f"that was never trained has no score")
+            raise ValueError(f"{needs_checkpoint}: {there}add --resume PATH or --resume auto")
         self.checkpoint = load_checkpoint(self.resume_path, script) if self.resume_path else None
-        if self.checkpoint is not None:                     # keys that are newer than it have their defaults
+        if self.checkpoint is not None:                     # keys newer than the checkpoint get their defaults
             self.checkpoint["config"] = override_config(self.checkpoint["config"], defaults, []).to_dict()
         if not args.test_only:
-            check_writable(self.folder.model, self.folder.log, self.folder.config)
+            self.folder.check_writable()
         self.epoch = self.batch = self.step = 0
         self.numbers: dict = {}                             # of the last evaluation
         self.stop = StopSignal()                            # takes signals in training only
@@ -105,8 +102,9 @@ class Run:
     def plan(self, num_items: int, config: Config, *, batch_size: int, epochs: int, accumulate: int = 1,
              drop_last: bool = False, compare: Sequence[str] = (), free: Sequence[str] = (),
              batch_of_all_processes: bool = False) -> EpochBatchSampler:
-        """Fix the number of steps; returns the sampler. batch_size: items of a micro-batch in this process. compare,
-        free, batch_of_all_processes: of check_same_run, which refuses the checkpoint of another run (ValueError)."""
+        """Fix the number of steps; returns the sampler. batch_size: items of a micro-batch in this process. drop_last:
+        leave out an incomplete last step. compare: sections of the config in which a resumed run must agree (ValueError
+        where it does not); free: section.key among them that may differ. batch_of_all_processes: see check_same_run."""
         sampler = EpochBatchSampler(num_items, batch_size, self.args.seed, drop_last=drop_last, group=accumulate)
         batches = min(len(sampler), self.args.limit_batches or len(sampler))
         self.num_epochs = epochs
@@ -121,15 +119,14 @@ class Run:
         return sampler
 
     def restore(self, model: nn.Module) -> bool:
-        """Fill the model from the resumed checkpoint; False on a fresh start. ValueError unless all tensors fit."""
+        """Fill the model from the resumed checkpoint; False on a fresh start. ValueError unless all fits."""
         if self.checkpoint is None:
             return False
         self.messages.append(load_weights(model, self.checkpoint["model"], self.resume_path, what="model"))
         return True
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """Move the model to the device; returns the network to call in training: with synchronised batch norms (on
-        CUDA), compiled, under DistributedDataParallel, as flags and processes ask."""
+        """Move the model to the device; returns what to call in training: with SyncBatchNorm (CUDA), compiled, DDP."""
         self.model = model.to(self.device)
         network = self.model
         devices = [self.device] if self.device.type == "cuda" else None
@@ -145,6 +142,7 @@ class Run:
               leave_out: Collection[str] = (), **entries: Any) -> None:
         """Name everything that a checkpoint holds, and restore it from the resumed one.
 
+        save_interval: epochs between checkpoints that stay; keep_top_k: best ones besides model_best.pth; 0: none.
         monitor, mode: the score's name in messages; "max" or "min" is best. num_classes: the totals count a confusion
         matrix. leave_out: tensors of the model that come from another file. entries: more of a checkpoint, plain
         values as they are, objects (EMA, EarlyStopping) by their state_dict.
@@ -162,14 +160,13 @@ class Run:
                         "totals": self.totals, **self.entries}
             for name, part in stateful.items():
                 if hasattr(part, "load_state_dict"):
-                    part.load_state_dict(self.checkpoint[name])
+                    part.load_state_dict(entry_of(self.checkpoint, name, self.resume_path))
             self.epoch, self.batch, self.step = (self.checkpoint[name] for name in ("epoch", "batch", "step"))
         restore_rng(self.checkpoint, self.args.seed, self.step)
 
     @contextlib.contextmanager
     def training(self, *lines: str, log_interval: int, tensorboard: bool = True) -> Iterator[None]:
-        """The run folder, the log with `lines` on top (one every log_interval steps follows), Ctrl-C and SIGTERM as a
-        request to stop, the last line."""
+        """The run folder, the log with `lines` on top, Ctrl-C and SIGTERM as a request to stop, the last line."""
         self.log_interval = log_interval
         resumed = self.checkpoint is not None
         if is_main():
@@ -179,7 +176,7 @@ class Run:
                           resume_step=self.step if resumed else None, wandb=wandb if self.args.wandb else None)
         for line in (*self.messages, *lines):
             self.log.info(line)
-        if self.resume_path not in (None, self.folder.model / "model_last.pth"):       # what --resume auto goes on from
+        if self.resume_path not in (None, self.folder.model / "model_last.pth"):       # so that --resume auto finds it
             self.save(None if self.batch else self.epoch)
         with StopSignal() as self.stop, self.log:
             yield
@@ -187,21 +184,23 @@ class Run:
         cleanup()
 
     def epochs(self, dataset: Any, sampler: EpochBatchSampler, stopping: EarlyStopping | None = None) -> Iterator[int]:
-        """The epochs still to do, by number. StopRequested behind one in which a stop was asked for."""
+        """The epochs still to do, by number. StopRequested after one in which a stop was asked for. dataset needs
+        set_epoch(epoch)."""
         while self.epoch < self.num_epochs and not (stopping is not None and stopping.reached):
             self._started = time.monotonic()
             dataset.set_epoch(self.epoch)
             sampler.set_epoch(self.epoch, self.batch)
-            yield self.epoch
+            before = self.epoch
+            yield before
+            assert self.epoch > before, "the body has to go through run.steps to its end; --limit-batches shortens it"
             if stopping is not None and stopping.reached:
                 self.log.info(f"No better score for {stopping.patience} evaluations: stopped early.")
             elif self.epoch < self.num_epochs:
                 self.stop_if_asked(f"after epoch {self.epoch}")
 
     def steps(self, loader: DataLoader) -> Iterator[list]:
-        """The micro-batches of each optimiser step that the epoch still has. Behind each, for which the script has
-        called backward and update: counters, totals, log, and where a stop was asked for a checkpoint and
-        StopRequested. Behind the last, the epoch is counted."""
+        """The micro-batches of each remaining optimiser step of the epoch, for backward and update. After each:
+        counters, totals, log, and if a stop was asked for a checkpoint and StopRequested."""
         remaining = len(loader.batch_sampler) - self.batch
         limit = self.args.limit_batches or len(loader.batch_sampler)
         micro_batches: list = []
@@ -225,10 +224,11 @@ class Run:
 
     def backward(self, loss: Tensor, terms: Mapping[str, Tensor] | None = None, weight: Tensor | None = None) -> None:
         """Add the gradient of a micro-batch, and its terms to those of the step.
-
         loss: a part of the step's loss, which is the sum over micro-batches and processes, divided by `weight` where it
-        is given (one number for the whole step). terms: what is logged, default the loss; `total` is the loss, too.
+        is given (one number for the whole step). terms: this micro-batch's parts of what is logged, summed like the
+        loss, which is among them as `total` or `loss`; default: the loss alone.
         """
+        assert terms is None or {"total", "loss"} & terms.keys(), "terms need the loss, as `total` or `loss`"
         scaled = loss * self.world                          # DistributedDataParallel takes the mean over the processes
         if weight is not None:
             weight = weight.clamp(min=1e-12)
@@ -237,12 +237,12 @@ class Run:
         self.totals.collect(terms or {"loss": loss}, 1 if weight is None else weight)
 
     def update(self, clip_norm: float = 0.0) -> None:
-        """One optimiser step; see optimizer_step."""
+        """See optimizer_step."""
         optimizer_step(self.optimizer, self.scheduler, self.scaler, clip_norm)
 
     def count_step(self) -> None:
-        """Count the step and its terms, and log them every log_interval steps, the only place that waits for the GPU.
-        FloatingPointError where the loss is not finite."""
+        """Count the step; every log_interval steps log its terms, which waits for the GPU. FloatingPointError where the
+        loss is not finite."""
         self.step += 1
         self.totals.end_step()
         if self.step % self.log_interval:
@@ -257,7 +257,7 @@ class Run:
         self.log.train_step(self.step, loss=loss, **means, lr=rate)
 
     def due(self, interval: int) -> bool:
-        """Whether something happens behind this epoch: every `interval` epochs (0: never) and behind the last."""
+        """Whether something is due after this epoch: every `interval` epochs (0: never) and after the last."""
         return interval > 0 and (self.epoch % interval == 0 or self.epoch == self.num_epochs)
 
     def end_epoch(self, result: Mapping | None, shown: Mapping[str, str], score: str = "miou",
@@ -268,7 +268,7 @@ class Run:
         return train
 
     def log_epoch(self, result: Mapping | None, shown: Mapping[str, str], more: Mapping | None = None) -> dict:
-        """Log the epoch's totals, whose record it returns, and an evaluation (metrics, loss, seconds; or None). shown:
+        """Log the epoch's totals, whose means it returns, and an evaluation (metrics, loss, seconds; or None). shown:
         {label on the console: name of a metric}. more: numbers of the evaluation besides its metrics."""
         terms = tuple(self.totals.terms)
         train = self.totals.means()
@@ -303,8 +303,8 @@ class Run:
                 "step": self.step}
 
     def save(self, epoch: int | None = None, score: float | None = None) -> None:
-        """Write model_last.pth; of the end of an epoch its own file where one is due, and model_best.pth where `score`
-        is the best so far. Every process has to call it; rank 0 writes."""
+        """Write model_last.pth, the file of a finished epoch where one is due, model_best.pth where `score` is the best
+        so far. Every process has to call it; rank 0 writes."""
         snapshot = self.snapshot()
         if is_main() and self.keeper.save_all(snapshot, epoch, score):
             self.log.info(f"New best {self.monitor}: {score:.4f}. Checkpoint saved.")
@@ -314,7 +314,7 @@ class Run:
         return all_agree_max(self.stop.requested or 0)
 
     def stop_if_asked(self, where: str) -> None:
-        """Raise StopRequested, with the command that goes on, where a stop was requested; all is saved by then."""
+        """Raise StopRequested, with the command that goes on, if a stop was requested. Save first."""
         if signum := self.stop_requested():
             command = shlex.join(["python", *sys.argv, "--resume", "auto"])
             raise StopRequested(signum, f"stopped {where}, saved; go on with: {command}")

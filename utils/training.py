@@ -44,8 +44,8 @@ def optimizer_step(optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_s
                    scaler: torch.amp.GradScaler, clip_norm: float = 0.0) -> None:
     """Clip the norm of the whole gradient (0: do not), update the weights, go on in the schedule, clear the gradient.
 
-    Where a float16 gradient overflowed, weights and schedule stay as they are; what the script counts (steps, averages
-    of the weights) goes on, so that a run has as many steps as it was planned to have.
+    Where a float16 gradient overflowed, weights and schedule stay as they are; step counters and weight averages still
+    advance, so a run keeps its planned number of steps.
     """
     scaler.unscale_(optimizer)
     if clip_norm:
@@ -124,7 +124,9 @@ class Totals:
         terms = state["terms"] if "terms" in state else beside
         self.weight = state["steps"] if "steps" in state else state["weight"]
         if self.weight:
-            self.terms = {name: torch.tensor(float(value) if is_main() else 0.0, dtype=torch.float64)
+            device = torch.device(self.device)
+            wide = {"dtype": widest_dtype(device), "device": device}
+            self.terms = {name: torch.tensor(float(value) if is_main() else 0.0, **wide)
                           for name, value in terms.items()}
         if self.matrix is not None and is_main():
             self.matrix.counts = state["counts"].to(self.device)
@@ -142,8 +144,8 @@ def rng_entries() -> dict:
 
 
 def restore_rng(checkpoint: Mapping | None, seed: int, step: int) -> None:
-    """Every process goes on with the state it had; where it had none (a fresh start, more processes than before), those
-    behind the first draw numbers of their own, so that each drops out different elements. ValueError where they go on
+    """Every process goes on with the state it had; where it had none (a fresh start, more processes than before), all
+    but the first draw their own random numbers, so that each drops out different elements. ValueError where they go on
     from different steps."""
     if len(steps := {*all_gather(step)}) > 1:
         raise ValueError(f"the processes go on from different steps ({', '.join(map(str, sorted(steps)))}): the output "
