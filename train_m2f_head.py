@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from data.image_splits import read_classes
+from data.image_splits import read_classes, training_doubts
 from data.images import list_images
 from models.dinov3 import FrozenBackbone
 from models.dinov3_adapter import DINOv3_Adapter
@@ -272,6 +272,7 @@ def main(argv=None) -> dict:
         train_set = build_dataset(config, "train", args.seed, num_workers=args.num_workers)
         if config.evaluation.validate:
             val_set = build_dataset(config, "val", num_workers=args.num_workers)
+    run.messages += training_doubts(class_names, train_set, config.data, "--")
     sampler = run.plan(len(train_set), config, batch_size=training.batch_size,
                        epochs=training.epochs, accumulate=training.accumulate,
                        compare=("data", "model", "training"), free=FREE_ON_RESUME)

@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.image_splits import class_info, folder_pairs
+from data.image_splits import class_info, folder_pairs, training_doubts
 from data.images import Augmentation, SegmentationDataset, check_pairs, list_images, pair_files
 from models.deeplab import DeepLabV2, MultiScale, freeze_batch_norm, load_deeplab_weights
 from models.ppnet import PPNet, parameter_groups, ppnet_from_state
@@ -279,12 +279,14 @@ def build_dataset(config: Config, split: str, seed: int = 0, data_dir: str | Non
     table = known.LABEL_TABLE if known else None
     train = split == "train"
     C = config.model.num_classes
-    check_pairs(pairs, C, data.ignore_label, data.reduce_zero_label, data.cache_dir,
-                max(1, num_workers), table=table)
-    return SegmentationDataset(pairs, tuple(data.window_size), C,
-                               build_augmentation(config) if train else None, data.ignore_label,
-                               data.reduce_zero_label, seed, "crops" if train else "whole",
-                               table=table)
+    summary = check_pairs(pairs, C, data.ignore_label, data.reduce_zero_label, data.cache_dir,
+                          max(1, num_workers), table=table)
+    dataset = SegmentationDataset(pairs, tuple(data.window_size), C,
+                                  build_augmentation(config) if train else None, data.ignore_label,
+                                  data.reduce_zero_label, seed, "crops" if train else "whole",
+                                  table=table)
+    dataset.class_counts = summary.class_counts
+    return dataset
 
 
 def build_model(config: Config, state: dict | None = None) -> PPNet:
@@ -740,6 +742,7 @@ def main(argv=None) -> dict:
         datasets = tuple(build_dataset(config, split, args.seed, num_workers=args.num_workers)
                          for split in ("train", "val", "push"))
     train_set, _, push_set = datasets
+    run.messages += training_doubts(class_names, train_set, config.dataset)
     sampler = EpochBatchSampler(len(train_set), config.training.batch_size, args.seed,
                                 drop_last=True)
     lengths = stage_lengths(config, len(push_set), args.limit_batches)

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from data.image_splits import check_counts, class_info, folder_pairs
+from data.image_splits import class_info, folder_pairs, training_doubts
 from data.images import Augmentation, SegmentationDataset, check_pairs, list_images, pair_files
 from models.deeplab import DeepLabClassifier, load_deeplab_weights
 from models.resnet import ENCODERS, FILES, URL, load_resnet_weights
@@ -520,8 +520,7 @@ def main(argv=None) -> dict:
     with main_first():
         train_set = build_dataset(config, "train", args.seed)
         val_set = build_dataset(config, "val")
-    ignored = f"{data.ignore_label} (dataset.ignore_label) is unlabelled, not a class"
-    run.messages += check_counts(class_names, train_set.class_counts, ignored)
+    run.messages += training_doubts(class_names, train_set, data)
     sampler = run.plan(len(train_set), config, batch_size=training.batch_size,
                        epochs=training.epochs, accumulate=training.accumulate_grad_batches,
                        drop_last=True, compare=COMPARED, free=FREE_ON_RESUME)

@@ -13,6 +13,8 @@ from data.images import Augmentation, PairSummary, SegmentationDataset, check_pa
 from utils.checks import check_names
 from utils.render import palette
 
+SHOWN_NAMES = 10                            # of the classes that never occur
+
 
 def read_class_file(path: str | Path) -> tuple[list[str], np.ndarray | None]:
     """Names and colours (C, 3) int64, None where the file has none. FILE.json: {"classes": [...], "palette": [[r, g,
@@ -118,6 +120,7 @@ def checked_dataset(data: Mapping, pairs, num_workers: int = 2, seed: int = 0, v
                           data["cache_dir"] or None, max(1, num_workers))
     dataset = SegmentationDataset(pairs, data["image_size"], data["num_classes"], augmentation, data["ignore_label"],
                                   data["reduce_zero_label"], seed, views)
+    dataset.class_counts = summary.class_counts
     return dataset, summary
 
 
@@ -128,4 +131,16 @@ def check_counts(names: list[str], counts: np.ndarray, ignored: str) -> list[str
     if len(absent) == len(names) - 1:
         raise ValueError(f"all labelled pixels of the training masks are {names[int(counts.argmax())]}, so that there "
                          f"is nothing to learn; {ignored}: for masks of 0 and 255, write 1 in place of 255")
+    if len(absent) > SHOWN_NAMES:
+        absent[SHOWN_NAMES:] = [f"... ({len(absent) - SHOWN_NAMES} more; {len(names) - len(absent)} of {len(names)} "
+                                f"classes occur: check num_classes)"]
     return [f"WARNING: no pixel of the training masks is {', '.join(absent)}; {ignored}"] if absent else []
+
+
+def training_doubts(names: list[str], dataset: SegmentationDataset, data: Mapping, prefix: str = "dataset.") -> list[str]:
+    """check_counts of a training set from checked_dataset; prefix: of the settings in `data`, "--" for flags."""
+    key = f"{prefix}ignore_label".replace("_", "-") if prefix == "--" else f"{prefix}ignore_label"
+    ignored = f"{data['ignore_label']} ({key}) is unlabelled, not a class"
+    if data["reduce_zero_label"]:
+        ignored += f", and so is 0 ({key.replace('ignore', 'reduce-zero' if prefix == '--' else 'reduce_zero')})"
+    return check_counts(names, dataset.class_counts, ignored)
