@@ -266,13 +266,14 @@ def main(argv=None) -> dict:
     training = config.training
 
     # data: every file is checked before the first step, by rank 0, and remembered
-    class_names, palette = read_classes(config.data.classes, config.data.num_classes)
+    class_names, palette = read_classes(config.data.classes, config.data.num_classes,
+                                        config.data.label_map)
     val_set = None
     with main_first():
         train_set = build_dataset(config, "train", args.seed, num_workers=args.num_workers)
         if config.evaluation.validate:
             val_set = build_dataset(config, "val", num_workers=args.num_workers)
-    run.messages += training_doubts(class_names, train_set, config.data, "--")
+    run.messages += training_doubts(class_names, train_set, config.data)
     sampler = run.plan(len(train_set), config, batch_size=training.batch_size,
                        epochs=training.epochs, accumulate=training.accumulate,
                        compare=("data", "model", "training"), free=FREE_ON_RESUME)

@@ -1,5 +1,5 @@
-"""Which number in a label file is which class, where files do not count 0, 1, 2 ...: masks of 0 and 255, dental numbers,
-SemanticKITTI, NYU40, LAS codes. Written as text, `0:0,255:1,4:ignore`, or as a JSON or YAML file, which may name the
+"""Which number in a label file is which class, where files do not count 0, 1, 2 ...: masks of 0 and 255, dental
+numbers, SemanticKITTI, NYU40, LAS codes. Written as text, `0:0,255:1,4:ignore`, or as a JSON or YAML file, which may name the
 classes. For labels of any kind: pixels, faces, points.
 """
 
@@ -179,7 +179,8 @@ def _understood(content, where):
     if "learning_map" in content:
         return _of_semantic_kitti(content)
     names = next((content[key] for key in ("names", "classes", "class_names") if key in content
-                  and isinstance(content[key], list) and not any(isinstance(name, Mapping) for name in content[key])), None)
+                  and isinstance(content[key], list) and not any(isinstance(name, Mapping) for name in content[key])),
+                 None)
     inner = next((content[key] for key in ("map", "label_map", "labels", "classes", "categories") if key in content
                   and isinstance(content[key], Mapping | list) and content[key] is not names), None)
     if isinstance(inner, list):
@@ -197,7 +198,8 @@ def _of_entries(entries, where):
         value = next((_integer(entry[key]) for key in ("id", "value", "label") if key in entry), None) \
             if isinstance(entry, Mapping) else None
         if value is None or "name" not in entry or value in found:
-            raise ValueError(f"{where}: {show(entry)}: expected entries such as {{id: 255, name: object}}, each id once")
+            raise ValueError(f"{where}: {show(entry)}: expected entries such as {{id: 255, name: object}}, each id "
+                             f"once")
         found[value] = entry["name"]
     return _of_mapping(found, where)
 
@@ -231,8 +233,8 @@ def _of_mapping(content, where):
     pairs = {_integer(value): target for value, target in content.items()}
     wanted = [target for target in pairs.values() if not _is_ignored(target)]
     if all(_integer(target) is not None for target in wanted):
-        return {value: IGNORE_INDEX if _is_ignored(target) else _integer(target) for value, target in pairs.items()}, None
+        return {value: IGNORE_INDEX if _is_ignored(c) else _integer(c) for value, c in pairs.items()}, None
     if not all(isinstance(target, str) and _integer(target) is None for target in wanted):
         raise ValueError(f"{where}: some classes have numbers and others names; {EXPECTED}")
     names = list(dict.fromkeys(wanted))
-    return {value: IGNORE_INDEX if _is_ignored(target) else names.index(target) for value, target in pairs.items()}, names
+    return {value: IGNORE_INDEX if _is_ignored(c) else names.index(c) for value, c in pairs.items()}, names
