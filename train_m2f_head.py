@@ -29,7 +29,7 @@ from data.image_splits import read_classes, training_doubts
 from data.images import list_images
 from models.dinov3 import FrozenBackbone
 from models.dinov3_adapter import DINOv3_Adapter
-from models.dinov3_weights import read_released_head
+from models.dinov3_weights import load_head, read_released_head
 from models.mask2former import Mask2FormerHead, Mask2FormerSegmenter
 from utils.cli import ArgumentParser, AtLeast, flags_config, flags_defaults, given_flags, run_main
 from utils.config import Config
@@ -144,21 +144,6 @@ def build_model(config: Config, embed_dim: int, patch_size: int) -> Mask2FormerS
                            ffn_dim=model.ffn_dim,
                            gradient_checkpointing=model.gradient_checkpointing)
     return Mask2FormerSegmenter(adapter, head)
-
-
-def load_head(model: Mask2FormerSegmenter, path: str) -> list[str]:
-    """Start from a released head or another run's; a class layer of other classes stays out."""
-    state = read_released_head(path)
-    own = model.state_dict()
-    lines = []
-    for name in [name for name in state if ".class_embed." in name and name in own]:
-        stored = state[name].shape
-        here = own[name].shape
-        if stored != here and stored[1:] == here[1:]:
-            lines = [f"the class layer starts anew: {stored[0] - 1} classes in the file, "
-                     f"{here[0] - 1} here"]
-            state[name] = own[name]
-    return [load_weights(model, state, path, what="head"), *lines]
 
 
 def build_criterion(config: Config) -> SetCriterion:
@@ -292,7 +277,8 @@ def main(argv=None) -> dict:
     seed_everything(args.seed, args.deterministic)
     model = build_model(config, backbone.embed_dim, backbone.patch_size)
     if not run.restore(model) and config.model.head_weights is not None:
-        run.messages += load_head(model, config.model.head_weights)
+        path = config.model.head_weights
+        run.messages += load_head(model, read_released_head(path), path, ".class_embed.", extra=1)
     attach_backbone(model, backbone, config, class_names, palette)
     network = run.wrap(model)
 

@@ -301,6 +301,17 @@ def check_config(config: Config) -> None:
                torch.zeros(3, 1, 1, dtype=torch.uint8))
 
 
+def check_batch_norm(config: Config) -> None:
+    """ValueError where the deepest map of a training batch has a single value per channel."""
+    one_cell = config.model.name == "unet" and max(crop_size(config)) <= 32
+    if one_cell and config.training.batch_size == 1 and not config.model.freeze_encoder:
+        name = "augmentations.random_crop.size" if config.augmentations.random_crop.size else \
+            "dataset.image_size"
+        raise ValueError(f"training.batch_size=1 and {name}={max(crop_size(config))}: batch norm "
+                         f"cannot train on one cell; set training.batch_size=2 or more, or {name} "
+                         f"above 32")
+
+
 def schedule_doubts(config: Config) -> list[str]:
     last = config.scheduler.max_epochs
     epochs = config.training.epochs
@@ -518,6 +529,7 @@ def main(argv=None) -> dict:
     if args.test_only:
         return test_only(run, config)
     training = config.training
+    check_batch_norm(config)
 
     # data: every file is checked before the first step, by rank 0, and remembered
     data = config.dataset

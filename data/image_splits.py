@@ -213,7 +213,7 @@ def training_doubts(names: list[str], dataset: SegmentationDataset, data: Mappin
     """Warnings about a training set of checked_dataset, see check_counts. `data` has the settings of its files."""
     ignored = f"{data['ignore_label']} (ignore_label) is unlabelled, not a class"
     if data["reduce_zero_label"]:
-        ignored = f"0 (reduce_zero_label) and {ignored}"
+        ignored = f"0 (reduce_zero_label) and {data['ignore_label']} (ignore_label) are unlabelled, not classes"
     if data.get("label_map"):
         ignored = f"the label map is {data['label_map'][:200]}"
     return [*dataset.doubts, *check_counts(names, dataset.class_counts, ignored)]

@@ -27,7 +27,7 @@ from data.masks import MaskReader, examine_mask, to_label
 from data.masks import label_table as label_table
 from data.masks import label_to_file as label_to_file
 from data.masks import open_mask as open_mask
-from data.photos import ORIENTATION, PhotoFormat, examine, opened, set_doubts, to_rgb
+from data.photos import AS_STORED, ORIENTATION, PhotoFormat, examine, opened, set_doubts, to_rgb
 from data.photos import read_image as read_image
 from utils.checks import check_choice, check_range
 from utils.image_inference import window_starts
@@ -201,7 +201,7 @@ def _common_ending(images, masks):
 def check_pairs(pairs: Sequence[tuple[Path, Path]], num_classes: int, ignore_label: int = 255,
                 reduce_zero_label: bool = False, cache_dir: str | Path | None = None, workers: int = 4,
                 table: np.ndarray | None = None, masks: MaskReader | None = None,
-                photos: PhotoFormat = PhotoFormat()) -> PairSummary:
+                photos: PhotoFormat = AS_STORED) -> PairSummary:
     """Read every file once, before training, and count the classes. What was read is kept in cache_dir and holds as
     long as paths, sizes and times of the files do. masks: how masks are read, in place of a table (256,) of the labels
     of file values or of label_table's; what the set as a whole decides is written into it.
@@ -244,8 +244,8 @@ def _problem(record, wrong_mask, photos):
     if size != mask_size:
         return "size", _size_problem(mask, mask_size, image, size)
     if photos.bands is not None and max(photos.bands) > record["bands"]:
-        return "bands", (f"{image}: this image has {record['bands']} {'band' if record['bands'] == 1 else 'bands'}, and "
-                         f"bands: {list(photos.bands)} names others")
+        return "bands", (f"{image}: this image has {record['bands']} band{'s' * (record['bands'] > 1)}, and bands: "
+                         f"{list(photos.bands)} names others")
     return wrong_mask and ("range", f"{mask}: {wrong_mask[1]}")
 
 
@@ -319,7 +319,7 @@ def take_part(image: Image.Image, source: tuple[float, float], size: tuple[int, 
 
 
 def read_part(path: str | Path, size: tuple[int, int], part: tuple[int, int, int, int],
-              photos: PhotoFormat = PhotoFormat()) -> tuple[Image.Image, tuple[int, int]]:
+              photos: PhotoFormat = AS_STORED) -> tuple[Image.Image, tuple[int, int]]:
     """A part, as in take_part, of a photograph resized to `size` bilinearly with antialiasing, and the photograph's own
     (width, height). A JPEG is decoded at 1/2, 1/4 or 1/8 where that is still no smaller than `size`."""
     with opened(path) as image:
@@ -385,7 +385,7 @@ class SegmentationDataset(Dataset):
     def __init__(self, pairs: Sequence[tuple[Path, Path]], image_size: int | tuple[int, int], num_classes: int,
                  augmentation: Augmentation | None = None, ignore_label: int = 255, reduce_zero_label: bool = False,
                  seed: int = 0, views: str = "crops", table: np.ndarray | None = None, masks: MaskReader | None = None,
-                 photos: PhotoFormat = PhotoFormat()) -> None:
+                 photos: PhotoFormat = AS_STORED) -> None:
         check_choice("views", views, ("crops", "windows", "whole"))
         self.size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)       # (S, T)
         if len(self.size) != 2:

@@ -1,6 +1,6 @@
 """Which number in a label file is which class, where files do not count 0, 1, 2 ...: masks of 0 and 255, dental
-numbers, SemanticKITTI, NYU40, LAS codes. Written as text, `0:0,255:1,4:ignore`, or as a JSON or YAML file, which may name the
-classes. For labels of any kind: pixels, faces, points.
+numbers, SemanticKITTI, NYU40, LAS codes. Written as text, `0:0,255:1,4:ignore`, or as a JSON or YAML file, which may
+name the classes. For labels of any kind: pixels, faces, points.
 """
 
 from __future__ import annotations

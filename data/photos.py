@@ -44,6 +44,9 @@ class PhotoFormat(NamedTuple):
     bands: tuple[int, int, int] | None = None
 
 
+AS_STORED = PhotoFormat()
+
+
 def photo_format(data: Mapping) -> PhotoFormat:
     """The format that a section of the settings asks for. ValueError for a range or bands that are none."""
     limits, bands = data.get("value_range") or None, data.get("bands") or None
@@ -140,14 +143,14 @@ def _unknown_tiff(path):
     bands = tags.get(SAMPLES, (1,))[0]
     bits = "/".join(map(str, sorted(set(tags.get(BITS, (1,))))))
     kind = {1: "", 2: "signed ", 3: "floating-point "}.get(tags.get(SAMPLE_FORMAT, (1,))[0], "")
-    return (f"a TIFF of {bands} {'band' if bands == 1 else 'bands'} of {bits} {kind}bits; write the three bands that the "
-            f"network is to see as an RGB file of 8 or 16 bits, such as gdal_translate -b 1 -b 2 -b 3 -colorinterp "
+    return (f"a TIFF of {bands} {'band' if bands == 1 else 'bands'} of {bits} {kind}bits; write the three bands that "
+            f"the network is to see as an RGB file of 8 or 16 bits, such as gdal_translate -b 1 -b 2 -b 3 -colorinterp "
             f"red,green,blue IN OUT")
 
 
 # -- pixels ------------------------------------------------------------------------------------------------------------
 
-def read_image(path: str | Path, exif: bool = False, photos: PhotoFormat = PhotoFormat()) -> Image.Image:
+def read_image(path: str | Path, exif: bool = False, photos: PhotoFormat = AS_STORED) -> Image.Image:
     """A photograph as Pillow's RGB image, 8 bits a channel; exif: turned upright as its EXIF orientation says.
 
     See PhotoFormat; 16 bits keep their upper 8 without a value_range. ValueError for a file that cannot be read, a
@@ -159,7 +162,7 @@ def read_image(path: str | Path, exif: bool = False, photos: PhotoFormat = Photo
         return rgb if turn is None else rgb.transpose(turn)
 
 
-def to_rgb(image: Image.Image, photos: PhotoFormat = PhotoFormat()) -> Image.Image:
+def to_rgb(image: Image.Image, photos: PhotoFormat = AS_STORED) -> Image.Image:
     """An opened Pillow image, not loaded yet, in the mode RGB, see read_image."""
     depth = _depth(image)
     if depth == "uint8":
@@ -206,7 +209,7 @@ def _bands_of(count, bands):
     if bands is None:
         return (1, 2, 3) if count >= 3 else (1,)
     if max(bands) > count:
-        raise ValueError(f"{count} {'band' if count == 1 else 'bands'}; bands: {list(bands)} names the {max(bands)}th"
+        raise ValueError(f"{count} {'band' if count == 1 else 'bands'}; bands: {list(bands)} names band {max(bands)}"
                          f"{'; of a grey photograph bands: [1, 1, 1] takes the one there is' if count == 1 else ''}")
     return bands
 
@@ -348,7 +351,7 @@ def range_doubt(depth: str, low: float, high: float) -> str | None:
     if high - low >= LEAST_USED * (most - least):
         return None
     low, high = int(low), int(high)
-    below = 0 if 0 <= low <= high - low else low
+    below = 0 if low >= 0 and (low == high or low <= 3 * (high - low)) else low
     above = 2 ** high.bit_length() - 1 if below == 0 else high
     below, above = (below, above) if below < above else (below, below + 1)
     return (f"{depth} pixels use {low} to {high} of {least} to {most}, less than an eighth, so that they would be "
