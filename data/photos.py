@@ -31,6 +31,7 @@ ASSOCIATED = 1                              # of EXTRA_SAMPLES: the only fourth 
 MANY_PAGES = ("TIFF", "GIF", "WEBP", "PNG", "AVIF")         # not MPO: phones add a depth map to their JPEG
 RANGES = {"uint8": (0, 2 ** 8 - 1), "uint12": (0, 2 ** 12 - 1), "uint16": (0, 2 ** 16 - 1), "uint32": (0, 2 ** 32 - 1),
           "int16": (-2 ** 15, 2 ** 15 - 1), "int32": (-2 ** 31, 2 ** 31 - 1)}
+ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
 LEAST_USED = 1 / 8                          # of its type's range, or the numbers mean something else
 SOFT_VALUES, SOFT_SHARE = 16, 0.1           # more values between 0 and 255, at more of the pixels: no transparency
 OTHER_BYTE = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
@@ -167,11 +168,12 @@ def to_rgb(image: Image.Image, photos: PhotoFormat = AS_STORED) -> Image.Image:
     depth = _depth(image)
     if depth == "uint8":
         return _rgb_of_bytes(image, photos.bands)
+    has_alpha = image.mode in ALPHA_MODES                   # not an RGBX TIFF, of whose fourth band that is said
     values = deep_values(image, depth)                                                       # (H, W, K)
     chosen = values[..., [band - 1 for band in _bands_of(values.shape[-1], photos.bands)]]
     scaled = _scaled(chosen, depth, photos.value_range)
     rgb = Image.fromarray(scaled[..., 0] if scaled.shape[-1] == 1 else scaled).convert("RGB")
-    if photos.bands is None and values.shape[-1] in (2, 4):
+    if photos.bands is None and has_alpha:
         alpha = (values[..., -1] >> 8).astype(np.uint8)
         if _alpha_kind(image, alpha) == "transparency":
             return _on_white(Image.merge("RGBA", (*rgb.split(), Image.fromarray(alpha))))
@@ -183,7 +185,7 @@ def _rgb_of_bytes(image, bands):
         channels = byte_channels(image, max(bands))
         chosen = [channels[band - 1] for band in _bands_of(len(channels), bands)]
         return Image.merge("RGB", chosen)
-    has_alpha = image.mode in ("RGBA", "LA", "PA", "RGBa", "La")
+    has_alpha = image.mode in ALPHA_MODES
     if image.has_transparency_data and (not has_alpha or alpha_of(image) != "data"):
         return _on_white(image.convert("RGBA"))
     image.load()                                            # convert of an RGB file would read it lazily
@@ -216,7 +218,7 @@ def _bands_of(count, bands):
 
 def alpha_of(image: Image.Image) -> str:
     """none, opaque, transparency, or data: a fourth band that means something else and is never blended."""
-    if image.mode not in ("RGBA", "LA", "PA", "RGBa", "La"):
+    if image.mode not in ALPHA_MODES:
         return "none"
     return _alpha_kind(image, np.asarray(image.convert("RGBA").getchannel("A")))
 
@@ -256,7 +258,9 @@ def _depth(image):
             signed = image.tag_v2.get(SAMPLE_FORMAT, (1,))[0] == 2
             return f"{'int' if signed else 'uint'}{image.tag_v2.get(BITS, (16,))[0]}"
         return "int32" if image.mode == "I" else "uint16"
-    return "uint16" if ";16" in _rawmode(image) and image.mode != "CMYK" else "uint8"
+    rawmode = _rawmode(image)                               # of one band, without its bits, in a planar TIFF
+    deep = ";16" in rawmode or (rawmode and image.format == "TIFF" and max(image.tag_v2.get(BITS, (8,))) == 16)
+    return "uint16" if deep and image.mode != "CMYK" else "uint8"
 
 
 def deep_values(image: Image.Image, depth: str) -> np.ndarray:
@@ -322,13 +326,14 @@ def examine(image: Image.Image) -> dict:
             bands = len(image.getbands()) if image.mode in ("L", "LA", "RGB", "RGBA") else 1 if image.mode == "1" else 3
         _rgb_of_bytes(image, None)
         return {"depth": depth, "bands": bands, "alpha": alpha}
+    has_alpha = image.mode in ALPHA_MODES
     values = deep_values(image, depth)
     if not values.size:
         return {"depth": depth, "bands": values.shape[-1], "alpha": "none", "values": []}
     finite = np.where(np.isfinite(values), values, np.nan) if depth == "float32" else values
     lowest, highest = (np.atleast_1d(f(finite, axis=(0, 1))).tolist() for f in (np.nanmin, np.nanmax)) \
         if not np.isnan(finite).all() else ([0.0], [0.0])
-    alpha = _alpha_kind(image, values[..., -1] >> 8) if values.shape[-1] in (2, 4) else "none"
+    alpha = _alpha_kind(image, values[..., -1] >> 8) if has_alpha else "none"
     return {"depth": depth, "bands": values.shape[-1], "alpha": alpha,
             "values": [list(pair) for pair in zip(lowest, highest, strict=True)]}
 

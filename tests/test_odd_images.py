@@ -101,7 +101,7 @@ def pair(folder, name, mask, image=None, suffix=".png", **options):
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 @pytest.mark.parametrize("photometric", [0, 1])
 def test_grey_tiffs_of_few_bits_hold_their_own_numbers(tmp_path, bits, photometric):
-    values = IDS % 2 ** bits
+    values = IDS & 2 ** bits - 1
     assert (np.asarray(open_mask(tiff(tmp_path / "m.tif", values, bits=bits, photometric=photometric))) == values).all()
 
 
@@ -333,7 +333,7 @@ def test_signed_and_32_bit_files_have_one_scale(tmp_path):
     assert pixels(tiff(tmp_path / "a.tif", np.array([[-32768, -1, 0, 32767]], np.int16), signed=True))[0, :, 0].tolist() == [0, 127, 128, 255]
     with pytest.raises(ValueError, match="floating-point pixels have no known range.*value_range"):
         read_image(save(tmp_path / "f.tif", dark.astype(np.float32)))
-    assert (pixels(tmp_path / "f.tif", value_range=(0, 400)) == 128).all()
+    assert np.abs(pixels(tmp_path / "f.tif", value_range=(0, 400)) - 127.5).max() <= 0.5
 
 
 def test_a_set_that_uses_less_than_an_eighth_stops_with_the_range_and_the_setting(tmp_path):
