@@ -224,7 +224,8 @@ def load_released(config: Config, run: Run) -> Mask2FormerSegmenter:
     model = build_model(config, backbone.embed_dim, backbone.patch_size).to(run.device).eval()
     line = load_weights(model, read_released_head(path), path, what="head")
     print(message, line, sep="\n", flush=True)
-    names, palette = read_classes(config.data.classes, config.data.num_classes)
+    names, palette = read_classes(config.data.classes, config.data.num_classes,
+                                  config.data.label_map)
     attach_backbone(model, backbone, config, names, palette)
     return model
 

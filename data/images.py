@@ -192,7 +192,7 @@ def _without(stem, suffixes):
 
 def _common_ending(images, masks):
     """What all masks have behind a photograph's name, None where they differ."""
-    endings = {next((mask[len(image):] for image in images if mask.startswith(image)), "") for mask in masks}
+    endings = {next((mask[len(image):] for image in images if mask.startswith(image)), "") for mask in masks[:100]}
     return endings.pop() if len(endings) == 1 and "" not in endings else None
 
 

@@ -24,6 +24,7 @@ UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4:
            8: Image.Transpose.ROTATE_90}
 # TIFF tags, and how many bytes a value of each of its types has
 SUBFILE, BITS, SAMPLES, PLANAR, EXTRA_SAMPLES, SAMPLE_FORMAT = 254, 258, 277, 284, 338, 339
+MOST_PAGES, MOST_TAGS = 1000, 4096          # more are damage, or malice
 READ_TAGS = (SUBFILE, BITS, SAMPLES, PLANAR, EXTRA_SAMPLES, SAMPLE_FORMAT)
 TIFF_TYPES = {1: "B", 3: "H", 4: "I", 16: "Q"}
 REDUCED, TRANSPARENCY_MASK = 1, 4           # bits of SUBFILE: an overview, not a page
@@ -103,13 +104,15 @@ def tiff_pages(path: str | Path) -> Iterator[dict[int, tuple[int, ...]]]:
         place = struct.unpack(order + ("Q" if big else "I"), head[8:16] if big else head[4:8])[0]
         count, entry, field = ("Q", "HHQ", 8) if big else ("H", "HHI", 4)
         seen = set()
-        while place and place not in seen:
+        while place and place not in seen and place < 2 ** 62 and len(seen) < MOST_PAGES:
             seen.add(place)
             file.seek(place)
             start = file.read(struct.calcsize(order + count))
             if len(start) < struct.calcsize(order + count):
                 return
-            number = min(struct.unpack(order + count, start)[0], 2 ** 16)
+            number = struct.unpack(order + count, start)[0]
+            if number > MOST_TAGS:
+                return
             size = struct.calcsize(order + entry) + field
             table = file.read(number * size + field)
             if len(table) < number * size + field:
@@ -128,7 +131,7 @@ def _tag(file, order, raw, entry, field):
     size = count * struct.calcsize(order + letter)
     data = raw[-field:]
     if size > field:
-        file.seek(int.from_bytes(data, "little" if order == "<" else "big"))
+        file.seek(min(int.from_bytes(data, "little" if order == "<" else "big"), 2 ** 62))
         data = file.read(size)
     return (tag, struct.unpack(f"{order}{count}{letter}", data[:size])) if len(data) >= size else None
 
