@@ -25,11 +25,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from data.image_splits import read_classes
+from data.image_splits import read_classes, training_doubts
 from data.images import list_images
 from models.dinov3 import FrozenBackbone
 from models.dinov3_adapter import DINOv3_Adapter
-from models.dinov3_weights import read_released_head
+from models.dinov3_weights import load_head, read_released_head
 from models.mask2former import Mask2FormerHead, Mask2FormerSegmenter
 from utils.cli import ArgumentParser, AtLeast, flags_config, flags_defaults, given_flags, run_main
 from utils.config import Config
@@ -147,21 +147,6 @@ def build_model(config: Config, embed_dim: int, patch_size: int) -> Mask2FormerS
     return Mask2FormerSegmenter(adapter, head)
 
 
-def load_head(model: Mask2FormerSegmenter, path: str) -> list[str]:
-    """Start from a released head or another run's; a class layer of other classes stays out."""
-    state = read_released_head(path)
-    own = model.state_dict()
-    lines = []
-    for name in [name for name in state if ".class_embed." in name and name in own]:
-        stored = state[name].shape
-        here = own[name].shape
-        if stored != here and stored[1:] == here[1:]:
-            lines = [f"the class layer starts anew: {stored[0] - 1} classes in the file, "
-                     f"{here[0] - 1} here"]
-            state[name] = own[name]
-    return [load_weights(model, state, path, what="head"), *lines]
-
-
 def build_criterion(config: Config) -> SetCriterion:
     return SetCriterion(config.data.num_classes, config.training.num_points,
                         ignore_in_mask_loss=config.training.ignore_in_mask_loss)
@@ -241,7 +226,8 @@ def load_released(config: Config, run: Run) -> Mask2FormerSegmenter:
     model = build_model(config, backbone.embed_dim, backbone.patch_size).to(run.device).eval()
     line = load_weights(model, read_released_head(path), path, what="head")
     print(message, line, sep="\n", flush=True)
-    names, palette = read_classes(config.data.classes, config.data.num_classes)
+    names, palette = read_classes(config.data.classes, config.data.num_classes,
+                                  config.data.label_map)
     attach_backbone(model, backbone, config, names, palette)
     return model
 
@@ -275,12 +261,14 @@ def main(argv=None) -> dict:
     training = config.training
 
     # data: every file is checked before the first step, by rank 0, and remembered
-    class_names, palette = read_classes(config.data.classes, config.data.num_classes)
+    class_names, palette = read_classes(config.data.classes, config.data.num_classes,
+                                        config.data.label_map)
     val_set = None
     with main_first():
         train_set = build_dataset(config, "train", args.seed, num_workers=args.num_workers)
         if config.evaluation.validate:
             val_set = build_dataset(config, "val", num_workers=args.num_workers)
+    run.messages += training_doubts(class_names, train_set, config.data)
     sampler = run.plan(len(train_set), config, batch_size=training.batch_size,
                        epochs=training.epochs, accumulate=training.accumulate,
                        compare=("data", "model", "training"), free=FREE_ON_RESUME)
@@ -299,7 +287,8 @@ def main(argv=None) -> dict:
     seed_everything(args.seed, args.deterministic)
     model = build_model(config, backbone.embed_dim, backbone.patch_size)
     if not run.restore(model) and config.model.head_weights is not None:
-        run.messages += load_head(model, config.model.head_weights)
+        path = config.model.head_weights
+        run.messages += load_head(model, read_released_head(path), path, ".class_embed.", extra=1)
     attach_backbone(model, backbone, config, class_names, palette)
     network = run.wrap(model)
 

@@ -29,8 +29,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.image_splits import class_info, folder_pairs
-from data.images import Augmentation, SegmentationDataset, check_pairs, list_images, pair_files
+from data.image_splits import (
+    check_file_settings,
+    checked_dataset,
+    class_info,
+    folder_pairs,
+    given_pairs,
+    mask_suffixes,
+    training_doubts,
+)
+from data.images import Augmentation, SegmentationDataset, list_images
 from models.deeplab import DeepLabV2, MultiScale, freeze_batch_norm, load_deeplab_weights
 from models.ppnet import PPNet, parameter_groups, ppnet_from_state
 from utils.checkpoint import find_resume, save_checkpoint
@@ -97,6 +105,10 @@ DEFAULTS = {
         "std": [0.229, 0.224, 0.225],
         "ignore_label": 255,                    # folder: the masks' value for unlabelled
         "reduce_zero_label": False,             # folder: 0 is unlabelled too, classes count from 1
+        "label_map": Setting(None, (str, dict)),    # folder: 0:0,255:1,4:ignore, or a file
+        "mask_suffix": Setting([], (list, str)),    # folder: masks are NAME_mask
+        "value_range": Setting(None, (list,)),      # black and white of images of more than 8 bits
+        "bands": Setting(None, (list,)),        # the three to see, from 1; None: the first
         "cache_dir": Setting(".cache/images", (str, type(None))),   # what the check of files found
     },
     "model": {
@@ -201,6 +213,10 @@ def check_config(config: Config) -> None:
     if model.num_classes != known:
         raise ValueError(f"model.num_classes={model.num_classes}: dataset.name={dataset.name} has "
                          f"{known} classes")
+    check_file_settings(dataset, model.num_classes)
+    if dataset.name in DATASETS and (dataset.label_map or dataset.mask_suffix):
+        raise ValueError(f"dataset.label_map, mask_suffix: dataset.name={dataset.name} has its own "
+                         f"numbers and names; leave them out")
     for key in ("steps", "train_last_layer"):
         if len(training[key]) != 3:
             raise ValueError(f"training.{key}={training[key]}: one value for each of the three "
@@ -219,6 +235,10 @@ def check_config(config: Config) -> None:
         raise ValueError(f"training.prune_threshold={training.prune_threshold}: at most "
                          f"training.prune_neighbors={training.prune_neighbors}, or no prototype is "
                          f"left")
+    side = max(dataset.window_size, default=0) * min([1, *model.scales])
+    if training.batch_size == 1 and side < 8 and not model.freeze_bn:
+        raise ValueError(f"training.batch_size=1 and dataset.window_size={dataset.window_size}: "
+                         f"batch norm cannot train on one cell; set one of them larger")
     if len(model.n_blocks) != 4 or min(model.n_blocks) < 1:
         raise ValueError(f"model.n_blocks={model.n_blocks}: the number of blocks of four stages")
     if not all(isinstance(scale, int | float) and 0 < scale <= 2 for scale in model.scales):
@@ -255,7 +275,7 @@ def class_list(config: Config) -> tuple[list[str], np.ndarray]:
     if data.name in DATASETS:
         known = DATASETS[data.name]
         return list(known.CLASS_NAMES), np.array(known.PALETTE, np.uint8)
-    return class_info(data.root, data.classes, config.model.num_classes)
+    return class_info(data.root, data.classes, config.model.num_classes, data.label_map)
 
 
 def build_dataset(config: Config, split: str, seed: int = 0, data_dir: str | None = None,
@@ -265,26 +285,20 @@ def build_dataset(config: Config, split: str, seed: int = 0, data_dir: str | Non
     data = config.dataset
     known = DATASETS.get(data.name)
     if data_dir is not None:
-        if label_dir is None:
-            raise ValueError("--label-dir is needed: the folder of the masks of --data-dir")
-        pairs = pair_files(list_images(data_dir), list_images(label_dir),
-                           ("--data-dir", "--label-dir"))
+        pairs = given_pairs(data_dir, label_dir, data)
     else:
         names = {"train": data.train_split, "val": data.val_split, "test": data.test_split,
                  "push": data.push_split or data.train_split}
         if names[split] is None:
             raise ValueError("there is no test split: set dataset.test_split, or score the "
                              "validation split")
-        pairs = (known.pairs if known else folder_pairs)(data.root, names[split])
-    table = known.LABEL_TABLE if known else None
+        pairs = (known.pairs(data.root, names[split]) if known else
+                 folder_pairs(data.root, names[split], mask_suffixes(data)))
     train = split == "train"
-    C = config.model.num_classes
-    check_pairs(pairs, C, data.ignore_label, data.reduce_zero_label, data.cache_dir,
-                max(1, num_workers), table=table)
-    return SegmentationDataset(pairs, tuple(data.window_size), C,
-                               build_augmentation(config) if train else None, data.ignore_label,
-                               data.reduce_zero_label, seed, "crops" if train else "whole",
-                               table=table)
+    return checked_dataset(data, pairs, num_workers, seed, "crops" if train else "whole",
+                           build_augmentation(config) if train else None,
+                           size=tuple(data.window_size), num_classes=config.model.num_classes,
+                           table=known.LABEL_TABLE if known else None)[0]
 
 
 def build_model(config: Config, state: dict | None = None) -> PPNet:
@@ -744,6 +758,7 @@ def main(argv=None) -> dict:
         datasets = tuple(build_dataset(config, split, args.seed, num_workers=args.num_workers)
                          for split in ("train", "val", "push"))
     train_set, _, push_set = datasets
+    run.messages += training_doubts(class_names, train_set, config.dataset)
     sampler = EpochBatchSampler(len(train_set), config.training.batch_size, args.seed,
                                 drop_last=True)
     lengths = stage_lengths(config, len(push_set), args.limit_batches)

@@ -26,10 +26,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data.image_splits import read_classes
+from data.image_splits import read_classes, training_doubts
 from data.images import list_images
 from models.dinov3 import FrozenBackbone
 from models.dinov3_adapter import DINOv3_Adapter
+from models.dinov3_weights import load_head, read_head
 from models.upernet import FCNHead, FeaturePyramidNeck, UPerHead, UPerNetSegmenter
 from utils.checks import check_range
 from utils.cli import ArgumentParser, AtLeast, flags_config, flags_defaults, given_flags, run_main
@@ -82,6 +83,7 @@ def make_parser() -> ArgumentParser:
                             "pyramid: four resized feature maps")
     model.add_argument("--hidden-dim", type=AtLeast(1), default=512)
     model.add_argument("--dropout", type=float, default=0.1, help="of the classifiers' input")
+    model.add_argument("--head-weights", metavar="FILE", help="start from the head of another run")
     model.add_argument("--gradient-checkpointing", action="store_true",
                        help="less memory, a third more time")
     training = parser.add_argument_group("training")
@@ -247,12 +249,14 @@ def main(argv=None) -> dict:
     training = config.training
 
     # data: every file is checked before the first step, by rank 0, and remembered
-    class_names, palette = read_classes(config.data.classes, config.data.num_classes)
+    class_names, palette = read_classes(config.data.classes, config.data.num_classes,
+                                        config.data.label_map)
     val_set = None
     with main_first():
         train_set = build_dataset(config, "train", args.seed, num_workers=args.num_workers)
         if config.evaluation.validate:
             val_set = build_dataset(config, "val", num_workers=args.num_workers)
+    run.messages += training_doubts(class_names, train_set, config.data)
     sampler = run.plan(len(train_set), config, batch_size=training.batch_size,
                        epochs=training.epochs, accumulate=training.accumulate,
                        compare=("data", "model", "training"), free=FREE_ON_RESUME)
@@ -271,7 +275,9 @@ def main(argv=None) -> dict:
     # The head starts the same, however the backbone came.
     seed_everything(args.seed, args.deterministic)
     model = build_model(config, backbone.embed_dim, backbone.patch_size)
-    run.restore(model)
+    if not run.restore(model) and config.model.head_weights is not None:
+        path = config.model.head_weights
+        run.messages += load_head(model, read_head(path), path, ".classifier.")
     attach_backbone(model, backbone, config, class_names, palette)
     network = run.wrap(model)
 

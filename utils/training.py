@@ -159,6 +159,11 @@ def restore_rng(checkpoint: Mapping | None, seed: int, step: int) -> None:
         torch.manual_seed(derived_seed(seed, rank(), step))
 
 
+# The flag that starts a new run from the weights of a checkpoint.
+FROM_WEIGHTS = {"train_segmentation.py": "--pretrained_path", "train_upernet_head.py": "--head-weights",
+                "train_m2f_head.py": "--head-weights"}
+
+
 def check_same_run(checkpoint: Mapping, config: Mapping, total_steps: int, sections: Sequence[str],
                    seed: int | None = None, except_keys: Sequence[str] = (),
                    batch_of_all_processes: bool = False) -> None:
@@ -170,6 +175,9 @@ def check_same_run(checkpoint: Mapping, config: Mapping, total_steps: int, secti
     counts the items of all processes together, not of one.
     """
     advice = "resume with the same config and data, or start afresh in another --output-dir"
+    flag = FROM_WEIGHTS.get(checkpoint.get("script"))
+    if checkpoint["total_steps"] < total_steps and flag and config["model"].get("name") != "deeplab_v2":
+        advice += f" from these weights, {flag} FILE"
     for section in sections:
         for key, value in config[section].items():
             before = checkpoint["config"].get(section, {}).get(key)
