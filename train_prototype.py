@@ -48,7 +48,7 @@ from utils.distributed import (
 from utils.image_inference import TTA_SCALES, View, build_normalizer
 from utils.image_scripts import attach, evaluate_photos, photo_pictures
 from utils.losses import MaskedCrossEntropyLoss
-from utils.metrics import metrics_table
+from utils.metrics import headline, metrics_table
 from utils.prototype_losses import off_class_l1, prototype_divergence, resize_label
 from utils.prototype_scripts import (
     DATASETS,
@@ -61,7 +61,7 @@ from utils.prototype_scripts import (
     write_explained,
     write_pages,
 )
-from utils.run import Run, add_run_flags, headline, main_first
+from utils.run import Run, add_run_flags, main_first
 from utils.schedule import build_scheduler
 from utils.training import build_loader, check_same_run, micro_steps
 from utils.weights import sha256_file
@@ -279,12 +279,12 @@ def build_dataset(config: Config, split: str, seed: int = 0, data_dir: str | Non
     table = known.LABEL_TABLE if known else None
     train = split == "train"
     C = config.model.num_classes
-    check_pairs(pairs, C, data.ignore_label, data.reduce_zero_label, data.cache_dir,
-                max(1, num_workers), table=table)
+    summary = check_pairs(pairs, C, data.ignore_label, data.reduce_zero_label, data.cache_dir,
+                          max(1, num_workers), table=table)
     return SegmentationDataset(pairs, tuple(data.window_size), C,
                                build_augmentation(config) if train else None, data.ignore_label,
                                data.reduce_zero_label, seed, "crops" if train else "whole",
-                               table=table)
+                               table=table, checked=summary)
 
 
 def build_model(config: Config, state: dict | None = None) -> PPNet:
@@ -739,12 +739,13 @@ def main(argv=None) -> dict:
     with main_first():
         datasets = tuple(build_dataset(config, split, args.seed, num_workers=args.num_workers)
                          for split in ("train", "val", "push"))
-    train_set, _, push_set = datasets
+    train_set, val_set, push_set = datasets
     sampler = EpochBatchSampler(len(train_set), config.training.batch_size, args.seed,
                                 drop_last=True)
     lengths = stage_lengths(config, len(push_set), args.limit_batches)
     run.total_steps = sum(length // config.training.accumulate
                           for name, length in lengths.items() if name not in SCANS)
+    run.check_data(train=train_set, val=val_set, push=push_set)
     check_resumed(run, config)
 
     # model; each training stage has an optimiser of its own

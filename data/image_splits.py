@@ -117,7 +117,7 @@ def checked_dataset(data: Mapping, pairs, num_workers: int = 2, seed: int = 0, v
     summary = check_pairs(pairs, data["num_classes"], data["ignore_label"], data["reduce_zero_label"],
                           data["cache_dir"] or None, max(1, num_workers))
     dataset = SegmentationDataset(pairs, data["image_size"], data["num_classes"], augmentation, data["ignore_label"],
-                                  data["reduce_zero_label"], seed, views)
+                                  data["reduce_zero_label"], seed, views, checked=summary)
     return dataset, summary
 
 

@@ -25,6 +25,8 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
 from utils.checks import check_choice, check_range
+from utils.files import remove_leftovers_once, replacing
+from utils.fingerprint import digest, fingerprint
 from utils.image_inference import window_starts
 from utils.log import progress
 from utils.losses import IGNORE_INDEX
@@ -37,7 +39,7 @@ ORIENTATION = 0x0112                        # the EXIF tag
 OUT_OF_RANGE = -1                           # in label_table: a file value that is no class
 PADDING = (124, 116, 104)                   # ImageNet's mean colour: about 0 once normalised
 CROP_TRIES = 10                             # for one that no class dominates (MMSegmentation's number)
-SCAN_VERSION = 1                            # raise it when _scan records something else
+SCAN_VERSION = 2                            # raise it when _scan records something else
 # NTSC's luma and two chroma axes: saturation scales the chroma plane, hue turns it
 YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
 COLORS = ("ssd", "factors")
@@ -99,11 +101,12 @@ def factor_range(value: Sequence[float] | float) -> tuple[float, ...]:
 
 class PairSummary(NamedTuple):
     """What check_pairs counted: sizes (N, 2) int64 height and width of every photograph, class_counts (C,) int64
-    pixels, ignored: unlabelled pixels."""
+    pixels, ignored: unlabelled pixels, fingerprint: of the files, see utils.fingerprint."""
 
     sizes: np.ndarray
     class_counts: np.ndarray
     ignored: int
+    fingerprint: dict
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
@@ -315,7 +318,9 @@ def check_pairs(pairs: Sequence[tuple[Path, Path]], num_classes: int, ignore_lab
         raise ValueError(f"{pairs[0][1] if pairs else 'no files'}: not one pixel of {len(pairs)} masks is labelled; "
                          f"check ignore_label and reduce_zero_label")
     sizes = np.array([record["size"][::-1] for record in records], np.int64)
-    return PairSummary(sizes, class_counts, int(counts[table == IGNORE_INDEX].sum()))
+    bytes_and_labels = ([record[name] for record in records] for name in ("bytes", "digest"))
+    return PairSummary(sizes, class_counts, int(counts[table == IGNORE_INDEX].sum()),
+                       fingerprint((record["image"] for record in records), *bytes_and_labels))
 
 
 def _problem(record, table):
@@ -351,8 +356,10 @@ def _scan(pair):
             image.draft(None, (1, 1))                       # JPEG: all bytes are read, an eighth of the pixels made
             to_rgb(image)
         with opened(pair[1], "mask") as mask:
-            record |= {"mask_size": list(mask.size), "mode": mask.mode}
-            counts = np.bincount(np.asarray(mask).ravel(), minlength=256) if mask.mode in MASK_MODES else []
+            record |= {"mask_size": list(mask.size), "mode": mask.mode, "bytes": os.path.getsize(pair[0])}
+            values = np.asarray(mask if mask.mode in MASK_MODES else [], np.uint8)
+            counts = np.bincount(values.ravel(), minlength=256)
+            record["digest"] = digest(values)
     except ValueError as error:
         return record | {"unreadable": str(error)}
     return record | {"histogram": {value: int(count) for value, count in enumerate(counts) if count}}
@@ -363,21 +370,36 @@ def _scan_all(pairs, cache_dir, workers):
     if cache_dir is not None:
         stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns)
                  for pair in pairs for path in map(Path, pair) if path.exists()]
-        digest = hashlib.sha256(json.dumps([SCAN_VERSION, len(pairs), stats]).encode()).hexdigest()
-        entry = Path(cache_dir) / f"checked_{digest[:32]}.json"
-        try:
-            records = json.loads(entry.read_text(encoding="utf-8"))
-            return [{**r, "histogram": {int(value): count for value, count in r["histogram"].items()}} for r in records]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            pass                                            # absent or damaged: read again, and written over
+        key = hashlib.sha256(json.dumps([SCAN_VERSION, len(pairs), stats]).encode()).hexdigest()
+        entry = Path(cache_dir) / f"checked_{key[:32]}.json"
+        remove_leftovers_once(cache_dir)
+        records = _read_records(entry)
+        if records is not None:
+            return records
     with ThreadPoolExecutor(max(1, workers)) as pool:       # Pillow decodes without Python's lock
         records = list(progress(pool.map(_scan, pairs), "checking images", len(pairs)))
     if entry is not None and not any("unreadable" in record for record in records):
         entry.parent.mkdir(parents=True, exist_ok=True)
-        temporary = entry.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(records), encoding="utf-8")
-        os.replace(temporary, entry)
+        text = json.dumps(records)
+        with replacing(entry, text=True) as file:
+            file.write(f"{_text_digest(text)}\n{text}")
     return records
+
+
+def _read_records(entry):
+    """The records of an earlier check, None where they are absent or damaged: read again, and written over."""
+    try:
+        checksum, _, text = entry.read_text(encoding="utf-8").partition("\n")
+    except (OSError, ValueError):
+        return None
+    if checksum != _text_digest(text):
+        return None
+    return [{**record, "histogram": {int(value): count for value, count in record["histogram"].items()}}
+            for record in json.loads(text)]
+
+
+def _text_digest(text):
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 # -- augmentation ------------------------------------------------------------------------------------------------------
@@ -459,13 +481,14 @@ class SegmentationDataset(Dataset):
     Item: image (3, H, W) uint8 RGB, label (H, W) int64, index: the item's number. Where a crop is larger than the
     image, PADDING and IGNORE_INDEX fill it at the right and bottom. Images are resized bilinearly with antialiasing,
     masks to the nearest pixel, both from the very same box. table (256,): labels of the file values, for label_table's.
-    Randomness depends on (seed, epoch, item) alone. files and pairs are those given; ValueError for wrong settings, and
-    for wrong files as they are met (see check_pairs).
+    Randomness depends on (seed, epoch, item) alone. files and pairs are those given; checked: what check_pairs found of
+    them. ValueError for wrong settings, and for wrong files as they are met (see check_pairs).
     """
 
     def __init__(self, pairs: Sequence[tuple[Path, Path]], image_size: int | tuple[int, int], num_classes: int,
                  augmentation: Augmentation | None = None, ignore_label: int = 255, reduce_zero_label: bool = False,
-                 seed: int = 0, views: str = "crops", table: np.ndarray | None = None) -> None:
+                 seed: int = 0, views: str = "crops", table: np.ndarray | None = None,
+                 checked: PairSummary | None = None) -> None:
         check_choice("views", views, ("crops", "windows", "whole"))
         self.size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)       # (S, T)
         if len(self.size) != 2:
@@ -479,6 +502,7 @@ class SegmentationDataset(Dataset):
         self.image_size = image_size
         self.seed = seed
         self.views = views
+        self.checked = checked
         self.epoch = 0
         self.augmentation = augmentation and augmentation.check()
         if augmentation is not None and augmentation.padding >= min(self.size):
@@ -486,6 +510,11 @@ class SegmentationDataset(Dataset):
                              f"show nothing else; choose less")
         self.table = _checked_table(table, num_classes, ignore_label, reduce_zero_label)
         self._windows = list(self._find_windows()) if views == "windows" else None
+
+    def fingerprint(self) -> dict:
+        """Names and sizes of the photographs and digests of the masks, see utils.fingerprint, as check_pairs found
+        them."""
+        return self.checked.fingerprint
 
     def _find_windows(self):
         """(photograph, size it is resized to, part of it: left, top, width, height) of every window."""
