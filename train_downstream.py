@@ -587,9 +587,8 @@ def main(argv=None) -> dict:
     training = config.training
     if training.resume and not args.resume:
         args.resume = "auto"
-    notes = command_line_wins(config, args, "paths.checkpoint_dir", "paths.log_dir")
+    command_line_wins(config, args, "paths.checkpoint_dir", "paths.log_dir")
     run = Run(args, SCRIPT, DEFAULTS, config.paths.checkpoint_dir, config.paths.log_dir)
-    run.messages += notes
     if args.test_only:
         return test_only(run, config)
     run.messages += not_needed_lines(config, NOT_NEEDED)

@@ -510,9 +510,8 @@ def test_only(run: Run, config: Config) -> dict:
 def main(argv=None) -> dict:
     args = parse_args(argv)
     config = read_config(args, argv)
-    notes = command_line_wins(config, args, "checkpointing.dir", "logging.dir")
+    command_line_wins(config, args, "checkpointing.dir", "logging.dir")
     run = Run(args, SCRIPT, DEFAULTS, config.checkpointing.dir, config.logging.dir)
-    run.messages += notes
     if args.test_only:
         return test_only(run, config)
     training = config.training

@@ -461,9 +461,8 @@ def main(argv=None) -> dict:
     args = parse_args(argv)
     config = read_config(args)
     training = config.training
-    notes = command_line_wins(config, args, "paths.checkpoint_dir", "paths.log_dir")
+    command_line_wins(config, args, "paths.checkpoint_dir", "paths.log_dir")
     run = Run(args, SCRIPT, DEFAULTS, config.paths.checkpoint_dir, config.paths.log_dir)
-    run.messages += notes
     if args.test_only:
         return test_only(run, config)
     if training.batch_size % run.world:

@@ -31,7 +31,9 @@ def claim_folder(folder: RunFolder, script: str, args: argparse.Namespace) -> Ru
         experiment = getattr(args, "experiment", None)
         advice = "choose another folder for checkpoints (--checkpoint-dir, or the setting of the config)"
     check_folder(folder.model, script, advice, experiment)
-    return RunLock(script, (folder.model, folder.log, folder.config) if is_main() else ())
+    lock = RunLock(script, (folder.model, folder.log, folder.config) if is_main() else ())
+    lock.messages += getattr(args, "notes", [])             # see command_line_wins
+    return lock
 
 
 def open_checkpoint(args: argparse.Namespace, path: Path | None, script: str, defaults: Mapping,
