@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tokenize
 import zipfile
 from pathlib import Path
 from typing import IO
@@ -9,6 +10,9 @@ from typing import IO
 import numpy as np
 
 MODULUS = 1 << 64
+# What NumPy raises for the header of a damaged file, which it parses as Python.
+DAMAGED = (OSError, EOFError, ValueError, TypeError, AttributeError, KeyError, SyntaxError, OverflowError, MemoryError,
+           tokenize.TokenError, zipfile.BadZipFile)
 
 
 def checksum(array: np.ndarray) -> int:
@@ -47,7 +51,7 @@ def open_array(path: str | Path) -> tuple[np.ndarray, np.ndarray] | None:
         with open(path, "rb") as file:
             file.seek(array.offset + array.nbytes)
             return array, np.lib.format.read_array(file)
-    except (OSError, EOFError, ValueError, AttributeError, zipfile.BadZipFile):
+    except DAMAGED:
         return None
 
 

@@ -151,11 +151,7 @@ class RunLock:
         path = folder / LOCK
         with _alone(folder):
             if path.is_symlink() or path.exists():
-                holder = read_lock(path)
-                _check_free(path, holder)
-                if holder.get("pid") != os.getpid():        # an earlier run of this very process has ended
-                    self.messages.append(f"{path}: taken over from {_described(holder)}, which ended without "
-                                         f"removing it")
+                self.messages += _left_over(path)
                 path.unlink()
             try:
                 with open(path, "x", encoding="utf-8") as file:
@@ -192,15 +188,19 @@ def read_lock(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _check_free(path: Path, holder: dict) -> None:
-    if not holder or holder["pid"] == os.getpid():
-        return
-    if holder.get("host") != socket.gethostname():
+def _left_over(path: Path) -> list[str]:
+    """A line about a lock that nobody holds, but for one of this very process, whose run has ended. ValueError for a
+    lock that is held, or may be."""
+    holder = read_lock(path)
+    if holder and holder.get("host") != socket.gethostname():
         raise ValueError(f"{path.parent}: in use by {_described(holder)} on {holder.get('host')}; wait for it or "
                          f"choose another --output-dir; if it no longer runs there, remove {path}")
-    if is_running(holder["pid"], holder["started"]):
+    if holder and (holder["pid"], holder["started"]) == (os.getpid(), started(os.getpid())):
+        return []
+    if holder and is_running(holder["pid"], holder["started"]):
         raise ValueError(f"{path.parent}: in use by {_described(holder)}; wait for it, stop it, or choose another "
                          f"--output-dir")
+    return [f"{path}: taken over from {_described(holder)}, which ended without removing it"]
 
 
 def _described(holder: dict) -> str:

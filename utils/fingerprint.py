@@ -36,7 +36,7 @@ def changes(before: Mapping[str, Mapping], now: Mapping[str, Mapping]) -> str | 
 
 
 def _difference(before: Mapping, now: Mapping) -> str | None:
-    names = before["names"].split("\0"), now["names"].split("\0")
+    names = [part["names"].split("\0") if part["names"] else [] for part in (before, now)]
     gone, new = ([name for name in one if name not in other]
                  for one, other in zip(names, (set(names[1]), set(names[0])), strict=True))
     parts = [f"{_listed(listed)} {what}" for listed, what in ((gone, "is gone"), (new, "is new")) if listed]
