@@ -52,7 +52,7 @@ from models.pretrained_mesh import (
 from utils.checkpoint import EarlyStopping
 from utils.checks import check_choice, check_names, check_positive, check_range
 from utils.cli import ArgumentParser, run_main
-from utils.config import Config, Required, Setting, load_config, not_needed_lines
+from utils.config import Config, Required, Setting, command_line_wins, load_config, not_needed_lines
 from utils.distributed import all_reduce_sum, unwrap
 from utils.ema import EMA, averaged, load_averaged
 from utils.losses import MaskedCrossEntropyLoss
@@ -63,10 +63,10 @@ from utils.mesh_scripts import (
     mesh_pictures,
     write_mesh_label,
 )
-from utils.metrics import metrics_table
+from utils.metrics import headline, metrics_table
 from utils.params import describe_parameters, layerwise_groups
 from utils.render import palette
-from utils.run import Run, add_run_flags, headline, main_first
+from utils.run import Run, add_run_flags, main_first
 from utils.schedule import SCHEDULES, build_scheduler
 from utils.training import build_loader, check_same_run, micro_steps, to_device
 from utils.weights import load_weights, sha256_file
@@ -588,6 +588,7 @@ def main(argv=None) -> dict:
     training = config.training
     if training.resume and not args.resume:
         args.resume = "auto"
+    command_line_wins(config, args, "paths.checkpoint_dir", "paths.log_dir")
     run = Run(args, SCRIPT, DEFAULTS, config.paths.checkpoint_dir, config.paths.log_dir)
     if args.test_only:
         return test_only(run, config)
@@ -597,6 +598,7 @@ def main(argv=None) -> dict:
     with main_first():
         val_set = build_dataset(config, "val")
         train_set = build_dataset(config, "train", args.seed) if training.epochs else val_set
+    run.check_data(train=train_set, val=val_set)
     sampler = run.plan(len(train_set), config, batch_size=training.batch_size,
                        epochs=training.epochs, accumulate=training.accumulation_steps,
                        compare=COMPARED, free=FREE_ON_RESUME)

@@ -39,7 +39,7 @@ from models.jepa_monitors import measure
 from models.nomeformer import Nomeformer
 from utils.checks import check_positive
 from utils.cli import ArgumentParser, run_main
-from utils.config import Config, Required, Setting, load_config
+from utils.config import Config, Required, Setting, command_line_wins, load_config
 from utils.distributed import all_reduce_sum, is_main, world_size
 from utils.jepa_scripts import Monitors, Probe, monitor_line
 from utils.params import split_decay
@@ -452,6 +452,7 @@ def main(argv=None) -> dict:
     training = config.training
     if training.resume and not args.resume:
         args.resume = "auto"
+    command_line_wins(config, args, "paths.checkpoint_dir", "paths.log_dir")
     run = Run(args, SCRIPT, DEFAULTS, config.paths.checkpoint_dir, config.paths.log_dir)
     if args.test_only:
         return test_only(run, config)
@@ -462,6 +463,7 @@ def main(argv=None) -> dict:
         meshes = build_dataset(config, train_files, args.seed, descriptors=config.loss.delta > 0)
         train_set = MaskedMeshes(meshes, mask_spec(config), args.seed)
         watched = monitor_batch(config, val_files or train_files, args.seed)
+    run.check_data(train=meshes)
     sampler = run.plan(len(train_set), config, batch_size=training.batch_size,
                        epochs=training.epochs, compare=COMPARED, free=FREE_ON_RESUME)
 

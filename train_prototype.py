@@ -56,7 +56,7 @@ from utils.distributed import (
 from utils.image_inference import TTA_SCALES, View, build_normalizer
 from utils.image_scripts import attach, evaluate_photos, photo_pictures
 from utils.losses import MaskedCrossEntropyLoss
-from utils.metrics import metrics_table
+from utils.metrics import headline, metrics_table
 from utils.prototype_losses import off_class_l1, prototype_divergence, resize_label
 from utils.prototype_scripts import (
     DATASETS,
@@ -69,7 +69,7 @@ from utils.prototype_scripts import (
     write_explained,
     write_pages,
 )
-from utils.run import Run, add_run_flags, headline, main_first
+from utils.run import Run, add_run_flags, main_first
 from utils.schedule import build_scheduler
 from utils.training import build_loader, check_same_run, micro_steps
 from utils.weights import sha256_file
@@ -757,13 +757,14 @@ def main(argv=None) -> dict:
     with main_first():
         datasets = tuple(build_dataset(config, split, args.seed, num_workers=args.num_workers)
                          for split in ("train", "val", "push"))
-    train_set, _, push_set = datasets
+    train_set, val_set, push_set = datasets
     run.messages += training_doubts(class_names, train_set, config.dataset)
     sampler = EpochBatchSampler(len(train_set), config.training.batch_size, args.seed,
                                 drop_last=True)
     lengths = stage_lengths(config, len(push_set), args.limit_batches)
     run.total_steps = sum(length // config.training.accumulate
                           for name, length in lengths.items() if name not in SCANS)
+    run.check_data(train=train_set, val=val_set, push=push_set)
     check_resumed(run, config)
 
     # model; each training stage has an optimiser of its own

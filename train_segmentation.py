@@ -40,7 +40,7 @@ from models.unet import UNet, is_unet, load_unet_weights, read_unet_weights
 from utils.checkpoint import EarlyStopping
 from utils.checks import check_positive, check_range
 from utils.cli import ArgumentParser, given_flags, run_main
-from utils.config import Config, Required, Setting, load_config
+from utils.config import Config, Required, Setting, command_line_wins, load_config
 from utils.distributed import all_reduce_sum, broadcast_buffers
 from utils.ema import EMA, averaged, load_averaged
 from utils.image_inference import TTA_SCALES, View, build_normalizer
@@ -52,10 +52,10 @@ from utils.image_scripts import (
     write_photo_label,
 )
 from utils.losses import WeightedLoss, class_weights, lovasz_softmax_loss, soft_dice_loss
-from utils.metrics import metrics_table
+from utils.metrics import headline, metrics_table
 from utils.params import describe_parameters, split_decay
 from utils.postprocess import build_refine
-from utils.run import Run, add_run_flags, headline, main_first
+from utils.run import Run, add_run_flags, main_first
 from utils.schedule import SCHEDULES, build_scheduler
 from utils.training import build_loader, check_same_run, micro_steps
 
@@ -73,7 +73,7 @@ COMPARED = ("dataset", "augmentations", "model", "optimizer", "scheduler", "loss
 # Steps are compared as well.
 FREE_ON_RESUME = ("dataset.test_split", "dataset.classes", "dataset.cache_dir", "model.weights",
                   "model.pretrained", "training.batch_size", "training.num_workers",
-                  "training.resume")
+                  "training.amp", "training.resume")
 
 DEFAULTS = {
     "experiment_name": Setting(None, (str,)),   # the run folder is exp/NAME, or --output-dir
@@ -234,6 +234,7 @@ def read_config(args, argv) -> Config:
     check_config(config)
     if "output_dir" not in given and config.experiment_name:
         args.output_dir = f"exp/{config.experiment_name}"
+    args.experiment = config.experiment_name
     if training.resume and not args.resume:
         args.resume = "auto"
     args.seed = training.seed
@@ -526,6 +527,7 @@ def test_only(run: Run, config: Config) -> dict:
 def main(argv=None) -> dict:
     args = parse_args(argv)
     config = read_config(args, argv)
+    command_line_wins(config, args, "checkpointing.dir", "logging.dir")
     run = Run(args, SCRIPT, DEFAULTS, config.checkpointing.dir, config.logging.dir)
     if args.test_only:
         return test_only(run, config)
@@ -539,6 +541,7 @@ def main(argv=None) -> dict:
         train_set = build_dataset(config, "train", args.seed)
         val_set = build_dataset(config, "val")
     run.messages += training_doubts(class_names, train_set, data)
+    run.check_data(train=train_set, val=val_set)
     sampler = run.plan(len(train_set), config, batch_size=training.batch_size,
                        epochs=training.epochs, accumulate=training.accumulate_grad_batches,
                        drop_last=True, compare=COMPARED, free=FREE_ON_RESUME)

@@ -257,6 +257,7 @@ def main(argv=None) -> dict:
         if config.evaluation.validate:
             val_set = build_dataset(config, "val", num_workers=args.num_workers)
     run.messages += training_doubts(class_names, train_set, config.data)
+    run.check_data(train=train_set, val=val_set)
     sampler = run.plan(len(train_set), config, batch_size=training.batch_size,
                        epochs=training.epochs, accumulate=training.accumulate,
                        compare=("data", "model", "training"), free=FREE_ON_RESUME)

@@ -189,7 +189,7 @@ def checked_dataset(data: Mapping, pairs, num_workers: int = 2, seed: int = 0, v
     summary = check_pairs(pairs, num_classes, cache_dir=data["cache_dir"] or None, workers=max(1, num_workers),
                           masks=masks, photos=photos)
     dataset = SegmentationDataset(pairs, data["image_size"] if size is None else size, num_classes, augmentation,
-                                  seed=seed, views=views, masks=masks, photos=photos)
+                                  seed=seed, views=views, masks=masks, photos=photos, checked=summary)
     dataset.class_counts = summary.class_counts
     dataset.doubts = summary.doubts
     return dataset, summary

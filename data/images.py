@@ -30,6 +30,8 @@ from data.masks import open_mask as open_mask
 from data.photos import AS_STORED, ORIENTATION, PhotoFormat, examine, opened, set_doubts, to_rgb
 from data.photos import read_image as read_image
 from utils.checks import check_choice, check_range
+from utils.files import remove_leftovers_once, replacing
+from utils.fingerprint import fingerprint
 from utils.image_inference import window_starts
 from utils.log import progress
 from utils.losses import IGNORE_INDEX
@@ -100,12 +102,14 @@ def factor_range(value: Sequence[float] | float) -> tuple[float, ...]:
 
 class PairSummary(NamedTuple):
     """What check_pairs counted: sizes (N, 2) int64 height and width of every photograph, class_counts (C,) int64
-    pixels, ignored: unlabelled pixels, doubts: warnings of what may be read wrongly."""
+    pixels, ignored: unlabelled pixels, doubts: warnings of what may be read wrongly, fingerprint: of the files, see
+    utils.fingerprint."""
 
     sizes: np.ndarray
     class_counts: np.ndarray
     ignored: int
     doubts: list[str]
+    fingerprint: dict
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
@@ -227,7 +231,9 @@ def check_pairs(pairs: Sequence[tuple[Path, Path]], num_classes: int, ignore_lab
         raise ValueError(f"{pairs[0][1] if pairs else 'no files'}: not one pixel of {len(pairs)} masks is labelled; "
                          f"check ignore_label and reduce_zero_label")
     sizes = np.array([record["size"][::-1] for record in records], np.int64)
-    return PairSummary(sizes, class_counts, ignored, doubts)
+    bytes_and_labels = ([record[name] for record in records] for name in ("bytes", "digest"))
+    return PairSummary(sizes, class_counts, ignored, doubts,
+                       fingerprint((record["image"] for record in records), *bytes_and_labels))
 
 
 def _problem(record, wrong_mask, photos):
@@ -263,7 +269,7 @@ def _scan(pair):
             if 0 in image.size:
                 raise ValueError("not one pixel")
             image.draft(None, (1, 1))                       # JPEG: all bytes are read, an eighth of the pixels made
-            record |= examine(image)
+            record |= {"bytes": os.path.getsize(pair[0]), **examine(image)}
         return record | examine_mask(pair[1])
     except ValueError as error:
         return record | {"unreadable": str(error)}
@@ -281,21 +287,35 @@ def _scan_all(pairs, cache_dir, workers):
     if cache_dir is not None:
         stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns)
                  for pair in pairs for path in map(Path, pair) if path.exists()]
-        digest = hashlib.sha256(json.dumps([SCAN_VERSION, len(pairs), stats]).encode()).hexdigest()
-        entry = Path(cache_dir) / f"checked_{digest[:32]}.json"
-        try:
-            return [_with_numbers(record) for record in json.loads(entry.read_text(encoding="utf-8"))
-                    if record["histogram"] is not None]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            pass                                            # absent or damaged: read again, and written over
+        key = hashlib.sha256(json.dumps([SCAN_VERSION, len(pairs), stats]).encode()).hexdigest()
+        entry = Path(cache_dir) / f"checked_{key[:32]}.json"
+        remove_leftovers_once(cache_dir)
+        records = _read_records(entry)
+        if records is not None:
+            return records
     with ThreadPoolExecutor(max(1, workers)) as pool:       # Pillow decodes without Python's lock
         records = list(progress(pool.map(_scan, pairs), "checking images", len(pairs)))
     if entry is not None and not any("unreadable" in record for record in records):
         entry.parent.mkdir(parents=True, exist_ok=True)
-        temporary = entry.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(records), encoding="utf-8")
-        os.replace(temporary, entry)
+        text = json.dumps(records)
+        with replacing(entry, text=True) as file:
+            file.write(f"{_text_digest(text)}\n{text}")
     return records
+
+
+def _read_records(entry):
+    """The records of an earlier check, None where they are absent or damaged: read again, and written over."""
+    try:
+        checksum, _, text = entry.read_text(encoding="utf-8").partition("\n")
+    except (OSError, ValueError):
+        return None
+    if checksum != _text_digest(text):
+        return None
+    return [_with_numbers(record) for record in json.loads(text)]
+
+
+def _text_digest(text):
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 # -- augmentation ------------------------------------------------------------------------------------------------------
@@ -378,14 +398,15 @@ class SegmentationDataset(Dataset):
     image, PADDING and IGNORE_INDEX fill it at the right and bottom. Images are resized bilinearly with antialiasing,
     masks to the nearest pixel, both from the very same box. masks: how masks are read (check_pairs decides what it can
     only tell from the whole set), in place of a table (256,) of the labels of file values, or of label_table's; photos:
-    how photographs are. Randomness depends on (seed, epoch, item) alone. files and pairs are those given; ValueError
-    for wrong settings, and for wrong files as they are met (see check_pairs).
+    how photographs are; checked: what check_pairs found of the pairs. Randomness depends on (seed, epoch, item) alone.
+    files and pairs are those given; ValueError for wrong settings, and for wrong files as they are met (see
+    check_pairs).
     """
 
     def __init__(self, pairs: Sequence[tuple[Path, Path]], image_size: int | tuple[int, int], num_classes: int,
                  augmentation: Augmentation | None = None, ignore_label: int = 255, reduce_zero_label: bool = False,
                  seed: int = 0, views: str = "crops", table: np.ndarray | None = None, masks: MaskReader | None = None,
-                 photos: PhotoFormat = AS_STORED) -> None:
+                 photos: PhotoFormat = AS_STORED, checked: PairSummary | None = None) -> None:
         check_choice("views", views, ("crops", "windows", "whole"))
         self.size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)       # (S, T)
         if len(self.size) != 2:
@@ -399,6 +420,7 @@ class SegmentationDataset(Dataset):
         self.image_size = image_size
         self.seed = seed
         self.views = views
+        self.checked = checked
         self.epoch = 0
         self.augmentation = augmentation and augmentation.check()
         if augmentation is not None and augmentation.padding >= min(self.size):
@@ -408,6 +430,11 @@ class SegmentationDataset(Dataset):
         self.table = self.masks.table
         self.photos = photos
         self._windows = list(self._find_windows()) if views == "windows" else None
+
+    def fingerprint(self) -> dict:
+        """Names and sizes of the photographs and digests of the masks, see utils.fingerprint, as check_pairs found
+        them."""
+        return self.checked.fingerprint
 
     def _find_windows(self):
         """(photograph, size it is resized to, part of it: left, top, width, height) of every window."""

@@ -16,6 +16,7 @@ from PIL import Image
 from data.label_map import LabelMap
 from data.photos import ASSOCIATED, EXTRA_SAMPLES, _depth, _rawmode, opened
 from utils.checks import check_range
+from utils.fingerprint import digest
 from utils.losses import IGNORE_INDEX
 
 OUT_OF_RANGE = -1                           # in label_table: a file value that is no class
@@ -155,7 +156,7 @@ def color_of(key: int) -> tuple[int, int, int]:
 def examine_mask(path: str | Path) -> dict:
     """What the check of a data set has to know of a mask, in plain types, independent of all settings: mask_size; kind
     (ids, deep, colors), histogram {value: pixels}, colors {key: pixels}, palette {value: key} behind the values used;
-    or mask_problem."""
+    or mask_problem; digest: of the values."""
     with opened(path, "mask") as mask:
         size = list(mask.size)
     image, problem = load_mask(path)
@@ -163,6 +164,7 @@ def examine_mask(path: str | Path) -> dict:
     if problem is not None:
         return record | {"mask_problem": problem}
     values = np.asarray(image)
+    record["digest"] = digest(values)
     if image.mode == "RGB":
         keys, counts = np.unique(color_keys(values), return_counts=True)
         most = slice(None, MOST_VALUES)

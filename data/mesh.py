@@ -13,14 +13,12 @@ import fnmatch
 import hashlib
 import json
 import math
-import os
-import tempfile
 import zipfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,7 +38,10 @@ from data.mesh_features import (
     weld,
 )
 from data.mesh_io import Mesh, find_label_file, read_labels, read_mesh
+from utils.array_file import checksum, load_checked, new_array, write_checks
 from utils.checks import check_choice, check_range
+from utils.files import remove_leftovers_once, replacing
+from utils.fingerprint import digest, fingerprint
 from utils.log import progress
 from utils.losses import IGNORE_INDEX
 from utils.seed import derived_seed
@@ -194,10 +195,13 @@ def cached_arrays(path: str | Path, settings: list, names: Collection[str], cach
     key = hashlib.sha256(Path(path).read_bytes())
     key.update(json.dumps([Path(path).suffix.lower(), *settings]).encode())
     entry = Path(cache_dir) / f"{key.hexdigest()[:32]}.npz"
+    remove_leftovers_once(cache_dir)
     arrays = _read_cache(entry, names)
     if arrays is None:
         arrays = compute()
-        write_whole(entry, lambda file: np.savez(file, **arrays))
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(entry) as file:
+            np.savez(file, **arrays)                        # a zip archive, which has checksums
     return arrays
 
 
@@ -207,19 +211,6 @@ def _read_cache(entry, names):
             return {name: stored[name] for name in names}
     except (OSError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile):
         return None                                         # absent or damaged: prepared again, and written over
-
-
-def write_whole(entry: Path, save: Callable[[IO[bytes]], None]) -> None:
-    """Write a file through save(file) that is there whole or not at all."""
-    entry.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=entry.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            save(file)
-        os.replace(temporary, entry)
-    except BaseException:                                   # Ctrl-C too: leave nothing half written
-        os.unlink(temporary)
-        raise
 
 
 def hold_out(files: Sequence[Path], patterns: Sequence[str]) -> tuple[list[Path], list[Path]]:
@@ -391,6 +382,11 @@ class MeshDataset(Dataset):
         """What a network sees of an item besides its features, centroid and face_index: see CachedFeatures."""
         return ""
 
+    def fingerprint(self) -> dict:
+        """Names, sizes in bytes and digests of the labels of the files, see utils.fingerprint."""
+        sizes = [path.stat().st_size for path in self.files]
+        return fingerprint(self.files, sizes, [digest(label) for label in self.labels])
+
     @staticmethod
     def collate_fn(batch: Sequence[dict]) -> dict:
         """A batch of items of this kind of data set."""
@@ -492,23 +488,20 @@ class CachedFeatures(Dataset):
             self._embedding = self._compute(embed, path)
 
     def _load(self, path):
-        try:
-            stored = None if path is None else np.load(path, mmap_mode="r")
-        except (FileNotFoundError, ValueError, EOFError):
-            return None                                                          # absent or cut short: computed again
+        if path is None:
+            return None
+        remove_leftovers_once(path.parent)
+        stored = load_checked(path)                                              # None: absent or damaged
         return stored if stored is not None and len(stored) == self._bounds[-1] else None
 
     def _compute(self, embed, path):
         if path is None:
             return self._fill(embed, lambda shape: np.empty(shape, np.float32))
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            self._fill(embed, lambda shape: np.lib.format.open_memmap(temporary, "w+", np.float32, shape)).flush()
-            os.replace(temporary, path)
-        except BaseException:                               # Ctrl-C too: leave nothing half written
-            temporary.unlink(missing_ok=True)
-            raise
+        with replacing(path) as file:
+            out = self._fill(embed, lambda shape: new_array(file, np.float32, shape))
+            out.flush()
+            write_checks(file, [checksum(out)])
         return np.load(path, mmap_mode="r")
 
     def _fill(self, embed, allocate):

@@ -13,7 +13,8 @@ from utils.cli import ArgumentParser, StopRequested
 from utils.config import Config
 from utils.ema import EMA
 from utils.log import read_log
-from utils.run import Run, add_run_flags, headline
+from utils.metrics import headline
+from utils.run import Run, add_run_flags
 from utils.training import build_loader, micro_steps
 
 SCRIPT = "train_tiny.py"

@@ -38,8 +38,8 @@ from utils.config import Config
 from utils.device import autocast
 from utils.distributed import unwrap
 from utils.image_inference import TTA_SCALES, View, evaluate_images, pad_to_multiple, resized_shape, segment_image
-from utils.metrics import metrics_table
-from utils.run import Run, headline, main_first
+from utils.metrics import headline, metrics_table
+from utils.run import Run, main_first
 
 FREE_ON_RESUME = ("training.batch_size", "training.log_interval", "training.save_interval", "model.backbone_weights",
                   "data.val_image_paths", "data.val_mask_paths", "data.test_image_paths", "data.test_mask_paths",

@@ -25,7 +25,7 @@ from models.downstream import DownstreamClassifier, SurfaceClassifier, face_logi
 from utils.device import autocast
 from utils.distributed import all_reduce_sum, own_share
 from utils.log import progress
-from utils.metrics import ConfusionMatrix, miou_of_each, segmentation_metrics
+from utils.metrics import ConfusionMatrix, miou_of_labels, segmentation_metrics
 from utils.render import label_colors, pca_colors, render_mesh
 from utils.run import main_first
 from utils.seed import seed_worker
@@ -89,7 +89,7 @@ def evaluate_meshes(model: DownstreamClassifier, dataset: MeshDataset, device: t
     started = time.monotonic()
     C = model.num_classes
     loss = weight = 0.0
-    pairs = []
+    examples = []
     predictions = {}
     for index, probability, loss_sum, loss_weight in mesh_probabilities(
             model, dataset, device, amp_dtype, batch_size, num_workers, limit_batches, criterion):
@@ -98,13 +98,10 @@ def evaluate_meshes(model: DownstreamClassifier, dataset: MeshDataset, device: t
         predictions[index] = pred
         loss += loss_sum
         weight += loss_weight
-        pairs.append(np.bincount((label * C + pred)[label >= 0], minlength=C * C).reshape(C, C))
+        examples.append((index, dataset.files[index].stem, miou_of_labels(pred, label, C)))
     # Counted all at once: a call per mesh would cost a tenth of the time of small meshes.
     by_count, by_area = ConfusionMatrix(C), ConfusionMatrix(C)
-    examples = []
     if predictions:
-        examples = [(index, dataset.files[index].stem, float(score))
-                    for index, score in zip(predictions, miou_of_each(np.stack(pairs)), strict=True)]
         pred, label = (torch.from_numpy(np.concatenate([values[index] for index in predictions]))
                        for values in (predictions, dataset.labels))
         area = np.concatenate([dataset.mesh(index).area for index in predictions])

@@ -19,29 +19,33 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from utils.checkpoint import CheckpointKeeper, EarlyStopping, RunFolder, entry_of, find_resume, load_checkpoint
-from utils.cli import ArgumentParser, AtLeast, StopRequested, StopSignal
-from utils.config import Config, override_config
+from utils.checkpoint import CheckpointKeeper, EarlyStopping, RunFolder, entry_of, find_resume
+from utils.cli import ArgumentParser, AtLeast, Given, StopRequested, StopSignal
+from utils.config import Config
 from utils.device import AMP_DTYPES, amp_settings, autocast, describe
 from utils.distributed import EpochBatchSampler, all_agree_max, barrier, broadcast_buffers, cleanup, is_main, join
 from utils.log import RunLog
 from utils.metrics import single_numbers
+from utils.run_folder import check_same_data, claim_folder, open_checkpoint, restore_scaler, write_run_files
 from utils.seed import seed_everything
-from utils.training import Totals, check_same_run, optimizer_step, restore_rng, rng_entries, write_run_files
+from utils.training import Totals, check_finite, check_same_run, optimizer_step, restore_rng, rng_entries
 from utils.weights import load_weights
 
 
 def add_run_flags(parser: ArgumentParser, script: str, num_workers: int | None = 4) -> None:
     """The flags of a run, the same in all scripts. They are no part of the experiment, so not of its config."""
     add = parser.add_argument
-    add("--output-dir", default=f"exp/{script.removeprefix('train_').removesuffix('.py')}", help="run folder")
+    folder = f"exp/{script.removeprefix('train_').removesuffix('.py')}"
+    add("--output-dir", action=Given, default=folder, help="run folder")
     add("--resume", metavar="PATH|auto", help="go on from a checkpoint; auto: the run folder's newest")
+    add("--data-changed", action="store_true", help="go on although files or labels are not the checkpoint's")
     add("--test-only", action="store_true", help="score the --resume checkpoint and stop")
     add("--seed", type=int, default=0)
     add("--deterministic", action="store_true", help="deterministic GPU kernels, slower")
     add("--device", help="cpu, cuda, cuda:1, mps; default: the best there is")
     add("--amp-dtype", choices=tuple(AMP_DTYPES), help="default: bfloat16 on CUDA, else float32")
     add("--compile", action="store_true", help="torch.compile the network")
+    add("--threads", type=AtLeast(1), metavar="N", help="of PyTorch's on a CPU; default: OMP_NUM_THREADS or all cores")
     add("--num-workers", type=AtLeast(0), default=num_workers, help="loader processes; 0: load in the main process")
     add("--limit-batches", type=AtLeast(0), default=0, metavar="N", help="only N batches per epoch or evaluation")
     add("--wandb", action="store_true", help="also log to Weights & Biases")
@@ -59,11 +63,6 @@ def main_first() -> Iterator[None]:
     barrier()
 
 
-def headline(result: Mapping) -> dict[str, float]:
-    """The single numbers of an evaluation, and its loss."""
-    return {**single_numbers(result["metrics"]), "loss": result["loss"]}
-
-
 class Run:
     """The state and the bookkeeping of one training run.
 
@@ -79,32 +78,36 @@ class Run:
                  log_dir: str | None = None, needs_checkpoint: str | None = "--test-only needs a checkpoint") -> None:
         self.args = args
         self.script = script
+        torch.set_num_threads(args.threads or torch.get_num_threads())
         self.device, self.rank, self.world = join(args.device)
         self.amp_dtype, self.scaler = amp_settings(self.device, args.amp_dtype)
         seed_everything(args.seed, args.deterministic)
         self.folder = RunFolder(args.output_dir, checkpoint_dir, log_dir)
+        self.lock = claim_folder(self.folder, script, args)
         self.resume_path, self.messages = find_resume(args.resume, self.folder.model, script)
-        if args.test_only and needs_checkpoint and self.resume_path is None:
-            there = f"there is no checkpoint in {self.folder.model}; " if args.resume == "auto" else ""
-            raise ValueError(f"{needs_checkpoint}: {there}add --resume PATH or --resume auto")
-        self.checkpoint = load_checkpoint(self.resume_path, script) if self.resume_path else None
-        if self.checkpoint is not None:                     # keys newer than the checkpoint get their defaults
-            self.checkpoint["config"] = override_config(self.checkpoint["config"], defaults, []).to_dict()
-        if not args.test_only:
-            self.folder.check_writable()
+        self.messages += self.lock.messages
+        self.checkpoint = open_checkpoint(args, self.resume_path, script, defaults, self.folder.model,
+                                          needs_checkpoint if args.test_only else None)
         self.epoch = self.batch = self.step = 0
+        self.data: dict = {}                                # see check_data
         self.numbers: dict = {}                             # of the last evaluation
         self.stop = StopSignal()                            # takes signals in training only
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return autocast(self.device, self.amp_dtype)
 
+    def check_data(self, **datasets: Any) -> None:
+        """Keep the fingerprint() of the run's data sets in checkpoints. ValueError where a resumed run had others."""
+        self.data = {name: dataset.fingerprint() for name, dataset in datasets.items() if dataset is not None}
+        if self.checkpoint is not None:
+            self.messages += check_same_data(self.checkpoint, self.data, self.args.data_changed)
+
     def plan(self, num_items: int, config: Config, *, batch_size: int, epochs: int, accumulate: int = 1,
              drop_last: bool = False, compare: Sequence[str] = (), free: Sequence[str] = (),
              batch_of_all_processes: bool = False) -> EpochBatchSampler:
-        """Fix the number of steps; returns the sampler. batch_size: items of a micro-batch in this process. drop_last:
-        leave out an incomplete last step. compare: sections of the config in which a resumed run must agree (ValueError
-        where it does not); free: section.key among them that may differ. batch_of_all_processes: see check_same_run."""
+        """Fix the number of steps; returns the sampler. batch_size: items of a micro-batch in this process. compare:
+        sections of the config in which a resumed run must agree (ValueError where it does not); free: section.key among
+        them that may differ. batch_of_all_processes: see check_same_run."""
         sampler = EpochBatchSampler(num_items, batch_size, self.args.seed, drop_last=drop_last, group=accumulate)
         batches = min(len(sampler), self.args.limit_batches or len(sampler))
         self.num_epochs = epochs
@@ -156,11 +159,12 @@ class Run:
         self.keeper = CheckpointKeeper(self.folder.model, keep_top_k, save_interval, mode)
         self.totals = Totals(num_classes, self.device)
         if self.checkpoint is not None:
-            stateful = {"optimizer": optimizer, "scheduler": scheduler, "scaler": self.scaler, "best": self.keeper,
-                        "totals": self.totals, **self.entries}
+            stateful = {"optimizer": optimizer, "scheduler": scheduler, "best": self.keeper, "totals": self.totals,
+                        **self.entries}
             for name, part in stateful.items():
                 if hasattr(part, "load_state_dict"):
                     part.load_state_dict(entry_of(self.checkpoint, name, self.resume_path))
+            self.messages += restore_scaler(self.scaler, self.checkpoint, self.amp_dtype)
             self.epoch, self.batch, self.step = (self.checkpoint[name] for name in ("epoch", "batch", "step"))
         restore_rng(self.checkpoint, self.args.seed, self.step)
 
@@ -170,7 +174,7 @@ class Run:
         self.log_interval = log_interval
         resumed = self.checkpoint is not None
         if is_main():
-            write_run_files(self.folder, self.config, self.device, self.args.seed, resumed)
+            self.messages += write_run_files(self.folder, self.config, self.device, self.args.seed, resumed)
         wandb = {"project": "segheads", "name": self.config.get("experiment_name"), "config": self.config.to_dict()}
         self.log = RunLog(self.folder.log, self.rank, tensorboard, total_steps=self.total_steps,
                           resume_step=self.step if resumed else None, wandb=wandb if self.args.wandb else None)
@@ -178,7 +182,7 @@ class Run:
             self.log.info(line)
         if self.resume_path not in (None, self.folder.model / "model_last.pth"):       # so that --resume auto finds it
             self.save(None if self.batch else self.epoch)
-        with StopSignal() as self.stop, self.log:
+        with self.lock, StopSignal() as self.stop, self.log:
             yield
             self.log.info(f"Best {self.monitor}: {self.keeper.best()}; checkpoints in {self.folder.model}")
         cleanup()
@@ -250,10 +254,7 @@ class Run:
         means = self.totals.step_means()
         loss = means.pop("total") if "total" in means else means.pop("loss")
         rate = max(self.scheduler.get_last_lr())            # of the group with the largest rate
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} at step {self.step} (learning rate {rate:.2e}); lower the "
-                                     f"learning rate or use --amp-dtype float32; {self.args.output_dir} holds the last "
-                                     f"good checkpoint")
+        check_finite(loss, self.step, rate, self.args.output_dir)
         self.log.train_step(self.step, loss=loss, **means, lr=rate)
 
     def due(self, interval: int) -> bool:
@@ -283,8 +284,7 @@ class Run:
 
     def summary(self) -> dict:
         """What main returns: the numbers of the last evaluation, the best score and its epoch."""
-        best = {"best": self.keeper.best_score, "best_epoch": self.keeper.best_epoch}
-        return {**single_numbers(self.numbers), **best}
+        return {**single_numbers(self.numbers), "best": self.keeper.best_score, "best_epoch": self.keeper.best_epoch}
 
     def report(self, *lines: str) -> None:
         """Print what --test-only found, in one process, and leave the process group."""
@@ -299,7 +299,8 @@ class Run:
         states = {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
         weights = {name: value for name, value in self.model.state_dict().items() if name not in self.leave_out}
         return {"script": self.script, "config": self.config.to_dict(), "model": weights, **states, **rng_entries(),
-                "total_steps": self.total_steps, "seed": self.args.seed, "epoch": self.epoch, "batch": self.batch,
+                "total_steps": self.total_steps, "seed": self.args.seed, "data": self.data,
+                "amp_dtype": str(self.amp_dtype or torch.float32), "epoch": self.epoch, "batch": self.batch,
                 "step": self.step}
 
     def save(self, epoch: int | None = None, score: float | None = None) -> None:

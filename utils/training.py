@@ -4,18 +4,15 @@ the same."""
 from __future__ import annotations
 
 import contextlib
-import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from utils.checkpoint import RunFolder
-from utils.config import save_config
-from utils.device import describe, environment, widest_dtype
+from utils.device import widest_dtype
 from utils.distributed import EpochBatchSampler, all_gather, all_reduce_sum, is_main, rank, world_size
-from utils.log import set_aside
 from utils.metrics import ConfusionMatrix, segmentation_metrics
 from utils.seed import derived_seed, rng_state, seed_worker, set_rng_state
 
@@ -56,6 +53,13 @@ def optimizer_step(optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_s
     if scaler.get_scale() >= scale:                         # the scale falls after an overflow only
         scheduler.step()
     optimizer.zero_grad(set_to_none=True)
+
+
+def check_finite(loss: float, step: int, rate: float, folder: str) -> None:
+    """FloatingPointError for a loss that is not finite."""
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the loss is {loss} at step {step} (learning rate {rate:.2e}); lower the learning "
+                                 f"rate or use --amp-dtype float32; {folder} holds the last good checkpoint")
 
 
 class Totals:
@@ -195,14 +199,3 @@ def check_same_run(checkpoint: Mapping, config: Mapping, total_steps: int, secti
     if seed is not None and within and before != now:
         raise ValueError(f"the checkpoint is of {before} items a batch, over all processes, and now there would be "
                          f"{now}; {advice}")
-
-
-def write_run_files(folder: RunFolder, config: Mapping, device: torch.device, seed: int, resumed: bool) -> None:
-    """Make the run folder with config/config.yaml (resolved) and config/environment.json (versions, commit, device,
-    seed). A run that starts afresh moves the checkpoints of an earlier one to model/previous_N."""
-    folder.create()
-    if not resumed:
-        set_aside(folder.model, "*.pth")
-    save_config(config, folder.config / "config.yaml")
-    (folder.config / "environment.json").write_text(json.dumps(
-        {**environment(), "device": describe(device), "seed": seed, "processes": world_size()}, indent=2) + "\n")
