@@ -84,14 +84,14 @@ class Run:
         seed_everything(args.seed, args.deterministic)
         self.folder = RunFolder(args.output_dir, checkpoint_dir, log_dir)
         self.lock = claim_folder(self.folder, script, args)
-        self.resume_path, self.messages = find_resume(args.resume, self.folder.model, script)
-        self.messages += self.lock.messages
+        self.resume_path, messages = find_resume(args.resume, self.folder.model, script)
+        self.messages = messages + self.lock.messages
         self.checkpoint = open_checkpoint(args, self.resume_path, script, defaults, self.folder.model,
                                           needs_checkpoint if args.test_only else None)
         self.epoch = self.batch = self.step = 0
-        self.data: dict = {}                                # see check_data
+        self.data: dict = {}
         self.numbers: dict = {}                             # of the last evaluation
-        self.stop = StopSignal()                            # takes signals in training only
+        self.stop = StopSignal()
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return autocast(self.device, self.amp_dtype)
@@ -144,7 +144,6 @@ class Run:
               monitor: str = "mIoU", mode: str = "max", num_classes: int | None = None,
               leave_out: Collection[str] = (), **entries: Any) -> None:
         """Name everything that a checkpoint holds, and restore it from the resumed one.
-
         save_interval: epochs between checkpoints that stay; keep_top_k: best ones besides model_best.pth; 0: none.
         monitor, mode: the score's name in messages; "max" or "min" is best. num_classes: the totals count a confusion
         matrix. leave_out: tensors of the model that come from another file. entries: more of a checkpoint, plain
