@@ -235,10 +235,6 @@ def check_config(config: Config) -> None:
         raise ValueError(f"training.prune_threshold={training.prune_threshold}: at most "
                          f"training.prune_neighbors={training.prune_neighbors}, or no prototype is "
                          f"left")
-    side = max(dataset.window_size, default=0) * min([1, *model.scales])
-    if training.batch_size == 1 and side < 8 and not model.freeze_bn:
-        raise ValueError(f"training.batch_size=1 and dataset.window_size={dataset.window_size}: "
-                         f"batch norm cannot train on one cell; set one of them larger")
     if len(model.n_blocks) != 4 or min(model.n_blocks) < 1:
         raise ValueError(f"model.n_blocks={model.n_blocks}: the number of blocks of four stages")
     if not all(isinstance(scale, int | float) and 0 < scale <= 2 for scale in model.scales):
@@ -253,6 +249,10 @@ def check_config(config: Config) -> None:
             continue
         if len(size) != 2 or not all(isinstance(side, int) and side >= 8 for side in size):
             raise ValueError(f"{name}={size}: [height, width] in pixels")
+    side = max(dataset.window_size) * min([1, *model.scales])
+    if training.batch_size == 1 and side < 8 and not model.freeze_bn:
+        raise ValueError(f"training.batch_size=1 and dataset.window_size={dataset.window_size}: "
+                         f"batch norm cannot train on one cell; set one of them larger")
     for name in ("window", "size"):
         if config.evaluation.squash and config.evaluation[name]:
             raise ValueError(f"evaluation.squash and evaluation.{name}: squashing is of whole "

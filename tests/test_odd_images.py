@@ -572,6 +572,14 @@ def test_a_crop_that_batch_norm_cannot_train_on_is_refused(tmp_path, monkeypatch
         assert start(*more)["loss"] > 0
 
 
+def test_a_window_that_batch_norm_cannot_train_on_is_refused(tmp_path):
+    config = {"dataset": {"root": "x", "window_size": [12, 12]}, "training": {"batch_size": 1},
+              "model": {"num_classes": 3, "prototype_shape": [6, 8, 1, 1], "scales": [0.5], "freeze_bn": False}}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(ValueError, match=r"training.batch_size=1 and dataset.window_size=\[12, 12\]: batch norm"):
+        train_prototype.main([str(tmp_path / "c.yaml"), "--device", "cpu", "--output-dir", str(tmp_path / "out")])
+
+
 def test_a_head_starts_from_another_and_more_epochs_name_the_flag(tmp_path, monkeypatch, capsys):
     add_tiny_backbone(monkeypatch)
     root = write_set(tmp_path / "data")
