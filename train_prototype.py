@@ -755,7 +755,8 @@ def main(argv=None) -> dict:
     job = Job(run, config, model, datasets, sampler, lengths)
     run.track(config=config, class_names=class_names, palette=palette.tolist(), optimizer=None,
               scheduler=None, save_interval=0, encoder=encoder_entry, ema=None, table=None)
-    keep_resumed(run)
+    with run.lock:
+        keep_resumed(run)
 
     with run.training(*describe_stages(job), log_interval=config.logging.log_interval,
                       tensorboard=config.logging.tensorboard):
