@@ -775,7 +775,8 @@ def main(argv=None) -> dict:
     run.track(config=config, class_names=class_names, palette=palette.tolist(), optimizer=None,
               scheduler=None, save_interval=0, encoder=encoder_entry, ema=None, table=None)
     run.keeper.counted = "stage"
-    keep_resumed(run)
+    with run.lock:
+        keep_resumed(run)
 
     with run.training(*describe_stages(job), log_interval=config.logging.log_interval,
                       tensorboard=config.logging.tensorboard):

@@ -109,7 +109,7 @@ def test_two_runs_that_share_only_the_folder_of_checkpoints(tmp_path):
     try:
         wait_for(flag)
         refused(run_forked(run, tmp_path / "b", shared), f"{tmp_path}/shared: in use by")
-        assert not (tmp_path / "b").exists()
+        assert not (tmp_path / "b").exists()                   # refused before anything is made
     finally:
         flag.unlink(missing_ok=True)
         first.wait()

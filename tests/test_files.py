@@ -131,44 +131,71 @@ def test_a_number_that_was_given_again_is_another_process():
 
 # -- one run at a time -------------------------------------------------------------------------------------------------
 
-def test_a_lock_is_there_until_it_is_released(tmp_path):
+def test_a_lock_is_there_while_it_is_held(tmp_path):
     folders = [tmp_path / "run" / "model", tmp_path / "run" / "log", tmp_path / "run" / "model"]
-    with RunLock("train_x.py", folders) as lock:
-        assert lock.messages == [] and all((folder / LOCK).is_file() for folder in folders)
-        holder = read_lock(folders[0] / LOCK)
-        assert (holder["pid"], holder["host"], holder["script"]) == (os.getpid(), socket.gethostname(), "train_x.py")
-        (folders[0] / "model_last.pth").touch()
-    assert [path.name for path in tmp_path.rglob("*")] == ["run", "model", "model_last.pth"]    # empty folders were not there before
-    lock.release()
-    assert RunLock("train_x.py", ()).messages == []
+    lock = RunLock("train_x.py", folders)
+    assert not list(tmp_path.iterdir())                        # nothing before a run begins to write
+    for error in (None, KeyboardInterrupt, ValueError):
+        try:
+            with lock:
+                assert lock.messages == [] and all((folder / LOCK).is_file() for folder in folders)
+                holder = read_lock(folders[0] / LOCK)
+                assert (holder["pid"], holder["host"], holder["script"]) == (os.getpid(), socket.gethostname(), "train_x.py")
+                if error is not None:
+                    raise error
+        except (KeyboardInterrupt, ValueError):
+            pass
+        assert not list(tmp_path.rglob(LOCK))
+    with RunLock("train_x.py", ()):
+        pass
 
 
-def test_a_lock_goes_with_its_run(tmp_path):
-    lock = RunLock("train_x.py", [tmp_path])
-    files.release_locks()
-    assert not list(tmp_path.iterdir())
-    lock = RunLock("train_x.py", [tmp_path])
-    assert (tmp_path / LOCK).exists()
-    del lock
-    assert tmp_path.exists() and not list(tmp_path.iterdir())
+def answer_of_child(tmp_path, call):
+    """What the ValueError says that call raises in a child, "" without one."""
+    def body():
+        try:
+            call()
+        except ValueError as error:
+            (tmp_path / "answer").write_text(str(error))
+    (tmp_path / "answer").write_text("")
+    in_child(body)
+    return (tmp_path / "answer").read_text()
 
 
 def test_a_second_process_is_refused_and_the_first_keeps_its_lock(tmp_path):
+    early = RunLock("train_z.py", [tmp_path / "b", tmp_path / "a"])     # before the first began
     with RunLock("train_x.py", [tmp_path / "a"]):
-        def second():
-            try:
-                RunLock("train_y.py", [tmp_path / "b", tmp_path / "a"])
-            except ValueError as error:
-                (tmp_path / "answer").write_text(str(error))
-            files.release_locks()                              # those of the parent, too: not this process's
-        in_child(second)
-        answer = (tmp_path / "answer").read_text()
-        assert answer.startswith(f"{tmp_path}/a: in use by train_x.py (process {os.getpid()}, since 2") and "choose another --output-dir" in answer
-        assert (tmp_path / "a" / LOCK).exists() and not (tmp_path / "b").exists()
+        for call in (lambda: RunLock("train_y.py", [tmp_path / "b", tmp_path / "a"]), early.__enter__):
+            answer = answer_of_child(tmp_path, call)
+            assert answer.startswith(f"{tmp_path}/a: in use by train_x.py (process {os.getpid()}, since 2")
+            assert "choose another --output-dir" in answer and (tmp_path / "a" / LOCK).exists() and not (tmp_path / "b" / LOCK).exists()
+        with pytest.raises(ValueError, match="in use by train_x.py"):   # in the same process, too
+            early.__enter__()
+        assert (tmp_path / "a" / LOCK).exists() and not (tmp_path / "b" / LOCK).exists()
+
+
+def test_a_run_that_prepared_while_another_one_wrote_does_not_go_on_from_what_it_read(tmp_path):
+    watched = tmp_path / "model_last.pth"
+    for before in (False, True):
+        lock = RunLock("train_x.py", [tmp_path], watched)
+        watched.write_text(f"another run's {before}")
+        with pytest.raises(ValueError, match="model_last.pth: written by another run while this one prepared; start it again"):
+            lock.__enter__()
+        assert not (tmp_path / LOCK).exists()
+    lock = RunLock("train_x.py", [tmp_path], watched)
+    for _ in range(2):                                         # its own writing is no reason
+        with lock:
+            watched.write_text("own")
+            time.sleep(0.01)
+
+
+def hold_and_die(folder):
+    RunLock("train_x.py", [folder]).__enter__()
+    die()
 
 
 def test_the_lock_of_a_killed_process_is_taken_over_with_a_line(tmp_path):
-    pid = in_child(lambda: (setattr(files, "kept", RunLock("train_x.py", [tmp_path])), die()))
+    pid = in_child(lambda: hold_and_die(tmp_path))
     assert (tmp_path / LOCK).exists()
     with RunLock("train_y.py", [tmp_path]) as lock:
         line, = lock.messages
@@ -177,14 +204,30 @@ def test_the_lock_of_a_killed_process_is_taken_over_with_a_line(tmp_path):
     assert not (tmp_path / LOCK).exists()
 
 
+def edited(path, **changes):
+    """The lock as a process like this one holds it, but for the changes."""
+    with RunLock("train_x.py", [path.parent]):
+        holder = json.loads(path.read_text())
+    path.write_text(json.dumps({**holder, **changes}))
+
+
+def test_a_process_with_the_number_of_the_dead_one_goes_on(tmp_path):
+    """As the first process of a container that starts again."""
+    edited(tmp_path / LOCK, started=12345)
+    with RunLock("train_y.py", [tmp_path]) as lock:
+        assert "taken over" in lock.messages[0]
+    edited(tmp_path / LOCK, pid=os.getppid(), started=12345)
+    if started(os.getpid()):
+        with RunLock("train_y.py", [tmp_path]) as lock:
+            assert "taken over" in lock.messages[0]
+
+
 def test_the_lock_of_another_machine_is_refused_with_what_to_do(tmp_path):
-    with RunLock("train_x.py", [tmp_path]):
-        holder = json.loads((tmp_path / LOCK).read_text())
-    text = json.dumps({**holder, "host": "elsewhere"})
-    (tmp_path / LOCK).write_text(text)
+    edited(tmp_path / LOCK, host="elsewhere")
+    before = (tmp_path / LOCK).read_text()
     with pytest.raises(ValueError, match=rf"in use by train_x.py .* on elsewhere; .*if it no longer runs there, remove {tmp_path / LOCK}"):
         RunLock("train_y.py", [tmp_path])
-    assert (tmp_path / LOCK).read_text() == text
+    assert (tmp_path / LOCK).read_text() == before
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff", b'{"pid": -1, "host": "x", "started": 0}', b'{"pid": 99999999999, "started": 0}'])
@@ -196,24 +239,25 @@ def test_a_lock_that_was_cut_short_blocks_nobody(tmp_path, content):
 
 def test_a_link_in_place_of_a_lock_is_not_written_through(tmp_path):
     (tmp_path / "mine").write_text("precious")
-    os.symlink(tmp_path / "mine", tmp_path / LOCK)
-    RunLock("train_x.py", [tmp_path]).release()
-    assert (tmp_path / "mine").read_text() == "precious"
+    for target in ("mine", "nowhere"):
+        os.symlink(tmp_path / target, tmp_path / LOCK)
+        with RunLock("train_x.py", [tmp_path]):
+            pass
+        assert (tmp_path / "mine").read_text() == "precious" and sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
 
 
 def test_of_many_that_take_over_at_once_one_has_it(tmp_path):
     """Eight processes find the same lock of a dead one."""
-    in_child(lambda: (setattr(files, "kept", RunLock("train_x.py", [tmp_path])), die()))
+    in_child(lambda: hold_and_die(tmp_path))
     begin, children = time.monotonic() + 0.3, []
     for number in range(8):
         pid = os.fork()
         if pid == 0:
             time.sleep(max(0, begin - time.monotonic()))
             try:
-                lock = RunLock(f"train_{number}.py", [tmp_path])
-                (tmp_path / f"have_{number}").touch()
-                time.sleep(1)
-                lock.release()
+                with RunLock(f"train_{number}.py", [tmp_path]):
+                    (tmp_path / f"have_{number}").touch()
+                    time.sleep(1.5)
             finally:
                 os._exit(0)
         children.append(pid)

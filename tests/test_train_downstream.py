@@ -374,10 +374,11 @@ def test_early_stopping(config, tmp_path, capsys):
     assert "stopped early" in capsys.readouterr().out
 
 
-def test_the_documents_keys_are_understood(data, tmp_path):
+def test_the_documents_keys_are_understood(data, tmp_path, monkeypatch):
     path = tmp_path / "document.yaml"
     path.write_text(DOCUMENT.replace(": M", f": {data / 'train'}").replace(": V", f": {data / 'val'}").replace("OUT", str(tmp_path)))
-    train(str(path), tmp_path / "run", f"paths.cache_dir={data / 'cache'}", "logging.tensorboard=true")
+    monkeypatch.chdir(tmp_path)
+    train_downstream.main([str(path), "--device", "cpu", "--num-workers", "0", f"paths.cache_dir={data / 'cache'}", "logging.tensorboard=true"])
     assert (tmp_path / "weights" / "model_best.pth").is_file() and (tmp_path / "logs" / "log.jsonl").is_file()
     assert list((tmp_path / "logs").glob("events.out.tfevents.*"))
 

@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 
 from utils.checks import did_you_mean, nearest, printable
 from utils.config import Config, Setting
-from utils.files import release_locks
 
 ROOT = Path(__file__).resolve().parents[1]
 # torch.OutOfMemoryError by name (this module does without torch), CUDA's words, the CPU allocator's, NumPy's.
@@ -333,7 +332,6 @@ def _run(main: Callable[[], Any]) -> None:
             raise
         _leave(2, f"error: {printable(message)}")
     finally:
-        release_locks()
         for stream in filter(None, (sys.stdout, sys.stderr)):
             stream.flush()
         sys.stdout, sys.stderr = streams

@@ -14,7 +14,6 @@ import os
 import re
 import secrets
 import socket
-import weakref
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -28,7 +27,7 @@ except ImportError:                                # Windows
 LOCK = "run.lock"
 TEMPORARY = re.compile(r"\.(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-(?P<started>\d+)-[0-9a-f]{8}\.tmp$")
 _cleaned: set[tuple[int, Path]] = set()            # (process, folder): see remove_leftovers_once
-_locks: weakref.WeakSet = weakref.WeakSet()        # those of this process, see release_locks
+_held: set[Path] = set()                           # locks of this process
 
 
 # -- processes ---------------------------------------------------------------------------------------------------------
@@ -122,60 +121,66 @@ def remove_leftovers_once(folder: str | Path) -> None:
 # -- one run at a time -------------------------------------------------------------------------------------------------
 
 class RunLock:
-    """A file run.lock in each of the folders that a training run writes into, until release() or the end of Python.
+    """`with lock:` holds a file run.lock in each of the folders that a training run writes into.
 
-    It names the process and the machine. ValueError where another live process of this machine, or any of another
-    machine, holds one of them. The lock of a process that has ended is taken over, and `messages` says so.
+    It names the process and the machine. ValueError, when made and when entered, where another live process of this
+    machine, or any of another machine, holds one of them; and when entered where the file `watched`, from which the
+    run goes on, was written since the lock was made. The lock of a process that has ended is taken over, and `messages`
+    says so.
     """
 
-    def __init__(self, script: str, folders: Sequence[str | Path]) -> None:
+    def __init__(self, script: str, folders: Sequence[str | Path], watched: Path | None = None) -> None:
         self.messages: list[str] = []
-        self._paths: list[Path] = []
-        self._made: list[Path] = []
-        own = {"script": script, "pid": os.getpid(), "host": socket.gethostname(), "started": started(os.getpid()),
-               "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}", "token": secrets.token_hex(4)}
-        self._text = json.dumps(own)
-        self._release = weakref.finalize(self, _remove, os.getpid(), self._text, self._paths, self._made)
-        _locks.add(self)
-        try:
-            for folder in dict.fromkeys(map(Path, folders)):
-                self._take(folder)
-        except BaseException:
-            self.release()
-            raise
+        self._script = script
+        self._paths = [Path(folder) / LOCK for folder in dict.fromkeys(map(Path, folders))]
+        self._watched = watched
+        self._text: str | None = None
+        for path in self._paths:
+            if os.path.lexists(path):
+                _left_over(path)                   # refused at once, before data are prepared
+        self._seen = self._stamp()
 
-    def _take(self, folder: Path) -> None:
-        missing = [path for path in (folder, *folder.parents) if not path.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-        self._made += missing
-        path = folder / LOCK
-        with _alone(folder):
-            if path.is_symlink() or path.exists():
-                self.messages += _left_over(path)
+    def _stamp(self) -> tuple | None:
+        if self._watched is None or not self._watched.exists():
+            return None
+        state = self._watched.stat()
+        return state.st_ino, state.st_mtime_ns, state.st_size
+
+    def __enter__(self) -> RunLock:
+        own = {"script": self._script, "pid": os.getpid(), "host": socket.gethostname(),
+               "started": started(os.getpid()), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
+        self._text = json.dumps(own | {"token": secrets.token_hex(4)})
+        try:
+            for path in self._paths:
+                self._take(path)
+            if self._stamp() != self._seen:
+                raise ValueError(f"{self._watched}: written by another run while this one prepared; start it again")
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _take(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(path.parent):
+            if os.path.lexists(path):
+                self.messages.append(_left_over(path))
                 path.unlink()
             try:
                 with open(path, "x", encoding="utf-8") as file:
-                    self._paths.append(path)
+                    _held.add(path.resolve())
                     file.write(self._text)
             except OSError as error:               # a full disk has no name
                 error.filename = str(path)
                 raise
 
-    def release(self) -> None:
-        """Remove the files, and the folders that were made for them and stayed empty."""
-        self._release()
-
-    def __enter__(self) -> RunLock:
-        return self
-
     def __exit__(self, *exception) -> None:
-        self.release()
-
-
-def release_locks() -> None:
-    """Release all locks of this process: where it ends before its run does, or without the end of Python."""
-    for lock in list(_locks):
-        lock.release()
+        for path in self._paths:
+            with contextlib.suppress(OSError):
+                if path.resolve() in _held and path.read_text(encoding="utf-8") in (self._text, ""):
+                    _held.discard(path.resolve())
+                    path.unlink()
+        self._seen = self._stamp()
 
 
 def read_lock(path: Path) -> dict[str, Any]:
@@ -188,19 +193,17 @@ def read_lock(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _left_over(path: Path) -> list[str]:
-    """A line about a lock that nobody holds, but for one of this very process, whose run has ended. ValueError for a
-    lock that is held, or may be."""
+def _left_over(path: Path) -> str:
+    """A line about a lock that nobody holds. ValueError for one that is held, or may be."""
     holder = read_lock(path)
     if holder and holder.get("host") != socket.gethostname():
         raise ValueError(f"{path.parent}: in use by {_described(holder)} on {holder.get('host')}; wait for it or "
                          f"choose another --output-dir; if it no longer runs there, remove {path}")
-    if holder and (holder["pid"], holder["started"]) == (os.getpid(), started(os.getpid())):
-        return []
-    if holder and is_running(holder["pid"], holder["started"]):
+    own = bool(holder) and holder["pid"] == os.getpid()     # then it is this process's, or its number was given again
+    if path.resolve() in _held if own else holder and is_running(holder["pid"], holder["started"]):
         raise ValueError(f"{path.parent}: in use by {_described(holder)}; wait for it, stop it, or choose another "
                          f"--output-dir")
-    return [f"{path}: taken over from {_described(holder)}, which ended without removing it"]
+    return f"{path}: taken over from {_described(holder)}, which ended without removing it"
 
 
 def _described(holder: dict) -> str:
@@ -221,15 +224,3 @@ def _alone(folder: Path) -> Iterator[None]:
     finally:
         if handle is not None:
             os.close(handle)
-
-
-def _remove(pid: int, text: str, paths: list[Path], made: list[Path]) -> None:
-    if pid != os.getpid():                         # a forked child
-        return
-    for path in paths:
-        with contextlib.suppress(OSError):
-            if path.read_text(encoding="utf-8") in (text, ""):
-                path.unlink()
-    for folder in sorted(made, key=lambda path: -len(path.parts)):
-        with contextlib.suppress(OSError):         # not empty
-            folder.rmdir()

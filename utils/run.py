@@ -84,8 +84,7 @@ class Run:
         seed_everything(args.seed, args.deterministic)
         self.folder = RunFolder(args.output_dir, checkpoint_dir, log_dir)
         self.lock = claim_folder(self.folder, script, args)
-        self.resume_path, messages = find_resume(args.resume, self.folder.model, script)
-        self.messages = messages + self.lock.messages
+        self.resume_path, self.messages = find_resume(args.resume, self.folder.model, script)
         self.checkpoint = open_checkpoint(args, self.resume_path, script, defaults, self.folder.model,
                                           needs_checkpoint if args.test_only else None)
         self.epoch = self.batch = self.step = 0
@@ -169,21 +168,23 @@ class Run:
 
     @contextlib.contextmanager
     def training(self, *lines: str, log_interval: int, tensorboard: bool = True) -> Iterator[None]:
-        """The run folder, the log with `lines` on top, Ctrl-C and SIGTERM as a request to stop, the last line."""
+        """The run folder, which no other run may have, the log with `lines` on top, Ctrl-C, SIGTERM and SIGHUP as a
+        request to stop, the last line."""
         self.log_interval = log_interval
-        resumed = self.checkpoint is not None
-        if is_main():
-            self.messages += write_run_files(self.folder, self.config, self.device, self.args.seed, resumed)
+        at = None if self.checkpoint is None else self.step
         wandb = {"project": "segheads", "name": self.config.get("experiment_name"), "config": self.config.to_dict()}
-        self.log = RunLog(self.folder.log, self.rank, tensorboard, total_steps=self.total_steps,
-                          resume_step=self.step if resumed else None, wandb=wandb if self.args.wandb else None)
-        for line in (*self.messages, *lines):
-            self.log.info(line)
-        if self.resume_path not in (None, self.folder.model / "model_last.pth"):       # so that --resume auto finds it
-            self.save(None if self.batch else self.epoch)
-        with self.lock, StopSignal() as self.stop, self.log:
-            yield
-            self.log.info(f"Best {self.monitor}: {self.keeper.best()}; checkpoints in {self.folder.model}")
+        with self.lock:
+            if is_main():
+                self.messages += write_run_files(self.folder, self.config, self.device, self.args.seed, at is not None)
+            self.log = RunLog(self.folder.log, self.rank, tensorboard, total_steps=self.total_steps, resume_step=at,
+                              wandb=wandb if self.args.wandb else None)
+            for line in (*self.lock.messages, *self.messages, *lines):
+                self.log.info(line)
+            if self.resume_path not in (None, self.folder.model / "model_last.pth"):   # what --resume auto goes on from
+                self.save(None if self.batch else self.epoch)
+            with StopSignal() as self.stop, self.log:
+                yield
+                self.log.info(f"Best {self.monitor}: {self.keeper.best()}; checkpoints in {self.folder.model}")
         cleanup()
 
     def epochs(self, dataset: Any, sampler: EpochBatchSampler, stopping: EarlyStopping | None = None) -> Iterator[int]:
@@ -193,8 +194,7 @@ class Run:
             self._started = time.monotonic()
             dataset.set_epoch(self.epoch)
             sampler.set_epoch(self.epoch, self.batch)
-            before = self.epoch
-            yield before
+            yield (before := self.epoch)
             assert self.epoch > before, "the body has to go through run.steps to its end; --limit-batches shortens it"
             if stopping is not None and stopping.reached:
                 self.log.info(f"No better score for {stopping.patience} evaluations: stopped early.")

@@ -20,8 +20,8 @@ from utils.log import set_aside
 
 
 def claim_folder(folder: RunFolder, script: str, args: argparse.Namespace) -> RunLock:
-    """The lock of a training run on its folders, held by rank 0 (with --test-only: of none). ValueError where a folder
-    cannot be written, another run has it, or another script's or experiment's checkpoints are in it."""
+    """The lock of a training run on its folders, for rank 0 (else, and with --test-only: on none). ValueError where a
+    folder cannot be written, another run has it, or another script's or experiment's checkpoints are in it."""
     if args.test_only:
         return RunLock(script, ())
     check_writable(folder.model, folder.log, folder.config)
@@ -31,7 +31,8 @@ def claim_folder(folder: RunFolder, script: str, args: argparse.Namespace) -> Ru
         experiment = getattr(args, "experiment", None)
         advice = "choose another folder for checkpoints (--checkpoint-dir, or the setting of the config)"
     check_folder(folder.model, script, advice, experiment)
-    lock = RunLock(script, (folder.model, folder.log, folder.config) if is_main() else ())
+    folders = (folder.model, folder.log, folder.config) if is_main() else ()
+    lock = RunLock(script, folders, folder.model / "model_last.pth" if is_main() else None)
     lock.messages += getattr(args, "notes", [])             # see command_line_wins
     return lock
 
