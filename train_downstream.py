@@ -189,6 +189,7 @@ DEFAULTS = {
         "recluster": False,
         "cluster_dropout": 0.0,
         "color_jitter": 0.0,
+        "size_range": [1.0, 1.0],                   # DiffusionNet: of the mesh in its unit ball
     },
     "evaluation": {
         "views": Setting(1, (int,), low=1),         # average over so many rotations and clusterings

@@ -99,6 +99,7 @@ def test_spec_that_cannot_be(settings, message):
 
 @pytest.mark.parametrize("settings, message", [
     ({"scale_range": (0.0, 1.0)}, r"augmentation.scale_range=\[0.0, 1.0\]: expected \[lowest, highest\], both above 0"),
+    ({"size_range": (-1.0, 1.0)}, r"augmentation.size_range=\[-1.0, 1.0\]: expected \[lowest, highest\], both above 0"),
     ({"scale_range": (1.2, 0.8)}, "augmentation.scale_range"), ({"rotation_range": (90.0,)}, "augmentation.rotation_range"),
     ({"noise_std": -0.1}, "augmentation.noise_std"), ({"deformation": -0.1}, "augmentation.deformation"),
     ({"hks_noise": float("nan")}, "augmentation.hks_noise"), ({"flip_probability": 1.1}, "augmentation.flip_probability"),
