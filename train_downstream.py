@@ -30,6 +30,7 @@ from data.mesh import (
     MeshSpec,
     feature_statistics,
     hold_out,
+    repeated,
     split_meshes,
 )
 from data.mesh_io import MESH_SUFFIXES, list_meshes
@@ -110,6 +111,8 @@ DEFAULTS = {
         "suffixes": [],                     # [.obj]: leave other kinds of files in a folder alone
         "test_split": [],                   # name patterns: kept out of mesh_dir for --test-only
         "val_split": [],                    # name patterns ("faust_08*") or one number, a share
+        "repeat": [],                       # patterns of training meshes, so many times an epoch:
+        "repeat_times": Setting(4, (int,), low=1),
         "class_names": [],
         "label_offset": 0,                  # added to the files' values: -1 where they count from 1
         "ignore_labels": [],                # the files' values for "not labelled", such as 255
@@ -317,6 +320,8 @@ def split_files(config: Config, split: str) -> tuple[list[Path], str]:
         files = held_out
     elif paths.val_mesh_dir is None:
         files = split_meshes(files, data.val_split)[0 if split == "train" else 1]
+    if split == "train":
+        files = repeated(files, data.repeat, data.repeat_times)
     return files, paths.label_dir or paths.mesh_dir
 
 

@@ -255,6 +255,16 @@ def split_meshes(files: Sequence[Path], val_split: Sequence[str] | Sequence[floa
     return train, val
 
 
+def repeated(files: Sequence[Path], patterns: Sequence[str], times: int) -> list[Path]:
+    """The files, and once more (times - 1) times those whose name without suffix matches one of the patterns: sources
+    with few meshes among sequences of many alike. Raises ValueError for a pattern that matches none."""
+    for pattern in patterns:
+        if not _matching(files, [pattern]):
+            raise ValueError(f"data.repeat: {pattern!r} matches none of the {len(files)} training meshes, as "
+                             f"{files[0].stem!r}")
+    return [*files, *(times - 1) * _matching(files, patterns)]
+
+
 # -- augmentation ------------------------------------------------------------------------------------------------------
 
 def random_rotation(rng: np.random.Generator) -> np.ndarray:

@@ -159,10 +159,9 @@ class SurfaceDataset(MeshDataset):
 
     Rotations (mode, rotation_range) and mirroring turn the features and keep the cached operators, which they do not
     change; size_range scales both, by a factor whose logarithm is uniform, because figures fill the unit ball
-    differently and signatures know absolute lengths (views draw it as well). scale_range, deformation and noise_std
-    change the surface, so operators are computed again for every item (0.1 s for 750 vertices). The other augmentations
-    are those of clusters: ValueError. `notes` has a line for every mesh that is unusual (stray parts, fewer
-    eigenpairs).
+    differently and signatures know absolute lengths. scale_range, deformation and noise_std change the surface, so
+    operators are computed again for every item (0.1 s for 750 vertices). The other augmentations are those of clusters:
+    ValueError. `notes` has a line for every mesh that is unusual (stray parts, fewer eigenpairs).
     """
 
     def __post_init__(self) -> None:
@@ -204,8 +203,8 @@ class SurfaceDataset(MeshDataset):
         mesh, operators = self.mesh(index), self.operators(index)
         if self.views:
             rng = np.random.default_rng(derived_seed(view))
-            rigid = {name: getattr(self.augmentation, name) for name in ("mode", "rotation_range", "size_range")}
-            settings = Augmentation(**rigid) if view else Augmentation()
+            turned_only = Augmentation(self.augmentation.mode, self.augmentation.rotation_range)
+            settings = turned_only if view else Augmentation()
         else:
             rng = np.random.default_rng(derived_seed(self.seed, self.epoch, item))
             settings = self.augmentation

@@ -22,6 +22,7 @@ from data.mesh import (
     hold_out,
     prepare_mesh,
     random_rotation,
+    repeated,
     rotation_about_z,
     split_meshes,
 )
@@ -95,6 +96,14 @@ def test_spec_survives_a_checkpoint():
 def test_spec_that_cannot_be(settings, message):
     with pytest.raises(ValueError, match=message):
         MeshSpec(**settings)
+
+
+def test_repeated_files_come_so_often():
+    files = [Path(f"{name}.obj") for name in ("a_1", "a_2", "b_1")]
+    assert repeated(files, [], 4) == files
+    assert repeated(files, ["b_*"], 3) == [*files, files[2], files[2]]
+    with pytest.raises(ValueError, match="data.repeat: 'c_.' matches none of the 3 training meshes, as 'a_1'"):
+        repeated(files, ["c_*"], 2)
 
 
 @pytest.mark.parametrize("settings, message", [
