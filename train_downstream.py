@@ -196,6 +196,7 @@ DEFAULTS = {
     },
     "evaluation": {
         "views": Setting(1, (int,), low=1),         # average over so many rotations and clusterings
+        "pool_planes": Setting(0.0, (float,), low=0),   # degrees: one mean a flat piece; 0: off
         "interval": Setting(1, (int,), low=1),      # epochs
         "monitor": Setting("mean_f1", (str,), tuple(MONITORS)),
         "batch_size": Setting(8, (int,), low=1),

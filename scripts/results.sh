@@ -37,9 +37,9 @@ diffusion() {           # run folder, further flags: three seeds, one thread eac
             --device cpu --num-workers 0 paths.val_mesh_dir=datasets/humanbody_1500/train evaluation.interval=100 "$@"
     done
 }
-tuned() {               # hks or xyz: the official file, all layers, two epochs
+tuned() {               # hks or xyz: the official file, all layers, one epoch
     diffusion "humanbody_tuned_$1" --pretrained_path "$WEIGHTS/human_seg_$1_4x128.pth" "model.features=[$1]" model.hks_scale=1 \
-        training.pretrained_head=true training.num_unfrozen_encoder_layers=all training.epochs=2 optimizer.learning_rate=1e-4
+        training.pretrained_head=true training.num_unfrozen_encoder_layers=all training.epochs=1 optimizer.learning_rate=1e-4
 }
 average() {             # rows: run folders joined by "+", "exp/" and the file left out
     OMP_NUM_THREADS=1 python scripts/average_mesh_scores.py --device cpu $(printf '%s\n' "$@" | sed -E 's#[^+]+#exp/&/model/model_last.pth#g')
