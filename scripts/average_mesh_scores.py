@@ -103,8 +103,9 @@ def main(argv=None) -> dict:
     std = {name: float(value.std(ddof=1)) if len(members) > 1 else float("nan") for name, value in values.items()}
     for name, value in values.items():
         low, high = interval[name]
-        print(f"{name}: {100 * value.mean():.2f}, standard deviation over {len(members)} rows {100 * std[name]:.2f}, "
-              f"95 % interval over meshes {100 * low:.2f} to {100 * high:.2f}")
+        spread = f", standard deviation over {len(members)} rows {100 * std[name]:.2f}" if len(members) > 1 else ""
+        print(f"{name}: mean {100 * value.mean():.2f}{spread}, 95 % interval over meshes {100 * low:.2f} to "
+              f"{100 * high:.2f}")
     together = segmentation_metrics(every.sum(0))
     ends = bootstrap(every[None], args.resamples)
     print("all checkpoints averaged: " + ", ".join(

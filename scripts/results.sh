@@ -37,10 +37,6 @@ diffusion() {           # run folder, further flags: three seeds, one thread eac
             --device cpu --num-workers 0 paths.val_mesh_dir=datasets/humanbody_1500/train evaluation.interval=100 "$@"
     done
 }
-tuned() {               # hks or xyz: the official file, all layers, one epoch
-    diffusion "humanbody_tuned_$1" --pretrained_path "$WEIGHTS/human_seg_$1_4x128.pth" "model.features=[$1]" model.hks_scale=1 \
-        training.pretrained_head=true training.num_unfrozen_encoder_layers=all training.epochs=1 optimizer.learning_rate=1e-4
-}
 average() {             # rows: run folders joined by "+", "exp/" and the file left out
     OMP_NUM_THREADS=1 python scripts/average_mesh_scores.py --device cpu $(printf '%s\n' "$@" | sed -E 's#[^+]+#exp/&/model/model_last.pth#g')
 }
@@ -56,13 +52,12 @@ humanbody_diffusion() { # from scratch
     diffusion humanbody_diffusion
     average humanbody_diffusion_{0,1,2}
 }
-humanbody_finetuned() { # the official files fine-tuned, and averaged with the networks of humanbody_diffusion
-    tuned hks
-    tuned xyz
-    average humanbody_tuned_hks_{0,1,2}
-    average humanbody_tuned_xyz_{0,1,2}
-    average $(for seed in 0 1 2; do echo "humanbody_tuned_hks_$seed+humanbody_tuned_xyz_$seed"; done)
-    average $(for seed in 0 1 2; do echo "humanbody_diffusion_$seed+humanbody_tuned_hks_$seed+humanbody_tuned_xyz_$seed"; done)
+humanbody_finetuned() { # the official file fine-tuned, and averaged with humanbody_diffusion's networks; after that and humanbody_official
+    diffusion humanbody_tuned --pretrained_path "$WEIGHTS/human_seg_hks_4x128.pth" "model.features=[hks]" model.hks_scale=1 \
+        training.pretrained_head=true training.num_unfrozen_encoder_layers=all training.epochs=1 optimizer.learning_rate=1e-4
+    average humanbody_tuned_{0,1,2}
+    average humanbody_diffusion_0+humanbody_tuned_0 humanbody_diffusion_1+humanbody_tuned_1 humanbody_diffusion_2+humanbody_tuned_2
+    average $(for seed in 0 1 2; do echo "humanbody_diffusion_$seed+humanbody_tuned_$seed+humanbody_official_xyz"; done)
 }
 NO_HKS='model.features=[corners,normal,area,angles,curvature,dihedral] augmentation.hks_noise=0'
 pretrain() {            # run folder, overrides: half an hour on a core
