@@ -30,6 +30,7 @@ from data.mesh import (
     MeshSpec,
     feature_statistics,
     hold_out,
+    repeated,
     split_meshes,
 )
 from data.mesh_io import MESH_SUFFIXES, list_meshes
@@ -110,6 +111,8 @@ DEFAULTS = {
         "suffixes": [],                     # [.obj]: leave other kinds of files in a folder alone
         "test_split": [],                   # name patterns: kept out of mesh_dir for --test-only
         "val_split": [],                    # name patterns ("faust_08*") or one number, a share
+        "repeat": [],                       # patterns of training meshes, so many times an epoch:
+        "repeat_times": Setting(4, (int,), low=1),
         "class_names": [],
         "label_offset": 0,                  # added to the files' values: -1 where they count from 1
         "ignore_labels": [],                # the files' values for "not labelled", such as 255
@@ -189,9 +192,11 @@ DEFAULTS = {
         "recluster": False,
         "cluster_dropout": 0.0,
         "color_jitter": 0.0,
+        "size_range": [1.0, 1.0],                   # DiffusionNet: of the mesh in its unit ball
     },
     "evaluation": {
         "views": Setting(1, (int,), low=1),         # average over so many rotations and clusterings
+        "pool_planes": Setting(0.0, (float,), low=0),   # degrees: one mean a flat piece; 0: off
         "interval": Setting(1, (int,), low=1),      # epochs
         "monitor": Setting("mean_f1", (str,), tuple(MONITORS)),
         "batch_size": Setting(8, (int,), low=1),
@@ -316,6 +321,8 @@ def split_files(config: Config, split: str) -> tuple[list[Path], str]:
         files = held_out
     elif paths.val_mesh_dir is None:
         files = split_meshes(files, data.val_split)[0 if split == "train" else 1]
+    if split == "train":
+        files = repeated(files, data.repeat, data.repeat_times)
     return files, paths.label_dir or paths.mesh_dir
 
 

@@ -107,12 +107,14 @@ class Augmentation:
     recluster: bool = False                                 # other cluster borders every time
     cluster_dropout: float = 0.0                            # hide up to this share of the clusters (labels too)
     color_jitter: float = 0.0                               # of the texture: each channel of a mesh times 1 +- this
+    size_range: tuple[float, float] = (1.0, 1.0)            # DiffusionNet: factor of the whole mesh in its unit ball
 
     def __post_init__(self) -> None:
-        for name in ("rotation_range", "scale_range"):
+        for name in ("rotation_range", "scale_range", "size_range"):
             ends = getattr(self, name)
-            if len(ends) != 2 or ends[0] > ends[1] or (name == "scale_range" and ends[0] <= 0):
-                both = ", both above 0" if name == "scale_range" else ""
+            factors = name != "rotation_range"
+            if len(ends) != 2 or ends[0] > ends[1] or (factors and ends[0] <= 0):
+                both = ", both above 0" if factors else ""
                 raise ValueError(f"augmentation.{name}={list(ends)}: expected [lowest, highest]{both}")
         for name in ("deformation", "noise_std", "hks_noise", "flip_probability", "cluster_dropout",
                      "color_jitter"):
@@ -244,6 +246,16 @@ def split_meshes(files: Sequence[Path], val_split: Sequence[str] | Sequence[floa
     return train, val
 
 
+def repeated(files: Sequence[Path], patterns: Sequence[str], times: int) -> list[Path]:
+    """The files, and once more (times - 1) times those whose name without suffix matches one of the patterns: sources
+    with few meshes among sequences of many alike. Raises ValueError for a pattern that matches none."""
+    for pattern in patterns:
+        if not _matching(files, [pattern]):
+            raise ValueError(f"data.repeat: {pattern!r} matches none of the {len(files)} training meshes, as "
+                             f"{files[0].stem!r}")
+    return [*files, *(times - 1) * _matching(files, patterns)]
+
+
 # -- augmentation ------------------------------------------------------------------------------------------------------
 
 def random_rotation(rng: np.random.Generator) -> np.ndarray:
@@ -321,6 +333,7 @@ class MeshDataset(Dataset):
     read: Callable[[Path], Mesh] = read_mesh            # parses a file; predict hands over the mesh it has parsed
 
     def __post_init__(self) -> None:
+        self._check_augmentation()
         self.epoch = 0
         self.files = [Path(file) for file in self.files]
         self.labels: list[np.ndarray] = []
@@ -348,6 +361,11 @@ class MeshDataset(Dataset):
             else:
                 parts = max(1, clusters // limit) if limit else 1
             self.items += [(index, view, part) for view in range(max(1, self.views)) for part in range(parts)]
+
+    def _check_augmentation(self):
+        if tuple(self.augmentation.size_range) != (1.0, 1.0):
+            raise ValueError("augmentation.size_range is for model.encoder: diffusion_net; clusters of faces have "
+                             "augmentation.scale_range")
 
     def _read_labels(self, path, num_faces, read):
         if self.label_dir is None:

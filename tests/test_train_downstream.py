@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import trimesh
 import yaml
 
 import data.mesh_io as mesh_io
@@ -281,6 +282,22 @@ def test_every_reader_has_the_same_loss_and_views(config, data, tmp_path):
         evaluate.main([str(checkpoint), "--label-dir", str(data / "val"), "--device", "cpu"])
     with pytest.raises(ValueError, match="is a file"):
         evaluate.main([str(checkpoint), "--device", "cpu", "--output-dir", str(checkpoint / "below")])
+
+
+def test_pooled_planes_have_one_label_in_every_reader(config, tmp_path):
+    train(config, tmp_path / "run", "evaluation.pool_planes=1")
+    last = str(tmp_path / "run" / "model" / "model_last.pth")
+    box = trimesh.creation.box().subdivide().subdivide()
+    (tmp_path / "boxes").mkdir()
+    write_obj(tmp_path / "boxes" / "box.obj", np.array(box.vertices), np.array(box.faces))
+    side = np.unique(np.round(box.face_normals).astype(int), axis=0, return_inverse=True)[1].ravel()
+    (tmp_path / "boxes" / "box.txt").write_text("\n".join(map(str, side % 3)) + "\n")
+    label, = predict.main([last, str(tmp_path / "boxes" / "box.obj"), "--output", str(tmp_path / "out"), "--device", "cpu"]).values()
+    assert [len(np.unique(label[side == s])) for s in range(6)] == [1] * 6
+    score = ["--data-dir", str(tmp_path / "boxes"), "--device", "cpu", "--output-dir", str(tmp_path / "score")]
+    assert evaluate.main([last, *score])["overall_accuracy"] == pytest.approx((label == side % 3).mean())
+    split = evaluate.main([last, "evaluation.pool_planes=0", *score])["overall_accuracy"]
+    assert round(192 * split) % 32 != 0                                          # sides of 32 faces have several labels
 
 
 def test_epochs_without_evaluation_are_logged_and_saved(config, tmp_path):

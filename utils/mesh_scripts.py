@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Subset
 
 from data.mesh import CachedFeatures, MeshDataset
 from data.mesh_io import read_mesh
+from data.mesh_planes import plane_units, pooled
 from data.mesh_results import write_mesh_result
 from data.mesh_surfaces import open_meshes
 from models.downstream import DownstreamClassifier, SurfaceClassifier, face_logits, texture_of
@@ -39,7 +40,8 @@ def mesh_probabilities(model: DownstreamClassifier, dataset: MeshDataset, device
                        criterion: nn.Module | None = None) -> Iterator[tuple[int, Tensor, float, float]]:
     """Yield (index, probability (P, C) in file order, loss sum, loss weight) of every mesh of this process's share.
 
-    The probability is the mean over the views of the mesh; the loss (0 without criterion) is that of the first view.
+    The probability is the mean over the views of the mesh, and with evaluation.pool_planes over each of its planes; the
+    loss (0 without criterion) is that of the first view.
     """
     model.eval()
     mine = set(own_share(len(dataset.files)))
@@ -60,7 +62,7 @@ def mesh_probabilities(model: DownstreamClassifier, dataset: MeshDataset, device
         for b, index in enumerate(batch["index"].tolist()):
             if current is None or index != current[0]:
                 if current is not None:
-                    yield _finished(current)
+                    yield _finished(current, dataset, model.config.evaluation.pool_planes)
                 current = [index, torch.zeros(dataset.num_faces[index], model.num_classes), 0.0, 0.0]
             current[1][face_index[b][mask[b]]] += probabilities[b][mask[b]]      # a mesh's items are consecutive
             if criterion is not None and dataset.items[items[done]][1] == 0:
@@ -69,12 +71,17 @@ def mesh_probabilities(model: DownstreamClassifier, dataset: MeshDataset, device
                 current[3] += weight.item()
             done += 1
     if current is not None:
-        yield _finished(current)
+        yield _finished(current, dataset, model.config.evaluation.pool_planes)
 
 
-def _finished(current):
+def _finished(current, dataset, pool_planes):
     index, total, loss, weight = current
-    return index, total / total.sum(1, keepdim=True).clamp(min=1e-12), loss, weight
+    probability = total / total.sum(1, keepdim=True).clamp(min=1e-12)
+    if pool_planes:
+        mesh = dataset.mesh(index)
+        unit = plane_units(mesh.vertices, mesh.faces, pool_planes)
+        probability = torch.from_numpy(pooled(probability.numpy(), unit, mesh.area))
+    return index, probability, loss, weight
 
 
 def evaluate_meshes(model: DownstreamClassifier, dataset: MeshDataset, device: torch.device,
