@@ -520,9 +520,9 @@ def test_command_line(config, tmp_path):
 RESUME_DRIVER = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-import train_downstream
+import train_downstream, utils.run
 from utils.cli import StopRequested
-train_downstream.cleanup = lambda: None                                            # three runs in one process group
+utils.run.cleanup = lambda: None                                                   # three runs in one process group
 update, count = train_downstream.EMA.update, []
 def update_and_kill(self, model):
     count.append(1)
