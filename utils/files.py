@@ -164,8 +164,10 @@ class RunLock:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _alone(path.parent):
             if os.path.lexists(path):
-                self.messages.append(_left_over(path))
-                path.unlink()
+                line = _left_over(path)
+                with contextlib.suppress(FileNotFoundError):    # released this moment
+                    path.unlink()
+                    self.messages.append(line)
             try:
                 with open(path, "x", encoding="utf-8") as file:
                     _held.add(path.resolve())
@@ -199,8 +201,10 @@ def _left_over(path: Path) -> str:
     if holder and holder.get("host") != socket.gethostname():
         raise ValueError(f"{path.parent}: in use by {_described(holder)} on {holder.get('host')}; wait for it or "
                          f"choose another --output-dir; if it no longer runs there, remove {path}")
-    own = bool(holder) and holder["pid"] == os.getpid()     # then it is this process's, or its number was given again
-    if path.resolve() in _held if own else holder and is_running(holder["pid"], holder["started"]):
+    held = bool(holder) and is_running(holder["pid"], holder["started"])
+    if holder.get("pid") == os.getpid():           # this process's, unless its number was another's before
+        held = path.resolve() in _held
+    if held:
         raise ValueError(f"{path.parent}: in use by {_described(holder)}; wait for it, stop it, or choose another "
                          f"--output-dir")
     return f"{path}: taken over from {_described(holder)}, which ended without removing it"
