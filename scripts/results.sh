@@ -28,7 +28,7 @@ humanbody_random() {    # a head on the encoder as it was initialised
     python train_downstream.py configs/mesh_humanbody_frozen.yaml training.use_pretrained=false --output-dir exp/humanbody_random
     score humanbody_random
 }
-# DiffusionNet, recipe chosen on the validation meshes of the config, then trained on all 381: val_mesh_dir is train itself.
+# DiffusionNet trained on all 381 meshes: val_mesh_dir is train itself, and the last step counts.
 WEIGHTS=${WEIGHTS:-weights/diffusionnet}
 diffusion() {           # run folder, further flags: three seeds, one thread each
     out=$1; shift
