@@ -21,12 +21,14 @@ from data import cityscapes
 from models.prototype_push import NearestPatches, PushTable
 from tests.tiny_images import write_classes, write_pictures
 from tests.whole_runs import assert_equal, sigterm_in_call
+from utils import prototype_scripts
 from utils.checkpoint import load_checkpoint
 from utils.cli import StopRequested
 from utils.config import load_config
 from utils.config_file import write_yaml
 from utils.image_inference import build_normalizer
 from utils.log import read_log
+from utils.prototype_scripts import STAGES
 from utils.seed import seed_everything
 from utils.training import Totals
 
@@ -279,7 +281,7 @@ def test_phases_one_by_one_equal_the_whole_run(whole, tmp_path, monkeypatch):
         train(path, run, "--phase", 1)
     train(path, run, "--phase", 0)
     monkeypatch.setattr(script, "SCAN_CHUNK", 4)             # a save within a pass over the photographs
-    for owner, method, call, more in ((script, "save_checkpoint", 1, []), (PushTable, "update", 6, ["--resume", "auto"])):
+    for owner, method, call, more in ((prototype_scripts, "save_checkpoint", 1, []), (PushTable, "update", 6, ["--resume", "auto"])):
         with monkeypatch.context() as patch:                 # killed while it writes joint.pth, and behind that save
             original, calls = getattr(owner, method), []
 
@@ -292,10 +294,10 @@ def test_phases_one_by_one_equal_the_whole_run(whole, tmp_path, monkeypatch):
             with pytest.raises(KeyboardInterrupt):
                 train(path, run, "--phase", 1, *more)
     stopped = checkpoint(run)
-    assert (script.STAGES[stopped["stage"]], stopped["done"], len(calls)) == ("push", 4, 6)
+    assert (STAGES[stopped["stage"]], stopped["done"], len(calls)) == ("push", 4, 6)
     train(path, run, "--phase", 1, "--resume", "auto")
     train(path, run, "--phase", 2)
-    assert {f"{stage}.pth" for stage in script.STAGES} <= {file.name for file in (run / "model").iterdir()}
+    assert {f"{stage}.pth" for stage in STAGES} <= {file.name for file in (run / "model").iterdir()}
     assert_equal(checkpoint(undisturbed)["model"], checkpoint(run)["model"])
     log = (run / "log" / "log.jsonl").read_bytes()
     with pytest.raises(ValueError, match="in joint, phase 1"):
