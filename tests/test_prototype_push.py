@@ -301,7 +301,7 @@ def test_pruning_equals_the_reference_with_other_classes_and_seeds(seed, num_cla
 
 def test_boxes_equal_the_reference():
     """Many maps, also of cells that are not the peak of their map; the rule that never stops a side for good fails 1 in 10."""
-    for seed in range(60):
+    for seed in range(40):
         generator = torch.Generator().manual_seed(seed)
         for features, label in smooth_pictures(seed, 4, 2):
             (H, W), (h, w) = label.shape, features.shape[1:]
@@ -356,15 +356,11 @@ def test_box_of_a_patch():
 
 
 def test_a_side_without_an_active_line_has_grown_for_good():
-    """The map is active below its cell, then to the right of that; what is reached by a detour on the way back up is not taken."""
-    similarity, own = torch.zeros(6, 6), torch.ones(48, 48, dtype=torch.bool)
-    similarity[3, 1] = similarity[3, 2] = 1.0
-    similarity[1, 2] = similarity[2, 2] = 0.9
-    active = F.interpolate(similarity[None, None], (48, 48), mode="bicubic")[0, 0]
-    own &= active > 0.6
-    y0, x0, y1, x1 = patch_box(similarity, [3, 0], own)              # from the left: rows 23 and above are active only from column 16 on
-    again = published_growth(own.numpy(), [y0 + 5, y1 - 6, x0 + 5, x1 - 6])
-    assert again[0] < y0 + 5, "a second growth goes on, the first has to stop for good"
+    similarity, own = torch.zeros(40, 40), torch.ones(40, 40, dtype=torch.bool)          # cells of one pixel
+    similarity[23, 20:31] = 1.0                                      # below the cell's box of rows and columns 20 to 22, to the right,
+    similarity[10:23, 30] = 1.0                                      # and back up, past row 19, which was not active above the box
+    similarity[:8, :10] = 1.0                                        # elsewhere; more than 5 % are active
+    assert patch_box(similarity, [20, 20], own) == [20 - 5, 20 - 5, 23 + 1 + 5, 30 + 1 + 5]
 
 
 # -- push --------------------------------------------------------------------------------------------------------------
