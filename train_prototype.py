@@ -30,7 +30,6 @@ import torch
 
 from data.image_splits import (
     checked_dataset,
-    class_info,
     folder_pairs,
     given_pairs,
     mask_suffixes,
@@ -45,7 +44,7 @@ from utils.config import Config, Required, Setting, load_config
 from utils.distributed import EpochBatchSampler, all_reduce_sum, broadcast_buffers, world_size
 from utils.image_inference import TTA_SCALES, View, build_normalizer
 from utils.image_scripts import attach, evaluate_photos, photo_pictures
-from utils.losses import MaskedCrossEntropyLoss
+from utils.losses import MaskedCrossEntropyLoss, class_weights
 from utils.metrics import headline, metrics_table
 from utils.prototype_losses import off_class_l1, prototype_divergence, resize_label
 from utils.prototype_scripts import (
@@ -55,6 +54,7 @@ from utils.prototype_scripts import (
     Job,
     Progress,
     check_settings,
+    class_list,
     describe_prototypes,
     finish_prune,
     finish_push,
@@ -140,6 +140,7 @@ DEFAULTS = {
         "ce": Setting(1.0, (float,), low=0),
         "l1": Setting(1e-4, (float,), low=0),
         "kld": Setting(0.25, (float,), low=0),
+        "class_weights": Setting(None, (list, str)),    # of ce; or [sqrt_]median_frequency
         # published: off by one class
         "kld_labels": Setting("correct", (str,), ("correct", "published")),
     },
@@ -196,6 +197,7 @@ def check_config(config: Config) -> None:
     """Errors that need more than one key to see. Raises ValueError."""
     check_settings(config)
     build_augmentation(config).check()
+    build_criterion(config, np.ones(config.model.num_classes))
 
 
 def build_augmentation(config: Config) -> Augmentation:
@@ -205,15 +207,6 @@ def build_augmentation(config: Config) -> Augmentation:
     return Augmentation(tuple(data.scale_range), cat_max_ratio=1.0, flip=data.flip, brightness=0.0,
                         contrast=(1.0, 1.0), saturation=(1.0, 1.0), hue=0.0, scale_of="photo",
                         scale_step=data.scale_step)
-
-
-def class_list(config: Config) -> tuple[list[str], np.ndarray]:
-    """Class names and colours (C, 3) uint8."""
-    data = config.dataset
-    if data.name in DATASETS:
-        known = DATASETS[data.name]
-        return list(known.CLASS_NAMES), np.array(known.PALETTE, np.uint8)
-    return class_info(data.root, data.classes, config.model.num_classes, data.label_map)
 
 
 def build_dataset(config: Config, split: str, seed: int = 0, data_dir: str | None = None,
@@ -287,13 +280,19 @@ def set_train_mode(model: torch.nn.Module, name: str, config: Config) -> None:
         freeze_batch_norm(model)
 
 
+def build_criterion(config: Config, counts: np.ndarray) -> MaskedCrossEntropyLoss:
+    """counts (C,): training pixels of each class."""
+    return MaskedCrossEntropyLoss(class_weights(config.loss.class_weights, counts,
+                                                "loss.class_weights"))
+
+
 def compute_loss(criterion: MaskedCrossEntropyLoss, model: PPNet, outputs, label: torch.Tensor,
                  config: Config) -> dict:
     """This process's part of the terms of a micro-step and of their weighted `total`, a mean over
     the scales.
 
-    Cross entropy is over the labelled cells of each scale's own grid, the divergence over the pairs
-    of prototypes, both of all processes together.
+    Cross entropy is over the labelled cells of each scale's own grid, each with the weight of its
+    class, the divergence over the pairs of prototypes, both of all processes together.
     """
     scales = outputs if isinstance(outputs, list) else [outputs]
     published = config.loss.kld_labels == "published"
@@ -301,7 +300,8 @@ def compute_loss(criterion: MaskedCrossEntropyLoss, model: PPNet, outputs, label
     for logits, distances in scales:                            # (B, h, w, C), (B, P, h, w)
         cells = resize_label(label, logits.shape[1:3])          # (B, h, w)
         total, weight = criterion.sum_and_weight(logits.float(), cells)
-        terms["ce"] = terms["ce"] + total / all_reduce_sum(weight).clamp(min=1) / len(scales)
+        weight = all_reduce_sum(weight).clamp(min=1e-6)
+        terms["ce"] = terms["ce"] + total / weight / len(scales)
         total, pairs = prototype_divergence(distances, cells, model.class_identity, published)
         pairs = all_reduce_sum(pairs.float()).clamp(min=1)
         terms["kld"] = terms["kld"] + total / pairs / len(scales)
@@ -366,6 +366,7 @@ def train_until(job: Job, name: str, network, end: int) -> bool:
             with run.autocast():
                 outputs = network(job.model.normalize(image))
             losses = compute_loss(job.criterion, job.model, outputs, label, job.config)
+            count_cells(run, outputs, label)
             terms = {key: value / accumulate for key, value in losses.items()}
             run.backward(losses["total"] * (1 / accumulate), terms)
         run.update()
@@ -374,6 +375,13 @@ def train_until(job: Job, name: str, network, end: int) -> bool:
         if job.progress.done < end and run.stop_requested():
             return False
     return True
+
+
+def count_cells(run: Run, outputs, label: torch.Tensor) -> None:
+    """Training accuracy and mIoU are over the labelled cells of the finest grid, before the
+    update."""
+    logits, _ = outputs[-1] if isinstance(outputs, list) else outputs       # (B, h, w, C)
+    run.totals.matrix.update(logits.argmax(-1), resize_label(label, logits.shape[1:3]))
 
 
 def stage_batches(job: Job, end: int):
@@ -578,9 +586,11 @@ def main(argv=None) -> dict:
     model, encoder_entry = start_model(run, config)
     attach_settings(model, config, class_names, palette)
     run.model = model.to(run.device)
-    job = Job(run, model, MaskedCrossEntropyLoss(), datasets, sampler, lengths)
+    criterion = build_criterion(config, train_set.class_counts).to(run.device)
+    job = Job(run, model, criterion, datasets, sampler, lengths)
     run.track(config=config, class_names=class_names, palette=palette.tolist(), optimizer=None,
-              scheduler=None, save_interval=0, encoder=encoder_entry, ema=None, table=None)
+              scheduler=None, save_interval=0, num_classes=len(class_names),
+              encoder=encoder_entry, ema=None, table=None)
     run.keeper.counted = "stage"
     with run.lock:
         keep_resumed(run)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from data import cityscapes, voc
-from data.image_splits import check_file_settings, label_map_of
+from data.image_splits import check_file_settings, class_info, label_map_of
 from data.images import SegmentationDataset
 from data.photos import photo_format, read_image
 from data.prototype_results import explain_pixels, prototype_colors, write_gallery, write_prototype_prediction
@@ -44,6 +44,15 @@ SCANS = ("push", "prune")               # passes over whole photographs; the oth
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------
+
+def class_list(config: Config) -> tuple[list[str], np.ndarray]:
+    """Class names and colours (C, 3) uint8."""
+    data = config.dataset
+    if data.name in DATASETS:
+        known = DATASETS[data.name]
+        return list(known.CLASS_NAMES), np.array(known.PALETTE, np.uint8)
+    return class_info(data.root, data.classes, config.model.num_classes, data.label_map)
+
 
 def check_settings(config: Config) -> None:
     """Errors that need more than one key to see, but for the augmentation's. Raises ValueError."""
@@ -225,7 +234,8 @@ def log_evaluation(run: Run, place: Progress, train: dict | None, result: dict, 
     name = STAGES[place.stage]
     line = f"{name} (phase {PHASE[name]}), {place.done} steps:"
     if train is not None:
-        line += (f" Train Loss: {train['total']:.4f} (ce {train['ce']:.4f}, kld {train['kld']:.4f}, l1 "
+        line += (f" Train Loss: {train['total']:.4f}, Train mIoU: {train['miou']:.4f}, Train Acc: "
+                 f"{train['overall_accuracy']:.4f} (ce {train['ce']:.4f}, kld {train['kld']:.4f}, l1 "
                  f"{train['l1']:.1f})")
         run.log.evaluation(place.stage, run.step, "train", {**train, "loss": train["total"], "stage_name": name})
     val = result["metrics"]
