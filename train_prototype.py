@@ -457,8 +457,8 @@ def evaluate_stage(job: Job, train: dict | None, started: float) -> dict:
 
 def evaluate(model, dataset, device=None, amp_dtype=None, batch_size=4, num_workers=0,
              limit_batches=0) -> dict:
-    """evaluate_photos, as in training, for --test-only and evaluate.py; with evaluation.
-    interpretability `extra` holds what describes the prototypes, see docs/prototype.md."""
+    """evaluate_photos, which training calls too; `extra` holds what describes the prototypes, see
+    docs/prototype.md, unless evaluation.interpretability is false."""
     result = evaluate_photos(model, dataset, device, amp_dtype, batch_size, num_workers,
                              limit_batches)
     if model.config.evaluation.interpretability:
