@@ -1,7 +1,7 @@
 """Point clouds, from raw points to voxels: augmentation, grid sampling, cropping, mixing, views of the precise test.
 
 A cloud is a dict of arrays with one row a point: coord (N, 3) float32 metres with z up, color (N, 3) float32 in 0..255,
-normal (N, 3) float32 of length 1, label (N,) int64, and whatever else must stay in step. Functions return a new dict
+normal (N, 3) float32 of length 1, label (N,) int64, height (N, 1) and shape (N, 4 S) float32, and whatever else must stay in step. Functions return a new dict
 and leave the given one alone; all that is random takes a numpy Generator. Recipe: Sonata (Wu et al. 2025) as released
 in Pointcept (MIT), with the exceptions named below; Mix3D: Nekrasov et al. 2021.
 """
@@ -27,6 +27,8 @@ MAX_GRID_INDEX = 65534                  # the serialisation takes 16 bits an axi
 MAX_NOISE_CELLS = 50_000_000            # of an elastic distortion: 600 MB
 FNV_OFFSET, FNV_PRIME, SIGN_BIT = np.uint64(14695981039346656037), np.uint64(1099511628211), np.uint64(1 << 63)
 NORMAL_NEIGHBORS = 16
+SHAPE_CHANNELS = 4                      # numbers of local_shape for each of its sizes
+LAYER = 0.01                            # metres: thickness of the layers among which height_over_plane looks for the fullest
 EYE_HEIGHT = 1.5                        # metres above the lowest point: where a cloud is supposed to be seen from
 
 
@@ -68,7 +70,9 @@ def rotate(cloud: Cloud, degrees: float, axis: str = "z", center: Sequence[float
 
 
 def scale(cloud: Cloud, factor: float) -> Cloud:
-    return {**cloud, "coord": cloud["coord"] * np.float32(factor)}
+    """Coordinates, and heights over the plane where the cloud has them, times `factor`."""
+    return {name: values * np.float32(factor) if name in ("coord", "height") else values
+            for name, values in cloud.items()}
 
 
 def flip(cloud: Cloud, x: bool, y: bool) -> Cloud:
@@ -232,6 +236,57 @@ def estimate_normals(coord: np.ndarray) -> np.ndarray:
     away = ((np.asarray(viewpoint) - coord) * normal).sum(1) < 0
     normal[away] *= -1
     return normal.astype(np.float32)
+
+
+def height_over_plane(coord: np.ndarray, layer: float = LAYER) -> np.ndarray:
+    """(N, 1) float32 metres over the plane that most points lie on (table, floor), which must be level: the median of
+    z in the fullest of all layers `layer` thick and the two beside it. Below it negative."""
+    z = coord[:, 2].astype(np.float64)
+    cell = np.floor((z - z.min()) / layer).astype(np.int64)
+    cells, count = np.unique(cell, return_counts=True)
+    beside = np.abs(cell - cells[count.argmax()]) <= 1
+    return (z - np.median(z[beside])).astype(np.float32)[:, None]
+
+
+def local_shape(coord: np.ndarray, sizes: Sequence[float]) -> np.ndarray:
+    """(N, 4 S) float32, how the surface around each point bends, in neighbourhoods of S sizes (metres): invariant to
+    turns about z, roughly in 0..1.
+
+    For a size the points are first averaged in cells that wide; a neighbourhood is the 16 cells nearest to a point, so
+    that it grows with the size (about 4 cells wide). Four numbers each: `variation`, the smallest eigenvalue of the
+    positions' covariance times 9 over their sum (Pauly et al. 2002; 0 on a plane, 3 where all directions are alike);
+    `bend`, how far the neighbours' mean lies behind the point along its normal, over the neighbourhood's standard
+    deviation (convex above 0, hollow below); the two largest eigenvalues of the covariance of the neighbours' normals
+    (0, 0 on a plane; one on a cylinder or an edge; both on a ball or a corner). Neighbourhoods of fewer than four
+    cells: zeros.
+    """
+    coord = coord.astype(np.float64)
+    return np.concatenate([_shape_at(coord, size) for size in sizes], 1).astype(np.float32)
+
+
+def _shape_at(coord, size):
+    voxels = voxelize(coord, size)
+    means = np.add.reduceat(coord[voxels.order], voxels.start) / voxels.count[:, None]
+    shape = np.zeros((len(coord), SHAPE_CHANNELS))
+    if len(means) < 4:
+        return shape
+    normal = estimate_normals(means).astype(np.float64)
+    _, index = cKDTree(means).query(coord, min(NORMAL_NEIGHBORS, len(means)))       # (N, k)
+    for begin in range(0, len(coord), 1 << 16):                                     # bounded memory
+        rows = slice(begin, begin + (1 << 16))
+        around, turned = means[index[rows]], normal[index[rows]]                    # (n, k, 3)
+        middle = around.mean(1)
+        around -= middle[:, None]
+        spread, axes = np.linalg.eigh(around.swapaxes(1, 2) @ around / around.shape[1])
+        total = spread.sum(1).clip(1e-12)
+        facing = axes[:, :, 0]
+        facing *= np.where((facing * turned[:, 0]).sum(1) < 0, -1, 1)[:, None]
+        turned -= turned.mean(1, keepdims=True)
+        bundle = np.linalg.eigvalsh(turned.swapaxes(1, 2) @ turned / turned.shape[1])
+        shape[rows, 0] = 9 * spread[:, 0] / total
+        shape[rows, 1] = ((coord[rows] - middle) * facing).sum(1) / np.sqrt(total)
+        shape[rows, 2:] = bundle[:, :0:-1]
+    return shape
 
 
 # -- the training recipe -----------------------------------------------------------------------------------------------
