@@ -75,6 +75,19 @@ def scale(cloud: Cloud, factor: float) -> Cloud:
             for name, values in cloud.items()}
 
 
+def stretch(cloud: Cloud, factors: Sequence[float]) -> Cloud:
+    """x, y and z times a factor each (above 0), heights over the plane times that of z; normals stay upright on their
+    surface. The feature shape stays that of the cloud as it was."""
+    factors = np.asarray(factors, np.float32)
+    stretched = {**cloud, "coord": cloud["coord"] * factors}
+    if "height" in cloud:
+        stretched["height"] = cloud["height"] * factors[2]
+    if "normal" in cloud:
+        normal = cloud["normal"] / factors
+        stretched["normal"] = normal / np.linalg.norm(normal, axis=1, keepdims=True).clip(1e-12)
+    return stretched
+
+
 def flip(cloud: Cloud, x: bool, y: bool) -> Cloud:
     """Mirror x, y or both, normals too."""
     sign = np.array([-1 if x else 1, -1 if y else 1, 1], np.float32)
@@ -202,9 +215,17 @@ def sphere_crop(cloud: Cloud, num_points: int, center: np.ndarray) -> Cloud:
 
 
 def stack_features(cloud: Cloud, names: Sequence[str]) -> np.ndarray:
-    """(N, C) float32 of the arrays `names` side by side; colours in 0..1."""
-    return np.concatenate([cloud[name] / np.float32(255) if name == "color" else cloud[name] for name in names],
-                          1).astype(np.float32)
+    """(N, C) float32 of the arrays `names` side by side; colours in 0..1, height in tenths of a metre: a network reads
+    the columns as they are, and should not have to enlarge any."""
+    columns = []
+    for name in names:
+        if name == "color":
+            columns.append(cloud[name] / np.float32(255))
+        elif name == "height":
+            columns.append(cloud[name] * np.float32(10))
+        else:
+            columns.append(cloud[name])
+    return np.concatenate(columns, 1).astype(np.float32)
 
 
 def mix_offsets(offset: torch.Tensor) -> torch.Tensor:
@@ -253,12 +274,12 @@ def local_shape(coord: np.ndarray, sizes: Sequence[float]) -> np.ndarray:
     turns about z, roughly in 0..1.
 
     For a size the points are first averaged in cells that wide; a neighbourhood is the 16 cells nearest to a point, so
-    that it grows with the size (about 4 cells wide). Four numbers each: `variation`, the smallest eigenvalue of the
-    positions' covariance times 9 over their sum (Pauly et al. 2002; 0 on a plane, 3 where all directions are alike);
-    `bend`, how far the neighbours' mean lies behind the point along its normal, over the neighbourhood's standard
-    deviation (convex above 0, hollow below); the two largest eigenvalues of the covariance of the neighbours' normals
-    (0, 0 on a plane; one on a cylinder or an edge; both on a ball or a corner). Neighbourhoods of fewer than four
-    cells: zeros.
+    that it grows with the size (about 4 cells wide). Four numbers each: `thickness`, three times the root of the
+    smallest eigenvalue's share in the positions' covariance (Pauly et al. 2002; 0 on a plane, 1.7 where all directions
+    are alike); `bend`, how far the neighbours' mean lies behind the point along its normal, in standard deviations
+    of the neighbourhood times 3 (convex above 0, hollow below); the two largest standard deviations of the neighbours'
+    normals (0, 0 on a plane; one on a cylinder or an edge; both on a ball or a corner). Neighbourhoods of fewer than
+    four cells: zeros.
     """
     coord = coord.astype(np.float64)
     return np.concatenate([_shape_at(coord, size) for size in sizes], 1).astype(np.float32)
@@ -283,9 +304,9 @@ def _shape_at(coord, size):
         facing *= np.where((facing * turned[:, 0]).sum(1) < 0, -1, 1)[:, None]
         turned -= turned.mean(1, keepdims=True)
         bundle = np.linalg.eigvalsh(turned.swapaxes(1, 2) @ turned / turned.shape[1])
-        shape[rows, 0] = 9 * spread[:, 0] / total
-        shape[rows, 1] = ((coord[rows] - middle) * facing).sum(1) / np.sqrt(total)
-        shape[rows, 2:] = bundle[:, :0:-1]
+        shape[rows, 0] = 3 * np.sqrt(spread[:, 0].clip(0) / total)
+        shape[rows, 1] = 3 * ((coord[rows] - middle) * facing).sum(1) / np.sqrt(total)
+        shape[rows, 2:] = np.sqrt(bundle[:, :0:-1].clip(0))
     return shape
 
 
@@ -302,6 +323,7 @@ class PointAugmentation:
     rotation_xy: float = 180 / 64                   # about the middle of the cloud
     rotation_probability: float = 0.5               # of each of the three turns
     scale_range: tuple[float, float] = (0.9, 1.1)
+    stretch: float = 0.0                            # each axis, after the turns, times 1 -+ this at most
     flip_probability: float = 0.5                   # of x and of y
     jitter: float = 0.005
     jitter_clip: float = 0.02
@@ -326,6 +348,8 @@ class PointAugmentation:
         if self.dropout >= 1 or self.crop_share == 0 or self.crop_points == 0:
             raise ValueError(f"augmentation: dropout={self.dropout:g}, crop_share={self.crop_share}, "
                              f"crop_points={self.crop_points} would leave no point")
+        if self.stretch >= 1:
+            raise ValueError(f"augmentation.stretch={self.stretch:g}: expected a number below 1")
         if len(self.scale_range) != 2 or not 0 < self.scale_range[0] <= self.scale_range[1]:
             raise ValueError(f"augmentation.scale_range={list(self.scale_range)}: expected [lowest, highest], "
                              f"both above 0")
@@ -344,6 +368,8 @@ def augment(cloud: Cloud, settings: PointAugmentation, rng: np.random.Generator)
         if rng.random() < settings.rotation_probability:
             cloud = rotate(cloud, rng.uniform(-most, most), axis, (0, 0, 0) if axis == "z" else None)
     cloud = scale(cloud, rng.uniform(*settings.scale_range))
+    if settings.stretch:                                                            # 0 draws nothing, as before it
+        cloud = stretch(cloud, rng.uniform(1 - settings.stretch, 1 + settings.stretch, 3))
     cloud = flip(cloud, *(rng.random(2) < settings.flip_probability))
     if settings.jitter:
         cloud = jitter(cloud, settings.jitter, settings.jitter_clip, rng)

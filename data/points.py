@@ -448,9 +448,7 @@ def complete(cloud: PointCloud, spec: PointSpec, path: str | Path = "cloud",
         if way == "error":
             raise ValueError(f"{path}: no {name}s; set data.missing_{name} or take {name} out of data.features")
         if way == "estimate":
-            coord = cloud.coord * np.float32(spec.unit)
-            cloud = cloud._replace(normal=_cached("normals", estimate_normals, coord, bytes([NORMAL_NEIGHBORS]),
-                                                  cache_dir))
+            cloud = cloud._replace(normal=_cached_normals(cloud.coord * np.float32(spec.unit), cache_dir))
         else:
             cloud = cloud._replace(**{name: np.zeros_like(cloud.coord)})
     if "height" in spec.features:
@@ -462,6 +460,10 @@ def complete(cloud: PointCloud, spec: PointSpec, path: str | Path = "cloud",
     return cloud, tuple(missing)
 
 
+def _cached_normals(coord, cache_dir):
+    return _cached("normals", estimate_normals, coord, bytes([NORMAL_NEIGHBORS]), cache_dir)
+
+
 def _cached(name, compute, coord, settings, cache_dir):
     """compute(coord), rows as coord; kept in cache_dir (None: not at all) under a hash of coord and settings (bytes)."""
     if cache_dir is None:
@@ -470,7 +472,7 @@ def _cached(name, compute, coord, settings, cache_dir):
     entry = Path(cache_dir) / f"{name}_{key}.npy"
     try:
         values = np.load(entry)
-        if len(values) == len(coord):
+        if values.ndim == 2 and len(values) == len(coord):
             return values
     except (OSError, EOFError, ValueError):
         pass                                                # absent or damaged: computed, and written over
