@@ -6,6 +6,8 @@
 #   bash scripts/results.sh pretraining          # train_jepa.py, and what its encoder is worth; pretraining_lod3 after it
 #   bash scripts/results.sh camvid               # camvid_upernet and camvid_m2f: heads on an untrained frozen ViT-S; camvid_unet;
 #                                                # camvid_prototype and camvid_deeplab, the ordinary classifier beside it
+#   bash scripts/results.sh tabletop             # datasets/tabletop: trees and three seeds of the small network on the test clouds;
+#                                                # tabletop_folds: both on folds that hold objects out; tabletop_curve: fewer clouds
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 
 humanbody_linear() {    # raw features without and with signatures, multinomial logistic regression
@@ -86,7 +88,33 @@ camvid() {
     camvid_upernet; camvid_m2f; camvid_unet; camvid_prototype; camvid_deeplab
 }
 
+SHAPE=configs/sonata/tabletop-shape.yaml
+tabletop_network() {    # run folder, seed, overrides; one thread
+    out=$1 seed=$2; shift 2
+    OMP_NUM_THREADS=1 python train_sonata.py "$SHAPE" --device cpu --num-workers 0 --seed "$seed" --output-dir "$out" "$@"
+}
+tabletop() {
+    OMP_NUM_THREADS=1 python benchmarks/point_trees.py "$SHAPE" --split test
+    for seed in 0 1 2; do
+        tabletop_network "exp/tabletop_shape_$seed" "$seed"
+        OMP_NUM_THREADS=1 python evaluate.py "exp/tabletop_shape_$seed/model/model_last.pth" --device cpu
+    done
+}
+tabletop_folds() {
+    python scripts/tabletop_folds.py datasets/tabletop datasets/tabletop_folds
+    for fold in 0 1 2; do
+        root="data.root=datasets/tabletop_folds/fold$fold"
+        OMP_NUM_THREADS=1 python benchmarks/point_trees.py "$SHAPE" "$root"
+        tabletop_network "exp/tabletop_fold$fold" 0 "$root" data.test=null
+    done
+}
+tabletop_curve() {      # trees on 5, 10, 20 and 30 training clouds
+    for clouds in 5 10 20 30; do
+        OMP_NUM_THREADS=1 python benchmarks/point_trees.py "$SHAPE" --split test --clouds "$clouds"
+    done
+}
+
 case "${1:-}" in
-    camvid | camvid_upernet | camvid_m2f | camvid_unet | camvid_prototype | camvid_deeplab | humanbody | humanbody_linear | humanbody_nohks | humanbody_hks | humanbody_random | pretraining | pretraining_lod3) "$1" ;;
-    *) echo "error: name a run: camvid, camvid_{upernet,m2f,unet,prototype,deeplab}, pretraining, pretraining_lod3, humanbody or humanbody_{linear,nohks,hks,random}, got '${1:-}'" >&2; exit 2 ;;
+    camvid | camvid_upernet | camvid_m2f | camvid_unet | camvid_prototype | camvid_deeplab | humanbody | humanbody_linear | humanbody_nohks | humanbody_hks | humanbody_random | pretraining | pretraining_lod3 | tabletop | tabletop_folds | tabletop_curve) "$1" ;;
+    *) echo "error: name a run: camvid, camvid_{upernet,m2f,unet,prototype,deeplab}, pretraining, pretraining_lod3, tabletop, tabletop_{folds,curve}, humanbody or humanbody_{linear,nohks,hks,random}, got '${1:-}'" >&2; exit 2 ;;
 esac
