@@ -287,7 +287,7 @@ def local_shape(coord: np.ndarray, sizes: Sequence[float]) -> np.ndarray:
 
 def _shape_at(coord, size):
     voxels = voxelize(coord, size)
-    means = np.add.reduceat(coord[voxels.order], voxels.start) / voxels.count[:, None]
+    means = np.stack([np.bincount(voxels.inverse, axis) for axis in coord.T], 1) / voxels.count[:, None]
     shape = np.zeros((len(coord), SHAPE_CHANNELS))
     if len(means) < 4:
         return shape
@@ -302,6 +302,7 @@ def _shape_at(coord, size):
         total = spread.sum(1).clip(1e-12)
         facing = axes[:, :, 0]
         facing *= np.where((facing * turned[:, 0]).sum(1) < 0, -1, 1)[:, None]
+        turned *= np.where(turned @ facing[:, :, None] < 0, -1, 1)                 # whichever side each was turned to
         turned -= turned.mean(1, keepdims=True)
         bundle = np.linalg.eigvalsh(turned.swapaxes(1, 2) @ turned / turned.shape[1])
         shape[rows, 0] = 3 * np.sqrt(spread[:, 0].clip(0) / total)
