@@ -456,23 +456,25 @@ def complete(cloud: PointCloud, spec: PointSpec, path: str | Path = "cloud",
     if "shape" in spec.features:
         shape = partial(local_shape, sizes=spec.shape_sizes)
         settings = bytes([NORMAL_NEIGHBORS]) + np.float64(spec.shape_sizes).tobytes()
-        cloud = cloud._replace(shape=_cached("shape", shape, cloud.coord * np.float32(spec.unit), settings, cache_dir))
+        width = SHAPE_CHANNELS * len(spec.shape_sizes)
+        coord = cloud.coord * np.float32(spec.unit)
+        cloud = cloud._replace(shape=_cached("shape", shape, coord, width, settings, cache_dir))
     return cloud, tuple(missing)
 
 
 def _cached_normals(coord, cache_dir):
-    return _cached("normals", estimate_normals, coord, bytes([NORMAL_NEIGHBORS]), cache_dir)
+    return _cached("normals", estimate_normals, coord, 3, bytes([NORMAL_NEIGHBORS]), cache_dir)
 
 
-def _cached(name, compute, coord, settings, cache_dir):
-    """compute(coord), rows as coord; kept in cache_dir (None: not at all) under a hash of coord and settings (bytes)."""
+def _cached(name, compute, coord, width, settings, cache_dir):
+    """compute(coord), (N, width); kept in cache_dir (None: not at all) under a hash of coord and settings (bytes)."""
     if cache_dir is None:
         return compute(coord)
     key = hashlib.sha256(coord.tobytes() + settings).hexdigest()[:32]
     entry = Path(cache_dir) / f"{name}_{key}.npy"
     try:
         values = np.load(entry)
-        if values.ndim == 2 and len(values) == len(coord):
+        if values.shape == (len(coord), width):
             return values
     except (OSError, EOFError, ValueError):
         pass                                                # absent or damaged: computed, and written over
