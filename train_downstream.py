@@ -1,7 +1,10 @@
-"""Per-face semantic segmentation of triangle meshes: a head on a pre-trained (I-JEPA) mesh encoder.
+"""Per-face semantic segmentation of triangle meshes: a head on a pre-trained mesh encoder, I-JEPA's
+or DiffusionNet.
 
     python train_downstream.py config.yaml --pretrained_path exp/jepa/model/model_last.pth
     python train_downstream.py config.yaml                     # the same network from scratch
+    python train_downstream.py configs/mesh_humanbody_official.yaml \\
+        --pretrained_path human_seg_hks_4x128.pth              # DiffusionNet's own weights and head
     python train_downstream.py config.yaml --device cpu --limit-batches 2 training.epochs=1
     torchrun --nproc_per_node=4 train_downstream.py config.yaml --pretrained_path P
     python train_downstream.py config.yaml --resume auto                       # go on, bit for bit
@@ -10,7 +13,8 @@
 One config file holds the experiment (configs/mesh_*.yaml; all keys are in DEFAULTS),
 `section.key=value` changes it. The encoder is frozen unless training.num_unfrozen_encoder_layers
 says otherwise, or there is no pre-trained file. What to expect, every number logged and every
-deviation from the documents: docs/meshes.md.
+deviation from the documents: docs/meshes.md; DiffusionNet (Sharp et al. 2022):
+docs/diffusion_net.md.
 """
 
 from __future__ import annotations
@@ -24,25 +28,32 @@ from data.mesh import (
     Augmentation,
     MeshDataset,
     MeshSpec,
-    custom_collate_fn,
     feature_statistics,
     hold_out,
+    repeated,
     split_meshes,
 )
 from data.mesh_io import MESH_SUFFIXES, list_meshes
-from data.mesh_texture import open_meshes
-from models.downstream import DownstreamClassifier, face_logits
+from data.mesh_surfaces import SurfaceSpec, open_meshes
+from models.diffusion_net import DiffusionNet
+from models.downstream import DownstreamClassifier, SurfaceClassifier, face_logits
 from models.mesh_texture import (
     FUSIONS,
     IntegratedDownstreamClassifier,
     IntegratedTextureGeometryModel,
+    TexturedSurfaceClassifier,
 )
 from models.nomeformer import Nomeformer
-from models.pretrained_mesh import check_features, read_encoder
+from models.pretrained_mesh import (
+    check_features,
+    load_diffusion_net,
+    read_diffusion_net,
+    read_encoder,
+)
 from utils.checkpoint import EarlyStopping
 from utils.checks import check_choice, check_names, check_positive, check_range
 from utils.cli import ArgumentParser, run_main
-from utils.config import Config, Required, Setting, load_config, not_needed_lines
+from utils.config import Config, Required, Setting, command_line_wins, load_config, not_needed_lines
 from utils.distributed import all_reduce_sum, unwrap
 from utils.ema import EMA, averaged, load_averaged
 from utils.losses import MaskedCrossEntropyLoss
@@ -53,10 +64,10 @@ from utils.mesh_scripts import (
     mesh_pictures,
     write_mesh_label,
 )
-from utils.metrics import metrics_table
+from utils.metrics import headline, metrics_table
 from utils.params import describe_parameters, layerwise_groups
 from utils.render import palette
-from utils.run import Run, add_run_flags, headline, main_first
+from utils.run import Run, add_run_flags, main_first
 from utils.schedule import SCHEDULES, build_scheduler
 from utils.training import build_loader, check_same_run, micro_steps, to_device
 from utils.weights import load_weights, sha256_file
@@ -100,6 +111,8 @@ DEFAULTS = {
         "suffixes": [],                     # [.obj]: leave other kinds of files in a folder alone
         "test_split": [],                   # name patterns: kept out of mesh_dir for --test-only
         "val_split": [],                    # name patterns ("faust_08*") or one number, a share
+        "repeat": [],                       # patterns of training meshes, so many times an epoch:
+        "repeat_times": Setting(4, (int,), low=1),
         "class_names": [],
         "label_offset": 0,                  # added to the files' values: -1 where they count from 1
         "ignore_labels": [],                # the files' values for "not labelled", such as 255
@@ -107,11 +120,15 @@ DEFAULTS = {
     },
     "model": {
         "n_classes": Required((int,), low=1),
+        "encoder": Setting("nomeformer", (str,), ("nomeformer", "diffusion_net")),
         "features": ["corners", "normal", "area", "angles", "curvature", "dihedral"],
         "feature_dim": Setting(None, (int,)),       # only checked against the features
         "embedding_dim": Setting(96, (int,), low=1),
         "num_heads": 4,
         "num_attention_blocks": 6,
+        "num_diffusion_blocks": Setting(4, (int,), low=1),  # this and the next two: DiffusionNet's
+        "num_eigenpairs": 128,
+        "hks_scale": 1.0,                           # times the signature; 0.1 beside coordinates
         "mlp_ratio": 2.0,
         "dropout": 0.1,                             # of the head
         "encoder_dropout": 0.0,
@@ -135,11 +152,12 @@ DEFAULTS = {
     "masking": {},                          # of train_jepa.py: one file can serve both scripts
     "loss": {},
     "training": {
-        "epochs": Setting(50, (int,), low=1),
+        "epochs": Setting(50, (int,), low=0),       # 0: score the file's own head, pretrained_head
         "batch_size": Setting(8, (int,), low=1),    # meshes (or crops) per process and micro-step
         "clusters_per_batch": Setting(None, (int,)),    # crops of so many clusters: large meshes
         "accumulation_steps": Setting(1, (int,), low=1),
         "num_unfrozen_encoder_layers": Setting(0, (int, str)),      # 0 | k | all; from scratch: all
+        "pretrained_head": False,           # DiffusionNet: the file's last layer is the head
         "use_pretrained": Setting(None, (bool,)),   # true: a file is a must; false: ignore it
         "resume": False,                            # the same as --resume auto
         "weight_decay": Setting(0.05, (float,), low=0),
@@ -174,9 +192,11 @@ DEFAULTS = {
         "recluster": False,
         "cluster_dropout": 0.0,
         "color_jitter": 0.0,
+        "size_range": [1.0, 1.0],                   # DiffusionNet: of the mesh in its unit ball
     },
     "evaluation": {
         "views": Setting(1, (int,), low=1),         # average over so many rotations and clusterings
+        "pool_planes": Setting(0.0, (float,), low=0),   # degrees: one mean a flat piece; 0: off
         "interval": Setting(1, (int,), low=1),      # epochs
         "monitor": Setting("mean_f1", (str,), tuple(MONITORS)),
         "batch_size": Setting(8, (int,), low=1),
@@ -214,6 +234,7 @@ def check_config(config: Config) -> None:
         raise ValueError("data.test_split and paths.test_mesh_dir both say what the test meshes "
                          "are; give one of them")
     build_augmentation(config)
+    check_encoder(config)
     spec = mesh_spec(config)
     spec.check_feature_dim(config.model.feature_dim)
     if "ground" in spec.features and config.augmentation.mode == "so3":
@@ -239,8 +260,31 @@ def check_config(config: Config) -> None:
                          f"block], as [10, 2]")
 
 
-def mesh_spec(config: Config) -> MeshSpec:
+def check_encoder(config: Config) -> None:
+    """ValueError for settings that the encoder, or the head of its file, does not go with."""
     model = config.model
+    training = config.training
+    if training.pretrained_head and (model.encoder, model.head) != ("diffusion_net", "linear"):
+        raise ValueError("training.pretrained_head takes the last layer of a DiffusionNet: set "
+                         "model.encoder: diffusion_net and model.head: linear")
+    if training.epochs == 0 and not training.pretrained_head:
+        raise ValueError("training.epochs=0 scores a file's own head: set "
+                         "training.pretrained_head=true, or 1 epoch and more")
+    if model.encoder != "diffusion_net":
+        return
+    for name in ("model.n_clusters", "model.unit", "training.clusters_per_batch"):
+        section, key = name.split(".")
+        if config[section][key] is not None:
+            raise ValueError(f"{name} is for clusters of faces; leave it out with model.encoder: "
+                             f"diffusion_net, which sees whole meshes in their own unit ball")
+    if model.use_texture and training.cache_features:
+        raise ValueError("training.cache_features needs an encoder without texture")
+
+
+def mesh_spec(config: Config) -> MeshSpec | SurfaceSpec:
+    model = config.model
+    if model.encoder == "diffusion_net":
+        return SurfaceSpec(tuple(model.features), model.num_eigenpairs, model.hks_scale)
     features = list(model.features)
     for name, wanted in (("normal", model.include_normals),
                          ("ground", model.additional_geometrical_features)):
@@ -277,6 +321,8 @@ def split_files(config: Config, split: str) -> tuple[list[Path], str]:
         files = held_out
     elif paths.val_mesh_dir is None:
         files = split_meshes(files, data.val_split)[0 if split == "train" else 1]
+    if split == "train":
+        files = repeated(files, data.repeat, data.repeat_times)
     return files, paths.label_dir or paths.mesh_dir
 
 
@@ -306,6 +352,15 @@ def texture_samples(config: Config) -> int | None:
 
 def build_model(config: Config, unfrozen_layers: int | str) -> DownstreamClassifier:
     model = config.model
+    if model.encoder == "diffusion_net":
+        encoder = DiffusionNet(mesh_spec(config).feature_dim, None, model.embedding_dim,
+                               model.num_diffusion_blocks, dropout=model.encoder_dropout,
+                               gradient_checkpointing=model.gradient_checkpointing)
+        parts = (encoder, model.n_classes, model.head, model.dropout, unfrozen_layers)
+        if not model.use_texture:
+            return SurfaceClassifier(*parts)
+        return TexturedSurfaceClassifier(*parts, texture_embed_dim=model.texture_embed_dim,
+                                         fusion=model.fusion_method)
     sizes = (mesh_spec(config).feature_dim, model.embedding_dim, model.num_heads,
              model.num_attention_blocks, model.mlp_ratio, model.encoder_dropout, model.drop_path,
              model.use_pe, model.gradient_checkpointing)
@@ -318,9 +373,16 @@ def build_model(config: Config, unfrozen_layers: int | str) -> DownstreamClassif
                                           unfrozen_layers)
 
 
-def load_pretrained(model: DownstreamClassifier, path: str, spec: MeshSpec) -> tuple[dict, str]:
-    """Fill the encoder from a file, whole or not at all. Returns the checkpoint's `encoder` entry
-    and a log line."""
+def load_pretrained(model: DownstreamClassifier, path: str, config: Config) -> tuple[dict, str]:
+    """Fill the encoder (and training.pretrained_head) from a file, whole or not at all. Returns the
+    checkpoint's `encoder` entry and a log line."""
+    spec = mesh_spec(config)
+    entry = {"name": type(model.encoder).__name__, "file": str(path), "sha256": sha256_file(path)}
+    if isinstance(model, SurfaceClassifier):
+        state, layout, feature_spec = read_diffusion_net(path)
+        check_features(feature_spec, spec.features, path)
+        head = model.head if config.training.pretrained_head else None
+        return entry, load_diffusion_net(model.encoder, state, path, layout, head)
     state, layout, feature_spec = read_encoder(path)
     heads = model.encoder.blocks[0].local_layer.attn.num_heads
     check_features(feature_spec, spec.features, path, heads)
@@ -331,8 +393,7 @@ def load_pretrained(model: DownstreamClassifier, path: str, spec: MeshSpec) -> t
     line = load_weights(model.encoder, {**fresh, **state}, path, layout=layout)
     if fresh:
         line += (f"; {len(fresh)} of them, the texture's, are not in the file and start afresh")
-    return {"name": type(model.encoder).__name__, "file": str(path),
-            "sha256": sha256_file(path)}, line
+    return entry, line
 
 
 def start_model(run: Run, config: Config, train_set: MeshDataset):
@@ -362,34 +423,27 @@ def start_model(run: Run, config: Config, train_set: MeshDataset):
         return model, entry, run.checkpoint["unfrozen_layers"]
     model = build_model(config, unfrozen)
     if pretrained:
-        entry, line = load_pretrained(model, pretrained, train_set.spec)
+        entry, line = load_pretrained(model, pretrained, config)
         run.messages.append(line)
         return model, entry, unfrozen
-    model.encoder.feature_mean[:], model.encoder.feature_std[:] = feature_statistics(train_set)
+    if not isinstance(model, SurfaceClassifier):
+        model.encoder.feature_mean[:], model.encoder.feature_std[:] = feature_statistics(train_set)
     return model, None, unfrozen
 
 
 def parameter_groups(model: DownstreamClassifier, config: Config) -> list[dict]:
     """Rates that fall from the head to the input, see layerwise_groups."""
-    depth = len(model.encoder.blocks)
     head_factor, decay = config.training.layer_wise_lr_decay
-
-    def layer_id(name):
-        if name.startswith(("head.", "encoder.texture_")):
-            return depth + 2
-        if name.startswith("encoder.blocks."):
-            return int(name.split(".")[2]) + 1
-        return depth + 1 if name.startswith("encoder.norm.") else 0
-
     return layerwise_groups(model, config.optimizer.learning_rate, config.training.weight_decay,
-                            layer_id, depth + 2, layer_decay=1 / decay, head_lr_mult=head_factor)
+                            model.layer_id, model.num_layers, layer_decay=1 / decay,
+                            head_lr_mult=head_factor)
 
 
 def build_lr_scheduler(optimizer: torch.optim.Optimizer, config: Config, total_steps: int):
     settings = config.optimizer
     scheduler = config.scheduler
     epochs = scheduler.warmup_epochs if settings.warmup is None else settings.warmup
-    warmup = min(round(epochs * total_steps / config.training.epochs), total_steps - 1)
+    warmup = min(round(epochs * total_steps / max(config.training.epochs, 1)), total_steps - 1)
     if scheduler.name == "onecycle":                    # which has its own
         warmup = 0
     start = 0.01 if settings.start_lr is None else settings.start_lr / settings.learning_rate
@@ -410,7 +464,8 @@ def build_criterion(config: Config) -> MaskedCrossEntropyLoss:
 
 def train_one_epoch(run: Run, network, loader, criterion, ema: EMA | None, clip_grad: float):
     network.train()
-    for micro_batches in run.steps(loader):         # counts, logs, saves and stops behind each step
+    # After each step: counts, logs, on Ctrl-C saves and stops.
+    for micro_batches in run.steps(loader):
         # The loss is the mean over all valid faces of the step, whatever the number of
         # micro-batches and processes.
         weight = sum(criterion.label_weight(batch["label"], batch["mask"])
@@ -489,6 +544,17 @@ def load_model(checkpoint: dict, device: torch.device) -> DownstreamClassifier:
     return model.to(device).eval()
 
 
+def score_untrained(run: Run, network, val_set: MeshDataset, config: Config) -> None:
+    """training.epochs=0: score what the file holds, and keep it as a checkpoint."""
+    result = evaluate(network, val_set, run.device, run.amp_dtype, config.evaluation.batch_size,
+                      run.args.num_workers, run.args.limit_batches)
+    run.numbers = {**headline(result), **by_area(result)}
+    run.log.evaluation(0, 0, "val", run.numbers)
+    run.log.info(f"without training: Val Acc: {run.numbers['overall_accuracy']:.4f}, Val mIoU: "
+                 f"{run.numbers['miou']:.4f}")
+    run.save(0, run.numbers[config.evaluation.monitor])
+
+
 def test_only(run: Run, config: Config) -> dict:
     """Score a checkpoint on the test split, or the validation split where there is none."""
     check_same_run(run.checkpoint, config, run.checkpoint["total_steps"], ("model",))
@@ -506,8 +572,8 @@ def test_only(run: Run, config: Config) -> dict:
 
 # -- main ------------------------------------------------------------------------------------------
 
-def describe_data(train_set: MeshDataset, val_set: MeshDataset) -> str:
-    """A line for the log."""
+def describe_data(train_set: MeshDataset, val_set: MeshDataset) -> list[str]:
+    """Lines for the log."""
     faces = [sum(dataset.num_faces) for dataset in (train_set, val_set)]
     line = (f"{len(train_set.files)} training and {len(val_set.files)} validation meshes, "
             f"{faces[0]:,} and {faces[1]:,} faces")
@@ -516,7 +582,10 @@ def describe_data(train_set: MeshDataset, val_set: MeshDataset) -> str:
         if hasattr(dataset, "num_colored"):
             line += (f", {dataset.num_colored / count:.1%} of the {name} faces have a texture or a "
                      f"colour")
-    return line
+    notes = [note for dataset in (train_set, val_set) for note in getattr(dataset, "notes", ())]
+    if len(notes) > 10:
+        notes[10:] = [f"... and {len(notes) - 10} more such lines"]
+    return [*notes, line]
 
 
 def main(argv=None) -> dict:
@@ -526,6 +595,7 @@ def main(argv=None) -> dict:
     training = config.training
     if training.resume and not args.resume:
         args.resume = "auto"
+    command_line_wins(config, args, "paths.checkpoint_dir", "paths.log_dir")
     run = Run(args, SCRIPT, DEFAULTS, config.paths.checkpoint_dir, config.paths.log_dir)
     if args.test_only:
         return test_only(run, config)
@@ -533,8 +603,9 @@ def main(argv=None) -> dict:
 
     # data: rank 0 fills the cache of prepared meshes, the others read it
     with main_first():
-        train_set = build_dataset(config, "train", args.seed)
         val_set = build_dataset(config, "val")
+        train_set = build_dataset(config, "train", args.seed) if training.epochs else val_set
+    run.check_data(train=train_set, val=val_set)
     sampler = run.plan(len(train_set), config, batch_size=training.batch_size,
                        epochs=training.epochs, accumulate=training.accumulation_steps,
                        compare=COMPARED, free=FREE_ON_RESUME)
@@ -543,7 +614,7 @@ def main(argv=None) -> dict:
     names = class_names(config)
     model, encoder_entry, unfrozen = start_model(run, config, train_set)
     attach(model, config, names, palette(config.model.n_classes))
-    data_line = describe_data(train_set, val_set)
+    data_lines = describe_data(train_set, val_set)
     if training.cache_features:
         (train_set, val_set), line = cache_embeddings(model.to(run.device), (train_set, val_set),
                                                       run.device, run.amp_dtype)
@@ -553,7 +624,7 @@ def main(argv=None) -> dict:
     # loss, optimiser, schedule, average
     criterion = build_criterion(config).to(run.device)
     optimizer = torch.optim.AdamW(parameter_groups(model, config))
-    scheduler = build_lr_scheduler(optimizer, config, run.total_steps)
+    scheduler = build_lr_scheduler(optimizer, config, max(run.total_steps, 1))
     ema = EMA(model, training.ema_decay) if training.use_ema else None
     stopping = EarlyStopping(config.early_stopping.patience)
     monitor = config.evaluation.monitor
@@ -563,8 +634,9 @@ def main(argv=None) -> dict:
               num_classes=config.model.n_classes, ema=ema, stopping=stopping, encoder=encoder_entry,
               unfrozen_layers=unfrozen, spec=mesh_spec(config).to_dict())
 
-    loader = build_loader(train_set, sampler, args.num_workers, run.device, custom_collate_fn)
-    lines = (data_line, f"{describe_parameters(model)}; {run.description}")
+    loader = build_loader(train_set, sampler, args.num_workers, run.device,
+                          train_set.collate_fn)
+    lines = (*data_lines, f"{describe_parameters(model)}; {run.description}")
     with run.training(*lines, log_interval=config.logging.log_interval,
                       tensorboard=config.logging.tensorboard):
         for _ in run.epochs(train_set, sampler, stopping):
@@ -576,8 +648,11 @@ def main(argv=None) -> dict:
                                       config.evaluation.batch_size, args.num_workers,
                                       args.limit_batches)
                 stopping.update(result["metrics"][monitor])
-            train = run.end_epoch(result, SHOWN, score=monitor, more=result and by_area(result))
+            train = run.log_epoch(result, SHOWN, by_area(result) if result else None)
             log_curves(run, train, result)
+            run.save(run.epoch, result["metrics"][monitor] if result else None)
+        if training.epochs == 0:
+            score_untrained(run, network, val_set, config)
     return run.summary()
 
 

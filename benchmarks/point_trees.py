@@ -1,7 +1,7 @@
 """Gradient-boosted trees on the features of points: what a config's data and features give without a network.
 
     python benchmarks/point_trees.py configs/sonata/tabletop-ft.yaml                  # scored on the validation clouds
-    python benchmarks/point_trees.py configs/sonata/tabletop-ft.yaml --split test data.features=[color,normal,height,shape]
+    python benchmarks/point_trees.py configs/sonata/tabletop-ft.yaml --split test data.features=[normal,height,shape]
 
 The same clouds, features and metrics as train_sonata.py, one training point a voxel of data.grid_size, every labelled
 raw point scored. Each class weighs the same in training. Of `coord` the trees get all three columns.

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import numpy as np
 import scipy.sparse as sp
-from scipy.linalg import eigh
-from scipy.sparse.csgraph import connected_components
-from scipy.sparse.linalg import eigsh, splu
-from threadpoolctl import threadpool_limits
+from scipy.sparse.linalg import splu
 
+from data.mesh_operators import (
+    ALL_PAIRS_UP_TO,
+    FEWER_PAIRS,
+    component_parts,
+    corner_cotangents,
+    smallest_eigenpairs,
+)
 from utils.checks import did_you_mean, nearest
 
 HKS_TIMES = 16
 HKS_EIGENPAIRS = 128
-HKS_DENSE_BELOW = 1000          # vertices; a dense solve is faster and exact here
-HKS_LARGEST = 60_000            # vertices; beyond that eigsh takes minutes a mesh (docs/meshes.md has the times)
+HKS_LARGEST = 250_000           # vertices; beyond that a mesh takes minutes (docs/meshes.md has the times)
 MAX_COTANGENT = 20.0            # of an angle of 2.9 degrees
 GROUND_BELOW, GROUND_ABOVE = 0.99, 0.01     # pull on the ground plane of what lies below it and above it
 GROUND_CELL = 0.05              # roughness: cell of the grid, as a share of the mesh's diameter
@@ -215,18 +218,10 @@ def _ground(centroid, normal, area):
 def cotangent_laplacian(vertices: np.ndarray, faces: np.ndarray) -> tuple[sp.csr_matrix, np.ndarray]:
     """Positive semi-definite cotangent stiffness matrix (V, V), lumped vertex areas (V,) (Pinkall and Polthier 1993).
 
-    Deviation: a cotangent above 20 becomes 20, so that a needle triangle cannot swallow the spectrum, and the smallest
-    of that face what cot A cot B + cot B cot C + cot C cot A = 1 then gives, so that the matrix stays semi-definite.
+    Deviation: cotangents are cut at 20 (`corner_cotangents`).
     """
     num_vertices = len(vertices)
-    corner = vertices.take(faces, 0)
-    along = [(corner[:, (k + 1) % 3] - corner[:, k], corner[:, (k + 2) % 3] - corner[:, k]) for k in range(3)]
-    doubled_area = np.linalg.norm(np.cross(*along[0]), axis=1)
-    exact = np.stack([(a * b).sum(1) for a, b in along], axis=1) / np.maximum(doubled_area, 1e-30)[:, None]
-    cotangent = np.minimum(exact, MAX_COTANGENT)                                # (F, 3) at the three corners
-    needle = (exact > MAX_COTANGENT).any(1)
-    larger = np.sort(cotangent[needle], axis=1)[:, 1:]
-    cotangent[needle, exact[needle].argmin(1)] = (1 - larger.prod(1)) / larger.sum(1)
+    cotangent, doubled_area = corner_cotangents(vertices, faces, MAX_COTANGENT)
     i, j = faces[:, [1, 2, 0]].T.ravel(), faces[:, [2, 0, 1]].T.ravel()         # the edge opposite of each corner
     weight = cotangent.T.ravel() / 2
     adjacency = sp.coo_matrix((np.r_[weight, weight], (np.r_[i, j], np.r_[j, i])), (num_vertices,) * 2).tocsr()
@@ -241,24 +236,14 @@ def heat_kernel_signature(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray
     vertices (V, 3), faces (F, 3) -> (F, 16) float32. Every connected component is solved on its own, scaled to area 1;
     the 16 times are log-spaced from 4 ln 10 / lambda_max to 4 ln 10 / lambda_min; each time is divided by the heat
     trace. Components of fewer than 8 vertices, or where the solver fails, get 0 (the value of a constant signature).
-    Raises ValueError for a mesh of more than 60,000 vertices.
+    Of a component of more than 60,000 vertices only 64 eigenpairs are computed, and lambda_max is estimated from them.
+    Raises ValueError for a mesh of more than 250,000 vertices.
     """
     if len(vertices) > HKS_LARGEST:
         raise ValueError(f"heat-kernel signatures of {len(vertices)} vertices take minutes (limit {HKS_LARGEST}); "
                          f"take \"hks\" out of model.features or simplify the mesh")
     signature = np.zeros((len(vertices), HKS_TIMES))
-    edges = faces[:, [0, 1, 1, 2]].reshape(-1, 2)
-    graph = sp.coo_matrix((np.ones(len(edges)), edges.T), shape=(len(vertices),) * 2)
-    num_components, component = connected_components(graph, directed=False)
-    by_component = np.argsort(component, kind="stable")
-    bounds = np.searchsorted(component[by_component], np.arange(num_components + 1))
-    faces_by_component = np.argsort(component[faces[:, 0]], kind="stable")
-    face_bounds = np.searchsorted(component[faces[faces_by_component, 0]], np.arange(num_components + 1))
-    local = np.empty(len(vertices), np.int64)
-    for c in np.flatnonzero(np.diff(bounds) >= 8):
-        members = by_component[bounds[c]:bounds[c + 1]]
-        local[members] = np.arange(len(members))
-        part = local[faces[faces_by_component[face_bounds[c]:face_bounds[c + 1]]]]
+    for members, part in component_parts(faces, len(vertices), at_least=8):
         signature[members] = _component_signature(vertices[members], part)
     return signature[faces].mean(1).astype(np.float32)
 
@@ -270,21 +255,18 @@ def _component_signature(vertices, faces):
         return 0.0
     inverse_root = 1 / np.sqrt(np.maximum(mass / total, 1e-9))                  # area 1; stiffness has no unit
     symmetric = sp.diags(inverse_root) @ stiffness @ sp.diags(inverse_root)
-    k = min(HKS_EIGENPAIRS, len(vertices) - 1)
+    fewer = len(vertices) > ALL_PAIRS_UP_TO
+    k = FEWER_PAIRS if fewer else min(HKS_EIGENPAIRS, len(vertices) - 1)
     try:
-        if len(vertices) < HKS_DENSE_BELOW:
-            with threadpool_limits(1):                          # too small for threads; loaders run beside one another
-                value, vector = eigh(symmetric.toarray(), subset_by_index=[0, k - 1])
-        else:
-            start = np.cos(np.arange(len(vertices)))                            # fixed: the same result every time
-            value, vector = eigsh(symmetric.tocsc(), k=k, sigma=-1e-3, which="LM", v0=start)
+        value, vector = smallest_eigenpairs(symmetric, k, sigma=-1e-3, ordered=fewer)
     except (np.linalg.LinAlgError, RuntimeError):                               # ARPACK errors are RuntimeErrors
         return 0.0
     keep = value > 1e-6
     if keep.sum() < 4:
         return 0.0
     value, squared = value[keep], (vector[:, keep] * inverse_root[:, None]) ** 2            # (K,), (V, K)
-    times = np.geomspace(4 * np.log(10) / value.max(), 4 * np.log(10) / value.min(), HKS_TIMES)
+    largest = value.max() * (HKS_EIGENPAIRS - 1) / len(value) if fewer else value.max()      # Weyl: they grow linearly
+    times = np.geomspace(4 * np.log(10) / largest, 4 * np.log(10) / value.min(), HKS_TIMES)
     decay = np.exp(-value[:, None] * times)                                     # (K, 16)
     return np.log(np.maximum(squared @ decay / decay.sum(0), 1e-6))
 

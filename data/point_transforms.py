@@ -1,9 +1,10 @@
 """Point clouds, from raw points to voxels: augmentation, grid sampling, cropping, mixing, views of the precise test.
 
 A cloud is a dict of arrays with one row a point: coord (N, 3) float32 metres with z up, color (N, 3) float32 in 0..255,
-normal (N, 3) float32 of length 1, label (N,) int64, height (N, 1) and shape (N, 4 S) float32, and whatever else must stay in step. Functions return a new dict
-and leave the given one alone; all that is random takes a numpy Generator. Recipe: Sonata (Wu et al. 2025) as released
-in Pointcept (MIT), with the exceptions named below; Mix3D: Nekrasov et al. 2021.
+normal (N, 3) float32 of length 1, label (N,) int64, height (N, 1) and shape (N, 4 S) float32, and whatever else must
+stay in step. Functions return a new dict and leave the given one alone; all that is random takes a numpy Generator.
+Recipe: Sonata (Wu et al. 2025) as released in Pointcept (MIT), with the exceptions named below; Mix3D: Nekrasov et al.
+2021.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ MAX_NOISE_CELLS = 50_000_000            # of an elastic distortion: 600 MB
 FNV_OFFSET, FNV_PRIME, SIGN_BIT = np.uint64(14695981039346656037), np.uint64(1099511628211), np.uint64(1 << 63)
 NORMAL_NEIGHBORS = 16
 SHAPE_CHANNELS = 4                      # numbers of local_shape for each of its sizes
-LAYER = 0.01                            # metres: thickness of the layers among which height_over_plane looks for the fullest
+LAYER = 0.01                            # metres: height_over_plane looks for the fullest layer of this thickness
 EYE_HEIGHT = 1.5                        # metres above the lowest point: where a cloud is supposed to be seen from
 
 

@@ -50,7 +50,10 @@ from data.point_transforms import (
     training_sample,
     voxelize,
 )
+from utils.array_file import load_checked, save_checked
 from utils.checks import check_choice, check_names, did_you_mean, nearest
+from utils.files import remove_leftovers_once, replacing
+from utils.fingerprint import digest, fingerprint
 from utils.log import progress
 from utils.losses import IGNORE_INDEX
 from utils.seed import derived_seed
@@ -431,9 +434,9 @@ def complete(cloud: PointCloud, spec: PointSpec, path: str | Path = "cloud",
     """Fill in missing colours and normals as the spec says, and height and shape where they are features (height in
     metres after unit); -> cloud, and what was missing, for a message.
 
-    Estimated normals and shape, for which a length is a metre whatever the spec's scale, are kept in cache_dir. A cloud wider
-    than 500 m gets a warning. ValueError for one of more voxels along an axis than can be, and where the spec says
-    "error".
+    Estimated normals and shape, for which a length is a metre whatever the spec's scale, are kept in cache_dir. A cloud
+    wider than 500 m gets a warning. ValueError for one of more voxels along an axis than can be, and where the spec
+    says "error".
     """
     extent = np.ptp(cloud.coord, 0).max() * spec.unit
     wide = f"{path}: the cloud is {extent:.0f} m wide; is it in millimetres? Set data.unit=0.001"
@@ -472,22 +475,14 @@ def _cached(name, compute, coord, width, settings, cache_dir):
         return compute(coord)
     key = hashlib.sha256(coord.tobytes() + settings).hexdigest()[:32]
     entry = Path(cache_dir) / f"{name}_{key}.npy"
-    try:
-        values = np.load(entry)
-        if values.shape == (len(coord), width):
-            return values
-    except (OSError, EOFError, ValueError):
-        pass                                                # absent or damaged: computed, and written over
-    values = compute(coord)
+    remove_leftovers_once(cache_dir)
+    stored = load_checked(entry)
+    if stored is not None and stored.shape == (len(coord), width):
+        return np.array(stored)
+    values = compute(coord)                                 # absent or damaged: computed, and written over
     entry.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=entry.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.save(file, values)
-        os.replace(temporary, entry)
-    except BaseException:                                   # Ctrl-C too: leave nothing half written
-        os.unlink(temporary)
-        raise
+    with replacing(entry) as file:
+        save_checked(file, values)
     return values
 
 
@@ -521,6 +516,7 @@ class PointDataset(Dataset):
         self.num_points: list[int] = []
         self.class_counts = np.zeros(self.num_classes or 0, np.int64)
         self._kept: dict[int, PointCloud] = {}
+        self._digests: list[int] = []
         missing: dict[str, list[Path]] = {"color": [], "normal": [], "label": []}
         warnings: list[str] = []
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -528,6 +524,7 @@ class PointDataset(Dataset):
             for index, (cloud, lacking) in enumerate(read):
                 warnings += cloud.warnings
                 self.num_points.append(len(cloud.coord))
+                self._digests.append(digest(cloud.label))
                 for name in lacking:
                     missing[name].append(self.files[index])
                 if self.num_classes:
@@ -560,6 +557,10 @@ class PointDataset(Dataset):
         if self.num_classes and cloud.label is not None:
             label = to_labels(cloud.label, self.num_classes, self.ignore_labels, path)
         return complete(cloud._replace(label=label), self.spec, path, self.cache_dir)
+
+    def fingerprint(self) -> dict:
+        """Names, numbers of points and digests of the labels of the files, see utils.fingerprint."""
+        return fingerprint(self.files, self.num_points, self._digests)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the random numbers of an epoch; evaluation sets ignore it."""

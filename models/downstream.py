@@ -1,6 +1,9 @@
-"""The per-face segmentation model: a (pre-trained) mesh encoder and a classification head on every face."""
+"""The per-face segmentation models: a (pre-trained) mesh encoder and a classification head on every face."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +35,21 @@ class DownstreamClassifier(nn.Module):
         self.head.apply(init_weights)
         encoder.requires_grad_(unfrozen_layers == "all")
         if unfrozen_layers != "all":
-            unfreeze_last(encoder.blocks, unfrozen_layers, encoder.norm)
+            unfreeze_last(encoder.blocks, unfrozen_layers, *([encoder.norm] if hasattr(encoder, "norm") else []))
         self.train()
+
+    @property
+    def num_layers(self) -> int:
+        """For utils.params.layerwise_groups: the layers below the head."""
+        return len(self.encoder.blocks) + 2
+
+    def layer_id(self, name: str) -> int:
+        """0 for what is before the blocks, then the blocks, their norm, and the head with the texture's part."""
+        if name.startswith(("head.", "encoder.texture_")):
+            return self.num_layers
+        if name.startswith("encoder.blocks."):
+            return int(name.split(".")[2]) + 1
+        return self.num_layers - 1 if name.startswith("encoder.norm.") else 0
 
     @property
     def encoder_is_frozen(self) -> bool:
@@ -74,6 +90,35 @@ class DownstreamClassifier(nn.Module):
         """Logits (B, N, F, C); with `embedding` (B, N, F, E), the result of an earlier embed, the encoder is not
         run."""
         return self.head(self.embed(features, masks, centroid, **texture) if embedding is None else embedding)
+
+
+class SurfaceClassifier(DownstreamClassifier):
+    """The same on a DiffusionNet without its last layer: features is the batch's data.mesh_surfaces.Surfaces.
+
+    unfrozen_layers k trains the last k blocks, "all" the input layer, too. With head "linear" and the last layer of
+    the official files in it (models/pretrained_mesh.load_diffusion_net), it is the official network: a mean over
+    corners and a linear layer may change places.
+    """
+
+    def embed(self, features: Sequence, masks: Tensor, centroid: Tensor | None = None) -> Tensor:
+        """(B, 1, F, E) embeddings of the faces, 0 where masks (B, 1, F) is False. Meshes go through the encoder one by
+        one: each comes out as it does alone, to the last bit."""
+        frozen = self.encoder_is_frozen
+        with torch.no_grad() if frozen else nullcontext():
+            each = [self.encoder(surface.features, surface.operators, "faces", surface.faces) for surface in features]
+        slots = masks.shape[2]
+        return torch.stack([nn.functional.pad(faces, (0, 0, 0, slots - len(faces))) for faces in each])[:, None]
+
+    @property
+    def num_layers(self) -> int:
+        return self.encoder.num_blocks + 1
+
+    def layer_id(self, name: str) -> int:
+        """0 for the input layer, 1 .. blocks for the blocks, blocks + 1 for the head."""
+        if name.startswith("head."):
+            return self.encoder.num_blocks + 1
+        part = name.split(".")[1]
+        return int(part.removeprefix("block_")) + 1 if part.startswith("block_") else 0
 
 
 def face_logits(network: nn.Module, batch: dict) -> Tensor:

@@ -137,7 +137,7 @@ def _effective_rank(x):
 @torch.no_grad()
 def parameter_distance(first: nn.Module, second: nn.Module) -> float:
     """(e) |first - second| / |first| over all parameters; both must be the same kind of module."""
-    pairs = [(a.double().cpu(), b.double().cpu())
+    pairs = [(a.cpu().double(), b.cpu().double())
              for a, b in zip(first.parameters(), second.parameters(), strict=True)]
     difference = sum(float((a - b).square().sum()) for a, b in pairs)
     return math.sqrt(difference / max(sum(float(a.square().sum()) for a, _ in pairs), 1e-30))

@@ -10,11 +10,13 @@ texture width.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from models.downstream import DownstreamClassifier
+from models.diffusion_net import DiffusionNet
+from models.downstream import DownstreamClassifier, SurfaceClassifier
 from models.nomeformer import Layer, Nomeformer, init_weights
 
 FUSIONS = ("gated", "concat", "add")
@@ -61,6 +63,21 @@ class TextureFusion(nn.Module):
         return geometry + self.proj(texture) * (1.0 if self.gate is None else self.gate(both).sigmoid())
 
 
+def fuse_texture(faces: Tensor, texture_sequences: Tensor, texture_masks: Tensor, encoder: TextureEncoder,
+                 fusion: TextureFusion) -> Tensor:
+    """Geometry faces (B, N, F, E) with their colours (B, N, F, T, 3) and masks (B, N, F, T) -> (B, N, F, E); a face
+    without texture keeps its geometry exactly."""
+    some = texture_masks.any(-1)
+    # One face where none has texture: so no tensor is empty, and no parameter without a gradient (for DDP).
+    some[0, 0, 0] |= ~some.any()
+    valid = texture_masks[some]                                                  # (G, T)
+    texture = torch.cat([encoder(*part) for part in
+                         zip(texture_sequences[some].split(CHUNK), valid.split(CHUNK), strict=True)])
+    geometry = faces[some]                                                       # (G, E)
+    fused = fusion(geometry, texture).to(faces.dtype)
+    return faces.index_put((some,), torch.where(valid.any(-1, keepdim=True), fused, geometry))
+
+
 class IntegratedTextureGeometryModel(Nomeformer):
     """A Nomeformer whose face tokens know the texture. Arguments of the Nomeformer, then texture_embed_dim Et and
     fusion (FUSIONS). All that is new lies under texture_*: the other tensors are those of the geometry encoder."""
@@ -77,16 +94,8 @@ class IntegratedTextureGeometryModel(Nomeformer):
         if texture_sequences is None:
             return super().forward(features, masks, centroid, visible)
 
-        def fuse(faces: Tensor) -> Tensor:                                       # (B, N, F, E)
-            some = texture_masks.any(-1)
-            # One face where none has texture: so no tensor is empty, and no parameter without a gradient (for DDP).
-            some[0, 0, 0] |= ~some.any()
-            valid = texture_masks[some]                                          # (G, T)
-            texture = torch.cat([self.texture_encoder(*part) for part in
-                                 zip(texture_sequences[some].split(CHUNK), valid.split(CHUNK), strict=True)])
-            geometry = faces[some]                                               # (G, E)
-            fused = self.texture_fusion(geometry, texture).to(faces.dtype)
-            return faces.index_put((some,), torch.where(valid.any(-1, keepdim=True), fused, geometry))
+        def fuse(faces: Tensor) -> Tensor:
+            return fuse_texture(faces, texture_sequences, texture_masks, self.texture_encoder, self.texture_fusion)
 
         return super().forward(features, masks, centroid, visible, fuse)
 
@@ -100,3 +109,27 @@ class IntegratedDownstreamClassifier(DownstreamClassifier):
         encoder.texture_encoder.requires_grad_(True)
         encoder.texture_fusion.requires_grad_(True)
         self.train()
+
+
+class TexturedSurfaceClassifier(SurfaceClassifier):
+    """SurfaceClassifier whose face embeddings are fused with the texture BEHIND the encoder, because DiffusionNet knows
+    vertices, and colours belong to faces: neighbours do not see them. Further arguments: texture_embed_dim, fusion
+    (FUSIONS). unfrozen_layers speaks of the encoder, the texture parts are always trained."""
+
+    def __init__(self, encoder: DiffusionNet, *args, texture_embed_dim: int = 32, fusion: str = "gated",
+                 **options) -> None:
+        super().__init__(encoder, *args, **options)
+        self.texture_encoder = TextureEncoder(texture_embed_dim)
+        self.texture_fusion = TextureFusion(encoder.embed_dim, texture_embed_dim, fusion)
+
+    def embed(self, features: Sequence, masks: Tensor, centroid: Tensor | None = None,
+              texture_sequences: Tensor | None = None, texture_masks: Tensor | None = None) -> Tensor:
+        """(B, 1, F, E); texture_sequences (B, 1, F, T, 3) in 0..1, texture_masks (B, 1, F, T). Without them, geometry
+        alone."""
+        faces = super().embed(features, masks, centroid)
+        if texture_sequences is None:
+            return faces
+        return fuse_texture(faces, texture_sequences, texture_masks, self.texture_encoder, self.texture_fusion)
+
+    def layer_id(self, name: str) -> int:
+        return self.encoder.num_blocks + 1 if name.startswith("texture_") else super().layer_id(name)

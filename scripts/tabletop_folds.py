@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Validation folds of the table-top clouds that hold OBJECTS out, not clouds.
 
-    python scripts/tabletop_folds.py datasets/tabletop datasets/tabletop_folds      # fold0, fold1, fold2, each with splits.json
+    python scripts/tabletop_folds.py datasets/tabletop datasets/tabletop_folds
 
-The objects of the 37 training and validation clouds were told apart by eye; each object is in one fold. In a fold's
-training clouds its objects are cut out (the table below stays missing); clouds without any object left drop out. Its
-validation clouds are those that show its objects; all other objects there are ignored in the score (label -1). The
-test clouds are not touched.
+writes fold0, fold1 and fold2, each with splits.json. The objects of the 37 training and validation clouds were told
+apart by eye; each object is in one fold. In a fold's training clouds its objects are cut out (the table below stays
+missing); clouds without any object left drop out. Its validation clouds are those that show its objects; all other
+objects there are ignored in the score (label -1). The test clouds are not touched.
 """
 
 from __future__ import annotations

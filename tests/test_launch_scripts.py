@@ -161,7 +161,7 @@ def test_further_arguments(repository):
 
 @pytest.mark.parametrize("words, message", [
     ((), "-c '': no configs/sonata/.yaml; in configs/sonata there are: "),
-    (("-c", "nope"), f"no configs/sonata/nope.yaml; in configs/sonata there are: {CONFIG} "),
+    (("-c", "nope"), "no configs/sonata/nope.yaml; in configs/sonata there are: concerto-s3dis "),
     (("-c", CONFIG, "-d", "nope"), "in configs/nope there are: none"),
     (("-c", CONFIG, "-w", "nope.pth"), "-w nope.pth: no such file"),
     (("-c", CONFIG, "-z"), "unknown option -z"),

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import importlib.metadata
 import os
 import platform
@@ -60,6 +61,16 @@ def amp_settings(device: torch.device, amp_dtype: str | None = None) -> tuple[to
 def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
     """torch.autocast for `dtype`, or a context that does nothing for None. May be entered again and again."""
     return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+@functools.cache
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """float64, or float32 on devices without it, such as Apple's (MPS)."""
+    try:
+        torch.zeros((), dtype=torch.float64, device=device)
+    except TypeError:                                       # "Cannot convert a MPS Tensor to float64 dtype ..."
+        return torch.float32
+    return torch.float64
 
 
 def trim_memory() -> None:

@@ -17,15 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from data.mesh import CachedFeatures, MeshDataset, custom_collate_fn
+from data.mesh import CachedFeatures, MeshDataset
 from data.mesh_io import read_mesh
+from data.mesh_planes import plane_units, pooled
 from data.mesh_results import write_mesh_result
-from data.mesh_texture import open_meshes
-from models.downstream import DownstreamClassifier, face_logits, texture_of
+from data.mesh_surfaces import open_meshes
+from models.downstream import DownstreamClassifier, SurfaceClassifier, face_logits, texture_of
 from utils.device import autocast
 from utils.distributed import all_reduce_sum, own_share
 from utils.log import progress
-from utils.metrics import ConfusionMatrix, miou_of_each, segmentation_metrics
+from utils.metrics import ConfusionMatrix, miou_of_labels, segmentation_metrics
 from utils.render import label_colors, pca_colors, render_mesh
 from utils.run import main_first
 from utils.seed import seed_worker
@@ -39,12 +40,13 @@ def mesh_probabilities(model: DownstreamClassifier, dataset: MeshDataset, device
                        criterion: nn.Module | None = None) -> Iterator[tuple[int, Tensor, float, float]]:
     """Yield (index, probability (P, C) in file order, loss sum, loss weight) of every mesh of this process's share.
 
-    The probability is the mean over the views of the mesh; the loss (0 without criterion) is that of the first view.
+    The probability is the mean over the views of the mesh, and with evaluation.pool_planes over each of its planes; the
+    loss (0 without criterion) is that of the first view.
     """
     model.eval()
     mine = set(own_share(len(dataset.files)))
     items = [item for item, (index, _, _) in enumerate(dataset.items) if index in mine]
-    loader = DataLoader(Subset(dataset, items), batch_size, collate_fn=custom_collate_fn, num_workers=num_workers,
+    loader = DataLoader(Subset(dataset, items), batch_size, collate_fn=dataset.collate_fn, num_workers=num_workers,
                         worker_init_fn=seed_worker, generator=torch.Generator())
     current = None                                          # [index, sum of probabilities, loss sum, loss weight]
     done = 0
@@ -60,7 +62,7 @@ def mesh_probabilities(model: DownstreamClassifier, dataset: MeshDataset, device
         for b, index in enumerate(batch["index"].tolist()):
             if current is None or index != current[0]:
                 if current is not None:
-                    yield _finished(current)
+                    yield _finished(current, dataset, model.config.evaluation.pool_planes)
                 current = [index, torch.zeros(dataset.num_faces[index], model.num_classes), 0.0, 0.0]
             current[1][face_index[b][mask[b]]] += probabilities[b][mask[b]]      # a mesh's items are consecutive
             if criterion is not None and dataset.items[items[done]][1] == 0:
@@ -69,12 +71,17 @@ def mesh_probabilities(model: DownstreamClassifier, dataset: MeshDataset, device
                 current[3] += weight.item()
             done += 1
     if current is not None:
-        yield _finished(current)
+        yield _finished(current, dataset, model.config.evaluation.pool_planes)
 
 
-def _finished(current):
+def _finished(current, dataset, pool_planes):
     index, total, loss, weight = current
-    return index, total / total.sum(1, keepdim=True).clamp(min=1e-12), loss, weight
+    probability = total / total.sum(1, keepdim=True).clamp(min=1e-12)
+    if pool_planes:
+        mesh = dataset.mesh(index)
+        unit = plane_units(mesh.vertices, mesh.faces, pool_planes)
+        probability = torch.from_numpy(pooled(probability.numpy(), unit, mesh.area))
+    return index, probability, loss, weight
 
 
 def evaluate_meshes(model: DownstreamClassifier, dataset: MeshDataset, device: torch.device,
@@ -89,7 +96,8 @@ def evaluate_meshes(model: DownstreamClassifier, dataset: MeshDataset, device: t
     started = time.monotonic()
     C = model.num_classes
     loss = weight = 0.0
-    pairs, predictions = [], {}
+    examples = []
+    predictions = {}
     for index, probability, loss_sum, loss_weight in mesh_probabilities(
             model, dataset, device, amp_dtype, batch_size, num_workers, limit_batches, criterion):
         pred = probability.argmax(1).numpy()                                                # (P,)
@@ -97,13 +105,10 @@ def evaluate_meshes(model: DownstreamClassifier, dataset: MeshDataset, device: t
         predictions[index] = pred
         loss += loss_sum
         weight += loss_weight
-        pairs.append(np.bincount((label * C + pred)[label >= 0], minlength=C * C).reshape(C, C))
+        examples.append((index, dataset.files[index].stem, miou_of_labels(pred, label, C)))
     # Counted all at once: a call per mesh would cost a tenth of the time of small meshes.
     by_count, by_area = ConfusionMatrix(C), ConfusionMatrix(C)
-    examples = []
     if predictions:
-        examples = [(index, dataset.files[index].stem, float(score))
-                    for index, score in zip(predictions, miou_of_each(np.stack(pairs)), strict=True)]
         pred, label = (torch.from_numpy(np.concatenate([values[index] for index in predictions]))
                        for values in (predictions, dataset.labels))
         area = np.concatenate([dataset.mesh(index).area for index in predictions])
@@ -149,7 +154,7 @@ def mesh_pictures(model: DownstreamClassifier, dataset: MeshDataset, index: int,
     """Two pictures for the report: the truth (None without labels) and the prediction (P,) of one mesh."""
     mesh = dataset.mesh(index)
     label = dataset.labels[index]
-    up = "z" if model.spec.unit else "auto"
+    up = "z" if getattr(model.spec, "unit", None) else "auto"
     truth, drawn = (render_mesh(mesh.vertices, mesh.faces, label_colors(values, model.palette), up=up)
                     for values in (label, pred))
     return (truth if (label >= 0).any() else None), drawn
@@ -165,7 +170,7 @@ def embed_mesh(model: DownstreamClassifier, path: str | Path) -> np.ndarray:
                           cache_dir=model.config.paths.cache_dir)
     out = np.zeros((dataset.num_faces[0], model.encoder.embed_dim), np.float32)
     for item in range(len(dataset)):
-        batch = to_device(custom_collate_fn([dataset[item]]), device)
+        batch = to_device(dataset.collate_fn([dataset[item]]), device)
         embedding = model.embed(batch["features"], batch["mask"], batch["centroid"], **texture_of(batch))
         mask = batch["mask"]
         out[batch["face_index"][mask].cpu().numpy()] = embedding[mask].float().cpu().numpy()
@@ -180,7 +185,7 @@ def cache_embeddings(model: DownstreamClassifier, datasets: Sequence[MeshDataset
         raise ValueError("training.cache_features needs a frozen encoder without texture: set "
                          "training.num_unfrozen_encoder_layers=0 and give a --pretrained_path")
     weights = b"".join(tensor.cpu().numpy().tobytes() for tensor in model.encoder.state_dict().values())
-    heads = model.encoder.blocks[0].local_layer.attn.num_heads
+    heads = 0 if isinstance(model, SurfaceClassifier) else model.encoder.blocks[0].local_layer.attn.num_heads
     key = hashlib.sha256(weights + f"{heads} {device.type} {amp_dtype}".encode()).hexdigest()
 
     def embed(batch: dict) -> Tensor:
