@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import models.eomt as eomt
+import models.eomt_weights as eomt_weights
 from models.dinov3 import VisionTransformer, ViTConfig, rope_periods
 from models.eomt import EoMT, eomt_config
 from models.eomt_weights import holds_differences, load_network, resample_dinov2, to_eomt_names
@@ -58,9 +59,11 @@ def assert_equal_outputs(outputs, expected, close):
         torch.testing.assert_close(output["pred_logits"], classes, **close)
 
 
-def check(case, close, patch):
+def check(case, close, patch, spoil=None):
     """All that the files hold but for gradients."""
     model = build(case)
+    if spoil is not None:
+        spoil(model, patch)
     with torch.no_grad():
         for name, probs in (("masked", [1.0, 1.0]), ("unmasked", None), ("annealed", case["config"]["probs"])):
             random = case["inputs"]["random"] if name == "annealed" else ()
@@ -70,6 +73,97 @@ def check(case, close, patch):
 @pytest.mark.parametrize("name", BACKBONES)
 def test_predictions_with_masks_annealed_and_without(name, monkeypatch):
     check(*read(name), monkeypatch)
+
+
+# -- planted mistakes, each of which the files notice ------------------------------------------------------------------
+
+def set_eps(modules, eps):
+    for module in modules:
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps = eps
+
+
+def change_mask(patch, change):
+    original = eomt.query_mask
+    patch.setattr(eomt, "query_mask", lambda logits, grid, prefix, share: change(original(logits, grid, prefix, share), logits.shape[1] + prefix))
+
+
+def change_resize(patch, change):
+    original = eomt.F.interpolate
+
+    def resize(x, size, mode="bilinear", **more):
+        return original(x, size, mode=mode, **more) if mode == "bicubic" else change(x, size)
+    patch.setattr(eomt.F, "interpolate", resize)
+    return original
+
+
+def sigmoids(model, patch):
+    original = change_resize(patch, lambda x, size: original(x.sigmoid(), size, mode="bilinear") - 0.5)
+
+
+def nearest(model, patch):
+    original = change_resize(patch, lambda x, size: original(x, size, mode="nearest"))
+
+
+def antialiased(model, patch):
+    original = change_resize(patch, lambda x, size: original(x, size, mode="bilinear", antialias=True))
+
+
+def not_rotated(model, patch):
+    if model.encoder.config.pos_grid is None:
+        original = model.encoder.rope_embed.forward
+        patch.setattr(model.encoder.rope_embed, "forward", lambda h, w, prefix: original(h, w, prefix) if prefix == 5 else
+                      (torch.ones(prefix + h * w, 1, 1, 16), torch.zeros(prefix + h * w, 1, 1, 16)))
+    else:                                                              # and DINOv2's positions: of the other axis first
+        model.encoder.pos_embed.data = model.encoder.pos_embed.data.unflatten(1, (4, 6)).transpose(1, 2).flatten(1, 2)
+
+
+def reversed_annealing(model, patch):
+    rand = torch.rand
+    patch.setattr(eomt, "query_mask", lambda logits, grid, prefix, share, original=eomt.query_mask:
+                  original(logits, grid, prefix, share) if share == 1 else flipped(original, rand, patch, logits, grid, prefix, share))
+
+
+def flipped(original, rand, patch, logits, grid, prefix, share):
+    drawn = eomt.torch.rand(*logits.shape[:2], device=None)
+    patch.setattr(eomt.torch, "rand", lambda *shape, device: 1 - drawn)
+    result = original(logits, grid, prefix, 1 - share)
+    patch.setattr(eomt.torch, "rand", lambda *shape, device: torch.zeros(shape))
+    return result
+
+
+def opened(allowed, first):
+    empty = ~allowed[..., first:].any(-1, keepdim=True)
+    return torch.cat([allowed[..., :first], allowed[..., first:] | empty], -1)
+
+
+MISTAKES = {
+    "eps of the ViT": lambda model, patch: set_eps(model.encoder.modules(), {1e-5: 1e-6, 1e-6: 1e-5}[model.encoder.norm.eps]),
+    "eps of the upscaling": lambda model, patch: set_eps(model.upscale.modules(), 1e-4),
+    "no norm before the heads": lambda model, patch: setattr(model.encoder, "norm", torch.nn.Identity()),
+    "queries not rotated with the patches' angles, positions transposed": not_rotated,
+    "masks ignored": lambda model, patch: change_mask(patch, lambda allowed, first: torch.ones_like(allowed)),
+    "masks reversed": lambda model, patch: change_mask(patch, lambda allowed, first: torch.cat([allowed[..., :first], ~allowed[..., first:]], -1)),
+    "queries do not see one another": lambda model, patch: change_mask(patch, lambda allowed, first: torch.cat(
+        [allowed[..., :first] & (torch.arange(first) >= first - 5), allowed[..., first:]], -1)),
+    "masks from resized sigmoids": sigmoids,
+    "masks resized to the nearest": nearest,
+    "masks resized with antialias": antialiased,
+    "annealing reversed": reversed_annealing,
+    "image not normalised": lambda model, patch: patch.setitem(globals(), "NORMALIZE", lambda image: image.float() / 255),
+    "LayerScale missing": lambda model, patch: [block.ls1.gamma.data.fill_(1) for block in model.encoder.blocks],
+    "tanh in the upscaling's GELU": lambda model, patch: patch.setattr(
+        eomt.F, "gelu", lambda x, original=eomt.F.gelu, **_: original(x, approximate="tanh")),
+    "queries after the prefix": lambda model, patch: patch.setattr(
+        model, "_predict", lambda x, grid, original=model._predict: original(torch.cat([x[:, 5:11], x[:, :5], x[:, 11:]], 1), grid)),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_planted_mistake_is_noticed(name, mistake, monkeypatch):
+    with pytest.raises(AssertionError, match="Tensor-likes are not close"):
+        check(*read(name), monkeypatch, MISTAKES[mistake])
 
 
 def official_gradients(model):
@@ -119,6 +213,30 @@ def test_published_dinov2_is_resampled_as_timm_does():
     result["reg_token"] = result.pop("register_tokens")
     for name, tensor in case["outputs"]["state_dict"].items():
         torch.testing.assert_close(result[name], tensor, **close)
+
+
+def bilinear(position, grid, antialias, size):
+    position = position.unflatten(1, grid).permute(0, 3, 1, 2)
+    return torch.nn.functional.interpolate(position, size, mode="bilinear", antialias=True).flatten(2).transpose(1, 2)
+
+
+@pytest.mark.parametrize("mistake", ["bilinear", "no antialias", "class position lost", "kernel resized like a picture"])
+def test_a_mistake_in_resampling_is_noticed(mistake, monkeypatch):
+    case, close = read("dinov2_resample")
+    original = eomt_weights.resize_positions
+    if mistake == "bilinear":
+        monkeypatch.setattr(eomt_weights, "resize_positions", bilinear)
+    elif mistake == "no antialias":
+        monkeypatch.setattr(eomt_weights, "resize_positions", lambda position, grid, antialias, size: original(position, grid, False, size=size))
+    result = resample_dinov2(case["state_dict"], (4, 6))
+    if mistake == "class position lost":
+        result["cls_token"] = case["state_dict"]["cls_token"]
+    elif mistake == "kernel resized like a picture":
+        result["patch_embed.proj.weight"] = torch.nn.functional.interpolate(case["state_dict"]["patch_embed.proj.weight"], (16, 16),
+                                                                            mode="bicubic", antialias=True)
+    names = [name for name, tensor in case["outputs"]["state_dict"].items() if name in result and not
+             torch.allclose(result[name], tensor, **close)]
+    assert names == [{"class position lost": "cls_token", "kernel resized like a picture": "patch_embed.proj.weight"}.get(mistake, "pos_embed")]
 
 
 def test_differences_are_added_to_the_backbone(tmp_path):
