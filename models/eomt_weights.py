@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.dinov3 import VisionTransformer, resize_positions, rope_periods
-from models.dinov3_weights import NORMALIZATIONS, fetch, load_backbone, load_head, read_file, to_official_names
-from models.eomt import EoMT, eomt_config
+from models.dinov3_weights import NORMALIZATIONS, fetch, load_head, read_file, to_official_names
+from models.eomt import PATCH_SIZE, EoMT, eomt_config
 from utils.weights import strip_prefixes
 
 TRANSFORMERS_NAMES = [(re.compile(pattern), name) for pattern, name in (      # -> official, in this order
@@ -39,20 +39,23 @@ HEADS = ("q.", "class_head.", "mask_head.", "upscale.")
 
 # -- the backbone ------------------------------------------------------------------------------------------------------
 
-def load_encoder(name: str, weights: str | Path | None, image_size: int, seed: int = 0,
-                 normalization: str = "auto") -> tuple[VisionTransformer, dict[str, Any], str]:
-    """The backbone to fine-tune on squares of image_size pixels, its entry for checkpoints and a line for the log.
-    Arguments and errors as in load_backbone; DINOv2 is resampled to patches of 16 pixels."""
-    backbone, message = load_backbone(name, weights, seed, normalization)
-    vit = backbone.vit
-    if vit.config.pos_grid is not None:
-        config = eomt_config(name, image_size)
-        state = resample_dinov2(vit.state_dict(), config.pos_grid)
-        vit = VisionTransformer(config)
-        vit.load_state_dict(state)
-        message += f"; resampled to patches of {config.patch_size} pixels and {config.pos_grid[0]} x " \
-                   f"{config.pos_grid[1]} positions"
-    return vit, backbone.entry, message
+def trainable_vit(vit: VisionTransformer, name: str, image_size: int) -> VisionTransformer:
+    """The backbone `name` as it is fine-tuned on squares of image_size pixels: DINOv2 resampled to patches of 16."""
+    config = eomt_config(name, image_size)
+    if config == vit.config:
+        return vit
+    resampled = VisionTransformer(config)
+    resampled.load_state_dict(resample_dinov2(vit.state_dict(), config.pos_grid))
+    return resampled
+
+
+def blank_vit(name: str, state: Mapping[str, Tensor]) -> VisionTransformer:
+    """The ViT, on no device, of an EoMT on the backbone `name` whose tensors are `state`: with their grid of positions.
+    """
+    position = state.get("encoder.pos_embed")
+    side = 0 if position is None else math.isqrt(position.shape[1])
+    with torch.device("meta"):
+        return VisionTransformer(eomt_config(name, PATCH_SIZE * side))
 
 
 def resample_dinov2(state: Mapping[str, Tensor], grid: tuple[int, int], patch_size: int = 16) -> dict[str, Tensor]:
@@ -128,14 +131,15 @@ def holds_differences(state: Mapping[str, Tensor], base: Mapping[str, Tensor] | 
     return bool((own > 0).float().mean() < 0.9 or own.abs().median() < 0.1)
 
 
-def load_network(model: EoMT, path: str | Path, base: Mapping[str, Any] | None) -> tuple[dict | None, list[str]]:
+def load_network(model: EoMT, path: str | Path, base: Mapping[str, Any] | None,
+                 normalization: str = "auto") -> tuple[dict | None, list[str]]:
     """Fill an EoMT from a released file or a checkpoint of ours; returns the checkpoint's `encoder` entry (None if it
     is no checkpoint) and lines for the log.
 
     base: the entry of the backbone that model.encoder holds, which a file of differences is added to; None where it
     holds nothing. Positions are resized to the model's grid; a class layer for other classes starts anew. ValueError,
-    in one line, for differences without a base, a whole network with one, a file of another size or with other joint
-    blocks; what read_weights raises.
+    in one line, for differences without a base, a whole network with one, a file of another size, with other joint
+    blocks or another normalization (unless "auto"); what read_weights raises.
     """
     content = read_file(fetch(path))
     ours = isinstance(content.get("encoder"), Mapping) and "config" in content
@@ -145,6 +149,9 @@ def load_network(model: EoMT, path: str | Path, base: Mapping[str, Any] | None) 
     if joint_blocks not in (None, model.joint_blocks):
         raise ValueError(f"{path}: has queries in its last {joint_blocks} blocks, not {model.joint_blocks}: "
                          f"--joint-blocks {joint_blocks}")
+    if ours and normalization not in ("auto", content["encoder"]["normalization"]):
+        raise ValueError(f"{path}: trained with --normalization {content['encoder']['normalization']}, not "
+                         f"{normalization}; leave the flag out")
     own = model.state_dict()
     if unfit := [key for key, tensor in own.items() if key.startswith("encoder.blocks.") and
                  (key not in state or state[key].shape != tensor.shape)]:

@@ -1,4 +1,4 @@
-"""Learning-rate schedules, stepped once per optimiser step.
+"""Schedules by the optimiser step: learning rates, and the masks of EoMT's queries.
 
 Step t = 0 .. total_steps - 1 is the step about to be done. One factor multiplies the rates of all parameter groups,
 so they keep their proportions; min_lr is the floor of the group with the largest rate.
@@ -78,6 +78,48 @@ def build_scheduler(optimizer: Optimizer, name: str, total_steps: int, warmup_st
         return floor + (1 - floor) * shape
 
     return LambdaLR(optimizer, factor)
+
+
+def build_two_warmups(optimizer: Optimizer, is_encoder: Sequence[bool], total_steps: int, head_steps: int,
+                      encoder_steps: int, power: float = 0.9) -> LRScheduler:
+    """EoMT's schedule, two warm-ups and (1 - t/T)^power to 0, T the steps behind a group's warm-up.
+
+    is_encoder: of each of the optimiser's groups. A head warms up from 0 over head_steps; the encoder stays as it is
+    for head_steps, then warms up from 0 over encoder_steps. ValueError where no step is left behind them.
+    """
+    if head_steps < 0 or encoder_steps < 0 or head_steps + encoder_steps >= total_steps:
+        raise ValueError(f"warm-ups of {head_steps} and {encoder_steps} steps leave none of {total_steps}; shorten "
+                         f"them or train longer")
+
+    def factor_of(start: int, warmup: int):
+        def factor(step: int) -> float:
+            t = min(step, total_steps - 1) - start                   # no optimiser step follows the last .step()
+            if t < warmup:
+                return max(t, 0) / warmup
+            return (1 - (t - warmup) / (total_steps - start - warmup)) ** power if t >= 0 else 0.0
+        return factor
+
+    encoder, head = factor_of(head_steps, encoder_steps), factor_of(0, head_steps)
+    return LambdaLR(optimizer, [encoder if of_encoder else head for of_encoder in is_encoder])
+
+
+def annealing_periods(blocks: int, first_at_once: bool) -> list[tuple[float, float]]:
+    """When the masks of each of EoMT's joint blocks are switched off, (start, end) as shares of the run, as published:
+    each takes a sixth of it, the first one from a sixth on (first_at_once, with DINOv3: from the start, for 0.15), the
+    last one until five sixths."""
+    starts = [1 / 6 + b / (2 * max(blocks - 1, 1)) for b in range(blocks)]
+    periods = [(start, start + 1 / 6) for start in starts]
+    return [(0.0, 0.15), *periods[1:]] if first_at_once else periods
+
+
+def mask_shares(step: int, total_steps: int, periods: Sequence[tuple[float, float]], power: float = 0.9) -> list[float]:
+    """The share of queries that keep their mask during `step`, for each period (start, end): 1 before it, 0 from its
+    end on, (1 - progress)^power in between."""
+    shares = []
+    for start, end in periods:
+        progress = (step / total_steps - start) / (end - start)
+        shares.append((1 - min(max(progress, 0.0), 1.0)) ** power)
+    return shares
 
 
 def _onecycle(optimizer: Optimizer, rates: list[float], total_steps: int, warmup_steps: int, pct_start: float,
