@@ -108,7 +108,7 @@ def to_eomt_names(content: Mapping[str, Any], source: str | Path) -> tuple[dict[
         vit["pos_embed"] = vit["pos_embed"].reshape(1, -1, vit["pos_embed"].shape[-1])
     heads = {key: tensor for key, tensor in state.items() if key.startswith(HEADS)}
     state = {**heads, **{f"encoder.{key}": tensor for key, tensor in vit.items()}}
-    return state, None if shares is None else len(shares)
+    return state, None if shares is None else shares.numel()
 
 
 def _renamed(key: str) -> str:
@@ -142,7 +142,7 @@ def load_network(model: EoMT, path: str | Path, base: Mapping[str, Any] | None,
     blocks or another normalization (unless "auto"); what read_weights raises.
     """
     content = read_file(fetch(path))
-    ours = isinstance(content.get("encoder"), Mapping) and "config" in content
+    ours = content.get("script") == "train_eomt.py"
     state, joint_blocks = to_eomt_names(content, path)
     if ours:
         joint_blocks = content["config"]["model"]["joint_blocks"]

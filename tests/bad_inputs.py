@@ -106,7 +106,8 @@ START = {"train_downstream.py": (mesh_base, ["config.yaml", *RUN]), "train_jepa.
          "train_sonata.py": (cloud_base, ["config.yaml", *RUN]), "train_segmentation.py": (image_base, ["config.yaml", *RUN]),
          "train_prototype.py": (image_base, ["prototype.yaml", *RUN]),
          "train_m2f_head.py": (image_base, [*HEAD, *SMALL["train_m2f_head"], *RUN]),
-         "train_upernet_head.py": (image_base, [*HEAD, *SMALL["train_upernet_head"], *RUN])}
+         "train_upernet_head.py": (image_base, [*HEAD, *SMALL["train_upernet_head"], *RUN]),
+         "train_eomt.py": (image_base, [*HEAD, *SMALL["train_eomt"], *RUN])}
 
 
 @cache
@@ -409,6 +410,25 @@ def with_jepa(script: str, edit=None, *more: str):
     return make
 
 
+def with_network(edit, *more: str):
+    """make() of a case that starts train_eomt.py from model.pth, a checkpoint of it, without a backbone's weights."""
+    def make(folder):
+        argv = [word for word in start(EOMT)(folder) if word not in ("--backbone-weights", "random")]
+        shutil.copy(checkpoint(EOMT), folder / "model.pth")
+        if edit is not None:
+            edit(folder)
+        return [*argv, "--network-weights", "model.pth", *more]
+    return make
+
+
+def as_differences(content: dict) -> None:
+    """The norms of a network as those of differences to one: around 0."""
+    for name, tensor in content["model"].items():
+        if "norm" in name and name.endswith("weight"):
+            tensor -= 1
+
+
+EOMT = "train_eomt.py"
 DOWN, JEPA, SONATA, M2F, UPER = "train_downstream.py", "train_jepa.py", "train_sonata.py", "train_m2f_head.py", "train_upernet_head.py"
 UNET, PROTO, EVAL, PREDICT = "train_segmentation.py", "train_prototype.py", "evaluate.py", "predict.py"
 S3DIS, SCANNET, VOC, FREE = "scripts/preprocess_s3dis.py", "scripts/preprocess_scannet.py", "scripts/download_voc.py", "scripts/download_datasets.py"
@@ -537,6 +557,13 @@ FLAGS = group(
     ("a stride of 0", M2F, start(M2F, None, "--eval-stride", "0"), "--eval-stride 0", "a stride from 1"),
     ("a crop that is too small", M2F, start(M2F, None, "--image-size", "32"), "--image-size", "from 64"),
     ("heads that cannot share the width", M2F, start(M2F, None, "--hidden-dim", "30"), "--hidden-dim", "multiple"),
+    ("features of a backbone that is trained", EOMT, start(EOMT, None, "--augment", "windows", "--cache-features"), "--cache-features", "leave the flag out"),
+    ("a crop of no whole patches", EOMT, start(EOMT, None, "--image-size", "72"), "--image-size 72", "multiple of 16"),
+    ("more blocks with queries than there are", EOMT, start(EOMT, None, "--joint-blocks", "5"), "--joint-blocks 5", "has 4 blocks"),
+    ("more frozen blocks than there are", EOMT, start(EOMT, None, "--freeze-blocks", "5"), "--freeze-blocks 5", "has 4 blocks"),
+    ("warm-ups longer than the run", EOMT, start(EOMT, None, "--head-warmup", "0.6", "--encoder-warmup", "0.5"), "--encoder-warmup", "from 0 to 0.3"),
+    ("a layer decay that grows", EOMT, start(EOMT, None, "--layer-decay", "1.2"), "--layer-decay", "from 0.01 to 1"),
+    ("random weights under a trained network", EOMT, start(EOMT, None, "--network-weights", "model.pth"), "--backbone-weights random", "leave one of them out"),
     ("a phase whose turn it is not", PROTO, start(PROTO, None, "--phase", "2"), "--phase 2", "--resume"),
     ("a data set and a split at once", EVAL, evaluate(DOWN, None, "--split", "val", "--data-dir", "test"), "--split and --data-dir", "name one of them"),
     ("labels without data", EVAL, evaluate(DOWN, None, "--label-dir", "test"), "--label-dir", "labels of --data-dir"),
@@ -821,6 +848,11 @@ WEIGHTS = group(
     ("weights of another network", DOWN, start(DOWN, put("weights.pth", tensors_on_disk({"fc.weight": torch.zeros(2, 2)})), "--pretrained_path", "weights.pth"), "weights.pth: no mesh encoder in this file", "Expected the tensors of a Nomeformer"),
     ("weights of another network", UNET, start(UNET, put("weights.pth", tensors_on_disk({"weight": torch.zeros(2, 2)})), "--pretrained_path", "weights.pth"), "weights.pth", "Is the file of this model"),
     ("a backbone of another size", M2F, start(M2F, None, "--backbone", "dinov3_vits16", "--backbone-weights", "backbone.pth"), "backbone.pth: holds dinov3_tiny, not dinov3_vits16", "Choose that backbone"),
+    ("a backbone in place of a network", EOMT, with_network(None, "--network-weights", "backbone.pth"), "backbone.pth: no EoMT", "a checkpoint of train_eomt.py"),
+    ("differences without their backbone", EOMT, with_network(entry("model.pth", as_differences)), "model.pth: holds differences", "--backbone-weights FILE"),
+    ("a whole network as differences", EOMT, with_network(None, "--backbone-weights", "backbone.pth"), "model.pth: holds a whole network", "leave --backbone-weights out"),
+    ("a network with other joint blocks", EOMT, with_network(None, "--joint-blocks", "3"), "model.pth: has queries in its last 2 blocks", "--joint-blocks 2"),
+    ("a network on another backbone", EOMT, with_network(None, "--backbone", "dinov3_vits16"), "model.pth", "Is it of this --backbone?"),
     ("a backbone with NaN in it", UPER, start(UPER, entry("backbone.pth", spoil), "--backbone-weights", "backbone.pth"), "backbone.pth", "not finite"),
     ("an encoder with NaN in it", SONATA, start(SONATA, entry("encoder.pth", lambda c: spoil(c["state_dict"])), "training.use_pretrained=true", "--pretrained_path", "encoder.pth"), "encoder.pth", "not finite"),
     ("a ResNet with NaN in it", UNET, start(UNET, spoilt_resnet, "--pretrained_path", "resnet.pth"), "resnet.pth", "is not finite"),
