@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OVERFIT = {"train_m2f_head": ["--epochs", "100", "--lr", "0.003", "--val-interval", "100", "--warmup-epochs", "5", "--clip-grad", "0.1"],
            "train_upernet_head": ["--epochs", "120", "--lr", "0.005", "--val-interval", "120", "--warmup-epochs", "3", "--hidden-dim", "32",
                                   "--dropout", "0"],
-           "train_eomt": ["--epochs", "200", "--lr", "0.003", "--val-interval", "200", "--layer-decay", "1", "--clip-grad", "0.1"]}
+           "train_eomt": ["--epochs", "60", "--lr", "0.005", "--val-interval", "60", "--layer-decay", "1", "--clip-grad", "0.1"]}
 FROZEN = (train_m2f_head, train_upernet_head)
 
 
