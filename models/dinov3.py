@@ -229,19 +229,23 @@ class VisionTransformer(nn.Module):
         tokens = self.norm(self._run(image, [self.config.depth - 1])[0])
         return {"class_token": tokens[:, 0], "storage_tokens": tokens[:, 1:prefix], "patch_tokens": tokens[:, prefix:]}
 
-    def get_intermediate_layers(self, image: Tensor, n: int | Sequence[int] = 1,
-                                reshape: bool = True) -> tuple[Tensor, ...]:
+    def get_intermediate_layers(self, image: Tensor, n: int | Sequence[int] = 1, reshape: bool = True,
+                                prefix: bool = False) -> tuple[Tensor, ...]:
         """Patch tokens after the last n blocks, or after the blocks with the indices n, in their order.
 
-        -> each (B, C, h, w) (memory is channels-last), or with reshape=False (B, h w, C). The *final* norm is applied
-        to each. No block after the last one asked for is run. ValueError for an index that does not exist.
+        -> each (B, C, h, w) (memory is channels-last), or with reshape=False (B, h w, C), or with prefix=True all
+        tokens (B, 1 + R + h w, C), class token and registers first. The *final* norm is applied to each. No block
+        after the last one asked for is run. ValueError for an index that does not exist.
         """
         depth = self.config.depth
         wanted = list(range(depth - n, depth)) if isinstance(n, int) else list(n)
         if not wanted or min(wanted) < 0 or max(wanted) >= depth:
             raise ValueError(f"blocks: expected indices from 0 to {depth - 1}, or a number of blocks; got {n}")
         grid = [side // self.patch_size for side in image.shape[-2:]]
-        outputs = [self.norm(x)[:, 1 + self.config.num_registers:] for x in self._run(image, wanted)]  # (B, h w, C)
+        outputs = [self.norm(x) for x in self._run(image, wanted)]                               # (B, 1 + R + h w, C)
+        if prefix:
+            return tuple(outputs)
+        outputs = [x[:, 1 + self.config.num_registers:] for x in outputs]                        # (B, h w, C)
         return tuple(x.transpose(1, 2).unflatten(2, grid) if reshape else x for x in outputs)
 
     def _run(self, image: Tensor, wanted: list[int]) -> list[Tensor]:
@@ -286,14 +290,16 @@ class VisionTransformer(nn.Module):
 class FrozenBackbone:
     """A ViT that is only ever run: no module, so it is in no state_dict, optimiser, train() or DDP of a model.
 
-    taps: blocks to return; mean, std (3,) of RGB in [0, 1]; entry: plain types that say which weights these are, for
-    checkpoints. `multiple`: image sides must be multiples of it (of the patch, and of the heads' coarsest stride 32).
+    taps: blocks to return; prefix: whether as all their tokens rather than as maps of the patches; mean, std (3,) of
+    RGB in [0, 1]; entry: plain types that say which weights these are, for checkpoints. `multiple`: image sides must be
+    multiples of it (of the patch, and of the heads' coarsest stride 32). open_backbone sets taps and prefix for a head.
     """
 
     def __init__(self, vit: VisionTransformer, taps: Sequence[int], mean: Sequence[float], std: Sequence[float],
                  entry: dict[str, Any]):
         self.vit = vit.requires_grad_(False).eval()
         self.taps = tuple(taps)
+        self.prefix = False
         self.entry = entry
         self.embed_dim = vit.embed_dim
         self.patch_size = vit.patch_size
@@ -330,9 +336,16 @@ class FrozenBackbone:
 
     @torch.no_grad()
     def __call__(self, image: Tensor) -> list[Tensor]:
-        """Normalised image (B, 3, H, W) -> the tapped maps, each (B, C, h, w) after the final norm, as computed."""
+        """Normalised image (B, 3, H, W) -> the tapped maps, each (B, C, h, w) after the final norm, as computed; with
+        `prefix` the tokens (B, P + h w, C), P class token and registers."""
         with autocast(image.device, self.amp_dtype):
-            return list(self.vit.get_intermediate_layers(image, self.taps))
+            return list(self.vit.get_intermediate_layers(image, self.taps, prefix=self.prefix))
+
+    @torch.no_grad()
+    def last_map(self, image: Tensor) -> Tensor:
+        """Normalised image (B, 3, H, W) -> the patches' features after the last block and norm (B, C, h, w)."""
+        with autocast(image.device, self.amp_dtype):
+            return self.vit.get_intermediate_layers(image)[0]
 
     def sha256(self) -> str:
         """Of all names, shapes and float32 values: the same on every device, whatever file they came from."""

@@ -105,8 +105,7 @@ HEAD = ["--image-paths", "images/train", "--mask-paths", "masks/train", "--num-c
 START = {"train_downstream.py": (mesh_base, ["config.yaml", *RUN]), "train_jepa.py": (mesh_base, ["jepa.yaml", *RUN]),
          "train_sonata.py": (cloud_base, ["config.yaml", *RUN]), "train_segmentation.py": (image_base, ["config.yaml", *RUN]),
          "train_prototype.py": (image_base, ["prototype.yaml", *RUN]),
-         "train_m2f_head.py": (image_base, [*HEAD, *SMALL["train_m2f_head"], *RUN]),
-         "train_upernet_head.py": (image_base, [*HEAD, *SMALL["train_upernet_head"], *RUN])}
+         **{f"{name}.py": (image_base, [*HEAD, *SMALL[name], *RUN]) for name in SMALL}}
 
 
 @cache

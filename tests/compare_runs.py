@@ -25,7 +25,7 @@ from utils.training import Totals
 
 ACCUMULATE = {"downstream": ["training.accumulation_steps=2"], "sonata": ["training.accumulation_steps=2"],
               "segmentation": ["training.accumulate_grad_batches=2"], "prototype": ["training.accumulate=3", "training.steps=[3,9,3]"],
-              "m2f_head": ["--accumulate", "2"], "upernet_head": ["--accumulate", "2"]}
+              **{name: ["--accumulate", "2"] for name in NAMES if name.endswith("_head")}}
 NEW = ("data", "amp_dtype")                        # entries that versions before issue 20 do not write
 CUT = """
 import importlib, os, signal, sys

@@ -40,7 +40,8 @@ STILL = {"downstream": ["model.encoder_dropout=0", "model.drop_path=0"], "jepa":
 BOARD = {"segmentation": "logging.tensorboard=true", "downstream": "logging.tensorboard=true", "jepa": "logging.tensorboard=true",
          "sonata": "logging.tensorboard=true", "prototype": "logging.tensorboard=true"}
 ACCUMULATE = {"downstream": "training.accumulation_steps=", "sonata": "training.accumulation_steps=", "prototype": "training.accumulate=",
-              "segmentation": "training.accumulate_grad_batches=", "m2f_head": "--accumulate=", "upernet_head": "--accumulate="}
+              "segmentation": "training.accumulate_grad_batches=", "m2f_head": "--accumulate=", "upernet_head": "--accumulate=",
+              "linear_head": "--accumulate="}
 WEIGHTS = 1e-3                                     # of the largest weight of a tensor, after 4 to 12 steps in float32
 HELD: dict[str, list[bool]] = {}                   # of each script: which equalities held, for the summary
 
@@ -292,7 +293,7 @@ def test_checkpoints_pass_between_one_process_and_two(both, folder, tmp_path, na
 
 CACHES = {"downstream": ["training.cache_features=true", "training.use_pretrained=false", "training.num_unfrozen_encoder_layers=0",
                          "augmentation.mode=none", "augmentation.recluster=false", "augmentation.scale_range=[1.0,1.0]"],
-          "m2f_head": ["--augment", "windows", "--cache-features"], "upernet_head": ["--augment", "windows", "--cache-features"]}
+          **{name: ["--augment", "windows", "--cache-features"] for name in NAMES if name.endswith("_head")}}
 
 
 @pytest.mark.slow

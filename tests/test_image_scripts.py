@@ -1,4 +1,4 @@
-"""train_m2f_head.py and train_upernet_head.py with evaluate.py and predict.py, run whole on tiny pictures and a tiny backbone: they learn,
+"""The scripts train_*_head.py with evaluate.py and predict.py, run whole on tiny pictures and a tiny backbone: they learn,
 resume exactly, never touch the backbone, and every reader has the same numbers. What only one of them has: tests/test_SCRIPT.py."""
 
 import hashlib
@@ -15,6 +15,7 @@ from PIL import Image
 import evaluate
 import models.dinov3 as dinov3
 import predict
+import train_linear_head
 import train_m2f_head
 import train_upernet_head
 import utils.image_scripts as image_scripts
@@ -27,10 +28,12 @@ from utils.log import read_log
 ROOT = Path(__file__).resolve().parents[1]
 OVERFIT = {"train_m2f_head": ["--epochs", "100", "--lr", "0.003", "--val-interval", "100", "--warmup-epochs", "5", "--clip-grad", "0.1"],
            "train_upernet_head": ["--epochs", "120", "--lr", "0.005", "--val-interval", "120", "--warmup-epochs", "3", "--hidden-dim", "32",
-                                  "--dropout", "0"]}
+                                  "--dropout", "0"],
+           "train_linear_head": ["--epochs", "120", "--lr", "0.1", "--val-interval", "120", "--dropout", "0"]}
+REACHED = {"train_linear_head": 0.8}               # whose pixels are patches of 16 x 16, smoothly enlarged; the others: 0.95
 
 
-@pytest.fixture(params=[train_m2f_head, train_upernet_head], ids=lambda module: module.__name__)
+@pytest.fixture(params=[train_linear_head, train_m2f_head, train_upernet_head], ids=lambda module: module.__name__)
 def script(request, monkeypatch):
     add_tiny_backbone(monkeypatch)
     return request.param
@@ -66,7 +69,7 @@ def test_overfits_four_pictures(script, tmp_path):
     paths = ["--image-paths", f"{folder}/images", "--mask-paths", f"{folder}/masks", "--val-image-paths", f"{folder}/images",
              "--val-mask-paths", f"{folder}/masks", "--classes", f"{folder}/classes.json"]
     result = train(script, folder, tmp_path / "out", *OVERFIT[script.__name__], *paths, "--validate", "--batch-size", "4", "--augment", "windows")
-    assert result["miou"] > 0.95
+    assert result["miou"] > REACHED.get(script.__name__, 0.95)
 
 
 def test_every_reader_agrees(script, data, tmp_path, capsys):
@@ -143,7 +146,7 @@ def test_resume_is_exact_with_workers_and_accumulation(script, data, tmp_path, m
         sigterm_in_step(patch, 4)
         with pytest.raises(StopRequested):
             train(script, data, tmp_path / "cut", *more)
-    train(script, data, tmp_path / "cut", *more, "--resume-checkpoint", tmp_path / "cut" / "model" / "model_last.pth")
+    train(script, data, tmp_path / "cut", *more, "--resume", tmp_path / "cut" / "model" / "model_last.pth")
     assert_same_run(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
 
 
