@@ -90,9 +90,9 @@ def rope_periods(config: ViTConfig) -> Tensor:
 class RopePositions(nn.Module):
     """Cosine and sine of the rotary angles 2 pi coordinate / period, at patch centres, each axis scaled to [-1, 1]."""
 
-    def __init__(self, config: ViTConfig):
+    def __init__(self, config: ViTConfig, persistent: bool = True):
         super().__init__()
-        self.register_buffer("periods", rope_periods(config))
+        self.register_buffer("periods", rope_periods(config), persistent)
 
     def forward(self, height: int, width: int, num_prefix: int) -> tuple[Tensor, Tensor]:
         """Grid (h, w) -> cos, sin for `rotate`, float32 (num_prefix + h w, 1, 1, D): the y angles, then the x angles,

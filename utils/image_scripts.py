@@ -113,7 +113,8 @@ def add_evaluation_flags(parser: ArgumentParser) -> None:
     evaluation = parser.add_argument_group("evaluation")
     evaluation.add_argument("--validate", action="store_true", help="score after every --val-interval epochs")
     evaluation.add_argument("--val-interval", type=AtLeast(1), default=1, metavar="EPOCHS")
-    evaluation.add_argument("--eval-mode", choices=("slide", "whole"), default="slide")
+    evaluation.add_argument("--eval-mode", choices=("slide", "even", "whole"), default="slide",
+                            help="slide: windows every --eval-stride; even: as few as cover the image, evenly spread")
     evaluation.add_argument("--eval-size", type=int, help="short side; default: --image-size; 0: as it is")
     evaluation.add_argument("--eval-stride", type=int, help="of the sliding window; default: two thirds of it")
     evaluation.add_argument("--tta", action="store_true", help="average five scales and their mirror images")
@@ -137,7 +138,8 @@ def check_flags(config: Config) -> None:
         raise ValueError(f"--ignore-label {data.ignore_label} is one of the {data.num_classes} classes in the masks; "
                          f"for masks that mean unlabelled by 0, use --reduce-zero-label")
     view = evaluation_view(config)
-    if (view.size or 32) < 32 or not 1 <= view.stride <= (view.window or view.stride):
+    stride = 1 if view.stride is None else view.stride           # None: found for each image
+    if (view.size or 32) < 32 or not 1 <= stride <= (view.window or stride):
         raise ValueError(f"--eval-size {evaluation.eval_size} --eval-stride {evaluation.eval_stride}: a size of at "
                          f"least 32 (or 0) and a stride from 1 to the window's side are needed")
     config.model.backbone = backbone_name(config.model.backbone)
@@ -199,10 +201,10 @@ def has_test_photos(config: Config) -> bool:
 def evaluation_view(config: Config) -> View:
     size = config.data.image_size if config.evaluation.eval_size is None else config.evaluation.eval_size
     window = size or config.data.image_size
-    whole = config.evaluation.eval_mode == "whole"
+    mode = config.evaluation.eval_mode
     stride = -(-2 * window // 3) if config.evaluation.eval_stride is None else config.evaluation.eval_stride
-    return View(size or None, None if whole else window, stride, TTA_SCALES if config.evaluation.tta else (1.0,),
-                config.evaluation.tta)
+    return View(size or None, None if mode == "whole" else window, None if mode == "even" else stride,
+                TTA_SCALES if config.evaluation.tta else (1.0,), config.evaluation.tta)
 
 
 # -- data and backbone -------------------------------------------------------------------------------------------------
