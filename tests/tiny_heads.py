@@ -10,7 +10,8 @@ from tests.tiny_images import TINY, write_classes, write_pictures
 from utils.checkpoint import load_checkpoint
 
 SMALL = {"train_m2f_head": ["--hidden-dim", "32", "--ffn-dim", "64", "--num-queries", "8", "--num-points", "256"],
-         "train_upernet_head": ["--hidden-dim", "16"], "train_linear_head": []}
+         "train_upernet_head": ["--hidden-dim", "16"], "train_linear_head": [],
+         "train_pmt_head": ["--num-queries", "8", "--num-points", "256"]}
 
 
 def add_tiny_backbone(patch) -> None:

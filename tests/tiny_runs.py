@@ -34,7 +34,7 @@ from utils.checkpoint import load_checkpoint
 from utils.cli import run_main
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ("downstream", "jepa", "m2f_head", "upernet_head", "linear_head", "sonata", "segmentation", "prototype")
+NAMES = ("downstream", "jepa", "m2f_head", "upernet_head", "linear_head", "pmt_head", "sonata", "segmentation", "prototype")
 LOG = {"log_interval": 1, "tensorboard": False}
 MESH_MODEL = {"n_classes": 3, "features": ["normal", "area"], "embedding_dim": 16, "num_heads": 2, "num_attention_blocks": 2,
               "faces_per_cluster": 16, "encoder_dropout": 0.1}
@@ -61,7 +61,8 @@ CONFIGS = {                                        # DATA stands for the folder 
                   "optimizer": {key: 3e-3 for key in ("backbone_lr", "aspp_lr", "prototype_lr", "last_layer_lr", "finetune_lr")},
                   "evaluation": {"interval": 3}, "logging": LOG}}
 CACHE_DIR = {"downstream": "paths.cache_dir=", "jepa": "paths.cache_dir=", "sonata": "paths.cache_dir=", "segmentation": "dataset.cache_dir=",
-             "prototype": "dataset.cache_dir=", "m2f_head": "--cache-dir=", "upernet_head": "--cache-dir=", "linear_head": "--cache-dir="}
+             "prototype": "dataset.cache_dir=", "m2f_head": "--cache-dir=", "upernet_head": "--cache-dir=", "linear_head": "--cache-dir=",
+             "pmt_head": "--cache-dir="}
 
 
 class TinyRun(NamedTuple):

@@ -89,12 +89,14 @@ def add_backbone_flags(model: argparse._ArgumentGroup) -> None:
 
 
 def add_training_flags(parser: ArgumentParser, *, lr: float, weight_decay: float, epochs: int = 100,
-                       batch_size: int = 8, scheduler: str = "poly",
-                       clip_grad: float = 0.0) -> argparse._ArgumentGroup:
-    """The group `training`, with these defaults; returns it, for flags of the method."""
+                       batch_size: int = 8, scheduler: str = "poly", clip_grad: float = 0.0,
+                       warmup_epochs: float | None = 1.0) -> argparse._ArgumentGroup:
+    """The group `training`, with these defaults; returns it, for flags of the method. warmup_epochs None: the script
+    works it out from --epochs."""
     training = parser.add_argument_group("training")
     training.add_argument("--epochs", type=AtLeast(1), default=epochs)
-    training.add_argument("--warmup-epochs", type=AtLeast(0, float), default=1.0)
+    training.add_argument("--warmup-epochs", type=AtLeast(0, float), default=warmup_epochs,
+                          help="default: 30 %% of --epochs" if warmup_epochs is None else None)
     training.add_argument("--batch-size", type=AtLeast(1), default=batch_size, help="images per process and micro-step")
     training.add_argument("--accumulate", type=AtLeast(1), default=1, metavar="N",
                           help="micro-steps per optimiser step")
@@ -252,7 +254,12 @@ def open_backbone(model: Mapping, entry: Mapping | None = None, seed: int = 0, t
     else:
         backbone, message = load_backbone(model["backbone"], None if weights == "random" else weights, seed,
                                           model["normalization"])
-    backbone.taps = backbone.taps if taps is None else tuple(taps)
+    if taps is not None:
+        stored = backbone.entry.setdefault("taps", list(taps))
+        if stored != list(taps):
+            raise ValueError(f"the head was trained on the blocks {stored} of the backbone, not on {list(taps)}, and "
+                             f"would give wrong numbers on these without a word; leave the setting out")
+        backbone.taps = tuple(taps)
     backbone.prefix = prefix
     return backbone, message
 
