@@ -26,6 +26,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 import models.nomeformer
+import models.pmt
 import models.point_transformer
 import models.upernet
 import utils.image_inference
@@ -122,7 +123,9 @@ def still() -> None:
     F.dropout = F.dropout2d = lambda x, *_, **__: x
     for kind in (models.nomeformer.DropPath, models.point_transformer.PointDropPath):
         kind.forward = lambda self, x, *_: x
-    nn.BatchNorm2d.forward = models.upernet.BatchNorm2d.forward = batch_norm_of_all
+    nn.BatchNorm1d.forward = nn.BatchNorm2d.forward = models.upernet.BatchNorm2d.forward = batch_norm_of_all
+    allowed_patches = models.pmt.allowed_patches
+    models.pmt.allowed_patches = lambda masks, grid, _: allowed_patches(masks, grid, 1.0)      # annealing draws in each process
     torch.randperm = lambda count, **_: torch.arange(count)                                # orders of Point Transformer
     rand = torch.rand
 
