@@ -103,16 +103,16 @@ class LinearSegmenter(nn.Module):
         self.conv = classifier(channels, num_classes)
 
     def forward(self, taps: list[torch.Tensor]) -> torch.Tensor:
-        x = torch.cat(taps, 1)                                      # (B, D or 4 D, S/16, S/16)
+        x = torch.cat(taps, 1).contiguous()     # (B, D or 4 D, S/16, S/16), as cached ones are
         return self.conv(self.batchnorm_layer(self.dropout(x)))     # (B, C, S/16, S/16)
 
     def scores(self, image: torch.Tensor) -> torch.Tensor:
         return resize(self(self.backbone(image)).float(), image.shape[-2:])     # (B, C, H, W)
 
 
-def build_model(config: Config, embed_dim: int) -> LinearSegmenter:
-    model = config.model
-    return LinearSegmenter(model.layers * embed_dim, config.data.num_classes, model.dropout)
+def build_model(config: Config) -> LinearSegmenter:
+    channels = config.model.layers * BACKBONES[config.model.backbone].embed_dim
+    return LinearSegmenter(channels, config.data.num_classes, config.model.dropout)
 
 
 def taps_of(config: Config) -> range:
@@ -169,7 +169,7 @@ def load_model(checkpoint: dict, device: torch.device) -> LinearSegmenter:
     """The network of a checkpoint in eval mode, with the frozen backbone it was trained on."""
     config = Config(checkpoint["config"])
     backbone, _ = photos.open_backbone(config.model, checkpoint["encoder"], taps=taps_of(config))
-    model = build_model(config, backbone.embed_dim)
+    model = build_model(config)
     load_weights(model, checkpoint["model"], "the checkpoint", what="model")
     photos.attach_backbone(model, backbone, config, checkpoint["class_names"],
                            checkpoint["palette"], size_multiple(config))
@@ -197,7 +197,7 @@ def main(argv=None) -> dict:
     backbone, train_set = photos.open_features(run, config, train_set, taps_of(config))
     # The head starts the same, however the backbone came.
     seed_everything(args.seed, args.deterministic)
-    model = build_model(config, backbone.embed_dim)
+    model = build_model(config)
     if not run.restore(model) and config.model.head_weights is not None:
         path = config.model.head_weights
         run.messages += load_head(model, read_head(path), path, "conv.")

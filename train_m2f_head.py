@@ -106,9 +106,10 @@ def size_multiple(config: Config) -> int:
     return math.lcm(BACKBONES[config.model.backbone].patch_size, 32)
 
 
-def build_model(config: Config, embed_dim: int, patch_size: int) -> Mask2FormerSegmenter:
+def build_model(config: Config) -> Mask2FormerSegmenter:
     model = config.model
-    adapter = DINOv3_Adapter(embed_dim, patch_size,
+    embed_dim = BACKBONES[model.backbone].embed_dim
+    adapter = DINOv3_Adapter(embed_dim, BACKBONES[model.backbone].patch_size,
                              gradient_checkpointing=model.gradient_checkpointing)
     head = Mask2FormerHead(embed_dim, config.data.num_classes, model.hidden_dim, model.num_queries,
                            ffn_dim=model.ffn_dim,
@@ -170,7 +171,7 @@ def load_model(checkpoint: dict, device: torch.device) -> Mask2FormerSegmenter:
     """The network of a checkpoint in eval mode, with the frozen backbone it was trained on."""
     config = Config(checkpoint["config"])
     backbone, _ = photos.open_backbone(config.model, checkpoint["encoder"])
-    model = build_model(config, backbone.embed_dim, backbone.patch_size)
+    model = build_model(config)
     load_weights(model, checkpoint["model"], "the checkpoint", what="model")
     photos.attach_backbone(model, backbone, config, checkpoint["class_names"],
                            checkpoint["palette"], size_multiple(config))
@@ -181,7 +182,7 @@ def load_released(config: Config, run: Run) -> Mask2FormerSegmenter:
     """A network with the head of --head-weights, as it is."""
     path = config.model.head_weights
     backbone, message = photos.open_backbone(config.model, seed=run.args.seed)
-    model = build_model(config, backbone.embed_dim, backbone.patch_size).to(run.device).eval()
+    model = build_model(config).to(run.device).eval()
     line = load_weights(model, read_released_head(path), path, what="head")
     print(message, line, sep="\n", flush=True)
     names, palette = read_classes(config.data.classes, config.data.num_classes,
@@ -222,7 +223,7 @@ def main(argv=None) -> dict:
     backbone, train_set = photos.open_features(run, config, train_set)
     # The head starts the same, however the backbone came.
     seed_everything(args.seed, args.deterministic)
-    model = build_model(config, backbone.embed_dim, backbone.patch_size)
+    model = build_model(config)
     if not run.restore(model) and config.model.head_weights is not None:
         path = config.model.head_weights
         run.messages += load_head(model, read_released_head(path), path, ".class_embed.", extra=1)

@@ -103,11 +103,12 @@ def size_multiple(config: Config) -> int:
     return patch_size if config.model.neck == "pyramid" else math.lcm(patch_size, 32)
 
 
-def build_model(config: Config, embed_dim: int, patch_size: int) -> UPerNetSegmenter:
+def build_model(config: Config) -> UPerNetSegmenter:
     model = config.model
     C = config.data.num_classes
+    embed_dim = BACKBONES[model.backbone].embed_dim
     if model.neck == "adapter":
-        neck = DINOv3_Adapter(embed_dim, patch_size,
+        neck = DINOv3_Adapter(embed_dim, BACKBONES[model.backbone].patch_size,
                               gradient_checkpointing=model.gradient_checkpointing)
     else:
         neck = FeaturePyramidNeck(embed_dim)
@@ -173,7 +174,7 @@ def load_model(checkpoint: dict, device: torch.device) -> UPerNetSegmenter:
     """The network of a checkpoint in eval mode, with the frozen backbone it was trained on."""
     config = Config(checkpoint["config"])
     backbone, _ = photos.open_backbone(config.model, checkpoint["encoder"])
-    model = build_model(config, backbone.embed_dim, backbone.patch_size)
+    model = build_model(config)
     load_weights(model, checkpoint["model"], "the checkpoint", what="model")
     photos.attach_backbone(model, backbone, config, checkpoint["class_names"],
                            checkpoint["palette"], size_multiple(config))
@@ -201,7 +202,7 @@ def main(argv=None) -> dict:
     backbone, train_set = photos.open_features(run, config, train_set)
     # The head starts the same, however the backbone came.
     seed_everything(args.seed, args.deterministic)
-    model = build_model(config, backbone.embed_dim, backbone.patch_size)
+    model = build_model(config)
     if not run.restore(model) and config.model.head_weights is not None:
         path = config.model.head_weights
         run.messages += load_head(model, read_head(path), path, ".classifier.")
