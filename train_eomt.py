@@ -25,40 +25,22 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.image_splits import read_classes, training_doubts
+from data.image_splits import read_classes
 from data.images import list_images
 from models.dinov3 import BACKBONES, VisionTransformer, backbone_name
-from models.eomt import JOINT_BLOCKS, PATCH_SIZE, EoMT
+from models.eomt import JOINT_BLOCKS, PATCH_SIZE, EoMT, annealing_periods
 from models.eomt_weights import blank_vit, load_network, released_entry, trainable_vit
+from models.query_masks import mask_probability
+from utils import image_scripts as photos
 from utils.checks import check_range
 from utils.cli import ArgumentParser, AtLeast, flags_config, flags_defaults, given_flags, run_main
 from utils.config import Config
 from utils.distributed import all_reduce_sum
 from utils.image_inference import build_normalizer
-from utils.image_scripts import (
-    FREE_ON_RESUME,
-    add_backbone_flags,
-    add_evaluation_flags,
-    add_photo_flags,
-    attach,
-    build_dataset,
-    check_flags,
-    describe_data,
-    evaluate_photos,
-    evaluation_view,
-    has_test_photos,
-    label_photo,
-    open_backbone,
-    photo_pictures,
-    score_split,
-    tested_config,
-    tested_split,
-    write_photo_label,
-)
 from utils.mask_losses import SetCriterion
 from utils.params import describe_parameters
-from utils.run import Run, add_run_flags, main_first
-from utils.schedule import annealing_periods, build_two_warmups, mask_shares
+from utils.run import Run, add_run_flags
+from utils.schedule import build_two_warmups
 from utils.seed import seed_everything
 from utils.training import build_loader, micro_steps
 from utils.weights import load_weights
@@ -74,9 +56,9 @@ RESULTS = {"labels": ("png", "npy"), "picture": ("png", "none"), "html": False, 
 
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
-    add_photo_flags(parser)
+    photos.add_photo_flags(parser)
     model = parser.add_argument_group("model")
-    add_backbone_flags(model)
+    photos.add_backbone_flags(model)
     model.add_argument("--num-queries", type=AtLeast(1), default=100)
     model.add_argument("--joint-blocks", type=AtLeast(1), metavar="N",
                        help="last blocks with queries; default: S, B 3, L 4, larger 5")
@@ -111,10 +93,8 @@ def make_parser() -> ArgumentParser:
                           help="points on ignored pixels do not count (original: background)")
     training.add_argument("--log-interval", type=AtLeast(1), default=10, metavar="STEPS")
     training.add_argument("--save-interval", type=AtLeast(0), default=10, metavar="EPOCHS")
-    add_evaluation_flags(parser)
+    photos.add_evaluation_flags(parser)
     add_run_flags(parser, SCRIPT)
-    parser.add_argument("--resume-checkpoint", dest="resume", metavar="PATH|auto",
-                        help="the same as --resume")
     return parser
 
 
@@ -147,7 +127,7 @@ def check_config(config: Config) -> None:
     for key, value in {**recipe, "undecayed_blocks": at_full_rate}.items():
         if training[key] is None:
             training[key] = value
-    check_flags(config)
+    photos.check_flags(config)
     for flag, count in (("--joint-blocks", model.joint_blocks),
                         ("--freeze-blocks", model.freeze_blocks),
                         ("--undecayed-blocks", training.undecayed_blocks)):
@@ -189,7 +169,7 @@ def open_network(config: Config, args) -> tuple[EoMT, dict, list[str]]:
         entry, lines = None, []
         vit = VisionTransformer(BACKBONES[model.backbone])          # overwritten by the file
     else:
-        backbone, line = open_backbone(model, seed=args.seed)
+        backbone, line = photos.open_backbone(model, seed=args.seed)
         vit, entry, lines = backbone.vit, backbone.entry, [line]
     vit = trainable_vit(vit, model.backbone, config.data.image_size)
     # The rest starts the same, however the backbone came.
@@ -203,7 +183,7 @@ def open_network(config: Config, args) -> tuple[EoMT, dict, list[str]]:
 
 
 def build_criterion(config: Config) -> SetCriterion:
-    return SetCriterion(config.data.num_classes, config.training.num_points, per_pair=True,
+    return SetCriterion(config.data.num_classes, config.training.num_points, divide_by_pairs=True,
                         ignore_in_mask_loss=config.training.ignore_in_mask_loss)
 
 
@@ -246,7 +226,7 @@ def build_lr_scheduler(optimizer: torch.optim.Optimizer, config: Config, total_s
 def masks_of_step(run: Run, config: Config) -> list[torch.Tensor | None]:
     """What EoMT takes as `shares`: for each joint block the share of queries with a mask."""
     periods = annealing_periods(config.model.joint_blocks, has_rotary(config.model.backbone))
-    shares = mask_shares(run.step, run.total_steps, periods)
+    shares = [mask_probability(run.step / run.total_steps, *period) for period in periods]
     return [torch.tensor(share, device=run.device) if share else None for share in shares]
 
 
@@ -274,18 +254,20 @@ def train_one_epoch(run: Run, network, normalize, loader, criterion, config: Con
 
 # -- what evaluate.py and predict.py call (docs/adapt.md lists it) ---------------------------------
 
-evaluate = evaluate_photos
-predict = label_photo
-write_prediction = write_photo_label
-example_pictures = photo_pictures
+build_dataset = photos.build_dataset
+evaluate = photos.evaluate_photos
+predict = photos.label_photo
+write_prediction = photos.write_photo_label
+example_pictures = photos.photo_pictures
 list_inputs = list_images
-has_test_split = has_test_photos
+has_test_split = photos.has_test_photos
 
 
 def attach_settings(model: EoMT, entry: dict, config: Config, class_names: list[str],
-                    palette: np.ndarray) -> None:
-    attach(model, config, class_names, palette, masks=config.data, view=evaluation_view(config),
-           normalize=build_normalizer(entry["mean"], entry["std"]), multiple=PATCH_SIZE)
+                    palette) -> None:
+    photos.attach(model, config, class_names, np.array(palette, np.uint8), masks=config.data,
+                  view=photos.evaluation_view(config), multiple=PATCH_SIZE,
+                  normalize=build_normalizer(entry["mean"], entry["std"]))
 
 
 def load_model(checkpoint: dict, device: torch.device) -> EoMT:
@@ -296,29 +278,20 @@ def load_model(checkpoint: dict, device: torch.device) -> EoMT:
     model.to_empty(device="cpu")
     load_weights(model, checkpoint["model"], "the checkpoint", what="model")
     attach_settings(model, checkpoint["encoder"], config, checkpoint["class_names"],
-                    np.array(checkpoint["palette"], np.uint8))
+                    checkpoint["palette"])
     return model.to(device).eval()
 
 
-def test_only(run: Run, argv) -> dict:
-    """Score a checkpoint, with its own settings but for the given flags, or a released network."""
-    given = given_flags(make_parser(), argv)
-    config = config_of(run.args)
-    if run.checkpoint is not None:
-        config = tested_config(run.checkpoint, config, given)
-        check_config(config)
-        run.checkpoint["config"] = config.to_dict()
-    split, dataset = tested_split(run, config, given)
-    if run.checkpoint is not None:
-        return score_split(run, load_model(run.checkpoint, run.device), split, dataset,
-                           run.resume_path)
+def score_released(run: Run, config: Config, given: set[str]) -> dict:
+    """Score the network of --network-weights, as it is."""
+    split, dataset = photos.tested_split(run, config, given)
     model, entry, lines = open_network(config, run.args)
     print(*lines, sep="\n", flush=True)
     names, palette = read_classes(config.data.classes, config.data.num_classes,
                                   config.data.label_map)
     attach_settings(model, entry, config, names, palette)
-    return score_split(run, model.to(run.device).eval(), split, dataset,
-                       config.model.network_weights)
+    return photos.score_split(run, model.to(run.device).eval(), split, dataset,
+                              config.model.network_weights)
 
 
 # -- main ------------------------------------------------------------------------------------------
@@ -329,24 +302,19 @@ def main(argv=None) -> dict:
     run = Run(args, SCRIPT, DEFAULTS, args.checkpoint_dir, args.log_dir,
               needs_checkpoint=None if args.network_weights else needed)
     if args.test_only:
-        return test_only(run, argv)
+        given = given_flags(make_parser(), argv)
+        if run.checkpoint is None:
+            return score_released(run, config_of(args), given)
+        return photos.score_checkpoint(run, config_of(args), given, check_config, load_model)
     config = config_of(args)
     training = config.training
 
-    # data: every file is checked before the first step, by rank 0, and remembered
-    class_names, palette = read_classes(config.data.classes, config.data.num_classes,
-                                        config.data.label_map)
-    val_set = None
-    with main_first():
-        train_set = build_dataset(config, "train", args.seed, num_workers=args.num_workers)
-        if config.evaluation.validate:
-            val_set = build_dataset(config, "val", num_workers=args.num_workers)
-    run.messages += training_doubts(class_names, train_set, config.data)
-    run.check_data(train=train_set, val=val_set)
+    # data: every file is checked before the first step, and remembered
+    class_names, palette, train_set, val_set = photos.open_data(run, config, build_dataset)
     sampler = run.plan(len(train_set), config, batch_size=training.batch_size,
                        epochs=training.epochs, accumulate=training.accumulate,
                        compare=("data", "model", "training"),
-                       free=(*FREE_ON_RESUME, "model.network_weights"))
+                       free=(*photos.FREE_ON_RESUME, "model.network_weights"))
 
     # model: the backbone and what is trained with it
     if run.checkpoint is None:
@@ -369,7 +337,7 @@ def main(argv=None) -> dict:
 
     loader = build_loader(train_set, sampler, args.num_workers, run.device)
     licence = "; DINOv3's licence reaches them" if has_rotary(config.model.backbone) else ""
-    lines = (describe_data(train_set, val_set),
+    lines = (photos.describe_data(train_set, val_set),
              f"checkpoints hold the whole network, {describe_parameters(model)}{licence}",
              run.description)
     with run.training(*lines, log_interval=training.log_interval):

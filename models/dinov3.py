@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.query_masks import attend
 from utils.checks import did_you_mean, nearest
 from utils.device import autocast
 
@@ -92,9 +93,9 @@ def rope_periods(config: ViTConfig) -> Tensor:
 class RopePositions(nn.Module):
     """Cosine and sine of the rotary angles 2 pi coordinate / period, at patch centres, each axis scaled to [-1, 1]."""
 
-    def __init__(self, config: ViTConfig):
+    def __init__(self, config: ViTConfig, persistent: bool = True):
         super().__init__()
-        self.register_buffer("periods", rope_periods(config))
+        self.register_buffer("periods", rope_periods(config), persistent)
 
     def forward(self, height: int, width: int, num_prefix: int) -> tuple[Tensor, Tensor]:
         """Grid (h, w) -> cos, sin for `rotate`, float32 (num_prefix + h w, 1, 1, D): the y angles, then the x angles,
@@ -119,8 +120,8 @@ def rotate(qk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; `rope` (cos, sin) or None; `allowed` (B, Q, N) bool or None: where the first Q of N
-    tokens may look, the others look everywhere. The key part of DINOv3's bias, zero, gets no gradient."""
+    """Multi-head self-attention; `rope` (cos, sin) or None; `allowed`: see attend. The key part of DINOv3's bias, zero,
+    gets no gradient."""
 
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -138,13 +139,7 @@ class Attention(nn.Module):
         qk, v = qkv[:, :, :2], qkv[:, :, 2]
         q, k = (qk if rope is None else rotate(qk, *rope)).unbind(2)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))       # (B, heads, N, D), views
-        if allowed is None:
-            x = F.scaled_dot_product_attention(q, k, v)
-        else:                                                        # one mask of Q rows, for all heads
-            first, rest = q.tensor_split([allowed.shape[1]], 2)
-            x = torch.cat([F.scaled_dot_product_attention(first, k, v, attn_mask=allowed[:, None]),
-                           F.scaled_dot_product_attention(rest, k, v)], 2)
-        return self.proj(x.transpose(1, 2).flatten(2))
+        return self.proj(attend(q, k, v, allowed).transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):
@@ -244,19 +239,23 @@ class VisionTransformer(nn.Module):
         tokens = self.norm(self._run(image, [self.config.depth - 1])[0])
         return {"class_token": tokens[:, 0], "storage_tokens": tokens[:, 1:prefix], "patch_tokens": tokens[:, prefix:]}
 
-    def get_intermediate_layers(self, image: Tensor, n: int | Sequence[int] = 1,
-                                reshape: bool = True) -> tuple[Tensor, ...]:
+    def get_intermediate_layers(self, image: Tensor, n: int | Sequence[int] = 1, reshape: bool = True,
+                                prefix: bool = False) -> tuple[Tensor, ...]:
         """Patch tokens after the last n blocks, or after the blocks with the indices n, in their order.
 
-        -> each (B, C, h, w) (memory is channels-last), or with reshape=False (B, h w, C). The *final* norm is applied
-        to each. No block after the last one asked for is run. ValueError for an index that does not exist.
+        -> each (B, C, h, w) (memory is channels-last), or with reshape=False (B, h w, C), or with prefix=True all
+        tokens (B, 1 + R + h w, C), class token and registers first. The *final* norm is applied to each. No block
+        after the last one asked for is run. ValueError for an index that does not exist.
         """
         depth = self.config.depth
         wanted = list(range(depth - n, depth)) if isinstance(n, int) else list(n)
         if not wanted or min(wanted) < 0 or max(wanted) >= depth:
             raise ValueError(f"blocks: expected indices from 0 to {depth - 1}, or a number of blocks; got {n}")
         grid = [side // self.patch_size for side in image.shape[-2:]]
-        outputs = [self.norm(x)[:, 1 + self.config.num_registers:] for x in self._run(image, wanted)]  # (B, h w, C)
+        outputs = [self.norm(x) for x in self._run(image, wanted)]                               # (B, 1 + R + h w, C)
+        if prefix:
+            return tuple(outputs)
+        outputs = [x[:, 1 + self.config.num_registers:] for x in outputs]                        # (B, h w, C)
         return tuple(x.transpose(1, 2).unflatten(2, grid) if reshape else x for x in outputs)
 
     def _run(self, image: Tensor, wanted: list[int]) -> list[Tensor]:
@@ -317,14 +316,16 @@ def resize_positions(position: Tensor, grid: tuple[int, int], antialias: bool, *
 class FrozenBackbone:
     """A ViT that is only ever run: no module, so it is in no state_dict, optimiser, train() or DDP of a model.
 
-    taps: blocks to return; mean, std (3,) of RGB in [0, 1]; entry: plain types that say which weights these are, for
-    checkpoints. `multiple`: image sides must be multiples of it (of the patch, and of the heads' coarsest stride 32).
+    taps: blocks to return; prefix: whether as all their tokens rather than as maps of the patches; mean, std (3,) of
+    RGB in [0, 1]; entry: plain types that say which weights these are, for checkpoints. `multiple`: image sides must be
+    multiples of it (of the patch, and of the heads' coarsest stride 32). open_backbone sets taps and prefix for a head.
     """
 
     def __init__(self, vit: VisionTransformer, taps: Sequence[int], mean: Sequence[float], std: Sequence[float],
                  entry: dict[str, Any]):
         self.vit = vit.requires_grad_(False).eval()
         self.taps = tuple(taps)
+        self.prefix = False
         self.entry = entry
         self.embed_dim = vit.embed_dim
         self.patch_size = vit.patch_size
@@ -361,9 +362,16 @@ class FrozenBackbone:
 
     @torch.no_grad()
     def __call__(self, image: Tensor) -> list[Tensor]:
-        """Normalised image (B, 3, H, W) -> the tapped maps, each (B, C, h, w) after the final norm, as computed."""
+        """Normalised image (B, 3, H, W) -> the tapped maps, each (B, C, h, w) after the final norm, as computed; with
+        `prefix` the tokens (B, P + h w, C), P class token and registers."""
         with autocast(image.device, self.amp_dtype):
-            return list(self.vit.get_intermediate_layers(image, self.taps))
+            return list(self.vit.get_intermediate_layers(image, self.taps, prefix=self.prefix))
+
+    @torch.no_grad()
+    def last_map(self, image: Tensor) -> Tensor:
+        """Normalised image (B, 3, H, W) -> the patches' features after the last block and norm (B, C, h, w)."""
+        with autocast(image.device, self.amp_dtype):
+            return self.vit.get_intermediate_layers(image)[0]
 
     def sha256(self) -> str:
         """Of all names, shapes and float32 values: the same on every device, whatever file they came from."""

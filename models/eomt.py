@@ -2,7 +2,7 @@
 
 Queries are put in front of the tokens before the last n blocks; classes and masks are predicted from the tokens before
 each of these blocks and after the last. In training a query looks only at the patches of its own last mask; these masks
-are switched off block by block (utils/schedule.py), so that the finished network is a plain ViT with a small head.
+are switched off block by block, so that the finished network is a plain ViT with a small head.
 DINOv2 runs with patches of 16 pixels (models/eomt_weights.py resamples it), so that every mask has stride 4.
 
 B images, Q queries, K classes, C width of the ViT, P its prefix (class token, registers), h w patches, N = Q + P + h w.
@@ -13,12 +13,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.dinov3 import BACKBONES, VisionTransformer, ViTConfig
 from models.mask2former import semantic_scores
+from models.query_masks import allowed_patches, mask_mlp, upscale_steps
 
 PATCH_SIZE = 16
 JOINT_BLOCKS = {12: 3, 24: 4}                               # by depth, as published; deeper ones: 5
@@ -35,33 +35,13 @@ def eomt_config(name: str, image_size: int) -> ViTConfig:
                            pos_antialias=True)
 
 
-class UpscaleStep(nn.Module):
-    """A map twice as large: transposed convolution, GELU, depthwise convolution, norm over the channels."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.conv1 = nn.ConvTranspose2d(dim, dim, 2, stride=2)
-        self.conv2 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, C, 2 h, 2 w)."""
-        x = self.conv2(F.gelu(self.conv1(x)))
-        return self.norm(x.movedim(1, -1)).movedim(-1, 1)
-
-
-@torch.no_grad()
-def query_mask(mask_logits: Tensor, grid: tuple[int, int], num_prefix: int, share: Tensor) -> Tensor:
-    """Where queries may look: at all queries and prefix tokens, and at the patches inside their own mask.
-
-    mask_logits (B, Q, H, W), resized (bilinear) to the grid (h, w); share, a number in [0, 1]: of the queries that keep
-    their mask, one random number for each -> (B, Q, Q + num_prefix + h w) bool. A query without a patch stays so.
-    """
-    B, Q = mask_logits.shape[:2]
-    inside = F.interpolate(mask_logits.float(), grid, mode="bilinear") > 0                   # (B, Q, h, w)
-    free = torch.rand(B, Q, device=mask_logits.device) > share
-    inside = inside.flatten(2) | free.unsqueeze(2)
-    return torch.cat([inside.new_ones(B, Q, Q + num_prefix), inside], 2)
+def annealing_periods(blocks: int, first_at_once: bool) -> list[tuple[float, float]]:
+    """When the masks of each of the joint blocks are switched off, (start, end) as shares of the run, as published:
+    each takes a sixth of it, the first one from a sixth on (first_at_once, with DINOv3: from the start, for 0.15), the
+    last one until five sixths."""
+    starts = [1 / 6 + b / (2 * max(blocks - 1, 1)) for b in range(blocks)]
+    periods = [(start, start + 1 / 6) for start in starts]
+    return [(0.0, 0.15), *periods[1:]] if first_at_once else periods
 
 
 class EoMT(nn.Module):
@@ -70,7 +50,7 @@ class EoMT(nn.Module):
     forward(image (B, 3, H, W) normalised, sides multiples of the patch) -> {"pred_logits" (B, Q, K + 1), the last class
     meaning "no object", "pred_masks" (B, Q, H/4, W/4) logits, "aux_outputs": the same before each joint block, first
     one first (absent with aux=False)}. shares: for each joint block None, no masks, or the share of the queries that
-    keep theirs (query_mask). vit: a VisionTransformer, whose unused mask_token is removed. ValueError unless
+    keep theirs (allowed_patches). vit: a VisionTransformer, whose unused mask_token is removed. ValueError unless
     1 <= joint_blocks <= its depth.
     """
 
@@ -86,9 +66,8 @@ class EoMT(nn.Module):
         self.gradient_checkpointing = gradient_checkpointing
         self.q = nn.Embedding(num_queries, dim)
         self.class_head = nn.Linear(dim, num_classes + 1)
-        self.mask_head = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim), nn.GELU(),
-                                       nn.Linear(dim, dim))
-        self.upscale = nn.Sequential(UpscaleStep(dim), UpscaleStep(dim))
+        self.mask_head = mask_mlp(dim)
+        self.upscale = upscale_steps(dim, PATCH_SIZE)
 
     def forward(self, image: Tensor, shares: Sequence[Tensor | None] | None = None, aux: bool = True) -> dict:
         vit, num_queries = self.encoder, self.q.num_embeddings
@@ -106,7 +85,7 @@ class EoMT(nn.Module):
             if aux:
                 outputs.append(self._predict(x, (height, width)))
             if share is not None:
-                allowed = query_mask(outputs[-1]["pred_masks"], (height, width), num_prefix, share)
+                allowed = allowed_patches(outputs[-1]["pred_masks"], (height, width), share)
             x = self._run(block, x, rope, allowed)
         final = self._predict(x, (height, width))
         return final | {"aux_outputs": outputs} if aux else final
@@ -120,9 +99,9 @@ class EoMT(nn.Module):
         """Classes and masks from the tokens x (B, N, C) of queries and patches, through the ViT's final norm."""
         x = self.encoder.norm(x)
         query, patches = x[:, :self.q.num_embeddings], x[:, -grid[0] * grid[1]:]
-        features = self.upscale(patches.transpose(1, 2).unflatten(2, grid))                  # (B, C, 4 h, 4 w)
-        masks = torch.matmul(self.mask_head(query), features.flatten(2))
-        return {"pred_logits": self.class_head(query), "pred_masks": masks.unflatten(2, features.shape[2:])}
+        features = self.upscale(patches.unflatten(1, grid))                                  # (B, 4 h, 4 w, C)
+        masks = torch.matmul(self.mask_head(query), features.flatten(1, 2).transpose(1, 2))
+        return {"pred_logits": self.class_head(query), "pred_masks": masks.unflatten(2, features.shape[1:3])}
 
     def freeze_blocks(self, count: int) -> None:
         """No training for the embeddings and the first `count` blocks (0: everything is trained)."""

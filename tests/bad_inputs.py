@@ -25,6 +25,7 @@ import torch
 import yaml
 from PIL import Image
 
+from models.pmt import PMTSegmenter
 from models.resnet import ENCODERS
 from tests import tiny_clouds, tiny_meshes
 from tests.tiny_heads import SMALL, write_backbone
@@ -105,9 +106,7 @@ HEAD = ["--image-paths", "images/train", "--mask-paths", "masks/train", "--num-c
 START = {"train_downstream.py": (mesh_base, ["config.yaml", *RUN]), "train_jepa.py": (mesh_base, ["jepa.yaml", *RUN]),
          "train_sonata.py": (cloud_base, ["config.yaml", *RUN]), "train_segmentation.py": (image_base, ["config.yaml", *RUN]),
          "train_prototype.py": (image_base, ["prototype.yaml", *RUN]),
-         "train_m2f_head.py": (image_base, [*HEAD, *SMALL["train_m2f_head"], *RUN]),
-         "train_upernet_head.py": (image_base, [*HEAD, *SMALL["train_upernet_head"], *RUN]),
-         "train_eomt.py": (image_base, [*HEAD, *SMALL["train_eomt"], *RUN])}
+         **{f"{name}.py": (image_base, [*HEAD, *SMALL[name], *RUN]) for name in SMALL}}
 
 
 @cache
@@ -290,6 +289,12 @@ def tensors_on_disk(value, **options) -> bytes:
     return stream.getvalue()
 
 
+def decoder() -> bytes:
+    """A file as PMT's authors release them, of four queries."""
+    state = PMTSegmenter(32, 2, 16, 3, num_queries=4).state_dict()
+    return tensors_on_disk({"state_dict": {f"network.{name}": tensor for name, tensor in state.items()}})
+
+
 NPY_BOMB = (header := b"\x93NUMPY\1\0v\0{'descr': '<i8', 'fortran_order': False, 'shape': (1000000000000000,), }") + b" " * (127 - len(header)) + b"\n"
 HTML = "<!DOCTYPE html><html><head><title>Access denied</title></head></html>"
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
@@ -428,7 +433,7 @@ def as_differences(content: dict) -> None:
             tensor -= 1
 
 
-EOMT = "train_eomt.py"
+LINEAR, PMT, EOMT = "train_linear_head.py", "train_pmt_head.py", "train_eomt.py"
 DOWN, JEPA, SONATA, M2F, UPER = "train_downstream.py", "train_jepa.py", "train_sonata.py", "train_m2f_head.py", "train_upernet_head.py"
 UNET, PROTO, EVAL, PREDICT = "train_segmentation.py", "train_prototype.py", "evaluate.py", "predict.py"
 S3DIS, SCANNET, VOC, FREE = "scripts/preprocess_s3dis.py", "scripts/preprocess_scannet.py", "scripts/download_voc.py", "scripts/download_datasets.py"
@@ -556,6 +561,10 @@ FLAGS = group(
     ("a cache of views that change", M2F, start(M2F, None, "--cache-features"), "--cache-features", "--augment windows"),
     ("a stride of 0", M2F, start(M2F, None, "--eval-stride", "0"), "--eval-stride 0", "a stride from 1"),
     ("a crop that is too small", M2F, start(M2F, None, "--image-size", "32"), "--image-size", "from 64"),
+    ("a crop that patches do not fill", LINEAR, start(LINEAR, None, "--image-size", "72"), "--image-size 72", "must be a multiple of 16"),
+    ("a number of blocks that is no choice", LINEAR, start(LINEAR, None, "--layers", "2"), "--layers", "choose from"),
+    ("blocks that the backbone does not have", PMT, start(PMT, None, "--taps", "0", "4"), "--taps 0 4", "from 0 to 3"),
+    ("blocks in another order", PMT, start(PMT, None, "--taps", "2", "0"), "--taps 2 0", "in their order"),
     ("heads that cannot share the width", M2F, start(M2F, None, "--hidden-dim", "30"), "--hidden-dim", "multiple"),
     ("features of a backbone that is trained", EOMT, start(EOMT, None, "--augment", "windows", "--cache-features"), "--cache-features", "leave the flag out"),
     ("a crop of no whole patches", EOMT, start(EOMT, None, "--image-size", "72"), "--image-size 72", "multiple of 16"),
@@ -838,6 +847,9 @@ WEIGHTS = group(
                                  ("a pickle with a virus", lambda f: put("weights.pth", pickle_bomb())(f), "objects can run code"))),
     ("no such file of weights", DOWN, start(DOWN, None, "--pretrained_path", "encoder.pth"), "encoder.pth: no such file", "Check the path"),
     ("a folder as weights", M2F, start(M2F, folder_at("weights.pth"), "--head-weights", "weights.pth"), "weights.pth: is a folder", "Name a file in it"),
+    ("a backbone as a decoder", PMT, start(PMT, None, "--head-weights", "backbone.pth"), "backbone.pth: no PMT decoder", "it holds"),
+    ("a decoder trained on other blocks", PMT, start(PMT, put("weights.pth", decoder()), "--head-weights", "weights.pth", "--taps", "0", "3"), "weights.pth: trained on the blocks 0 1 2 3", "set --taps to these"),
+    ("a decoder of other queries", PMT, start(PMT, put("weights.pth", decoder()), "--head-weights", "weights.pth"), "weights.pth: has 4 queries, not 8", "set --num-queries 4"),
     ("weights of 0 bytes", PROTO, start(PROTO, put("weights.pth", ""), "--pretrained_path", "weights.pth"), "weights.pth", "Fetch it again"),
     ("weights cut short", SONATA, start(SONATA, both(cut("encoder.pth")), "training.use_pretrained=true", "--pretrained_path", "encoder.pth"), "encoder.pth: truncated or damaged", "Fetch it again"),
     ("weights with a flipped bit", SONATA, start(SONATA, flipped("encoder.pth"), "training.use_pretrained=true", "--pretrained_path", "encoder.pth"), "encoder.pth: damaged", "Fetch it again"),

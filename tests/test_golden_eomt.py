@@ -9,6 +9,7 @@ import torch
 
 import models.eomt as eomt
 import models.eomt_weights as eomt_weights
+import models.query_masks as query_masks
 from models.dinov3 import VisionTransformer, ViTConfig, rope_periods
 from models.eomt import EoMT, eomt_config
 from models.eomt_weights import holds_differences, load_network, resample_dinov2, to_eomt_names
@@ -46,7 +47,7 @@ def build(case):
 def outputs_of(model, case, probs, patch, random=()):
     """All predictions in their order, the final one last; probs None: no masks, the final one alone."""
     draws = iter([*random, *[torch.zeros(2, 6)] * 9])
-    patch.setattr(eomt.torch, "rand", lambda *shape, device: next(draws))
+    patch.setattr(eomt.torch, "rand", lambda shape, device: next(draws))
     shares = None if probs is None else [torch.tensor(p) for p in probs]
     final = model(NORMALIZE(case["inputs"]["image"]), shares, aux=probs is not None)
     return [*final.pop("aux_outputs", ()), final]
@@ -84,16 +85,16 @@ def set_eps(modules, eps):
 
 
 def change_mask(patch, change):
-    original = eomt.query_mask
-    patch.setattr(eomt, "query_mask", lambda logits, grid, prefix, share: change(original(logits, grid, prefix, share), logits.shape[1] + prefix))
+    original = eomt.allowed_patches
+    patch.setattr(eomt, "allowed_patches", lambda *arguments: change(original(*arguments)))
 
 
 def change_resize(patch, change):
-    original = eomt.F.interpolate
+    original = query_masks.F.interpolate
 
-    def resize(x, size, mode="bilinear", **more):
+    def resize(x, size, mode, **more):
         return original(x, size, mode=mode, **more) if mode == "bicubic" else change(x, size)
-    patch.setattr(eomt.F, "interpolate", resize)
+    patch.setattr(query_masks.F, "interpolate", resize)
     return original
 
 
@@ -119,22 +120,12 @@ def not_rotated(model, patch):
 
 
 def reversed_annealing(model, patch):
-    rand = torch.rand
-    patch.setattr(eomt, "query_mask", lambda logits, grid, prefix, share, original=eomt.query_mask:
-                  original(logits, grid, prefix, share) if share == 1 else flipped(original, rand, patch, logits, grid, prefix, share))
+    original = eomt.allowed_patches
 
-
-def flipped(original, rand, patch, logits, grid, prefix, share):
-    drawn = eomt.torch.rand(*logits.shape[:2], device=None)
-    patch.setattr(eomt.torch, "rand", lambda *shape, device: 1 - drawn)
-    result = original(logits, grid, prefix, 1 - share)
-    patch.setattr(eomt.torch, "rand", lambda *shape, device: torch.zeros(shape))
-    return result
-
-
-def opened(allowed, first):
-    empty = ~allowed[..., first:].any(-1, keepdim=True)
-    return torch.cat([allowed[..., :first], allowed[..., first:] | empty], -1)
+    def free_where_kept(logits, grid, share):
+        drawn = torch.rand(logits.shape[:2], device=None) if share < 1 else torch.zeros(logits.shape[:2])
+        return original(logits, grid, 1 - share if share < 1 else share, 1 - drawn if share < 1 else drawn)
+    patch.setattr(eomt, "allowed_patches", free_where_kept)
 
 
 MISTAKES = {
@@ -142,10 +133,11 @@ MISTAKES = {
     "eps of the upscaling": lambda model, patch: set_eps(model.upscale.modules(), 1e-4),
     "no norm before the heads": lambda model, patch: setattr(model.encoder, "norm", torch.nn.Identity()),
     "queries not rotated with the patches' angles, positions transposed": not_rotated,
-    "masks ignored": lambda model, patch: change_mask(patch, lambda allowed, first: torch.ones_like(allowed)),
-    "masks reversed": lambda model, patch: change_mask(patch, lambda allowed, first: torch.cat([allowed[..., :first], ~allowed[..., first:]], -1)),
-    "queries do not see one another": lambda model, patch: change_mask(patch, lambda allowed, first: torch.cat(
-        [allowed[..., :first] & (torch.arange(first) >= first - 5), allowed[..., first:]], -1)),
+    "masks ignored": lambda model, patch: change_mask(patch, torch.ones_like),
+    "masks reversed": lambda model, patch: change_mask(patch, torch.logical_not),
+    "a query without patches sees all": lambda model, patch: change_mask(patch, lambda allowed: allowed | ~allowed.any(-1, keepdim=True)),
+    "queries do not see the prefix": lambda model, patch: patch.setattr(query_masks.F, "pad", lambda x, sides, value=0, original=query_masks.F.pad:
+                                                                        original(x, sides, value=value and x.dtype != torch.bool)),
     "masks from resized sigmoids": sigmoids,
     "masks resized to the nearest": nearest,
     "masks resized with antialias": antialiased,
@@ -153,7 +145,7 @@ MISTAKES = {
     "image not normalised": lambda model, patch: patch.setitem(globals(), "NORMALIZE", lambda image: image.float() / 255),
     "LayerScale missing": lambda model, patch: [block.ls1.gamma.data.fill_(1) for block in model.encoder.blocks],
     "tanh in the upscaling's GELU": lambda model, patch: patch.setattr(
-        eomt.F, "gelu", lambda x, original=eomt.F.gelu, **_: original(x, approximate="tanh")),
+        query_masks.F, "gelu", lambda x, original=query_masks.F.gelu, **_: original(x, approximate="tanh")),
     "queries after the prefix": lambda model, patch: patch.setattr(
         model, "_predict", lambda x, grid, original=model._predict: original(torch.cat([x[:, 5:11], x[:, :5], x[:, 11:]], 1), grid)),
 }

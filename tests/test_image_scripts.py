@@ -1,4 +1,4 @@
-"""train_m2f_head.py, train_upernet_head.py and train_eomt.py with evaluate.py and predict.py, run whole on tiny pictures and a tiny backbone: they learn,
+"""The scripts train_*_head.py and train_eomt.py with evaluate.py and predict.py, run whole on tiny pictures and a tiny backbone: they learn,
 resume exactly, never touch a frozen backbone, and every reader has the same numbers. What only one of them has: tests/test_SCRIPT.py."""
 
 import hashlib
@@ -16,9 +16,10 @@ import evaluate
 import models.dinov3 as dinov3
 import predict
 import train_eomt
+import train_linear_head
 import train_m2f_head
+import train_pmt_head
 import train_upernet_head
-import utils.image_inference as image_inference
 import utils.image_scripts as image_scripts
 from tests.tiny_heads import add_tiny_backbone, flags, score, train, val, weights, write_backbone, write_data
 from tests.tiny_images import write_classes, write_pictures
@@ -30,8 +31,11 @@ ROOT = Path(__file__).resolve().parents[1]
 OVERFIT = {"train_m2f_head": ["--epochs", "100", "--lr", "0.003", "--val-interval", "100", "--warmup-epochs", "5", "--clip-grad", "0.1"],
            "train_upernet_head": ["--epochs", "120", "--lr", "0.005", "--val-interval", "120", "--warmup-epochs", "3", "--hidden-dim", "32",
                                   "--dropout", "0"],
+           "train_pmt_head": ["--epochs", "150", "--lr", "0.003", "--val-interval", "150", "--clip-grad", "0.1"],
+           "train_linear_head": ["--epochs", "120", "--lr", "0.1", "--val-interval", "120", "--dropout", "0"],
            "train_eomt": ["--epochs", "60", "--lr", "0.005", "--val-interval", "60", "--layer-decay", "1", "--clip-grad", "0.1"]}
-FROZEN = (train_m2f_head, train_upernet_head)
+REACHED = {"train_linear_head": 0.8}               # whose pixels are patches of 16 x 16, smoothly enlarged; the others: 0.95
+FROZEN = (train_linear_head, train_m2f_head, train_pmt_head, train_upernet_head)
 
 
 @pytest.fixture(params=[*FROZEN, train_eomt], ids=lambda module: module.__name__)
@@ -73,7 +77,7 @@ def test_overfits_four_pictures(script, tmp_path):
     paths = ["--image-paths", f"{folder}/images", "--mask-paths", f"{folder}/masks", "--val-image-paths", f"{folder}/images",
              "--val-mask-paths", f"{folder}/masks", "--classes", f"{folder}/classes.json"]
     result = train(script, folder, tmp_path / "out", *OVERFIT[script.__name__], *paths, "--validate", "--batch-size", "4", "--augment", "windows")
-    assert result["miou"] > 0.95
+    assert result["miou"] > REACHED.get(script.__name__, 0.95)
 
 
 def test_every_reader_agrees(script, data, tmp_path, capsys):
@@ -114,7 +118,7 @@ def test_backbone_is_untouched_and_in_no_checkpoint(script, data, tmp_path, back
     vit = loaded[0][0].vit
     assert sha(vit.state_dict()) == before and all(p.grad is None and not p.requires_grad for p in vit.parameters())
     checkpoint = weights(tmp_path / "run")
-    assert not any("backbone" in name or "blocks." in name for name in checkpoint["model"])
+    assert not any("backbone" in name for name in checkpoint["model"]) and not checkpoint["model"].keys() & vit.state_dict().keys()
     assert checkpoint["encoder"]["file"] == backbone_file
     model = script.load_model(checkpoint, torch.device("cpu"))
     in_optimizer = sum(len(group["params"]) for group in checkpoint["optimizer"]["param_groups"])
@@ -152,7 +156,7 @@ def test_resume_is_exact_with_workers_and_accumulation(script, data, tmp_path, m
         sigterm_in_step(patch, 4)
         with pytest.raises(StopRequested):
             train(script, data, tmp_path / "cut", *more)
-    train(script, data, tmp_path / "cut", *more, "--resume-checkpoint", tmp_path / "cut" / "model" / "model_last.pth")
+    train(script, data, tmp_path / "cut", *more, "--resume", tmp_path / "cut" / "model" / "model_last.pth")
     assert_same_run(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
 
 
@@ -258,8 +262,9 @@ def test_any_size_is_padded_and_cropped_exactly(script, data, tmp_path):
     train(script, data, tmp_path, "--epochs", "1", "--limit-batches", "1")
     model = script.load_model(weights(tmp_path), torch.device("cpu"))
     scores, image = image_scripts.score_function(model, torch.device("cpu"), None), torch.randn(2, 3, 70, 93)
-    padded = image_inference.pad_to_multiple(image, model.multiple)
-    assert padded.shape[-2:] == {16: (80, 96), 32: (96, 96)}[model.multiple]
+    padded = torch.zeros(2, 3, *(-(-side // model.multiple) * model.multiple for side in (70, 93)))
+    assert padded.shape[2:] == (96, 96) or model.multiple == 16
+    padded[..., :70, :93] = image
     with torch.no_grad():
         assert torch.equal(scores(image), model.scores(padded)[..., :70, :93])
 

@@ -303,7 +303,7 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(reference, out, name
     ref.assert_same_end(out)
 
 
-@pytest.mark.parametrize("name", ["m2f_head", "upernet_head", "eomt"])
+@pytest.mark.parametrize("name", ["m2f_head", "upernet_head"])
 def test_the_line_to_go_on_with_wins_over_how_the_run_was_resumed(name):
     module = importlib.import_module(f"train_{name}")
     assert module.parse_args(["--resume-checkpoint", "other.pth", "--resume", "auto"]).resume == "auto"

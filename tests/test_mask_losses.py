@@ -191,10 +191,10 @@ def test_more_classes_than_queries():
     assert rows.shape == (3, 3, 4) and terms["total"].isfinite()
 
 
-def test_per_pair_the_masks_are_divided_by_the_pairs():
+def test_masks_divided_by_pairs_are_divided_by_the_pairs():
     """Seven classes in two images of two queries: four pairs; the class loss is the same."""
     outputs, label = batch(num_queries=2)
-    per_target, per_pair = SetCriterion(4, num_points=32), SetCriterion(4, num_points=32, per_pair=True)
+    per_target, per_pair = SetCriterion(4, num_points=32), SetCriterion(4, num_points=32, divide_by_pairs=True)
     assert per_pair.label_weights(label, 2).tolist() == [4, 4] and per_pair.label_weights(label, 100)[0] == 7
     points = draw(per_target, outputs, label)
     first, second = (criterion(outputs, label, points) for criterion in (per_target, per_pair))

@@ -145,7 +145,7 @@ def test_onecycle_can_leave_beta1_alone():
     ({"warmup_steps": -1}, "warmup_steps is -1"),
     ({"min_lr": 0.1}, r"min_lr is 0.1, must be in 0\.\.0.001"),
     ({"min_lr": -1e-6}, "min_lr is -1e-06"),
-    ({"start_factor": 0.0}, r"start_factor must be in \(0, 1\], got 0.0"),
+    ({"start_factor": -0.1}, r"start_factor must be in \[0, 1\], got -0.1"),
     ({"name": "poly", "power": 0.0}, "power must be above 0, got 0.0"),
     ({"name": "step", "gamma": 1.5}, r"gamma must be in \(0, 1\], got 1.5"),
     ({"lr": 0.0}, "learning rate must be above 0, got 0.0"), ({"lr": math.inf}, "learning rate"),

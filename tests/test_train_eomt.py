@@ -9,12 +9,12 @@ import torch
 
 import models.dinov3 as dinov3
 import train_eomt as script
-from models.eomt import EoMT
+from models.eomt import EoMT, annealing_periods
+from models.query_masks import mask_probability
 from tests.test_golden_eomt import read, vit_config
 from tests.tiny_heads import add_tiny_backbone, flags, score, train, val, weights, write_backbone, write_data
 from utils.config import Config
 from utils.log import read_log
-from utils.schedule import annealing_periods, mask_shares
 
 
 @pytest.fixture(scope="module")
@@ -131,9 +131,8 @@ def test_annealing_is_the_published_one_at_the_published_lengths(total, starts, 
 def test_masks_go_out_before_the_end_however_short_the_run(blocks, total):
     for first_at_once in (False, True):
         periods = annealing_periods(blocks, first_at_once)
-        shares = torch.tensor([mask_shares(step, total, periods) for step in range(total)])
+        shares = torch.tensor([[mask_probability(step / total, *period) for period in periods] for step in range(total)])
         assert (shares[0] == 1).all() and (shares[-1] == 0).all() and (shares.diff(dim=0) <= 0).all()
-    assert mask_shares(50, 100, [(0.25, 0.75)]) == [pytest.approx(0.5 ** 0.9)]
 
 
 def test_first_loss_is_of_the_known_size(data, tmp_path):

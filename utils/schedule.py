@@ -1,4 +1,4 @@
-"""Schedules by the optimiser step: learning rates, and the masks of EoMT's queries.
+"""Learning-rate schedules, stepped once per optimiser step.
 
 Step t = 0 .. total_steps - 1 is the step about to be done. One factor multiplies the rates of all parameter groups,
 so they keep their proportions; min_lr is the floor of the group with the largest rate.
@@ -17,11 +17,13 @@ SCHEDULES = ("cosine", "poly", "onecycle", "constant", "step", "half_cosine")
 def build_scheduler(optimizer: Optimizer, name: str, total_steps: int, warmup_steps: int = 0, min_lr: float = 1e-6,
                     power: float = 0.9, start_factor: float = 0.01, milestones: Sequence[int] | None = None,
                     gamma: float = 0.1, pct_start: float = 0.05, div_factor: float = 10.0,
-                    final_div_factor: float = 1000.0, cycle_momentum: bool = True) -> LRScheduler:
+                    final_div_factor: float = 1000.0, cycle_momentum: bool = True,
+                    reach_min: bool = True) -> LRScheduler:
     """A schedule over total_steps from the rates of the optimiser's groups; .step() it after each optimiser step.
 
     All but onecycle warm up linearly, from start_factor at step 0 to 1 at step warmup_steps. Then, with T steps left:
-    cosine       half a cosine, exactly min_lr in the last step (Loshchilov and Hutter 2017, eq. 5, no restarts)
+    cosine       half a cosine, exactly min_lr in the last step (Loshchilov and Hutter 2017, eq. 5, no restarts), or,
+                 without reach_min, in the step after it
     poly         min_lr + (lr - min_lr) (1 - t/T)^power (DeepLab v2, Chen et al. 2018); last step just above min_lr
     constant     lr
     step         lr * gamma^(milestones passed), not below min_lr; default milestones 2/3 and 8/9 of total_steps
@@ -50,8 +52,8 @@ def build_scheduler(optimizer: Optimizer, name: str, total_steps: int, warmup_st
     if name == "onecycle":
         return _onecycle(optimizer, rates, total_steps, warmup_steps, pct_start, div_factor, final_div_factor,
                          cycle_momentum)
-    if not 0 < start_factor <= 1:
-        raise ValueError(f"start_factor must be in (0, 1], got {start_factor}")
+    if not 0 <= start_factor <= 1:
+        raise ValueError(f"start_factor must be in [0, 1], got {start_factor}")
     if name != "constant" and not 0 <= min_lr <= lr:
         raise ValueError(f"min_lr is {min_lr}, must be in 0..{lr}, the largest learning rate")
     if not power > 0:
@@ -74,7 +76,7 @@ def build_scheduler(optimizer: Optimizer, name: str, total_steps: int, warmup_st
         elif name == "half_cosine":
             shape = (1 + math.cos(2 * math.pi * t / span)) / 2
         else:
-            shape = (1 + math.cos(math.pi * t / max(span - 1, 1))) / 2
+            shape = (1 + math.cos(math.pi * t / max(span - reach_min, 1))) / 2
         return floor + (1 - floor) * shape
 
     return LambdaLR(optimizer, factor)
@@ -101,25 +103,6 @@ def build_two_warmups(optimizer: Optimizer, is_encoder: Sequence[bool], total_st
 
     encoder, head = factor_of(head_steps, encoder_steps), factor_of(0, head_steps)
     return LambdaLR(optimizer, [encoder if of_encoder else head for of_encoder in is_encoder])
-
-
-def annealing_periods(blocks: int, first_at_once: bool) -> list[tuple[float, float]]:
-    """When the masks of each of EoMT's joint blocks are switched off, (start, end) as shares of the run, as published:
-    each takes a sixth of it, the first one from a sixth on (first_at_once, with DINOv3: from the start, for 0.15), the
-    last one until five sixths."""
-    starts = [1 / 6 + b / (2 * max(blocks - 1, 1)) for b in range(blocks)]
-    periods = [(start, start + 1 / 6) for start in starts]
-    return [(0.0, 0.15), *periods[1:]] if first_at_once else periods
-
-
-def mask_shares(step: int, total_steps: int, periods: Sequence[tuple[float, float]], power: float = 0.9) -> list[float]:
-    """The share of queries that keep their mask during `step`, for each period (start, end): 1 before it, 0 from its
-    end on, (1 - progress)^power in between."""
-    shares = []
-    for start, end in periods:
-        progress = (step / total_steps - start) / (end - start)
-        shares.append((1 - min(max(progress, 0.0), 1.0)) ** power)
-    return shares
 
 
 def _onecycle(optimizer: Optimizer, rates: list[float], total_steps: int, warmup_steps: int, pct_start: float,
