@@ -28,7 +28,7 @@ import torch
 from data.image_splits import read_classes
 from data.images import list_images
 from models.dinov3 import BACKBONES, VisionTransformer, backbone_name
-from models.eomt import JOINT_BLOCKS, PATCH_SIZE, EoMT, annealing_periods
+from models.eomt import JOINT_BLOCKS, PATCH_SIZE, EoMT, annealing_periods, eomt_config
 from models.eomt_weights import blank_vit, load_network, released_entry, trainable_vit
 from models.query_masks import mask_probability
 from utils import image_scripts as photos
@@ -135,7 +135,8 @@ def check_config(config: Config) -> None:
             raise ValueError(f"{flag} {count}: {model.backbone} has {depth} blocks")
     check_range("--layer-decay", training.layer_decay, 0.01, 1)
     check_range("--head-warmup", training.head_warmup, 0, 0.9)
-    check_range("--encoder-warmup", training.encoder_warmup, 0, 0.9 - training.head_warmup)
+    check_range("--encoder-warmup", training.encoder_warmup, 0,
+                round(0.9 - training.head_warmup, 6))
     if config.data.image_size % PATCH_SIZE:
         raise ValueError(f"--image-size {config.data.image_size}: must be a multiple of "
                          f"{PATCH_SIZE}")
@@ -166,12 +167,12 @@ def open_network(config: Config, args) -> tuple[EoMT, dict, list[str]]:
     model = config.model
     path = model.network_weights
     if path is not None and model.backbone_weights is None:
-        entry, lines = None, []
-        vit = VisionTransformer(BACKBONES[model.backbone])          # overwritten by the file
+        entry, lines = None, []                                     # the file overwrites the ViT
+        vit = VisionTransformer(eomt_config(model.backbone, config.data.image_size))
     else:
         backbone, line = photos.open_backbone(model, seed=args.seed)
-        vit, entry, lines = backbone.vit, backbone.entry, [line]
-    vit = trainable_vit(vit, model.backbone, config.data.image_size)
+        entry, lines = backbone.entry, [line]
+        vit = trainable_vit(backbone.vit, model.backbone, config.data.image_size)
     # The rest starts the same, however the backbone came.
     seed_everything(args.seed, args.deterministic)
     network = build_model(config, vit)
@@ -202,18 +203,22 @@ def build_optimizer(model: EoMT, config: Config) -> torch.optim.Optimizer:
     training, depth = config.training, model.encoder.config.depth
     groups: dict[tuple, list] = {}
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        of_encoder, layer = name.startswith("encoder."), depth - 1
-        if of_encoder and not name.startswith("encoder.norm."):
-            block = int(name.split(".")[2]) if name.startswith("encoder.blocks.") else 0
-            layer = block if block < depth - training.undecayed_blocks else layer
-        groups.setdefault((of_encoder, layer), []).append(parameter)
+        if parameter.requires_grad:
+            layer = layer_of(name, depth, training.undecayed_blocks)
+            groups.setdefault((name.startswith("encoder."), layer), []).append(parameter)
     return torch.optim.AdamW(
         [{"params": parameters, "lr": training.lr * training.layer_decay ** (depth - 1 - layer),
           "name": f"encoder {layer}" if of_encoder else "head"}
          for (of_encoder, layer), parameters in sorted(groups.items())],
         weight_decay=training.weight_decay)
+
+
+def layer_of(name: str, depth: int, undecayed_blocks: int) -> int:
+    """The block, of `depth`, whose learning rate a parameter has."""
+    if not name.startswith("encoder.") or name.startswith("encoder.norm."):
+        return depth - 1
+    block = int(name.split(".")[2]) if name.startswith("encoder.blocks.") else 0
+    return block if block < depth - undecayed_blocks else depth - 1
 
 
 def build_lr_scheduler(optimizer: torch.optim.Optimizer, config: Config, total_steps: int):

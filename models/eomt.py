@@ -10,7 +10,8 @@ B images, Q queries, K classes, C width of the ViT, P its prefix (class token, r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,8 +50,8 @@ class EoMT(nn.Module):
 
     forward(image (B, 3, H, W) normalised, sides multiples of the patch) -> {"pred_logits" (B, Q, K + 1), the last class
     meaning "no object", "pred_masks" (B, Q, H/4, W/4) logits, "aux_outputs": the same before each joint block, first
-    one first (absent with aux=False)}. shares: for each joint block None, no masks, or the share of the queries that
-    keep theirs (allowed_patches). vit: a VisionTransformer, whose unused mask_token is removed. ValueError unless
+    one first (absent with aux=False)}. shares, with aux: for each joint block None, no masks, or the share of queries
+    that keep theirs (allowed_patches). vit: a VisionTransformer, whose unused mask_token is removed. ValueError unless
     1 <= joint_blocks <= its depth.
     """
 
@@ -72,28 +73,28 @@ class EoMT(nn.Module):
     def forward(self, image: Tensor, shares: Sequence[Tensor | None] | None = None, aux: bool = True) -> dict:
         vit, num_queries = self.encoder, self.q.num_embeddings
         num_prefix = 1 + vit.config.num_registers
-        height, width = (side // vit.patch_size for side in image.shape[-2:])
+        grid = image.shape[-2] // vit.patch_size, image.shape[-1] // vit.patch_size
         x, rope = vit.embed(image)                                                           # (B, P + h w, C)
         for block in vit.blocks[:-self.joint_blocks]:
             x = self._run(block, x, rope)
         x = torch.cat([self.q.weight.expand(len(x), -1, -1), x], 1)                          # (B, N, C)
         if rope is not None:
-            rope = vit.rope_embed(height, width, num_queries + num_prefix)                   # queries: not rotated
+            rope = vit.rope_embed(*grid, num_queries + num_prefix)                           # queries: not rotated
         outputs = []
         for block, share in zip(vit.blocks[-self.joint_blocks:], shares or [None] * self.joint_blocks, strict=True):
             allowed = None
             if aux:
-                outputs.append(self._predict(x, (height, width)))
+                outputs.append(self._run(self._predict, x, grid))
             if share is not None:
-                allowed = allowed_patches(outputs[-1]["pred_masks"], (height, width), share)
+                allowed = allowed_patches(outputs[-1]["pred_masks"], grid, share)
             x = self._run(block, x, rope, allowed)
-        final = self._predict(x, (height, width))
+        final = self._run(self._predict, x, grid)
         return final | {"aux_outputs": outputs} if aux else final
 
-    def _run(self, block: nn.Module, *arguments) -> Tensor:
+    def _run(self, function: Callable, *arguments) -> Any:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *arguments, use_reentrant=False)
-        return block(*arguments)
+            return checkpoint(function, *arguments, use_reentrant=False)
+        return function(*arguments)
 
     def _predict(self, x: Tensor, grid: tuple[int, int]) -> dict:
         """Classes and masks from the tokens x (B, N, C) of queries and patches, through the ViT's final norm."""

@@ -1,4 +1,4 @@
-"""models/eomt.py and models/eomt_weights.py against transformers (skipped where it is not installed), and what their errors say."""
+"""models/eomt.py and models/eomt_weights.py against transformers (skipped where it is not installed), and what no golden file holds."""
 
 import importlib.util
 
@@ -60,3 +60,33 @@ def test_predictions_are_those_of_transformers(name, masked):
     torch.testing.assert_close(found["pred_masks"], expected.masks_queries_logits, atol=1e-4, rtol=1e-4)
     off = mine(image, None if masked else [torch.ones(())] * 2)["pred_masks"]
     assert (off - found["pred_masks"]).abs().max() > 0.01                    # the masks matter here
+
+
+def tiny(**more):
+    torch.manual_seed(0)
+    return EoMT(VisionTransformer(ViTConfig(32, 4, 2, "mlp", 48)), 7, 6, 2, **more)
+
+
+def test_gradient_checkpointing_changes_nothing():
+    image, gradients = torch.randn(2, 3, 48, 64), []
+    for checkpointing in (False, True):
+        model = tiny(gradient_checkpointing=checkpointing)
+        outputs = model(image, [torch.tensor(0.5), None])
+        sum(output["pred_masks"].square().mean() for output in (outputs, *outputs["aux_outputs"])).backward()
+        gradients.append([parameter.grad for name, parameter in model.named_parameters() if "class_head" not in name])
+    torch.testing.assert_close(*gradients)
+
+
+def test_without_masks_a_network_says_the_same_each_time_and_whatever_its_mode():
+    model, image = tiny(), torch.randn(2, 3, 48, 64)
+    with torch.no_grad():
+        first, second = model.train()(image, [None, None]), model.eval()(image, aux=False)
+        half = [model(image, [torch.tensor(0.5)] * 2)["pred_masks"] for _ in range(2)]
+    assert torch.equal(first["pred_masks"], second["pred_masks"]) and len(first["aux_outputs"]) == 2 and "aux_outputs" not in second
+    assert not torch.equal(*half)                                       # drawn anew each time
+
+
+def test_a_wrong_number_of_joint_blocks():
+    for count in (0, 5):
+        with pytest.raises(ValueError, match=f"joint_blocks is {count}, must be from 1 to the ViT's 4"):
+            EoMT(VisionTransformer(ViTConfig(32, 4, 2, "mlp", 48)), 7, 6, count)
