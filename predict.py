@@ -96,7 +96,7 @@ def check_results(args, formats: dict) -> None:
         raise ValueError("--explain needs a checkpoint of train_prototype.py; other networks have "
                          "no prototypes")
     if args.pca and not formats.get("pca", True):
-        raise ValueError("--pca: this network has no pre-trained encoder whose features could be "
+        raise ValueError("--pca: this network has no frozen encoder whose features could be "
                          "shown; leave it out")
 
 

@@ -25,6 +25,7 @@ import torch
 import yaml
 from PIL import Image
 
+from models.pmt import PMTSegmenter
 from models.resnet import ENCODERS
 from tests import tiny_clouds, tiny_meshes
 from tests.tiny_heads import SMALL, write_backbone
@@ -105,8 +106,7 @@ HEAD = ["--image-paths", "images/train", "--mask-paths", "masks/train", "--num-c
 START = {"train_downstream.py": (mesh_base, ["config.yaml", *RUN]), "train_jepa.py": (mesh_base, ["jepa.yaml", *RUN]),
          "train_sonata.py": (cloud_base, ["config.yaml", *RUN]), "train_segmentation.py": (image_base, ["config.yaml", *RUN]),
          "train_prototype.py": (image_base, ["prototype.yaml", *RUN]),
-         "train_m2f_head.py": (image_base, [*HEAD, *SMALL["train_m2f_head"], *RUN]),
-         "train_upernet_head.py": (image_base, [*HEAD, *SMALL["train_upernet_head"], *RUN])}
+         **{f"{name}.py": (image_base, [*HEAD, *SMALL[name], *RUN]) for name in SMALL}}
 
 
 @cache
@@ -289,6 +289,12 @@ def tensors_on_disk(value, **options) -> bytes:
     return stream.getvalue()
 
 
+def decoder() -> bytes:
+    """A file as PMT's authors release them, of four queries."""
+    state = PMTSegmenter(32, 2, 16, 3, num_queries=4).state_dict()
+    return tensors_on_disk({"state_dict": {f"network.{name}": tensor for name, tensor in state.items()}})
+
+
 NPY_BOMB = (header := b"\x93NUMPY\1\0v\0{'descr': '<i8', 'fortran_order': False, 'shape': (1000000000000000,), }") + b" " * (127 - len(header)) + b"\n"
 HTML = "<!DOCTYPE html><html><head><title>Access denied</title></head></html>"
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
@@ -409,6 +415,25 @@ def with_jepa(script: str, edit=None, *more: str):
     return make
 
 
+def with_network(edit, *more: str):
+    """make() of a case that starts train_eomt.py from model.pth, a checkpoint of it, without a backbone's weights."""
+    def make(folder):
+        argv = [word for word in start(EOMT)(folder) if word not in ("--backbone-weights", "random")]
+        shutil.copy(checkpoint(EOMT), folder / "model.pth")
+        if edit is not None:
+            edit(folder)
+        return [*argv, "--network-weights", "model.pth", *more]
+    return make
+
+
+def as_differences(content: dict) -> None:
+    """The norms of a network as those of differences to one: around 0."""
+    for name, tensor in content["model"].items():
+        if "norm" in name and name.endswith("weight"):
+            tensor -= 1
+
+
+LINEAR, PMT, EOMT = "train_linear_head.py", "train_pmt_head.py", "train_eomt.py"
 DOWN, JEPA, SONATA, M2F, UPER = "train_downstream.py", "train_jepa.py", "train_sonata.py", "train_m2f_head.py", "train_upernet_head.py"
 UNET, PROTO, EVAL, PREDICT = "train_segmentation.py", "train_prototype.py", "evaluate.py", "predict.py"
 S3DIS, SCANNET, VOC, FREE = "scripts/preprocess_s3dis.py", "scripts/preprocess_scannet.py", "scripts/download_voc.py", "scripts/download_datasets.py"
@@ -540,7 +565,18 @@ FLAGS = group(
     ("a cache of views that change", M2F, start(M2F, None, "--cache-features"), "--cache-features", "--augment windows"),
     ("a stride of 0", M2F, start(M2F, None, "--eval-stride", "0"), "--eval-stride 0", "a stride from 1"),
     ("a crop that is too small", M2F, start(M2F, None, "--image-size", "32"), "--image-size", "from 64"),
+    ("a crop that patches do not fill", LINEAR, start(LINEAR, None, "--image-size", "72"), "--image-size 72", "must be a multiple of 16"),
+    ("a number of blocks that is no choice", LINEAR, start(LINEAR, None, "--layers", "2"), "--layers", "choose from"),
+    ("blocks that the backbone does not have", PMT, start(PMT, None, "--taps", "0", "4"), "--taps 0 4", "from 0 to 3"),
+    ("blocks in another order", PMT, start(PMT, None, "--taps", "2", "0"), "--taps 2 0", "in their order"),
     ("heads that cannot share the width", M2F, start(M2F, None, "--hidden-dim", "30"), "--hidden-dim", "multiple"),
+    ("features of a backbone that is trained", EOMT, start(EOMT, None, "--augment", "windows", "--cache-features"), "--cache-features", "leave the flag out"),
+    ("a crop of no whole patches", EOMT, start(EOMT, None, "--image-size", "72"), "--image-size 72", "multiple of 16"),
+    ("more blocks with queries than there are", EOMT, start(EOMT, None, "--joint-blocks", "5"), "--joint-blocks 5", "has 4 blocks"),
+    ("more frozen blocks than there are", EOMT, start(EOMT, None, "--freeze-blocks", "5"), "--freeze-blocks 5", "has 4 blocks"),
+    ("warm-ups longer than the run", EOMT, start(EOMT, None, "--head-warmup", "0.6", "--encoder-warmup", "0.5"), "--encoder-warmup", "from 0 to 0.3"),
+    ("a layer decay that grows", EOMT, start(EOMT, None, "--layer-decay", "1.2"), "--layer-decay", "from 0.01 to 1"),
+    ("random weights under a trained network", EOMT, start(EOMT, None, "--network-weights", "model.pth"), "--backbone-weights random", "leave one of them out"),
     ("a phase whose turn it is not", PROTO, start(PROTO, None, "--phase", "2"), "--phase 2", "--resume"),
     ("a data set and a split at once", EVAL, evaluate(DOWN, None, "--split", "val", "--data-dir", "test"), "--split and --data-dir", "name one of them"),
     ("labels without data", EVAL, evaluate(DOWN, None, "--label-dir", "test"), "--label-dir", "labels of --data-dir"),
@@ -815,6 +851,9 @@ WEIGHTS = group(
                                  ("a pickle with a virus", lambda f: put("weights.pth", pickle_bomb())(f), "objects can run code"))),
     ("no such file of weights", DOWN, start(DOWN, None, "--pretrained_path", "encoder.pth"), "encoder.pth: no such file", "Check the path"),
     ("a folder as weights", M2F, start(M2F, folder_at("weights.pth"), "--head-weights", "weights.pth"), "weights.pth: is a folder", "Name a file in it"),
+    ("a backbone as a decoder", PMT, start(PMT, None, "--head-weights", "backbone.pth"), "backbone.pth: no PMT decoder", "it holds"),
+    ("a decoder trained on other blocks", PMT, start(PMT, put("weights.pth", decoder()), "--head-weights", "weights.pth", "--taps", "0", "3"), "weights.pth: trained on the blocks 0 1 2 3", "set --taps to these"),
+    ("a decoder of other queries", PMT, start(PMT, put("weights.pth", decoder()), "--head-weights", "weights.pth"), "weights.pth: has 4 queries, not 8", "set --num-queries 4"),
     ("weights of 0 bytes", PROTO, start(PROTO, put("weights.pth", ""), "--pretrained_path", "weights.pth"), "weights.pth", "Fetch it again"),
     ("weights cut short", SONATA, start(SONATA, both(cut("encoder.pth")), "training.use_pretrained=true", "--pretrained_path", "encoder.pth"), "encoder.pth: truncated or damaged", "Fetch it again"),
     ("weights with a flipped bit", SONATA, start(SONATA, flipped("encoder.pth"), "training.use_pretrained=true", "--pretrained_path", "encoder.pth"), "encoder.pth: damaged", "Fetch it again"),
@@ -825,6 +864,11 @@ WEIGHTS = group(
     ("weights of another network", DOWN, start(DOWN, put("weights.pth", tensors_on_disk({"fc.weight": torch.zeros(2, 2)})), "--pretrained_path", "weights.pth"), "weights.pth: no mesh encoder in this file", "Expected the tensors of a Nomeformer"),
     ("weights of another network", UNET, start(UNET, put("weights.pth", tensors_on_disk({"weight": torch.zeros(2, 2)})), "--pretrained_path", "weights.pth"), "weights.pth", "Is the file of this model"),
     ("a backbone of another size", M2F, start(M2F, None, "--backbone", "dinov3_vits16", "--backbone-weights", "backbone.pth"), "backbone.pth: holds dinov3_tiny, not dinov3_vits16", "Choose that backbone"),
+    ("a backbone in place of a network", EOMT, with_network(None, "--network-weights", "backbone.pth"), "backbone.pth: no EoMT", "a checkpoint of train_eomt.py"),
+    ("differences without their backbone", EOMT, with_network(entry("model.pth", as_differences)), "model.pth: holds differences", "--backbone-weights FILE"),
+    ("a whole network as differences", EOMT, with_network(None, "--backbone-weights", "backbone.pth"), "model.pth: holds a whole network", "leave --backbone-weights out"),
+    ("a network with other joint blocks", EOMT, with_network(None, "--joint-blocks", "3"), "model.pth: has queries in its last 2 blocks", "--joint-blocks 2"),
+    ("a network on another backbone", EOMT, with_network(None, "--backbone", "dinov3_vits16"), "model.pth", "Is it of this --backbone?"),
     ("a backbone with NaN in it", UPER, start(UPER, entry("backbone.pth", spoil), "--backbone-weights", "backbone.pth"), "backbone.pth", "not finite"),
     ("an encoder with NaN in it", SONATA, start(SONATA, entry("encoder.pth", lambda c: spoil(c["state_dict"])), "training.use_pretrained=true", "--pretrained_path", "encoder.pth"), "encoder.pth", "not finite"),
     ("a ResNet with NaN in it", UNET, start(UNET, spoilt_resnet, "--pretrained_path", "resnet.pth"), "resnet.pth", "is not finite"),

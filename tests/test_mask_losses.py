@@ -191,6 +191,18 @@ def test_more_classes_than_queries():
     assert rows.shape == (3, 3, 4) and terms["total"].isfinite()
 
 
+def test_masks_divided_by_pairs_are_divided_by_the_pairs():
+    """Seven classes in two images of two queries: four pairs; the class loss is the same."""
+    outputs, label = batch(num_queries=2)
+    per_target, per_pair = SetCriterion(4, num_points=32), SetCriterion(4, num_points=32, divide_by_pairs=True)
+    assert per_pair.label_weights(label, 2).tolist() == [4, 4] and per_pair.label_weights(label, 100)[0] == 7
+    points = draw(per_target, outputs, label)
+    first, second = (criterion(outputs, label, points) for criterion in (per_target, per_pair))
+    for name in first:
+        share = {"class": 1, "mask": 7 / 4, "dice": 7 / 4}.get(name[:-2])
+        assert share is None or second[name] == pytest.approx(share * float(first[name]), rel=1e-6)
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_finite_for_large_bfloat16_logits(autocast):
     outputs, label = batch(dtype=torch.bfloat16)

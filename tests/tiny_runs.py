@@ -34,7 +34,7 @@ from utils.checkpoint import load_checkpoint
 from utils.cli import run_main
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ("downstream", "jepa", "m2f_head", "upernet_head", "sonata", "segmentation", "prototype")
+NAMES = ("downstream", "jepa", "m2f_head", "upernet_head", "linear_head", "pmt_head", "eomt", "sonata", "segmentation", "prototype")
 LOG = {"log_interval": 1, "tensorboard": False}
 MESH_MODEL = {"n_classes": 3, "features": ["normal", "area"], "embedding_dim": 16, "num_heads": 2, "num_attention_blocks": 2,
               "faces_per_cluster": 16, "encoder_dropout": 0.1}
@@ -61,7 +61,8 @@ CONFIGS = {                                        # DATA stands for the folder 
                   "optimizer": {key: 3e-3 for key in ("backbone_lr", "aspp_lr", "prototype_lr", "last_layer_lr", "finetune_lr")},
                   "evaluation": {"interval": 3}, "logging": LOG}}
 CACHE_DIR = {"downstream": "paths.cache_dir=", "jepa": "paths.cache_dir=", "sonata": "paths.cache_dir=", "segmentation": "dataset.cache_dir=",
-             "prototype": "dataset.cache_dir=", "m2f_head": "--cache-dir=", "upernet_head": "--cache-dir="}
+             "prototype": "dataset.cache_dir=", "m2f_head": "--cache-dir=", "upernet_head": "--cache-dir=", "linear_head": "--cache-dir=",
+             "pmt_head": "--cache-dir=", "eomt": "--cache-dir="}
 
 
 class TinyRun(NamedTuple):
@@ -113,7 +114,7 @@ def write_data(name: str, data: Path) -> None:
             write_set(part / split, 3 if split == "val" else count, first)
         elif name == "sonata":
             write_clouds(part / split, 3 if split == "val" else count, first, points=200)
-        elif name in ("m2f_head", "upernet_head"):
+        elif f"train_{name}" in SMALL:
             write_pictures(part / split, count, first)
         else:
             write_pictures(part / split, count, first, (48, 64) if name == "prototype" else (64, 64))
