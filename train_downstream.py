@@ -450,7 +450,8 @@ def build_criterion(config: Config) -> MaskedCrossEntropyLoss:
         share = torch.tensor(config.class_weights.class_percentages, dtype=torch.float32)
         weight = 1 / share
         weight = weight / weight.mean()
-    return MaskedCrossEntropyLoss(weight, label_smoothing=config.training.label_smoothing)
+    return MaskedCrossEntropyLoss(weight, label_smoothing=config.training.label_smoothing,
+                                  num_classes=config.model.n_classes)
 
 
 # -- one epoch, one evaluation ---------------------------------------------------------------------
@@ -462,7 +463,7 @@ def train_one_epoch(run: Run, network, loader, criterion, ema: EMA | None, clip_
         # micro-batches and processes.
         weight = sum(criterion.label_weight(batch["label"], batch["mask"])
                      for batch in micro_batches)
-        weight = all_reduce_sum(weight.to(run.device))
+        weight = all_reduce_sum(weight.to(run.device, non_blocking=True))
         for batch in micro_steps(network, micro_batches):
             batch = to_device(batch, run.device)
             with run.autocast():

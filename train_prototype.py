@@ -47,7 +47,7 @@ from utils.distributed import (
 )
 from utils.image_inference import TTA_SCALES, View, build_normalizer
 from utils.image_scripts import attach, evaluate_photos, photo_pictures
-from utils.losses import MaskedCrossEntropyLoss
+from utils.losses import MaskedCrossEntropyLoss, check_labels
 from utils.metrics import metrics_table
 from utils.prototype_losses import off_class_l1, prototype_divergence, resize_label
 from utils.prototype_scripts import (
@@ -490,6 +490,7 @@ def train_until(job: Job, name: str, network, end: int) -> bool:
     batches = stage_batches(job, end)
     while group := list(itertools.islice(batches, accumulate)):
         for batch in micro_steps(network, group):
+            check_labels(batch["label"], job.config.model.num_classes)      # not on a GPU yet
             image = batch["image"].to(run.device, non_blocking=True)
             label = batch["label"].to(run.device, non_blocking=True)            # (B, H, W)
             with run.autocast():

@@ -376,7 +376,7 @@ def build_criterion(config: Config, counts: np.ndarray) -> WeightedLoss:
     weights = class_weights(losses.class_weights, counts, "losses.class_weights")
     terms = {name: losses[name] for name in WeightedLoss.NAMES}
     return WeightedLoss(terms, weights, label_smoothing=losses.label_smoothing, class_dim=1,
-                        gamma=losses.gamma)
+                        gamma=losses.gamma, num_classes=config.dataset.num_classes)
 
 
 def compute_loss(criterion: WeightedLoss, logits, label, weight, share: float) -> dict:
@@ -428,8 +428,8 @@ def train_one_epoch(run: Run, network, loader, criterion, ema: EMA | None, clip_
     for micro_batches in run.steps(loader):         # counts, logs, saves and stops behind each step
         # Means are over all labelled pixels of the step, whatever the number of micro-batches and
         # processes.
-        labels = [batch["label"].to(run.device, non_blocking=True) for batch in micro_batches]
-        weight = all_reduce_sum(sum(criterion.label_weight(label) for label in labels))
+        weight = sum(criterion.label_weight(batch["label"]) for batch in micro_batches)
+        weight = all_reduce_sum(weight.to(run.device, non_blocking=True))
         share = 1 / (run.world * len(micro_batches))
         for batch in micro_steps(network, micro_batches):
             image = batch["image"].to(run.device, non_blocking=True)

@@ -355,7 +355,7 @@ def train_one_epoch(run: Run, network, loader, criterion, clip_grad: float) -> N
     network.train()
     for micro_batches in run.steps(loader):         # counts, logs, saves and stops behind each step
         weight = sum(criterion.label_weight(batch["label"]) for batch in micro_batches)
-        weight = all_reduce_sum(weight.to(run.device))
+        weight = all_reduce_sum(weight.to(run.device, non_blocking=True))
         share = 1 / (run.world * len(micro_batches))
         for batch in micro_steps(network, micro_batches):
             batch = to_device(batch, run.device)
@@ -487,7 +487,7 @@ def main(argv=None) -> dict:
     left_out = model.frozen_names() if encoder_entry["file"] else ()
 
     # loss, optimiser, schedule
-    criterion = MaskedCrossEntropyLoss().to(run.device)
+    criterion = MaskedCrossEntropyLoss(num_classes=config.model.num_classes).to(run.device)
     optimizer = torch.optim.AdamW(parameter_groups(model, config),
                                   weight_decay=config.optimizer.weight_decay)
     scheduler = build_scheduler(optimizer, "onecycle", run.total_steps, **config.scheduler)

@@ -146,7 +146,7 @@ def build_model(config: Config, embed_dim: int, patch_size: int) -> UPerNetSegme
 
 def build_criterion(config: Config) -> MaskedCrossEntropyLoss:
     """The mean over labelled pixels; mmsegmentation divides by all: sparse labels count less."""
-    return MaskedCrossEntropyLoss(class_dim=1)
+    return MaskedCrossEntropyLoss(class_dim=1, num_classes=config.data.num_classes)
 
 
 def compute_loss(criterion: MaskedCrossEntropyLoss, outputs: dict, label: torch.Tensor,
@@ -181,7 +181,7 @@ def train_one_epoch(run: Run, network, backbone, loader, criterion, clip_grad: f
         # The loss is the mean over all labelled pixels of the step, whatever the number of
         # micro-batches and processes.
         labelled = sum(criterion.label_weight(batch["label"]) for batch in micro_batches)
-        labelled = all_reduce_sum(labelled.to(run.device))
+        labelled = all_reduce_sum(labelled.to(run.device, non_blocking=True))
         for batch in micro_steps(network, micro_batches):
             image, taps, label = prepare(batch, backbone, run.device)
             with run.autocast():

@@ -168,7 +168,7 @@ def dispatch(func, args, kwargs):
         return func(*args, **kwargs)
     if any(isinstance(x, torch.Generator) and x.device.type == "cpu" for x in flat):
         raise DeviceMismatch(f"{func}: Expected a '{KIND}' device type for generator but found 'cpu' (at {place()})")
-    count_waits(name, args)
+    count_waits(name, args, kwargs)
     if KIND == "cuda" and torch.are_deterministic_algorithms_enabled():
         refuse_nondeterministic(name, args, kwargs)
     if name == "is_pinned":
@@ -213,8 +213,8 @@ def count_copy(to_device: bool, non_blocking: bool) -> None:
         note("host to device, not non_blocking")
 
 
-def count_waits(name: str, args) -> None:
-    if name in WAITING and not (name == "repeat_interleave" and len(args) > 1):
+def count_waits(name: str, args, kwargs) -> None:
+    if name in WAITING and kwargs.get("output_size") is None:        # which repeat_interleave may be given
         note(name)
     if name in INDEX and any(isinstance(x, torch.Tensor) and x.dtype == torch.bool for x in args[1] if x is not None):
         fills = name != "index" and len(args) > 2 and isinstance(args[2], torch.Tensor) and args[2].numel() == 1

@@ -58,6 +58,7 @@ def refused(what, error, part):
     else:
         raise AssertionError(f"{what} was not refused")
 def waits(what):
+    device.report()
     what()
     return sum(device.report()["waits"].values())
 with device.fake_device():
@@ -88,6 +89,18 @@ with device.fake_device():
         assert torch.backends.mps.is_available() and not torch.cuda.is_available()
     else:
         assert there.double().dtype == torch.float64
+        from utils.losses import MaskedCrossEntropyLoss
+        from utils.metrics import ConfusionMatrix
+        label, pred = torch.tensor([0, 1, 2, -100, 2]), torch.tensor([0, 2, 2, 7, 1])
+        matrix, expected = ConfusionMatrix(3, kind), ConfusionMatrix(3)
+        own_label, own_pred = label.to(kind), pred.to(kind)
+        assert waits(lambda: [matrix.update(own_pred, own_label) for _ in range(2)]) == 0
+        expected.update(pred, label)
+        assert (matrix.matrix() == 2 * expected.matrix()).all()
+        matrix.update(own_pred, own_label + 1)
+        refused(matrix.matrix, ValueError, "3 labels or predictions outside 0..2")
+        criterion = MaskedCrossEntropyLoss([1.0, 2.0, 3.0]).to(kind)             # its weights are there, its check is here
+        assert waits(lambda: criterion.label_weight(label)) == 0
         torch.use_deterministic_algorithms(True)
         image = torch.rand(1, 1, 4, 4, device=kind, requires_grad=True)
         refused(lambda: F.adaptive_avg_pool2d(image, 3).sum().backward(), RuntimeError, "deterministic")
@@ -164,3 +177,29 @@ def test_every_script_on_the_device(name, kind, trained, tmp_path):
     back = tmp_path / "back"                                                       # and what the device stored goes on on the CPU
     assert run_forked(run, back, "--resume", resumed / "model" / "model_last.pth", "--test-only").code == 0
     report(f"devices that are not here, as {kind}, {run.script}: {len(runs)} of {len(runs)} commands passed")
+
+
+# How often the host waits for the device from one optimiser step to the next, where nothing is logged. Mask2Former: the matching costs,
+# once. I-JEPA: how many clusters are visible and hidden. Prototypes: how many a class has. Sonata: sizes of pooled and sorted clouds
+# of each resolution, and the classes of Lovasz's loss.
+WAITS = {"downstream": 0, "jepa": 2, "m2f_head": 1, "upernet_head": 0, "sonata": 14, "segmentation": 0, "prototype": 1}
+QUIET = {"segmentation": ["logging.log_every_n_steps=1000"], "m2f_head": ["--log-interval", "1000"], "upernet_head": ["--log-interval", "1000"]}
+
+
+@pytest.mark.parametrize("more", [[], ["--deterministic"]], ids=["default", "deterministic"])
+def test_how_often_a_step_waits_for_the_gpu_and_that_all_is_deterministic(more, tmp_path):
+    runs = [tiny_run(name, tmp_path, epochs=1) for name in NAMES]
+    words = [train_words(run, "cuda", tmp_path / name / "out", *QUIET.get(name, ["logging.log_interval=1000"]), *more)
+             for name, run in zip(NAMES, runs, strict=True)]
+    _, found = on_device("cuda", tmp_path, *words)
+    for name, record in zip(NAMES, found, strict=True):
+        waits = min(record["per_step"])                    # the others have the end of a stage between them
+        assert waits <= WAITS[name], (name, record)
+    report(f"devices that are not here, waits a step {' '.join(more) or 'by default'}: {len(found)} of {len(NAMES)} scripts within bounds")
+
+
+def test_what_a_monitor_copies(tmp_path):
+    """models/jepa_monitors.py once copied each parameter: 810 waits in two epochs."""
+    run = tiny_run("jepa", tmp_path, epochs=2)
+    _, (record,) = on_device("cuda", tmp_path, train_words(run, "cuda", tmp_path / "out"))
+    assert sum(count for what, count in record["waits"].items() if "jepa_monitors" in what) < 120, record["waits"]

@@ -241,7 +241,7 @@ class Run:
         optimizer_step(self.optimizer, self.scheduler, self.scaler, clip_norm)
 
     def count_step(self) -> None:
-        """Count the step and its terms, and log them every log_interval steps, the only place that waits for the GPU.
+        """Count the step and its terms, and log them every log_interval steps, where Run waits for the GPU.
         FloatingPointError where the loss is not finite."""
         self.step += 1
         self.totals.end_step()
