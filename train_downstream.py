@@ -53,7 +53,7 @@ from utils.checkpoint import EarlyStopping
 from utils.checks import check_choice, check_names, check_positive, check_range
 from utils.cli import ArgumentParser, run_main
 from utils.config import Config, Required, Setting, load_config, not_needed_lines
-from utils.distributed import all_reduce_sum, unwrap
+from utils.distributed import all_reduce_sum, main_first, unwrap
 from utils.ema import EMA, averaged, load_averaged
 from utils.losses import MaskedCrossEntropyLoss
 from utils.mesh_scripts import (
@@ -66,7 +66,7 @@ from utils.mesh_scripts import (
 from utils.metrics import metrics_table
 from utils.params import describe_parameters, layerwise_groups
 from utils.render import palette
-from utils.run import Run, add_run_flags, headline, main_first
+from utils.run import Run, add_run_flags, headline
 from utils.schedule import SCHEDULES, build_scheduler
 from utils.training import build_loader, check_same_run, micro_steps, to_device
 from utils.weights import load_weights, sha256_file

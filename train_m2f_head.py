@@ -33,7 +33,7 @@ from models.dinov3_weights import read_released_head
 from models.mask2former import Mask2FormerHead, Mask2FormerSegmenter
 from utils.cli import ArgumentParser, AtLeast, flags_config, flags_defaults, given_flags, run_main
 from utils.config import Config
-from utils.distributed import all_reduce_sum
+from utils.distributed import all_reduce_sum, main_first
 from utils.image_scripts import (
     FREE_ON_RESUME,
     add_backbone_flags,
@@ -57,7 +57,7 @@ from utils.image_scripts import (
 )
 from utils.mask_losses import SetCriterion
 from utils.params import describe_parameters, split_decay
-from utils.run import Run, add_run_flags, main_first
+from utils.run import Run, add_run_flags
 from utils.schedule import build_scheduler
 from utils.seed import seed_everything
 from utils.training import build_loader, micro_steps
@@ -166,10 +166,9 @@ def build_criterion(config: Config) -> SetCriterion:
                         ignore_in_mask_loss=config.training.ignore_in_mask_loss)
 
 
-def compute_loss(criterion: SetCriterion, outputs: dict, label: torch.Tensor,
-                 counts: torch.Tensor, present: torch.Tensor | None = None) -> dict:
+def compute_loss(criterion: SetCriterion, outputs: dict, label, counts, present=None) -> dict:
     """The weighted `total` of all layers, and the last layer's terms; counts (2,): of the step;
-    present (B, C): the classes in each image, where that is known already."""
+    present (B, C): the classes in each image, where they are known already."""
     losses = criterion.sums(outputs, label, counts, present=present)
     return {"total": losses["total"], "class": losses["class_0"], "mask": losses["mask_0"],
             "dice": losses["dice_0"]}
@@ -192,8 +191,7 @@ def build_lr_scheduler(optimizer: torch.optim.Optimizer, config: Config, total_s
 def train_one_epoch(run: Run, network, backbone, loader, criterion, config: Config) -> None:
     network.train()
     for micro_batches in run.steps(loader):         # counts, logs, saves and stops behind each step
-        # Numbers of masks and of queries are those of the step, whatever the number of
-        # micro-batches and processes.
+        # Masks and queries are counted over all micro-batches and processes of the step.
         counts = sum(criterion.label_weights(batch["label"], config.model.num_queries)
                      for batch in micro_batches)
         counts = all_reduce_sum(counts.to(run.device, non_blocking=True))
@@ -201,8 +199,8 @@ def train_one_epoch(run: Run, network, backbone, loader, criterion, config: Conf
             image, taps, label = prepare(batch, backbone, run.device)
             with run.autocast():
                 outputs = network(image, taps)      # (B, Q, C + 1), (B, Q, S/4, S/4), ...
-            losses = compute_loss(criterion, outputs, label, counts,
-                                  criterion.present(batch["label"]))
+            present = criterion.present(batch["label"])
+            losses = compute_loss(criterion, outputs, label, counts, present)
             run.backward(losses["total"], losses)
         run.update(config.training.clip_grad)
 

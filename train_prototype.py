@@ -43,6 +43,7 @@ from utils.distributed import (
     all_reduce_sum,
     broadcast_buffers,
     is_main,
+    main_first,
     world_size,
 )
 from utils.image_inference import TTA_SCALES, View, build_normalizer
@@ -61,7 +62,7 @@ from utils.prototype_scripts import (
     write_explained,
     write_pages,
 )
-from utils.run import Run, add_run_flags, headline, main_first
+from utils.run import Run, add_run_flags, headline
 from utils.schedule import build_scheduler
 from utils.training import build_loader, check_same_run, micro_steps
 from utils.weights import sha256_file

@@ -33,7 +33,8 @@ from utils.checkpoint import EarlyStopping
 from utils.checks import check_positive, check_range
 from utils.cli import ArgumentParser, given_flags, run_main
 from utils.config import Config, Required, Setting, load_config
-from utils.distributed import all_reduce_sum, broadcast_buffers
+from utils.device import AMP_CHOICES
+from utils.distributed import all_reduce_sum, broadcast_buffers, main_first
 from utils.ema import EMA, averaged, load_averaged
 from utils.image_inference import TTA_SCALES, View, build_normalizer
 from utils.image_scripts import (
@@ -47,7 +48,7 @@ from utils.losses import WeightedLoss, class_weights, lovasz_softmax_loss, soft_
 from utils.metrics import metrics_table
 from utils.params import describe_parameters, split_decay
 from utils.postprocess import build_refine
-from utils.run import Run, add_run_flags, headline, main_first
+from utils.run import Run, add_run_flags, headline
 from utils.schedule import SCHEDULES, build_scheduler
 from utils.training import build_loader, check_same_run, micro_steps
 
@@ -136,8 +137,8 @@ DEFAULTS = {
         "batch_size": Setting(8, (int,), low=1),        # images per process and micro-step
         "accumulate_grad_batches": Setting(1, (int,), low=1),       # micro-steps per optimiser step
         "num_workers": Setting(4, (int,), low=0),       # loader processes; 0: in the main process
-        # true: bfloat16 on CUDA
-        "amp": Setting(True, (bool, str), (True, False, "bfloat16", "float16", "float32")),
+        # true: bfloat16 on CUDA; native: wherever the device computes in it, a CPU, too
+        "amp": Setting(True, (bool, str), (True, False, *AMP_CHOICES)),
         "seed": 0,
         "deterministic": False,
         "gradient_clip_val": Setting(0.0, (float,), low=0),     # largest gradient norm; 0: none

@@ -45,7 +45,7 @@ from utils.checks import check_names, check_positive
 from utils.cli import ArgumentParser, run_main
 from utils.config import Config, Required, Setting, load_config
 from utils.device import trim_memory
-from utils.distributed import all_reduce_sum
+from utils.distributed import all_reduce_sum, main_first
 from utils.losses import MaskedCrossEntropyLoss, lovasz_softmax_loss
 from utils.metrics import metrics_table
 from utils.params import describe_parameters
@@ -57,7 +57,7 @@ from utils.point_scripts import (
     write_cloud_label,
 )
 from utils.render import palette
-from utils.run import Run, add_run_flags, headline, main_first
+from utils.run import Run, add_run_flags, headline
 from utils.schedule import build_scheduler
 from utils.training import build_loader, check_same_run, micro_steps, to_device
 from utils.weights import load_weights, sha256_file

@@ -34,7 +34,7 @@ from models.upernet import FCNHead, FeaturePyramidNeck, UPerHead, UPerNetSegment
 from utils.checks import check_range
 from utils.cli import ArgumentParser, AtLeast, flags_config, flags_defaults, given_flags, run_main
 from utils.config import Config
-from utils.distributed import all_reduce_sum
+from utils.distributed import all_reduce_sum, main_first
 from utils.image_scripts import (
     FREE_ON_RESUME,
     add_backbone_flags,
@@ -58,7 +58,7 @@ from utils.image_scripts import (
 )
 from utils.losses import MaskedCrossEntropyLoss
 from utils.params import describe_parameters, split_decay
-from utils.run import Run, add_run_flags, main_first
+from utils.run import Run, add_run_flags
 from utils.schedule import build_scheduler
 from utils.seed import seed_everything
 from utils.training import build_loader, micro_steps

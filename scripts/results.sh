@@ -61,7 +61,7 @@ camvid_head() {         # script, run folder, further flags: one thread each, so
 }
 camvid_upernet() {
     camvid_head train_upernet_head.py exp/camvid_upernet --hidden-dim 128 --image-size 192 --batch-size 4 --epochs 20 \
-        --val-interval 5 --lr 1e-3 --amp-dtype bfloat16
+        --val-interval 5 --lr 1e-3 --amp-dtype native
 }
 camvid_m2f() {
     camvid_head train_m2f_head.py exp/camvid_m2f --hidden-dim 128 --ffn-dim 512 --num-queries 50 --num-points 4096 \
@@ -69,10 +69,10 @@ camvid_m2f() {
 }
 camvid_unet() {         # from scratch, one thread
     OMP_NUM_THREADS=1 python train_segmentation.py configs/segmentation_camvid.yaml --device cpu --output-dir exp/camvid_unet
-    python evaluate.py exp/camvid_unet/model/model_best.pth --device cpu --amp-dtype bfloat16
+    python evaluate.py exp/camvid_unet/model/model_best.pth --device cpu --amp-dtype native
 }
 camvid_prototype() {    # all three phases, push and pruning, from scratch
-    OMP_NUM_THREADS=1 python train_prototype.py configs/prototype_camvid.yaml --device cpu --amp-dtype bfloat16 --num-workers 0 \
+    OMP_NUM_THREADS=1 python train_prototype.py configs/prototype_camvid.yaml --device cpu --amp-dtype native --num-workers 0 \
         --output-dir exp/camvid_prototype
     for stage in joint push finetune prune refinetune; do
         python evaluate.py "exp/camvid_prototype/model/$stage.pth" --device cpu --output-dir "exp/camvid_prototype/evaluation_$stage"

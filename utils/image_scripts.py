@@ -28,10 +28,10 @@ from utils.checks import check_positive, check_range
 from utils.cli import ArgumentParser, AtLeast
 from utils.config import Config
 from utils.device import autocast
-from utils.distributed import unwrap
+from utils.distributed import main_first, unwrap
 from utils.image_inference import TTA_SCALES, View, evaluate_images, pad_to_multiple, resized_shape, segment_image
 from utils.metrics import metrics_table
-from utils.run import Run, headline, main_first
+from utils.run import Run, headline
 
 FREE_ON_RESUME = ("training.batch_size", "training.log_interval", "training.save_interval", "model.backbone_weights",
                   "data.val_image_paths", "data.val_mask_paths", "data.test_image_paths", "data.test_mask_paths",

@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader
 from utils.checkpoint import CheckpointKeeper, EarlyStopping, RunFolder, check_writable, find_resume, load_checkpoint
 from utils.cli import ArgumentParser, AtLeast, StopRequested, StopSignal
 from utils.config import Config, override_config
-from utils.device import AMP_DTYPES, amp_settings, autocast, describe
-from utils.distributed import EpochBatchSampler, all_agree_max, barrier, broadcast_buffers, cleanup, is_main, join
+from utils.device import AMP_CHOICES, amp_settings, autocast, describe, slow_dtype
+from utils.distributed import EpochBatchSampler, all_agree_max, broadcast_buffers, cleanup, is_main, join
 from utils.log import RunLog
 from utils.metrics import single_numbers
 from utils.seed import seed_everything
@@ -41,23 +41,13 @@ def add_run_flags(parser: ArgumentParser, script: str, num_workers: int | None =
     add("--seed", type=int, default=0)
     add("--deterministic", action="store_true", help="deterministic GPU kernels, slower")
     add("--device", help="cpu, cuda, cuda:1, mps; default: the best there is")
-    add("--amp-dtype", choices=tuple(AMP_DTYPES), help="default: bfloat16 on CUDA, else float32")
+    add("--amp-dtype", choices=AMP_CHOICES, help="default: bfloat16 on CUDA, else float32; native: bfloat16 "
+                                                "wherever the device computes in it, a CPU, too")
     add("--compile", action="store_true", help="torch.compile the network")
     add("--num-workers", type=AtLeast(0), default=num_workers, help="loader processes; 0: load in the main process")
     add("--limit-batches", type=AtLeast(0), default=0, metavar="N", help="only N batches per epoch or evaluation")
     add("--wandb", action="store_true", help="also log to Weights & Biases")
     add("--debug", action="store_true", help="show the traceback of an error")
-
-
-@contextlib.contextmanager
-def main_first() -> Iterator[None]:
-    """The body runs in rank 0 first, and in the other processes when it is done there."""
-    if not is_main():
-        barrier()
-    yield
-    if is_main():
-        barrier()
-    barrier()
 
 
 def headline(result: Mapping) -> dict[str, float]:
@@ -85,6 +75,7 @@ class Run:
         seed_everything(args.seed, args.deterministic)
         self.folder = RunFolder(args.output_dir, checkpoint_dir, log_dir)
         self.resume_path, self.messages = find_resume(args.resume, self.folder.model, script)
+        self.messages += slow_dtype(self.device, self.amp_dtype)
         needed = args.test_only if needs_checkpoint is None else needs_checkpoint
         if needed and self.resume_path is None:
             there = f"there is no checkpoint in {self.folder.model}; " if args.resume == "auto" else ""
