@@ -459,6 +459,9 @@ def describe_data(train_set: PointDataset, val_set: PointDataset) -> list[str]:
 
 def main(argv=None) -> dict:
     args = parse_args(argv)
+    if args.compile:
+        raise ValueError("--compile: every size of cloud would be compiled anew, which takes longer "
+                         "than it saves; leave it out")
     config = read_config(args)
     training = config.training
     run = Run(args, SCRIPT, DEFAULTS, config.paths.checkpoint_dir, config.paths.log_dir)
