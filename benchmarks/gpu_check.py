@@ -48,6 +48,7 @@ from utils.losses import MaskedCrossEntropyLoss  # noqa: E402
 
 PARTS = ("tests", "runs", "speed")
 TOLERANCE = 0.1
+TOLERANCES = {"float16": 0.5}               # whose first steps overflow until the loss is scaled right, and are skipped
 VARIANTS = {"float32": ["--amp-dtype", "float32"], "bfloat16": ["--amp-dtype", "bfloat16"],
             "float16": ["--amp-dtype", "float16"], "--deterministic": ["--deterministic"], "--compile": ["--compile"]}
 NOT_COMPILED = ("sonata",)                  # which refuses --compile
@@ -153,7 +154,7 @@ def tiny_row(run, device: torch.device, out: Path, flags: list[str], reference: 
     loss = train_loss(run, str(device), out, *flags)
     difference = abs(loss - reference) / abs(reference)
     text = f"loss {loss:.4f}, CPU {reference:.4f}"
-    passed = difference <= TOLERANCE
+    passed = difference <= TOLERANCES.get(out.name, TOLERANCE)
     if "--deterministic" in flags:
         again = out.with_name("again")
         train_loss(run, str(device), again, *flags)
