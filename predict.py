@@ -125,6 +125,8 @@ def main(argv=None) -> dict:
         prediction = script.predict(model, path, amp_dtype)
         script.write_prediction(model, path, prediction, output / result_name(path), args)
         label = prediction["label"]
+        for doubt in prediction.get("doubts", ()):
+            print(f"WARNING: {printable(str(path))}: {doubt}", flush=True)
         if argv is not None:            # a caller wants them; a folder of photographs is gigabytes
             labels[str(path)] = label
         counts = {name: int((label == c).sum()) for c, name in enumerate(model.class_names)}

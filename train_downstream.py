@@ -30,6 +30,7 @@ from data.mesh import (
     MeshSpec,
     feature_statistics,
     hold_out,
+    repeated,
     split_meshes,
 )
 from data.mesh_io import MESH_SUFFIXES, list_meshes
@@ -52,7 +53,7 @@ from models.pretrained_mesh import (
 from utils.checkpoint import EarlyStopping
 from utils.checks import check_choice, check_names, check_positive, check_range
 from utils.cli import ArgumentParser, run_main
-from utils.config import Config, Required, Setting, load_config, not_needed_lines
+from utils.config import Config, Required, Setting, command_line_wins, load_config, not_needed_lines
 from utils.distributed import all_reduce_sum, main_first, unwrap
 from utils.ema import EMA, averaged, load_averaged
 from utils.losses import MaskedCrossEntropyLoss
@@ -63,10 +64,10 @@ from utils.mesh_scripts import (
     mesh_pictures,
     write_mesh_label,
 )
-from utils.metrics import metrics_table
+from utils.metrics import headline, metrics_table
 from utils.params import describe_parameters, layerwise_groups
 from utils.render import palette
-from utils.run import Run, add_run_flags, headline
+from utils.run import Run, add_run_flags
 from utils.schedule import SCHEDULES, build_scheduler
 from utils.training import build_loader, check_same_run, micro_steps, to_device
 from utils.weights import load_weights, sha256_file
@@ -110,6 +111,8 @@ DEFAULTS = {
         "suffixes": [],                     # [.obj]: leave other kinds of files in a folder alone
         "test_split": [],                   # name patterns: kept out of mesh_dir for --test-only
         "val_split": [],                    # name patterns ("faust_08*") or one number, a share
+        "repeat": [],                       # patterns of training meshes, so many times an epoch:
+        "repeat_times": Setting(4, (int,), low=1),
         "class_names": [],
         "label_offset": 0,                  # added to the files' values: -1 where they count from 1
         "ignore_labels": [],                # the files' values for "not labelled", such as 255
@@ -189,9 +192,11 @@ DEFAULTS = {
         "recluster": False,
         "cluster_dropout": 0.0,
         "color_jitter": 0.0,
+        "size_range": [1.0, 1.0],                   # DiffusionNet: of the mesh in its unit ball
     },
     "evaluation": {
         "views": Setting(1, (int,), low=1),         # average over so many rotations and clusterings
+        "pool_planes": Setting(0.0, (float,), low=0),   # degrees: one mean a flat piece; 0: off
         "interval": Setting(1, (int,), low=1),      # epochs
         "monitor": Setting("mean_f1", (str,), tuple(MONITORS)),
         "batch_size": Setting(8, (int,), low=1),
@@ -316,6 +321,8 @@ def split_files(config: Config, split: str) -> tuple[list[Path], str]:
         files = held_out
     elif paths.val_mesh_dir is None:
         files = split_meshes(files, data.val_split)[0 if split == "train" else 1]
+    if split == "train":
+        files = repeated(files, data.repeat, data.repeat_times)
     return files, paths.label_dir or paths.mesh_dir
 
 
@@ -458,7 +465,8 @@ def build_criterion(config: Config) -> MaskedCrossEntropyLoss:
 
 def train_one_epoch(run: Run, network, loader, criterion, ema: EMA | None, clip_grad: float):
     network.train()
-    for micro_batches in run.steps(loader):         # counts, logs, saves and stops behind each step
+    # After each step: counts, logs, on Ctrl-C saves and stops.
+    for micro_batches in run.steps(loader):
         # The loss is the mean over all valid faces of the step, whatever the number of
         # micro-batches and processes.
         weight = sum(criterion.label_weight(batch["label"], batch["mask"])
@@ -588,6 +596,7 @@ def main(argv=None) -> dict:
     training = config.training
     if training.resume and not args.resume:
         args.resume = "auto"
+    command_line_wins(config, args, "paths.checkpoint_dir", "paths.log_dir")
     run = Run(args, SCRIPT, DEFAULTS, config.paths.checkpoint_dir, config.paths.log_dir)
     if args.test_only:
         return test_only(run, config)
@@ -597,6 +606,7 @@ def main(argv=None) -> dict:
     with main_first():
         val_set = build_dataset(config, "val")
         train_set = build_dataset(config, "train", args.seed) if training.epochs else val_set
+    run.check_data(train=train_set, val=val_set)
     sampler = run.plan(len(train_set), config, batch_size=training.batch_size,
                        epochs=training.epochs, accumulate=training.accumulation_steps,
                        compare=COMPARED, free=FREE_ON_RESUME)
@@ -639,8 +649,9 @@ def main(argv=None) -> dict:
                                       config.evaluation.batch_size, args.num_workers,
                                       args.limit_batches)
                 stopping.update(result["metrics"][monitor])
-            train = run.end_epoch(result, SHOWN, score=monitor, more=result and by_area(result))
+            train = run.log_epoch(result, SHOWN, by_area(result) if result else None)
             log_curves(run, train, result)
+            run.save(run.epoch, result["metrics"][monitor] if result else None)
         if training.epochs == 0:
             score_untrained(run, network, val_set, config)
     return run.summary()

@@ -7,10 +7,10 @@
     python train_jepa.py CONFIG --resume auto                          # go on, bit for bit
     python train_jepa.py CONFIG --resume auto --test-only              # monitors and probe alone
 
-The student sees most clusters of a mesh and predicts what its teacher (a moving average of itself)
-makes of the hidden ones. The loss says nothing about quality: watch the monitors, which stop a run
-that collapses, and the probe, which says whether the encoder is better than a random one. Often it
-is not: read docs/jepa.md before spending a night on it. Differs from train_downstream.py: masks,
+The student sees most clusters of a mesh and predicts its teacher's (a moving average of itself)
+embeddings of the hidden ones. The loss says nothing about quality: watch the monitors, which stop a
+run that collapses, and the probe, which says whether the encoder is better than a random one. Often
+it is not: read docs/jepa.md before spending a night on it. Differs from train_downstream.py: masks,
 teacher and predictor for labels and head; a weight decay that grows.
 """
 
@@ -39,7 +39,7 @@ from models.jepa_monitors import measure
 from models.nomeformer import Nomeformer
 from utils.checks import check_positive
 from utils.cli import ArgumentParser, run_main
-from utils.config import Config, Required, Setting, load_config
+from utils.config import Config, Required, Setting, command_line_wins, load_config
 from utils.distributed import all_reduce_sum, is_main, main_first, world_size
 from utils.jepa_scripts import Monitors, Probe, monitor_line
 from utils.params import split_decay
@@ -294,7 +294,8 @@ def global_mean(total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
 def train_one_epoch(run: Run, network, loader, config: Config) -> None:
     network.train()
     momentum = start_momentum(config.ema.momentum, run.total_steps)
-    for batch, in run.steps(loader):                # counts, logs, saves and stops behind each step
+    # After each step: counts, logs, on Ctrl-C saves and stops.
+    for (batch,) in run.steps(loader):
         batch = to_device(batch, run.device)
         decay = weight_decay_at(run.step, run.total_steps, *config.training.weight_decay)
         for group in run.optimizer.param_groups:
@@ -451,6 +452,7 @@ def main(argv=None) -> dict:
     training = config.training
     if training.resume and not args.resume:
         args.resume = "auto"
+    command_line_wins(config, args, "paths.checkpoint_dir", "paths.log_dir")
     run = Run(args, SCRIPT, DEFAULTS, config.paths.checkpoint_dir, config.paths.log_dir)
     if args.test_only:
         return test_only(run, config)
@@ -461,6 +463,7 @@ def main(argv=None) -> dict:
         meshes = build_dataset(config, train_files, args.seed, descriptors=config.loss.delta > 0)
         train_set = MaskedMeshes(meshes, mask_spec(config), args.seed)
         watched = monitor_batch(config, val_files or train_files, args.seed)
+    run.check_data(train=meshes)
     sampler = run.plan(len(train_set), config, batch_size=training.batch_size,
                        epochs=training.epochs, compare=COMPARED, free=FREE_ON_RESUME)
 

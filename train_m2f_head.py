@@ -25,11 +25,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from data.image_splits import read_classes
+from data.image_splits import read_classes, training_doubts
 from data.images import list_images
 from models.dinov3 import FrozenBackbone
 from models.dinov3_adapter import DINOv3_Adapter
-from models.dinov3_weights import read_released_head
+from models.dinov3_weights import load_head, read_released_head
 from models.mask2former import Mask2FormerHead, Mask2FormerSegmenter
 from utils.cli import ArgumentParser, AtLeast, flags_config, flags_defaults, given_flags, run_main
 from utils.config import Config
@@ -53,6 +53,7 @@ from utils.image_scripts import (
     prepare,
     score_split,
     tested_config,
+    tested_split,
     write_photo_label,
 )
 from utils.mask_losses import SetCriterion
@@ -146,21 +147,6 @@ def build_model(config: Config, embed_dim: int, patch_size: int) -> Mask2FormerS
     return Mask2FormerSegmenter(adapter, head)
 
 
-def load_head(model: Mask2FormerSegmenter, path: str) -> list[str]:
-    """Start from a released head or another run's; a class layer of other classes stays out."""
-    state = read_released_head(path)
-    own = model.state_dict()
-    lines = []
-    for name in [name for name in state if ".class_embed." in name and name in own]:
-        stored = state[name].shape
-        here = own[name].shape
-        if stored != here and stored[1:] == here[1:]:
-            lines = [f"the class layer starts anew: {stored[0] - 1} classes in the file, "
-                     f"{here[0] - 1} here"]
-            state[name] = own[name]
-    return [load_weights(model, state, path, what="head"), *lines]
-
-
 def build_criterion(config: Config) -> SetCriterion:
     return SetCriterion(config.data.num_classes, config.training.num_points,
                         ignore_in_mask_loss=config.training.ignore_in_mask_loss)
@@ -190,8 +176,10 @@ def build_lr_scheduler(optimizer: torch.optim.Optimizer, config: Config, total_s
 
 def train_one_epoch(run: Run, network, backbone, loader, criterion, config: Config) -> None:
     network.train()
-    for micro_batches in run.steps(loader):         # counts, logs, saves and stops behind each step
-        # Masks and queries are counted over all micro-batches and processes of the step.
+    # After each step: counts, logs, on Ctrl-C saves and stops.
+    for micro_batches in run.steps(loader):
+        # Numbers of masks and of queries are those of the step, whatever the number of
+        # micro-batches and processes.
         counts = sum(criterion.label_weights(batch["label"], config.model.num_queries)
                      for batch in micro_batches)
         counts = all_reduce_sum(counts.to(run.device, non_blocking=True))
@@ -239,7 +227,8 @@ def load_released(config: Config, run: Run) -> Mask2FormerSegmenter:
     model = build_model(config, backbone.embed_dim, backbone.patch_size).to(run.device).eval()
     line = load_weights(model, read_released_head(path), path, what="head")
     print(message, line, sep="\n", flush=True)
-    names, palette = read_classes(config.data.classes, config.data.num_classes)
+    names, palette = read_classes(config.data.classes, config.data.num_classes,
+                                  config.data.label_map)
     attach_backbone(model, backbone, config, names, palette)
     return model
 
@@ -248,30 +237,40 @@ def test_only(run: Run, argv) -> dict:
     """Score a checkpoint, with its own settings but for the given flags, or a released head."""
     given = given_flags(make_parser(), argv)
     config = config_of(run.args)
+    if run.checkpoint is not None:
+        config = tested_config(run.checkpoint, config, given)
+        check_config(config)
+        run.checkpoint["config"] = config.to_dict()
+    split, dataset = tested_split(run, config, given)
     if run.checkpoint is None:
-        return score_split(run, load_released(config, run), given, run.args.head_weights)
-    check_config(tested_config(run.checkpoint, config, given))
-    return score_split(run, load_model(run.checkpoint, run.device), given, run.resume_path)
+        model = load_released(config, run)
+        return score_split(run, model, split, dataset, config.model.head_weights)
+    model = load_model(run.checkpoint, run.device)
+    return score_split(run, model, split, dataset, run.resume_path)
 
 
 # -- main ------------------------------------------------------------------------------------------
 
 def main(argv=None) -> dict:
     args = parse_args(argv)
-    untrained = args.test_only and args.head_weights is None
-    run = Run(args, SCRIPT, DEFAULTS, args.checkpoint_dir, args.log_dir, needs_checkpoint=untrained)
+    needed = "--test-only needs a checkpoint (or --head-weights FILE)" if args.test_only else None
+    run = Run(args, SCRIPT, DEFAULTS, args.checkpoint_dir, args.log_dir,
+              needs_checkpoint=None if args.head_weights else needed)
     if args.test_only:
         return test_only(run, argv)
     config = config_of(args)
     training = config.training
 
     # data: every file is checked before the first step, by rank 0, and remembered
-    class_names, palette = read_classes(config.data.classes, config.data.num_classes)
+    class_names, palette = read_classes(config.data.classes, config.data.num_classes,
+                                        config.data.label_map)
     val_set = None
     with main_first():
         train_set = build_dataset(config, "train", args.seed, num_workers=args.num_workers)
         if config.evaluation.validate:
             val_set = build_dataset(config, "val", num_workers=args.num_workers)
+    run.messages += training_doubts(class_names, train_set, config.data)
+    run.check_data(train=train_set, val=val_set)
     sampler = run.plan(len(train_set), config, batch_size=training.batch_size,
                        epochs=training.epochs, accumulate=training.accumulate,
                        compare=("data", "model", "training"), free=FREE_ON_RESUME)
@@ -290,7 +289,8 @@ def main(argv=None) -> dict:
     seed_everything(args.seed, args.deterministic)
     model = build_model(config, backbone.embed_dim, backbone.patch_size)
     if not run.restore(model) and config.model.head_weights is not None:
-        run.messages += load_head(model, config.model.head_weights)
+        path = config.model.head_weights
+        run.messages += load_head(model, read_released_head(path), path, ".class_embed.", extra=1)
     attach_backbone(model, backbone, config, class_names, palette)
     network = run.wrap(model)
 

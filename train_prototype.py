@@ -29,8 +29,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.image_splits import class_info, folder_pairs
-from data.images import Augmentation, SegmentationDataset, check_pairs, list_images, pair_files
+from data.image_splits import (
+    check_file_settings,
+    checked_dataset,
+    class_info,
+    folder_pairs,
+    given_pairs,
+    mask_suffixes,
+    training_doubts,
+)
+from data.images import Augmentation, SegmentationDataset, list_images
 from models.deeplab import DeepLabV2, MultiScale, freeze_batch_norm, load_deeplab_weights
 from models.ppnet import PPNet, parameter_groups, ppnet_from_state
 from utils.checkpoint import find_resume, save_checkpoint
@@ -49,7 +57,7 @@ from utils.distributed import (
 from utils.image_inference import TTA_SCALES, View, build_normalizer
 from utils.image_scripts import attach, evaluate_photos, photo_pictures
 from utils.losses import MaskedCrossEntropyLoss, check_labels
-from utils.metrics import metrics_table
+from utils.metrics import headline, metrics_table
 from utils.prototype_losses import off_class_l1, prototype_divergence, resize_label
 from utils.prototype_scripts import (
     DATASETS,
@@ -62,7 +70,7 @@ from utils.prototype_scripts import (
     write_explained,
     write_pages,
 )
-from utils.run import Run, add_run_flags, headline
+from utils.run import Run, add_run_flags
 from utils.schedule import build_scheduler
 from utils.training import build_loader, check_same_run, micro_steps
 from utils.weights import sha256_file
@@ -98,6 +106,10 @@ DEFAULTS = {
         "std": [0.229, 0.224, 0.225],
         "ignore_label": 255,                    # folder: the masks' value for unlabelled
         "reduce_zero_label": False,             # folder: 0 is unlabelled too, classes count from 1
+        "label_map": Setting(None, (str, dict)),    # folder: 0:0,255:1,4:ignore, or a file
+        "mask_suffix": Setting([], (list, str)),    # folder: masks are NAME_mask
+        "value_range": Setting(None, (list,)),      # black and white of images of more than 8 bits
+        "bands": Setting(None, (list,)),        # the three to see, from 1; None: the first
         "cache_dir": Setting(".cache/images", (str, type(None))),   # what the check of files found
     },
     "model": {
@@ -202,6 +214,10 @@ def check_config(config: Config) -> None:
     if model.num_classes != known:
         raise ValueError(f"model.num_classes={model.num_classes}: dataset.name={dataset.name} has "
                          f"{known} classes")
+    check_file_settings(dataset, model.num_classes)
+    if dataset.name in DATASETS and (dataset.label_map or dataset.mask_suffix):
+        raise ValueError(f"dataset.label_map, mask_suffix: dataset.name={dataset.name} has its own "
+                         f"numbers and names; leave them out")
     for key in ("steps", "train_last_layer"):
         if len(training[key]) != 3:
             raise ValueError(f"training.{key}={training[key]}: one value for each of the three "
@@ -234,6 +250,10 @@ def check_config(config: Config) -> None:
             continue
         if len(size) != 2 or not all(isinstance(side, int) and side >= 8 for side in size):
             raise ValueError(f"{name}={size}: [height, width] in pixels")
+    side = max(dataset.window_size) * min([1, *model.scales])
+    if training.batch_size == 1 and side < 8 and not model.freeze_bn:
+        raise ValueError(f"training.batch_size=1 and dataset.window_size={dataset.window_size}: "
+                         f"batch norm cannot train on one cell; set one of them larger")
     for name in ("window", "size"):
         if config.evaluation.squash and config.evaluation[name]:
             raise ValueError(f"evaluation.squash and evaluation.{name}: squashing is of whole "
@@ -256,7 +276,7 @@ def class_list(config: Config) -> tuple[list[str], np.ndarray]:
     if data.name in DATASETS:
         known = DATASETS[data.name]
         return list(known.CLASS_NAMES), np.array(known.PALETTE, np.uint8)
-    return class_info(data.root, data.classes, config.model.num_classes)
+    return class_info(data.root, data.classes, config.model.num_classes, data.label_map)
 
 
 def build_dataset(config: Config, split: str, seed: int = 0, data_dir: str | None = None,
@@ -266,26 +286,20 @@ def build_dataset(config: Config, split: str, seed: int = 0, data_dir: str | Non
     data = config.dataset
     known = DATASETS.get(data.name)
     if data_dir is not None:
-        if label_dir is None:
-            raise ValueError("--label-dir is needed: the folder of the masks of --data-dir")
-        pairs = pair_files(list_images(data_dir), list_images(label_dir),
-                           ("--data-dir", "--label-dir"))
+        pairs = given_pairs(data_dir, label_dir, data)
     else:
         names = {"train": data.train_split, "val": data.val_split, "test": data.test_split,
                  "push": data.push_split or data.train_split}
         if names[split] is None:
             raise ValueError("there is no test split: set dataset.test_split, or score the "
                              "validation split")
-        pairs = (known.pairs if known else folder_pairs)(data.root, names[split])
-    table = known.LABEL_TABLE if known else None
+        pairs = (known.pairs(data.root, names[split]) if known else
+                 folder_pairs(data.root, names[split], mask_suffixes(data)))
     train = split == "train"
-    C = config.model.num_classes
-    check_pairs(pairs, C, data.ignore_label, data.reduce_zero_label, data.cache_dir,
-                max(1, num_workers), table=table)
-    return SegmentationDataset(pairs, tuple(data.window_size), C,
-                               build_augmentation(config) if train else None, data.ignore_label,
-                               data.reduce_zero_label, seed, "crops" if train else "whole",
-                               table=table)
+    return checked_dataset(data, pairs, num_workers, seed, "crops" if train else "whole",
+                           build_augmentation(config) if train else None,
+                           size=tuple(data.window_size), num_classes=config.model.num_classes,
+                           table=known.LABEL_TABLE if known else None)[0]
 
 
 def build_model(config: Config, state: dict | None = None) -> PPNet:
@@ -433,9 +447,9 @@ class Job:
         self.run.optimizer = self.run.scheduler = self.run.entries["table"] = None
         self.save(result["metrics"]["miou"], finished=name)
         if self.next_stage() is not None:
-            self.run.stop_if_asked(f"behind {name}, after {done} of {self.lengths[name]}")
+            self.run.stop_if_asked(f"after {name}: {done} of {self.lengths[name]}")
 
-    def evaluate(self, name: str, train: dict | None, started: float) -> dict:
+    def evaluate(self, train: dict | None, started: float) -> dict:
         run = self.run
         result = evaluate(self.model, self.val_set, run.device, run.amp_dtype,
                           num_workers=run.args.num_workers, limit_batches=run.args.limit_batches,
@@ -458,20 +472,23 @@ def train_stage(job: Job, name: str) -> None:
     if job.resumed is not None and job.resumed["optimizer"] is not None:
         run.optimizer.load_state_dict(job.resumed["optimizer"])
         run.scheduler.load_state_dict(job.resumed["scheduler"])
-    job.resumed = None
+    job.resumed = run.checkpoint = None             # which frees it
     network = run.wrap(job.model)
     progress = job.progress
     ended = False
     while not ended:
         started = time.monotonic()
-        due = progress.done % interval == 0 and run.totals.terms    # stopped before its evaluation
-        end = progress.done if due else (progress.done // interval + 1) * interval
+        # A run that was stopped right there still has to evaluate.
+        missed_evaluation = progress.done % interval == 0 and run.totals.terms
+        end = (progress.done // interval + 1) * interval
+        if missed_evaluation:
+            end = progress.done
         finished = train_until(job, name, network, min(length, end))
         broadcast_buffers(job.model)
         if not finished:
             job.save()
             job.stop_if_asked(name)
-        result = job.evaluate(name, run.totals.means(), started)
+        result = job.evaluate(run.totals.means(), started)
         ended = progress.done == length
         if name in ("finetune", "refinetune") and stops_early(progress, result, job.config):
             run.log.info(f"{name}: the accuracy has not risen for {job.config.training.patience} "
@@ -539,7 +556,7 @@ def scan_stage(job: Job, name: str) -> None:
     table = new_table(name, job.model)
     if job.resumed is not None and job.resumed["table"] is not None:
         table.load_state_dict(job.resumed["table"])
-    job.resumed = None
+    job.resumed = run.checkpoint = None             # which frees it
     run.entries["table"] = table
     started = time.monotonic()
     while job.progress.done < job.lengths[name]:
@@ -555,7 +572,7 @@ def scan_stage(job: Job, name: str) -> None:
     for line in lines:
         run.log.info(line)
     run.keeper.load_state_dict({"score": None, "epoch": None, "top": []})   # another kind of model
-    job.end_stage(name, job.evaluate(name, None, started))
+    job.end_stage(name, job.evaluate(None, started))
 
 
 # -- evaluation ------------------------------------------------------------------------------------
@@ -667,7 +684,7 @@ def keep_resumed(run: Run) -> None:
     run.folder.create()
     taken = {name: value for name, value in checkpoint.items() if name not in ("format", "best")}
     end = run.folder.model / f"{STAGES[checkpoint['stage'] - 1]}.pth"
-    # Lost in a kill behind model_best.pth.
+    # Lost where a kill came right after model_best.pth.
     if checkpoint["stage"] and not checkpoint["done"] and not end.is_file():
         save_checkpoint(end, **taken, best=checkpoint["best"])
     run.keeper.save_last(taken)
@@ -732,7 +749,8 @@ def main(argv=None) -> dict:
     args = parse_args(argv)
     config = read_config(args)
     args.test_only = args.test_only or args.gallery
-    run = Run(args, SCRIPT, DEFAULTS)
+    needed = "--test-only and --gallery need a checkpoint"
+    run = Run(args, SCRIPT, DEFAULTS, needs_checkpoint=needed)
     if args.test_only:
         return test_only(run, config)
 
@@ -741,12 +759,14 @@ def main(argv=None) -> dict:
     with main_first():
         datasets = tuple(build_dataset(config, split, args.seed, num_workers=args.num_workers)
                          for split in ("train", "val", "push"))
-    train_set, _, push_set = datasets
+    train_set, val_set, push_set = datasets
+    run.messages += training_doubts(class_names, train_set, config.dataset)
     sampler = EpochBatchSampler(len(train_set), config.training.batch_size, args.seed,
                                 drop_last=True)
     lengths = stage_lengths(config, len(push_set), args.limit_batches)
     run.total_steps = sum(length // config.training.accumulate
                           for name, length in lengths.items() if name not in SCANS)
+    run.check_data(train=train_set, val=val_set, push=push_set)
     check_resumed(run, config)
 
     # model; each training stage has an optimiser of its own
@@ -756,7 +776,9 @@ def main(argv=None) -> dict:
     job = Job(run, config, model, datasets, sampler, lengths)
     run.track(config=config, class_names=class_names, palette=palette.tolist(), optimizer=None,
               scheduler=None, save_interval=0, encoder=encoder_entry, ema=None, table=None)
-    keep_resumed(run)
+    run.keeper.counted = "stage"
+    with run.lock:
+        keep_resumed(run)
 
     with run.training(*describe_stages(job), log_interval=config.logging.log_interval,
                       tensorboard=config.logging.tensorboard):
@@ -768,7 +790,9 @@ def main(argv=None) -> dict:
         train_stage(job, "refinetune")
         if model.provenance is not None:
             run.log.info(f"all prototypes: {write_pages(run, model, push_set)}")
-    return {**run.summary(), "prototypes": len(model.class_identity)}
+    summary = run.summary()
+    del summary["best_epoch"]           # which counts stages here
+    return {**summary, "prototypes": len(model.class_identity)}
 
 
 if __name__ == "__main__":

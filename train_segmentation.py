@@ -24,15 +24,23 @@ import numpy as np
 import torch
 from torch import nn
 
-from data.image_splits import check_counts, class_info, folder_pairs
-from data.images import Augmentation, SegmentationDataset, check_pairs, list_images, pair_files
+from data.image_splits import (
+    check_file_settings,
+    checked_dataset,
+    class_info,
+    folder_pairs,
+    given_pairs,
+    mask_suffixes,
+    training_doubts,
+)
+from data.images import Augmentation, SegmentationDataset, list_images
 from models.deeplab import DeepLabClassifier, load_deeplab_weights
 from models.resnet import ENCODERS, FILES, URL, load_resnet_weights
 from models.unet import UNet, is_unet, load_unet_weights, read_unet_weights
 from utils.checkpoint import EarlyStopping
 from utils.checks import check_positive, check_range
 from utils.cli import ArgumentParser, given_flags, run_main
-from utils.config import Config, Required, Setting, load_config
+from utils.config import Config, Required, Setting, command_line_wins, load_config
 from utils.device import AMP_CHOICES
 from utils.distributed import all_reduce_sum, broadcast_buffers, main_first
 from utils.ema import EMA, averaged, load_averaged
@@ -45,10 +53,10 @@ from utils.image_scripts import (
     write_photo_label,
 )
 from utils.losses import WeightedLoss, class_weights, lovasz_softmax_loss, soft_dice_loss
-from utils.metrics import metrics_table
+from utils.metrics import headline, metrics_table
 from utils.params import describe_parameters, split_decay
 from utils.postprocess import build_refine
-from utils.run import Run, add_run_flags, headline
+from utils.run import Run, add_run_flags
 from utils.schedule import SCHEDULES, build_scheduler
 from utils.training import build_loader, check_same_run, micro_steps
 
@@ -66,7 +74,7 @@ COMPARED = ("dataset", "augmentations", "model", "optimizer", "scheduler", "loss
 # Steps are compared as well.
 FREE_ON_RESUME = ("dataset.test_split", "dataset.classes", "dataset.cache_dir", "model.weights",
                   "model.pretrained", "training.batch_size", "training.num_workers",
-                  "training.resume")
+                  "training.amp", "training.resume")
 
 DEFAULTS = {
     "experiment_name": Setting(None, (str,)),   # the run folder is exp/NAME, or --output-dir
@@ -81,6 +89,10 @@ DEFAULTS = {
         "normalization": {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
         "ignore_label": 255,                    # the masks' value for unlabelled
         "reduce_zero_label": False,             # 0 is unlabelled too, classes count from 1
+        "label_map": Setting(None, (str, dict)),    # 0:0,255:1,4:ignore, or a file; None: class ids
+        "mask_suffix": Setting([], (list, str)),    # masks' names have it behind the images': _mask
+        "value_range": Setting(None, (list,)),      # black and white of images of more than 8 bits
+        "bands": Setting(None, (list,)),        # the three to see, from 1; None: the first
         "cache_dir": Setting(".cache/images", (str, type(None))),   # what the check of files found
     },
     "augmentations": {
@@ -223,6 +235,7 @@ def read_config(args, argv) -> Config:
     check_config(config)
     if "output_dir" not in given and config.experiment_name:
         args.output_dir = f"exp/{config.experiment_name}"
+    args.experiment = config.experiment_name
     if training.resume and not args.resume:
         args.resume = "auto"
     args.seed = training.seed
@@ -244,7 +257,8 @@ def check_config(config: Config) -> None:
     epochs = config.training.epochs
     check_range("model.dropout", config.model.dropout, 0, 1)
     check_positive("optimizer.lr", config.optimizer.lr)
-    if data.ignore_label < data.num_classes + data.reduce_zero_label:
+    check_file_settings(data, data.num_classes)
+    if not data.label_map and data.ignore_label < data.num_classes + data.reduce_zero_label:
         raise ValueError(f"dataset.ignore_label={data.ignore_label} is one of the "
                          f"{data.num_classes} classes in the masks; for masks that mean unlabelled "
                          f"by 0, use dataset.reduce_zero_label")
@@ -289,6 +303,17 @@ def check_config(config: Config) -> None:
                torch.zeros(3, 1, 1, dtype=torch.uint8))
 
 
+def check_batch_norm(config: Config) -> None:
+    """ValueError where the deepest map of a training batch has a single value per channel."""
+    one_cell = config.model.name == "unet" and max(crop_size(config)) <= 32
+    if one_cell and config.training.batch_size == 1 and not config.model.freeze_encoder:
+        name = "augmentations.random_crop.size" if config.augmentations.random_crop.size else \
+            "dataset.image_size"
+        raise ValueError(f"training.batch_size=1 and {name}={max(crop_size(config))}: batch norm "
+                         f"cannot train on one cell; set training.batch_size=2 or more, or {name} "
+                         f"above 32")
+
+
 def schedule_doubts(config: Config) -> list[str]:
     last = config.scheduler.max_epochs
     epochs = config.training.epochs
@@ -324,21 +349,13 @@ def build_dataset(config: Config, split: str, seed: int = 0, data_dir: str | Non
     `class_counts` are the pixels of each class."""
     data = config.dataset
     if data_dir is not None:
-        if label_dir is None:
-            raise ValueError("--label-dir is needed: the folder of the masks of --data-dir")
-        pairs = pair_files(list_images(data_dir), list_images(label_dir),
-                           ("--data-dir", "--label-dir"))
+        pairs = given_pairs(data_dir, label_dir, data)
     else:
-        pairs = folder_pairs(data.root, data[f"{split}_split"] or split)
+        pairs = folder_pairs(data.root, data[f"{split}_split"] or split, mask_suffixes(data))
     train = split == "train" and data_dir is None
-    summary = check_pairs(pairs, data.num_classes, data.ignore_label, data.reduce_zero_label,
-                          data.cache_dir or None, max(1, config.training.num_workers))
-    dataset = SegmentationDataset(pairs, crop_size(config), data.num_classes,
-                                  build_augmentation(config) if train else None,
-                                  data.ignore_label, data.reduce_zero_label, seed,
-                                  "crops" if train else "whole")
-    dataset.class_counts = summary.class_counts
-    return dataset
+    return checked_dataset(data, pairs, config.training.num_workers, seed,
+                           "crops" if train else "whole",
+                           build_augmentation(config) if train else None, size=crop_size(config))[0]
 
 
 def build_model(config: Config) -> nn.Module:
@@ -426,7 +443,8 @@ def memory_format(config: Config) -> torch.memory_format:
 
 def train_one_epoch(run: Run, network, loader, criterion, ema: EMA | None, clip_grad: float):
     network.train()
-    for micro_batches in run.steps(loader):         # counts, logs, saves and stops behind each step
+    # After each step: counts, logs, on Ctrl-C saves and stops.
+    for micro_batches in run.steps(loader):
         # Means are over all labelled pixels of the step, whatever the number of micro-batches and
         # processes.
         weight = sum(criterion.label_weight(batch["label"]) for batch in micro_batches)
@@ -510,19 +528,21 @@ def test_only(run: Run, config: Config) -> dict:
 def main(argv=None) -> dict:
     args = parse_args(argv)
     config = read_config(args, argv)
+    command_line_wins(config, args, "checkpointing.dir", "logging.dir")
     run = Run(args, SCRIPT, DEFAULTS, config.checkpointing.dir, config.logging.dir)
     if args.test_only:
         return test_only(run, config)
     training = config.training
+    check_batch_norm(config)
 
     # data: every file is checked before the first step, by rank 0, and remembered
     data = config.dataset
-    class_names, palette = class_info(data.root, data.classes, data.num_classes)
+    class_names, palette = class_info(data.root, data.classes, data.num_classes, data.label_map)
     with main_first():
         train_set = build_dataset(config, "train", args.seed)
         val_set = build_dataset(config, "val")
-    ignored = f"{data.ignore_label} (dataset.ignore_label) is unlabelled, not a class"
-    run.messages += check_counts(class_names, train_set.class_counts, ignored)
+    run.messages += training_doubts(class_names, train_set, data)
+    run.check_data(train=train_set, val=val_set)
     sampler = run.plan(len(train_set), config, batch_size=training.batch_size,
                        epochs=training.epochs, accumulate=training.accumulate_grad_batches,
                        drop_last=True, compare=COMPARED, free=FREE_ON_RESUME)

@@ -43,11 +43,11 @@ from models.point_transformer import MODES, SonataSegmenter, build_segmenter, wi
 from models.sonata_weights import guess_config, load_sonata, read_linear_head, read_sonata
 from utils.checks import check_names, check_positive
 from utils.cli import ArgumentParser, run_main
-from utils.config import Config, Required, Setting, load_config
+from utils.config import Config, Required, Setting, command_line_wins, load_config
 from utils.device import trim_memory
 from utils.distributed import all_reduce_sum, main_first
 from utils.losses import MaskedCrossEntropyLoss, lovasz_softmax_loss
-from utils.metrics import metrics_table
+from utils.metrics import headline, metrics_table
 from utils.params import describe_parameters
 from utils.point_scripts import (
     OFFICIAL,
@@ -57,7 +57,7 @@ from utils.point_scripts import (
     write_cloud_label,
 )
 from utils.render import palette
-from utils.run import Run, add_run_flags, headline
+from utils.run import Run, add_run_flags
 from utils.schedule import build_scheduler
 from utils.training import build_loader, check_same_run, micro_steps, to_device
 from utils.weights import load_weights, sha256_file
@@ -353,7 +353,8 @@ def compute_loss(criterion, logits, label, weight, share) -> torch.Tensor:
 
 def train_one_epoch(run: Run, network, loader, criterion, clip_grad: float) -> None:
     network.train()
-    for micro_batches in run.steps(loader):         # counts, logs, saves and stops behind each step
+    # After each step: counts, logs, on Ctrl-C saves and stops.
+    for micro_batches in run.steps(loader):
         weight = sum(criterion.label_weight(batch["label"]) for batch in micro_batches)
         weight = all_reduce_sum(weight.to(run.device, non_blocking=True))
         share = 1 / (run.world * len(micro_batches))
@@ -464,19 +465,21 @@ def main(argv=None) -> dict:
                          "than it saves; leave it out")
     config = read_config(args)
     training = config.training
+    command_line_wins(config, args, "paths.checkpoint_dir", "paths.log_dir")
     run = Run(args, SCRIPT, DEFAULTS, config.paths.checkpoint_dir, config.paths.log_dir)
     if args.test_only:
         return test_only(run, config)
     if training.batch_size % run.world:
         raise ValueError(f"training.batch_size={training.batch_size} clouds cannot be shared among "
                          f"{run.world} processes; take a multiple")
-    # First of all: a wrong file is told before the data are read.
+    # A wrong file is reported before the data are read.
     encoder = open_encoder(config) if run.checkpoint is None else None
 
     # data: rank 0 fills the cache of estimated normals, the others read it
     with main_first():
         train_set = build_dataset(config, "train", args.seed)
         val_set = build_dataset(config, "val")
+    run.check_data(train=train_set, val=val_set)
     sampler = run.plan(len(train_set), config, batch_size=training.batch_size // run.world,
                        epochs=training.eval_epochs, accumulate=training.accumulation_steps,
                        drop_last=True, compare=COMPARED, free=FREE_ON_RESUME,
@@ -511,8 +514,8 @@ def main(argv=None) -> dict:
             if run.due(config.evaluation.interval):
                 result = evaluate(network, val_set, run.device, num_workers=args.num_workers,
                                   limit_batches=args.limit_batches, precise=False)
-            run.end_epoch(result, SHOWN, score="official_miou",
-                          more=result and official_mean(result))
+            more = official_mean(result) if result else None
+            run.end_epoch(result, SHOWN, score="official_miou", more=more)
         run.log.info(f"the precise test: python evaluate.py {run.folder.model}/model_best.pth")
     return run.summary()
 

@@ -26,10 +26,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data.image_splits import read_classes
+from data.image_splits import read_classes, training_doubts
 from data.images import list_images
 from models.dinov3 import FrozenBackbone
 from models.dinov3_adapter import DINOv3_Adapter
+from models.dinov3_weights import load_head, read_head
 from models.upernet import FCNHead, FeaturePyramidNeck, UPerHead, UPerNetSegmenter
 from utils.checks import check_range
 from utils.cli import ArgumentParser, AtLeast, flags_config, flags_defaults, given_flags, run_main
@@ -54,6 +55,7 @@ from utils.image_scripts import (
     prepare,
     score_split,
     tested_config,
+    tested_split,
     write_photo_label,
 )
 from utils.losses import MaskedCrossEntropyLoss
@@ -81,6 +83,7 @@ def make_parser() -> ArgumentParser:
                             "pyramid: four resized feature maps")
     model.add_argument("--hidden-dim", type=AtLeast(1), default=512)
     model.add_argument("--dropout", type=float, default=0.1, help="of the classifiers' input")
+    model.add_argument("--head-weights", metavar="FILE", help="start from the head of another run")
     model.add_argument("--gradient-checkpointing", action="store_true",
                        help="less memory, a third more time")
     training = parser.add_argument_group("training")
@@ -112,7 +115,8 @@ def parse_args(argv=None):
 
 
 def config_of(args) -> Config:
-    """The flags as a checked config."""
+    """The flags as a checked config: --lr of the group training is config.training.lr. Flags
+    outside of the groups are not stored."""
     config = flags_config(make_parser(), args)
     check_config(config)
     return config
@@ -155,8 +159,8 @@ def compute_loss(criterion: MaskedCrossEntropyLoss, outputs: dict, label: torch.
     terms = {}
     for name, logits in (("ce", outputs["logits"]), ("aux", outputs["aux_logits"])):
         logits = F.interpolate(logits.float(), label.shape[-2:], mode="bilinear")  # (B, C, S, S)
-        total, _ = criterion.sum_and_weight(logits, label)
-        terms[name] = total / labelled.clamp(min=1)
+        loss_sum, _ = criterion.sum_and_weight(logits, label)       # over this micro-batch
+        terms[name] = loss_sum / labelled.clamp(min=1)
     return {**terms, "total": terms["ce"] + AUX_WEIGHT * terms["aux"]}
 
 
@@ -177,15 +181,18 @@ def build_lr_scheduler(optimizer: torch.optim.Optimizer, config: Config, total_s
 
 def train_one_epoch(run: Run, network, backbone, loader, criterion, clip_grad: float) -> None:
     network.train()
-    for micro_batches in run.steps(loader):         # counts, logs, saves and stops behind each step
+    # After each step: counts, logs, on Ctrl-C saves and stops.
+    for micro_batches in run.steps(loader):
         # The loss is the mean over all labelled pixels of the step, whatever the number of
         # micro-batches and processes.
         labelled = sum(criterion.label_weight(batch["label"]) for batch in micro_batches)
         labelled = all_reduce_sum(labelled.to(run.device, non_blocking=True))
         for batch in micro_steps(network, micro_batches):
+            # (B, 3, S, S), four feature maps (B, D, S/16, S/16) of the backbone, (B, S, S)
             image, taps, label = prepare(batch, backbone, run.device)
             with run.autocast():
                 outputs = network(image, taps)      # (B, C, S/4, S/4), (B, C, S/16, S/16)
+            # Parts of the step's numbers; `total` is what is minimised.
             losses = compute_loss(criterion, outputs, label, labelled)
             run.backward(losses["total"], losses)
         run.update(clip_grad)
@@ -203,6 +210,7 @@ has_test_split = has_test_photos
 
 def attach_backbone(model: UPerNetSegmenter, backbone: FrozenBackbone, config: Config,
                     class_names: list[str], palette: np.ndarray) -> None:
+    # The sides of an image are padded to a multiple of this.
     multiple = backbone.multiple if config.model.neck == "adapter" else backbone.patch_size
     attach(model, config, class_names, palette, masks=config.data, view=evaluation_view(config),
            normalize=backbone.normalize, multiple=multiple, backbone=backbone)
@@ -222,8 +230,12 @@ def load_model(checkpoint: dict, device: torch.device) -> UPerNetSegmenter:
 def test_only(run: Run, argv) -> dict:
     """Score a checkpoint, with its own settings but for the flags that are given."""
     given = given_flags(make_parser(), argv)
-    check_config(tested_config(run.checkpoint, config_of(run.args), given))
-    return score_split(run, load_model(run.checkpoint, run.device), given, run.resume_path)
+    config = tested_config(run.checkpoint, config_of(run.args), given)
+    check_config(config)
+    run.checkpoint["config"] = config.to_dict()
+    split, dataset = tested_split(run, config, given)
+    model = load_model(run.checkpoint, run.device)
+    return score_split(run, model, split, dataset, run.resume_path)
 
 
 # -- main ------------------------------------------------------------------------------------------
@@ -237,17 +249,21 @@ def main(argv=None) -> dict:
     training = config.training
 
     # data: every file is checked before the first step, by rank 0, and remembered
-    class_names, palette = read_classes(config.data.classes, config.data.num_classes)
+    class_names, palette = read_classes(config.data.classes, config.data.num_classes,
+                                        config.data.label_map)
     val_set = None
     with main_first():
         train_set = build_dataset(config, "train", args.seed, num_workers=args.num_workers)
         if config.evaluation.validate:
             val_set = build_dataset(config, "val", num_workers=args.num_workers)
+    run.messages += training_doubts(class_names, train_set, config.data)
+    run.check_data(train=train_set, val=val_set)
     sampler = run.plan(len(train_set), config, batch_size=training.batch_size,
                        epochs=training.epochs, accumulate=training.accumulate,
                        compare=("data", "model", "training"), free=FREE_ON_RESUME)
 
     # model: the frozen backbone, and what is trained on its features
+    # entry: which file the backbone is; checkpoints hold this in place of its weights.
     entry = run.checkpoint["encoder"] if run.checkpoint else None
     backbone, message = open_backbone(config.model, entry, args.seed)
     backbone.to(run.device, run.amp_dtype)
@@ -260,7 +276,9 @@ def main(argv=None) -> dict:
     # The head starts the same, however the backbone came.
     seed_everything(args.seed, args.deterministic)
     model = build_model(config, backbone.embed_dim, backbone.patch_size)
-    run.restore(model)
+    if not run.restore(model) and config.model.head_weights is not None:
+        path = config.model.head_weights
+        run.messages += load_head(model, read_head(path), path, ".classifier.")
     attach_backbone(model, backbone, config, class_names, palette)
     network = run.wrap(model)
 

@@ -37,7 +37,6 @@ from train_downstream import (  # noqa: E402
     class_names,
     evaluate,
     load_pretrained,
-    mesh_spec,
 )
 from utils.cli import ArgumentParser, run_main  # noqa: E402
 from utils.config import load_config  # noqa: E402
@@ -119,7 +118,7 @@ def draw(config, args, held) -> None:
     train_set = build_dataset(config, "train")
     random = untrained(config, train_set, np.arange(len(train_set.files)))
     trained = build_model(config, 0)
-    load_pretrained(trained, args.pretrained_path, mesh_spec(config))
+    load_pretrained(trained, args.pretrained_path, config)
     chosen = np.linspace(0, len(held.files) - 1, 5).round().astype(int)
     colors = [label_colors(np.concatenate([held.labels[i] for i in chosen]), palette(config.model.n_classes))]
     colors += [pca_colors(np.concatenate([embed_mesh(model, held.files[i]) for i in chosen]))
@@ -162,7 +161,7 @@ def main(argv=None) -> dict:
                 files = np.random.default_rng(seed).permutation(len(dataset.files))[:count]
                 model = untrained(config, dataset, files)
                 if pretrained:
-                    load_pretrained(model, args.pretrained_path, mesh_spec(config))
+                    load_pretrained(model, args.pretrained_path, config)
                 model.encoder.requires_grad_(layers == "all")
                 model = model.to(device)
                 started = time.perf_counter()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data.images import SegmentationDataset
+from utils.array_file import MODULUS, checksum, new_array, open_array, write_checks
+from utils.files import remove_leftovers_once, replacing
 from utils.log import progress
 from utils.weights import sha256_file
 
@@ -35,49 +36,42 @@ class CachedTaps(Dataset):
                              "--cache-features")
         self.dataset, self.files = dataset, dataset.files
         self.path = Path(folder) / f"features_{self._digest(key)}.npy"
+        remove_leftovers_once(folder)
         self.was_stored = self._is_whole()
         if not self.was_stored:
             self._compute(embed, batch_size, num_workers)
-        self._records = None                                # opened in each loader process by itself
+        self._records = self._checks = None                 # opened in each loader process by itself
 
     def _digest(self, key: str) -> str:
         """Names the content: what was embedded, with what, in which layout."""
         paths = [path for pair in self.dataset.pairs for path in pair]
         with ThreadPoolExecutor() as pool:
             contents = list(pool.map(sha256_file, paths))
-        text = "\n".join([key, f"{self.dataset.image_size} {len(self.dataset)} layout 1", *contents])
+        text = "\n".join([key, f"{self.dataset.image_size} {len(self.dataset)} layout 2", *contents])
         return hashlib.sha256(text.encode() + self.dataset.table.tobytes()).hexdigest()[:32]     # table: of the labels
 
     def _is_whole(self) -> bool:
-        try:
-            return len(np.load(self.path, mmap_mode="r")) == len(self.dataset)
-        except (FileNotFoundError, ValueError, EOFError):
-            return False                                    # absent or cut short: computed again
+        found = open_array(self.path)                       # None: absent or cut short, computed again
+        return found is not None and len(found[0]) == len(found[1]) == len(self.dataset)
 
     def _compute(self, embed, batch_size, num_workers) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
         loader = DataLoader(self.dataset, batch_size, num_workers=num_workers)
         out = None
-        done = 0
-        try:
+        checks: list[int] = []
+        with replacing(self.path) as file:
             for batch in progress(loader, "embedding"):
-                taps = [as_stored(tap) for tap in embed(batch["image"])]
+                values = {f"tap{i}": as_stored(tap) for i, tap in enumerate(embed(batch["image"]))}
+                values |= {"image": batch["image"].numpy(), "label": batch["label"].numpy().astype(np.int16)}
                 if out is None:
-                    fields = [(f"tap{i}", tap.dtype, tap.shape[1:]) for i, tap in enumerate(taps)]
-                    fields += [("image", np.uint8, batch["image"].shape[1:]),
-                               ("label", np.int16, batch["label"].shape[1:])]
-                    out = np.lib.format.open_memmap(temporary, "w+", np.dtype(fields), (len(self.dataset),))
-                here = slice(done, done + len(taps[0]))
-                for i, tap in enumerate(taps):
-                    out[f"tap{i}"][here] = tap
-                out["image"][here], out["label"][here] = batch["image"].numpy(), batch["label"].numpy()
-                done = here.stop
+                    fields = [(name, value.dtype, value.shape[1:]) for name, value in values.items()]
+                    out = new_array(file, np.dtype(fields), (len(self.dataset),))
+                first = len(checks)
+                for name, value in values.items():
+                    out[name][first:first + len(value)] = value
+                checks += [entry_check(entry) for entry in zip(*values.values(), strict=True)]
             out.flush()
-            os.replace(temporary, self.path)
-        except BaseException:                               # Ctrl-C too: leave nothing half written
-            temporary.unlink(missing_ok=True)
-            raise
+            write_checks(file, checks)
 
     def set_epoch(self, epoch: int) -> None:
         """Nothing changes from epoch to epoch."""
@@ -86,16 +80,27 @@ class CachedTaps(Dataset):
         return len(self.dataset)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_records": None}
+        return {**self.__dict__, "_records": None, "_checks": None}
 
     def __getitem__(self, item: int) -> dict:
         if self._records is None:
-            self._records = np.load(self.path, mmap_mode="r")
+            self._records, self._checks = open_array(self.path)
         record = self._records[item]
-        taps = [torch.from_numpy(np.array(record[name])) for name in record.dtype.names if name.startswith("tap")]
-        return {"image": torch.from_numpy(np.array(record["image"])),
-                "label": torch.from_numpy(record["label"].astype(np.int64)), "index": item,
+        *taps, image, label = entry = [np.array(record[name]) for name in record.dtype.names]
+        if entry_check(entry) != int(self._checks[item]):
+            raise ValueError(f"{self.path}: entry {item} is damaged, its checksum differs; remove the file, and the "
+                             f"next run computes it again")
+        taps = [torch.from_numpy(tap) for tap in taps]
+        return {"image": torch.from_numpy(image), "label": torch.from_numpy(label.astype(np.int64)), "index": item,
                 "taps": [tap.view(torch.bfloat16) if tap.dtype == torch.int16 else tap for tap in taps]}
+
+
+def entry_check(entry: Iterable[np.ndarray]) -> int:
+    """The checksum of an entry's arrays together."""
+    total = 0
+    for array in entry:
+        total = (31 * total + checksum(array)) % MODULUS
+    return total
 
 
 def as_stored(tap: Tensor) -> np.ndarray:

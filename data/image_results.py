@@ -9,7 +9,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.images import SegmentationDataset, label_to_file, read_image
+from data.images import SegmentationDataset
+from data.label_map import LabelMap
+from data.masks import label_to_file
+from data.photos import read_image
 from utils.losses import IGNORE_INDEX
 from utils.render import IGNORE_COLOR, label_colors, pca_colors
 
@@ -17,16 +20,27 @@ REPORT_SIDE = 800                           # longest side of a report's picture
 
 
 def write_label_png(path: str | Path, label: np.ndarray, palette: np.ndarray, ignore_label: int = 255,
-                    reduce_zero_label: bool = False) -> None:
-    """An 8-bit palette PNG: its indices are the numbers of the masks, its colours those of the classes.
+                    reduce_zero_label: bool = False, label_map: LabelMap | None = None) -> None:
+    """An 8-bit palette PNG: its indices are the numbers of the masks, its colours those of the classes. Numbers of a
+    label map above 255 make a grey PNG of 16 bits.
 
-    label (H, W) integer with IGNORE_INDEX, palette (C, 3) uint8. What is no class is grey.
+    label (H, W) integer with IGNORE_INDEX, palette (C, 3) uint8. What is no class is grey. ValueError for numbers that
+    16 bits do not hold.
     """
-    image = Image.fromarray(label_to_file(label, ignore_label, reduce_zero_label))
+    values = label_to_file(label, ignore_label, reduce_zero_label, label_map)
+    if values.dtype == np.int32:
+        raise ValueError("the label map has numbers below 0 or above 65535, which a PNG cannot hold; use --labels npy")
+    image = Image.fromarray(values)
+    if values.dtype == np.uint16:
+        image.save(path, "PNG")
+        return
     colors = np.tile(np.array(IGNORE_COLOR, np.uint8), (256, 1))
-    first = int(reduce_zero_label)
-    colors[first:first + len(palette)] = palette[:256 - first]
-    colors[[ignore_label, *[0] * first]] = IGNORE_COLOR
+    if label_map is not None:
+        colors[label_map.class_values()] = palette
+    else:
+        first = int(reduce_zero_label)
+        colors[first:first + len(palette)] = palette[:256 - first]
+        colors[[ignore_label, *[0] * first]] = IGNORE_COLOR
     image.putpalette(colors.tobytes())                      # turns the mode L into P
     image.save(path, "PNG")
 
@@ -57,18 +71,19 @@ def feature_picture(features: np.ndarray, size: tuple[int, int], patch_size: int
 
 def write_image_result(stem: Path, prediction: Mapping, palette: np.ndarray, labels: str = "png", picture: str = "png",
                        ignore_label: int = 255, reduce_zero_label: bool = False, features: np.ndarray | None = None,
-                       patch_size: int | None = None) -> list[Path]:
-    """Write STEM.png (palette) or STEM.npy (uint8), both in the numbers of the masks, STEM_overlay.png unless picture
-    is "none", and STEM_pca.png where features (E, h, w) are given. Returns the paths.
+                       patch_size: int | None = None, label_map: LabelMap | None = None) -> list[Path]:
+    """Write STEM.png (palette) or STEM.npy (uint8, or more where the label map needs it), both in the numbers of the
+    masks, STEM_overlay.png unless picture is "none", and STEM_pca.png where features (E, h, w) are given. Returns the
+    paths.
 
     prediction: label (H, W) integer and photo, a Pillow image of that size.
     """
     with tempfile.TemporaryDirectory(prefix=".writing_", dir=stem.parent) as folder:             # whole files, or none
         written = [Path(folder, f"{stem.name}.{labels}")]                        # not with_suffix: names may have dots
         if labels == "npy":
-            np.save(written[0], label_to_file(prediction["label"], ignore_label, reduce_zero_label))
+            np.save(written[0], label_to_file(prediction["label"], ignore_label, reduce_zero_label, label_map))
         else:
-            write_label_png(written[0], prediction["label"], palette, ignore_label, reduce_zero_label)
+            write_label_png(written[0], prediction["label"], palette, ignore_label, reduce_zero_label, label_map)
         pictures = {}
         if picture != "none":
             pictures["overlay"] = overlay(prediction["photo"], prediction["label"], palette)
@@ -84,7 +99,7 @@ def example_pair(dataset: SegmentationDataset, index: int, pred: np.ndarray,
                  palette: np.ndarray) -> tuple[Image.Image | None, Image.Image]:
     """Two pictures for a report: the truth (None without a labelled pixel) and the prediction over photograph `index`
     of a data set of whole photographs, at most REPORT_SIDE long. pred (H, W) integer."""
-    label, photo = dataset[index]["label"].numpy(), read_image(dataset.files[index])
+    label, photo = dataset[index]["label"].numpy(), read_image(dataset.files[index], photos=dataset.photos)
     pictures = []
     for values in (label, pred):
         picture = overlay(photo, values.astype(np.int64), palette)

@@ -1,7 +1,7 @@
-"""Photographs with one class id a pixel: finding, pairing, checking, reading, augmenting.
+"""Photographs with one class id a pixel: finding, pairing, checking, augmenting. data/photos.py and data/masks.py read.
 
-A mask is an 8-bit image of one channel (or a palette image, whose indices count); photograph and mask share the file
-name without its ending. In memory a label map is int64 with IGNORE_INDEX; files keep their own numbers.
+Photograph and mask share the file name without its ending. In memory labels are int64 with IGNORE_INDEX; files keep
+their own numbers.
 Shapes: H, W of the photograph, S, T height and width of a training crop, C classes.
 """
 
@@ -12,32 +12,35 @@ import hashlib
 import json
 import math
 import os
-import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import Dataset
 
+from data.masks import OUT_OF_RANGE as OUT_OF_RANGE
+from data.masks import MaskReader, examine_mask, to_label
+from data.masks import label_table as label_table
+from data.masks import label_to_file as label_to_file
+from data.masks import open_mask as open_mask
+from data.photos import AS_STORED, ORIENTATION, PhotoFormat, examine, opened, set_doubts, to_rgb
+from data.photos import read_image as read_image
 from utils.checks import check_choice, check_range
+from utils.files import remove_leftovers_once, replacing
+from utils.fingerprint import fingerprint
 from utils.image_inference import window_starts
 from utils.log import progress
 from utils.losses import IGNORE_INDEX
 from utils.seed import derived_seed
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, AssertionError, Image.DecompressionBombError)
-MASK_MODES = ("L", "P", "1")                # grey, palette index, black and white
-ORIENTATION = 0x0112                        # the EXIF tag
-OUT_OF_RANGE = -1                           # in label_table: a file value that is no class
 PADDING = (124, 116, 104)                   # ImageNet's mean colour: about 0 once normalised
 CROP_TRIES = 10                             # for one that no class dominates (MMSegmentation's number)
-SCAN_VERSION = 1                            # raise it when _scan records something else
+SCAN_VERSION = 2                            # raise it when _scan records something else
 # NTSC's luma and two chroma axes: saturation scales the chroma plane, hue turns it
 YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
 COLORS = ("ssd", "factors")
@@ -99,11 +102,14 @@ def factor_range(value: Sequence[float] | float) -> tuple[float, ...]:
 
 class PairSummary(NamedTuple):
     """What check_pairs counted: sizes (N, 2) int64 height and width of every photograph, class_counts (C,) int64
-    pixels, ignored: unlabelled pixels."""
+    pixels, ignored: unlabelled pixels, doubts: warnings of what may be read wrongly, fingerprint: of the files, see
+    utils.fingerprint."""
 
     sizes: np.ndarray
     class_counts: np.ndarray
     ignored: int
+    doubts: list[str]
+    fingerprint: dict
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
@@ -143,18 +149,30 @@ def find_files(patterns: Sequence[str], what: str) -> list[Path]:
 
 
 def pair_files(images: Sequence[Path], masks: Sequence[Path],
-               names: tuple[str, str] = ("--image-paths", "--mask-paths")) -> list[tuple[Path, Path]]:
+               names: tuple[str, str] = ("--image-paths", "--mask-paths"),
+               suffixes: Sequence[str] = ()) -> list[tuple[Path, Path]]:
     """(photograph, mask) of the same file name without ending, in the order of `images`, whatever the order of masks.
 
-    names are the flags an error tells of: ValueError for a name that occurs twice and for a file without its partner.
+    suffixes: what a mask's name has behind the photograph's ("_mask"); then only files with one of them are masks, and
+    both may lie in one folder. A photograph's name may end in another of them (Cityscapes: _leftImg8bit,
+    _gtFine_labelIds). names are the flags an error tells of: ValueError for a name that occurs twice and for a file
+    without its partner.
     """
+    images, masks = list(map(Path, images)), list(map(Path, masks))
+    if suffixes:
+        masks = [path for path in masks if _without(path.stem, suffixes) != path.stem]
+        if not masks:
+            raise ValueError(f"{names[1]}: no file has a name that ends in {' or '.join(suffixes)} (mask_suffix)")
+        images = [path for path in images if path not in set(masks)]
+    mask_stems = [_without(path.stem, suffixes) for path in masks]
+    image_stems = [path.stem if path.stem in set(mask_stems) else _without(path.stem, suffixes) for path in images]
     by_stem: list[dict[str, Path]] = [{}, {}]
-    for known, files, name in zip(by_stem, (images, masks), names, strict=True):
-        for path in map(Path, files):
-            if path.stem in known:
-                raise ValueError(f"{name}: {known[path.stem]} and {path} have the same name without ending, by which "
+    for known, files, stems, name in zip(by_stem, (images, masks), (image_stems, mask_stems), names, strict=True):
+        for path, stem in zip(files, stems, strict=True):
+            if stem in known:
+                raise ValueError(f"{name}: {known[stem]} and {path} have the same name without ending, by which "
                                  f"photographs and masks are paired; rename one, or leave it out")
-            known[path.stem] = path
+            known[stem] = path
     for one, other, here, there in ((*by_stem, *names), (*by_stem[::-1], *names[::-1])):
         missing = [path for stem, path in one.items() if stem not in other]
         if missing:
@@ -163,176 +181,78 @@ def pair_files(images: Sequence[Path], masks: Sequence[Path],
                 shown += " ..."
             example = next(iter(other.values()), None)
             hint = f" ({there} has {example.name} ...)" if example else ""
+            ending = None if suffixes else _common_ending(*map(list, by_stem))
+            hint += f"; set mask_suffix: {ending} (--mask-suffix {ending})" if ending else ""
             raise ValueError(f"{here}: {len(missing)} of {len(one)} files have no partner of the same name in {there}: "
                              f"{shown}{hint}")
     return [(path, by_stem[1][stem]) for stem, path in by_stem[0].items()]
 
 
-# -- reading -----------------------------------------------------------------------------------------------------------
-
-@contextmanager
-def opened(path: str | Path, what: str = "image") -> Iterator[Image.Image]:
-    """Image.open, with one clear ValueError for whatever is wrong with the file, also while it is decoded inside."""
-    try:
-        with Image.open(path) as image:
-            yield image
-    except READ_ERRORS as error:
-        raise ValueError(f"{path}: this {what} cannot be read ({error})") from error
-    except MemoryError:                                     # such as a PNG whose last part claims two gigabytes
-        raise ValueError(f"{path}: this {what} announces more than the memory holds; is it damaged?") from None
+def _without(stem, suffixes):
+    """A name without the longest of the suffixes that it ends in."""
+    ending = max((suffix for suffix in suffixes if suffix and stem.endswith(suffix)), key=len, default="")
+    return stem.removesuffix(ending) or stem
 
 
-def read_image(path: str | Path, exif: bool = False) -> Image.Image:
-    """A photograph as Pillow's RGB image, 8 bits a channel; exif: turned upright as its EXIF orientation says.
-
-    16-bit grey keeps its upper 8 bits; what is transparent becomes white. ValueError for a file that cannot be read
-    and for floating-point pixels.
-    """
-    with opened(path) as image:
-        return to_rgb(ImageOps.exif_transpose(image) if exif else image)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow image in the mode RGB, see read_image."""
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range; convert them to 8 bits")
-    if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        values = values >> 8 if image.mode != "I" or values.max(initial=0) > 255 else values
-        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    image.load()                                            # convert of an RGB file would read it lazily
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def label_table(num_classes: int, ignore_label: int = 255, reduce_zero_label: bool = False) -> np.ndarray:
-    """(256,) int64: the label of every file value: 0..C-1, IGNORE_INDEX, or OUT_OF_RANGE for what is no class.
-
-    reduce_zero_label: 0 is unlabelled too, and k is class k - 1. ValueError for more classes than 8 bits hold.
-    """
-    first = int(reduce_zero_label)
-    if not 1 <= num_classes <= 256 - first:
-        raise ValueError(f"num_classes={num_classes}: 8-bit masks hold 1 to {256 - first} classes")
-    check_range("ignore_label", ignore_label, 0, 255)
-    table = np.full(256, OUT_OF_RANGE, np.int64)
-    table[first:first + num_classes] = np.arange(num_classes)
-    table[ignore_label] = IGNORE_INDEX
-    if reduce_zero_label:
-        table[0] = IGNORE_INDEX
-    return table
-
-
-def _checked_table(table, num_classes, ignore_label, reduce_zero_label):
-    """The table given, if it is one, or else label_table's."""
-    if table is None:
-        return label_table(num_classes, ignore_label, reduce_zero_label)
-    table = np.asarray(table)
-    if table.shape != (256,) or table.dtype.kind != "i" or not np.isin(
-            table, [IGNORE_INDEX, OUT_OF_RANGE, *range(num_classes)]).all():
-        raise ValueError(f"table of labels: expected 256 integers, each {IGNORE_INDEX} (unlabelled), {OUT_OF_RANGE} "
-                         f"(no class) or one of {num_classes} classes, got {table.dtype} of shape {table.shape}")
-    return table.astype(np.int64)
-
-
-def label_to_file(label: np.ndarray, ignore_label: int = 255, reduce_zero_label: bool = False) -> np.ndarray:
-    """Labels (H, W) integer in the numbers of the masks, uint8: the inverse of label_table."""
-    label = label.astype(np.int64)                          # 8 bits would wrap
-    values = np.where(label == IGNORE_INDEX, ignore_label, label + int(reduce_zero_label))
-    if values.size and (values.min() < 0 or values.max() > 255):
-        raise ValueError(f"labels {label.min()} to {label.max()} do not fit into an 8-bit mask")
-    return values.astype(np.uint8)
-
-
-def open_mask(path: str | Path) -> Image.Image:
-    """A mask as a loaded Pillow image whose pixels are the file's numbers (mode L or P). ValueError for others."""
-    with opened(path, "mask") as mask:
-        mask.load()
-    if mask.mode not in MASK_MODES:
-        raise ValueError(f"{path}: {_mode_problem(mask.mode)}")
-    return Image.fromarray(np.asarray(mask).astype(np.uint8)) if mask.mode == "1" else mask
-
-
-def _mode_problem(mode):
-    if mode.startswith("I") or mode == "F":
-        return (f"a mask of more than 8 bits (mode {mode}); store its ids as 8-bit PNG: "
-                f"Image.fromarray(np.array(mask).astype('uint8')).save(...)")
-    return (f"a colour mask (mode {mode}); replace each colour by its class id: masks are 8-bit grey or palette images "
-            f"of class ids")
-
-
-def to_label(mask: Image.Image, table: np.ndarray, path: str | Path) -> np.ndarray:
-    """Pixels of an opened mask as labels (H, W) int64; ValueError for values that label_table does not know."""
-    label = table[np.asarray(mask)]
-    if (label == OUT_OF_RANGE).any():
-        raise ValueError(f"{path}: {_range_problem(dict(enumerate(mask.histogram())), table, path)}")
-    return label
-
-
-def _range_problem(histogram, table, path):
-    """None, or what is wrong with the values of a mask; histogram: {value: pixels}."""
-    wrong = {value: count for value, count in histogram.items() if count and table[value] == OUT_OF_RANGE}
-    if not wrong:
-        return None
-    known = np.flatnonzero(table >= 0)
-    ignored = np.flatnonzero(table == IGNORE_INDEX)
-    shown = ", ".join(map(str, list(wrong)[:5]))
-    if len(wrong) > 5:
-        shown += " ..."
-    hint = "check num_classes, ignore_label and reduce_zero_label"
-    if Path(path).suffix.lower() in (".jpg", ".jpeg"):
-        hint += "; JPEG changes the values: store masks as PNG"
-    return (f"{'value' if len(wrong) == 1 else 'values'} {shown} at {sum(wrong.values())} pixels; expected "
-            f"{known.min()} to {known.max()}, for unlabelled {' or '.join(map(str, ignored[:9])) or 'none'}; {hint}")
+def _common_ending(images, masks):
+    """What all masks have behind a photograph's name, None where they differ."""
+    endings = {next((mask[len(image):] for image in images if mask.startswith(image)), "") for mask in masks[:100]}
+    return endings.pop() if len(endings) == 1 and "" not in endings else None
 
 
 # -- checking ----------------------------------------------------------------------------------------------------------
 
 def check_pairs(pairs: Sequence[tuple[Path, Path]], num_classes: int, ignore_label: int = 255,
                 reduce_zero_label: bool = False, cache_dir: str | Path | None = None, workers: int = 4,
-                table: np.ndarray | None = None) -> PairSummary:
+                table: np.ndarray | None = None, masks: MaskReader | None = None,
+                photos: PhotoFormat = AS_STORED) -> PairSummary:
     """Read every file once, before training, and count the classes. What was read is kept in cache_dir and holds as
-    long as paths, sizes and times of the files do. table (256,): labels of the file values, for label_table's.
+    long as paths, sizes and times of the files do. masks: how masks are read, in place of a table (256,) of the labels
+    of file values or of label_table's; what the set as a whole decides is written into it.
 
     Raises ValueError, one line with the first file and how many others are like it, for files that cannot be read,
-    masks that are not 8-bit ids or not of the photograph's size, photographs with an EXIF orientation (their pixels
-    and the mask may or may not be turned alike), ids out of range, and where not one pixel is labelled.
+    masks that hold no class ids or are not of the photograph's size, photographs with an EXIF orientation (their pixels
+    and the mask may or may not be turned alike), ids out of range, palettes that disagree, photographs whose numbers
+    have no known range (see data/photos.py), and where not one pixel is labelled.
     """
-    table = _checked_table(table, num_classes, ignore_label, reduce_zero_label)
+    masks = masks or MaskReader(num_classes, ignore_label, reduce_zero_label, table)
     records = _scan_all(pairs, cache_dir, workers)
-    found = [problem for record in records if (problem := _problem(record, table))]
+    wrong_masks = masks.check_set(records)
+    found = [problem for record, wrong in zip(records, wrong_masks, strict=True)
+             if (problem := _problem(record, wrong, photos))]
     if found:
         others = sum(kind == found[0][0] for kind, _ in found[1:])
         more = f" (and {others} more {'file' if others == 1 else 'files'})" if others else ""
         raise ValueError(found[0][1] + more)
-    counts = np.zeros(256, np.int64)
-    for record in records:
-        for value, count in record["histogram"].items():
-            counts[value] += count
-    class_counts = np.array([counts[table == c].sum() for c in range(num_classes)], np.int64)
+    masks.check_palettes(records)
+    doubts = set_doubts(records, photos)
+    class_counts, ignored = masks.count(records, num_classes)
     if not class_counts.any():
         raise ValueError(f"{pairs[0][1] if pairs else 'no files'}: not one pixel of {len(pairs)} masks is labelled; "
                          f"check ignore_label and reduce_zero_label")
     sizes = np.array([record["size"][::-1] for record in records], np.int64)
-    return PairSummary(sizes, class_counts, int(counts[table == IGNORE_INDEX].sum()))
+    bytes_and_labels = ([record[name] for record in records] for name in ("bytes", "digest"))
+    return PairSummary(sizes, class_counts, ignored, doubts,
+                       fingerprint((record["image"] for record in records), *bytes_and_labels))
 
 
-def _problem(record, table):
+def _problem(record, wrong_mask, photos):
     """(kind, text) of the first thing that is wrong with a pair, None if nothing is."""
     if "unreadable" in record:
         return "unreadable", record["unreadable"]
     image, mask, size, mask_size = (record[name] for name in ("image", "mask", "size", "mask_size"))
-    if record["mode"] not in MASK_MODES:
-        return "mode", f"{mask}: {_mode_problem(record['mode'])}"
+    if wrong_mask and wrong_mask[0] != "range":
+        return wrong_mask[0], f"{mask}: {wrong_mask[1]}"
     if record["orientation"] not in (0, 1):
         return "orientation", (f"{image}: EXIF orientation {record['orientation']}, so that its mask may not lie on "
                                f"its pixels; store it upright (PIL.ImageOps.exif_transpose), or without the tag if the "
                                f"mask was drawn on it as it is")
     if size != mask_size:
         return "size", _size_problem(mask, mask_size, image, size)
-    problem = _range_problem(record["histogram"], table, mask)
-    return problem and ("range", f"{mask}: {problem}")
+    if photos.bands is not None and max(photos.bands) > record["bands"]:
+        return "bands", (f"{image}: this image has {record['bands']} band{'s' * (record['bands'] > 1)}, and bands: "
+                         f"{list(photos.bands)} names others")
+    return wrong_mask and ("range", f"{mask}: {wrong_mask[1]}")
 
 
 def _size_problem(mask, mask_size, image, size):
@@ -342,20 +262,24 @@ def _size_problem(mask, mask_size, image, size):
 
 def _scan(pair):
     """What there is to know about a pair, in plain types, independent of all settings."""
-    record = {"image": str(pair[0]), "mask": str(pair[1])}
+    record = {"image": str(pair[0]), "mask": str(pair[1]), "histogram": {}}
     try:
         with opened(pair[0]) as image:
             record |= {"size": list(image.size), "orientation": image.getexif().get(ORIENTATION, 1)}
             if 0 in image.size:
                 raise ValueError("not one pixel")
             image.draft(None, (1, 1))                       # JPEG: all bytes are read, an eighth of the pixels made
-            to_rgb(image)
-        with opened(pair[1], "mask") as mask:
-            record |= {"mask_size": list(mask.size), "mode": mask.mode}
-            counts = np.bincount(np.asarray(mask).ravel(), minlength=256) if mask.mode in MASK_MODES else []
+            record |= {"bytes": os.path.getsize(pair[0]), **examine(image)}
+        return record | examine_mask(pair[1])
     except ValueError as error:
         return record | {"unreadable": str(error)}
-    return record | {"histogram": {value: int(count) for value, count in enumerate(counts) if count}}
+
+
+def _with_numbers(record):
+    """JSON has text for keys."""
+    numbers = {name: {int(value): count for value, count in record[name].items()}
+               for name in ("histogram", "colors", "palette") if name in record}
+    return {**record, **numbers}
 
 
 def _scan_all(pairs, cache_dir, workers):
@@ -363,21 +287,35 @@ def _scan_all(pairs, cache_dir, workers):
     if cache_dir is not None:
         stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns)
                  for pair in pairs for path in map(Path, pair) if path.exists()]
-        digest = hashlib.sha256(json.dumps([SCAN_VERSION, len(pairs), stats]).encode()).hexdigest()
-        entry = Path(cache_dir) / f"checked_{digest[:32]}.json"
-        try:
-            records = json.loads(entry.read_text(encoding="utf-8"))
-            return [{**r, "histogram": {int(value): count for value, count in r["histogram"].items()}} for r in records]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            pass                                            # absent or damaged: read again, and written over
+        key = hashlib.sha256(json.dumps([SCAN_VERSION, len(pairs), stats]).encode()).hexdigest()
+        entry = Path(cache_dir) / f"checked_{key[:32]}.json"
+        remove_leftovers_once(cache_dir)
+        records = _read_records(entry)
+        if records is not None:
+            return records
     with ThreadPoolExecutor(max(1, workers)) as pool:       # Pillow decodes without Python's lock
         records = list(progress(pool.map(_scan, pairs), "checking images", len(pairs)))
     if entry is not None and not any("unreadable" in record for record in records):
         entry.parent.mkdir(parents=True, exist_ok=True)
-        temporary = entry.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(records), encoding="utf-8")
-        os.replace(temporary, entry)
+        text = json.dumps(records)
+        with replacing(entry, text=True) as file:
+            file.write(f"{_text_digest(text)}\n{text}")
     return records
+
+
+def _read_records(entry):
+    """The records of an earlier check, None where they are absent or damaged: read again, and written over."""
+    try:
+        checksum, _, text = entry.read_text(encoding="utf-8").partition("\n")
+    except (OSError, ValueError):
+        return None
+    if checksum != _text_digest(text):
+        return None
+    return [_with_numbers(record) for record in json.loads(text)]
+
+
+def _text_digest(text):
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 # -- augmentation ------------------------------------------------------------------------------------------------------
@@ -400,8 +338,8 @@ def take_part(image: Image.Image, source: tuple[float, float], size: tuple[int, 
     return image.resize((width, height), resample, box)
 
 
-def read_part(path: str | Path, size: tuple[int, int],
-              part: tuple[int, int, int, int]) -> tuple[Image.Image, tuple[int, int]]:
+def read_part(path: str | Path, size: tuple[int, int], part: tuple[int, int, int, int],
+              photos: PhotoFormat = AS_STORED) -> tuple[Image.Image, tuple[int, int]]:
     """A part, as in take_part, of a photograph resized to `size` bilinearly with antialiasing, and the photograph's own
     (width, height). A JPEG is decoded at 1/2, 1/4 or 1/8 where that is still no smaller than `size`."""
     with opened(path) as image:
@@ -409,7 +347,7 @@ def read_part(path: str | Path, size: tuple[int, int],
         reduced = image.draft(None, size)
         if reduced is not None:
             source = reduced[1][2:]                         # exactly a half ...; the decoded size is rounded up
-        image = to_rgb(image)
+        image = to_rgb(image, photos)
     return take_part(image, source, size, part, Image.Resampling.BILINEAR), original
 
 
@@ -458,14 +396,17 @@ class SegmentationDataset(Dataset):
     nothing is random; "whole": photograph and label map as they are, for scoring.
     Item: image (3, H, W) uint8 RGB, label (H, W) int64, index: the item's number. Where a crop is larger than the
     image, PADDING and IGNORE_INDEX fill it at the right and bottom. Images are resized bilinearly with antialiasing,
-    masks to the nearest pixel, both from the very same box. table (256,): labels of the file values, for label_table's.
-    Randomness depends on (seed, epoch, item) alone. files and pairs are those given; ValueError for wrong settings, and
-    for wrong files as they are met (see check_pairs).
+    masks to the nearest pixel, both from the very same box. masks: how masks are read (check_pairs decides what it can
+    only tell from the whole set), in place of a table (256,) of the labels of file values, or of label_table's; photos:
+    how photographs are; checked: what check_pairs found of the pairs. Randomness depends on (seed, epoch, item) alone.
+    files and pairs are those given; ValueError for wrong settings, and for wrong files as they are met (see
+    check_pairs).
     """
 
     def __init__(self, pairs: Sequence[tuple[Path, Path]], image_size: int | tuple[int, int], num_classes: int,
                  augmentation: Augmentation | None = None, ignore_label: int = 255, reduce_zero_label: bool = False,
-                 seed: int = 0, views: str = "crops", table: np.ndarray | None = None) -> None:
+                 seed: int = 0, views: str = "crops", table: np.ndarray | None = None, masks: MaskReader | None = None,
+                 photos: PhotoFormat = AS_STORED, checked: PairSummary | None = None) -> None:
         check_choice("views", views, ("crops", "windows", "whole"))
         self.size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)       # (S, T)
         if len(self.size) != 2:
@@ -479,13 +420,21 @@ class SegmentationDataset(Dataset):
         self.image_size = image_size
         self.seed = seed
         self.views = views
+        self.checked = checked
         self.epoch = 0
         self.augmentation = augmentation and augmentation.check()
         if augmentation is not None and augmentation.padding >= min(self.size):
             raise ValueError(f"augmentation.padding={augmentation.padding}: a crop of image_size={image_size} might "
                              f"show nothing else; choose less")
-        self.table = _checked_table(table, num_classes, ignore_label, reduce_zero_label)
+        self.masks = masks or MaskReader(num_classes, ignore_label, reduce_zero_label, table)
+        self.table = self.masks.table
+        self.photos = photos
         self._windows = list(self._find_windows()) if views == "windows" else None
+
+    def fingerprint(self) -> dict:
+        """Names and sizes of the photographs and digests of the masks, see utils.fingerprint, as check_pairs found
+        them."""
+        return self.checked.fingerprint
 
     def _find_windows(self):
         """(photograph, size it is resized to, part of it: left, top, width, height) of every window."""
@@ -507,7 +456,7 @@ class SegmentationDataset(Dataset):
     def __getitem__(self, item: int) -> dict:
         index = item if self._windows is None else self._windows[item][0]
         image_path, mask_path = self.pairs[index]
-        mask = open_mask(mask_path)
+        mask = self.masks.open(mask_path)
         corner = (0, 0)
         changes = self.augmentation
         size = mask.size
@@ -518,7 +467,7 @@ class SegmentationDataset(Dataset):
             rng = np.random.default_rng(derived_seed(self.seed, self.epoch, item))
             size, part, corner = self._random_part(mask, rng)
         label = to_label(take_part(mask, mask.size, size, part, Image.Resampling.NEAREST), self.table, mask_path)
-        image, source = read_part(image_path, size, part)
+        image, source = read_part(image_path, size, part, self.photos)
         if source != mask.size:
             raise ValueError(_size_problem(mask_path, mask.size, image_path, source))
         if changes is not None:

@@ -13,14 +13,12 @@ import fnmatch
 import hashlib
 import json
 import math
-import os
-import tempfile
 import zipfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,7 +38,10 @@ from data.mesh_features import (
     weld,
 )
 from data.mesh_io import Mesh, find_label_file, read_labels, read_mesh
+from utils.array_file import checksum, load_checked, new_array, write_checks
 from utils.checks import check_choice, check_range
+from utils.files import remove_leftovers_once, replacing
+from utils.fingerprint import digest, fingerprint
 from utils.log import progress
 from utils.losses import IGNORE_INDEX
 from utils.seed import derived_seed
@@ -106,12 +107,14 @@ class Augmentation:
     recluster: bool = False                                 # other cluster borders every time
     cluster_dropout: float = 0.0                            # hide up to this share of the clusters (labels too)
     color_jitter: float = 0.0                               # of the texture: each channel of a mesh times 1 +- this
+    size_range: tuple[float, float] = (1.0, 1.0)            # DiffusionNet: factor of the whole mesh in its unit ball
 
     def __post_init__(self) -> None:
-        for name in ("rotation_range", "scale_range"):
+        for name in ("rotation_range", "scale_range", "size_range"):
             ends = getattr(self, name)
-            if len(ends) != 2 or ends[0] > ends[1] or (name == "scale_range" and ends[0] <= 0):
-                both = ", both above 0" if name == "scale_range" else ""
+            factors = name != "rotation_range"
+            if len(ends) != 2 or ends[0] > ends[1] or (factors and ends[0] <= 0):
+                both = ", both above 0" if factors else ""
                 raise ValueError(f"augmentation.{name}={list(ends)}: expected [lowest, highest]{both}")
         for name in ("deformation", "noise_std", "hks_noise", "flip_probability", "cluster_dropout",
                      "color_jitter"):
@@ -194,10 +197,13 @@ def cached_arrays(path: str | Path, settings: list, names: Collection[str], cach
     key = hashlib.sha256(Path(path).read_bytes())
     key.update(json.dumps([Path(path).suffix.lower(), *settings]).encode())
     entry = Path(cache_dir) / f"{key.hexdigest()[:32]}.npz"
+    remove_leftovers_once(cache_dir)
     arrays = _read_cache(entry, names)
     if arrays is None:
         arrays = compute()
-        write_whole(entry, lambda file: np.savez(file, **arrays))
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(entry) as file:
+            np.savez(file, **arrays)                        # a zip archive, which has checksums
     return arrays
 
 
@@ -207,19 +213,6 @@ def _read_cache(entry, names):
             return {name: stored[name] for name in names}
     except (OSError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile):
         return None                                         # absent or damaged: prepared again, and written over
-
-
-def write_whole(entry: Path, save: Callable[[IO[bytes]], None]) -> None:
-    """Write a file through save(file) that is there whole or not at all."""
-    entry.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=entry.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            save(file)
-        os.replace(temporary, entry)
-    except BaseException:                                   # Ctrl-C too: leave nothing half written
-        os.unlink(temporary)
-        raise
 
 
 def hold_out(files: Sequence[Path], patterns: Sequence[str]) -> tuple[list[Path], list[Path]]:
@@ -251,6 +244,16 @@ def split_meshes(files: Sequence[Path], val_split: Sequence[str] | Sequence[floa
                          f"meshes of {len(files)}; set it to name patterns or a share such as [0.15], or set "
                          f"paths.val_mesh_dir")
     return train, val
+
+
+def repeated(files: Sequence[Path], patterns: Sequence[str], times: int) -> list[Path]:
+    """The files, and once more (times - 1) times those whose name without suffix matches one of the patterns: sources
+    with few meshes among sequences of many alike. Raises ValueError for a pattern that matches none."""
+    for pattern in patterns:
+        if not _matching(files, [pattern]):
+            raise ValueError(f"data.repeat: {pattern!r} matches none of the {len(files)} training meshes, as "
+                             f"{files[0].stem!r}")
+    return [*files, *(times - 1) * _matching(files, patterns)]
 
 
 # -- augmentation ------------------------------------------------------------------------------------------------------
@@ -330,6 +333,7 @@ class MeshDataset(Dataset):
     read: Callable[[Path], Mesh] = read_mesh            # parses a file; predict hands over the mesh it has parsed
 
     def __post_init__(self) -> None:
+        self._check_augmentation()
         self.epoch = 0
         self.files = [Path(file) for file in self.files]
         self.labels: list[np.ndarray] = []
@@ -357,6 +361,11 @@ class MeshDataset(Dataset):
             else:
                 parts = max(1, clusters // limit) if limit else 1
             self.items += [(index, view, part) for view in range(max(1, self.views)) for part in range(parts)]
+
+    def _check_augmentation(self):
+        if tuple(self.augmentation.size_range) != (1.0, 1.0):
+            raise ValueError("augmentation.size_range is for model.encoder: diffusion_net; clusters of faces have "
+                             "augmentation.scale_range")
 
     def _read_labels(self, path, num_faces, read):
         if self.label_dir is None:
@@ -390,6 +399,11 @@ class MeshDataset(Dataset):
     def input_key(self) -> str:
         """What a network sees of an item besides its features, centroid and face_index: see CachedFeatures."""
         return ""
+
+    def fingerprint(self) -> dict:
+        """Names, sizes in bytes and digests of the labels of the files, see utils.fingerprint."""
+        sizes = [path.stat().st_size for path in self.files]
+        return fingerprint(self.files, sizes, [digest(label) for label in self.labels])
 
     @staticmethod
     def collate_fn(batch: Sequence[dict]) -> dict:
@@ -492,23 +506,20 @@ class CachedFeatures(Dataset):
             self._embedding = self._compute(embed, path)
 
     def _load(self, path):
-        try:
-            stored = None if path is None else np.load(path, mmap_mode="r")
-        except (FileNotFoundError, ValueError, EOFError):
-            return None                                                          # absent or cut short: computed again
+        if path is None:
+            return None
+        remove_leftovers_once(path.parent)
+        stored = load_checked(path)                                              # None: absent or damaged
         return stored if stored is not None and len(stored) == self._bounds[-1] else None
 
     def _compute(self, embed, path):
         if path is None:
             return self._fill(embed, lambda shape: np.empty(shape, np.float32))
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            self._fill(embed, lambda shape: np.lib.format.open_memmap(temporary, "w+", np.float32, shape)).flush()
-            os.replace(temporary, path)
-        except BaseException:                               # Ctrl-C too: leave nothing half written
-            temporary.unlink(missing_ok=True)
-            raise
+        with replacing(path) as file:
+            out = self._fill(embed, lambda shape: new_array(file, np.float32, shape))
+            out.flush()
+            write_checks(file, [checksum(out)])
         return np.load(path, mmap_mode="r")
 
     def _fill(self, embed, allocate):

@@ -142,24 +142,31 @@ def turned(operators: MeshOperators, turn: np.ndarray) -> MeshOperators:
                               gradient_y=-operators.gradient_y if mirrored else operators.gradient_y)
 
 
+def resized(operators: MeshOperators, factor: float) -> MeshOperators:
+    """The operators of the mesh whose vertices are `vertices * factor`, factor above 0: without a solve, exact but for
+    the constants that mesh_operators adds to areas and gradients."""
+    factor = np.float32(factor)
+    return operators._replace(vertices=operators.vertices * factor, mass=operators.mass * factor**2,
+                              eigenvalues=operators.eigenvalues / factor**2,
+                              eigenvectors=operators.eigenvectors / factor,
+                              gradient_x=operators.gradient_x / factor, gradient_y=operators.gradient_y / factor)
+
+
 @dataclass
 class SurfaceDataset(MeshDataset):
     """Whole meshes with one label a face, as vertex features and operators. Arguments of MeshDataset; spec is a
     SurfaceSpec.
 
     Rotations (mode, rotation_range) and mirroring turn the features and keep the cached operators, which they do not
-    change; scale_range, deformation and noise_std change the surface, so operators are computed again for every item
-    (0.1 s for 750 vertices). The other augmentations are those of clusters: ValueError. `notes` has a line for every
-    mesh that is unusual (stray parts, fewer eigenpairs).
+    change; size_range scales both, by a factor whose logarithm is uniform, because figures fill the unit ball
+    differently and signatures know absolute lengths. scale_range, deformation and noise_std change the surface, so
+    operators are computed again for every item (0.1 s for 750 vertices). The other augmentations are those of clusters:
+    ValueError. `notes` has a line for every mesh that is unusual (stray parts, fewer eigenpairs).
     """
 
     def __post_init__(self) -> None:
         self.surface_spec: SurfaceSpec = self.spec
         self.spec = WHOLE_MESH
-        for name in ("hks_noise", "recluster", "cluster_dropout"):
-            if getattr(self.augmentation, name):
-                raise ValueError(f"augmentation.{name} is for networks on clusters of faces; leave it out with "
-                                 f"model.encoder: diffusion_net")
         super().__post_init__()
         self._operators: dict[int, MeshOperators] = {}
         self.notes: list[str] = []
@@ -171,6 +178,12 @@ class SurfaceDataset(MeshDataset):
             kept += sum(value.nbytes for value in operators[:-1])
             if kept <= BYTES_IN_MEMORY or self.cache_dir is None:
                 self._operators[index] = operators
+
+    def _check_augmentation(self):
+        for name in ("hks_noise", "recluster", "cluster_dropout"):
+            if getattr(self.augmentation, name):
+                raise ValueError(f"augmentation.{name} is for networks on clusters of faces; leave it out with "
+                                 f"model.encoder: diffusion_net")
 
     @property
     def input_key(self) -> str:
@@ -195,7 +208,7 @@ class SurfaceDataset(MeshDataset):
         else:
             rng = np.random.default_rng(derived_seed(self.seed, self.epoch, item))
             settings = self.augmentation
-        shape_only = replace(settings, mode="none", flip_probability=0.0, color_jitter=0.0)
+        shape_only = replace(settings, mode="none", flip_probability=0.0, color_jitter=0.0, size_range=(1.0, 1.0))
         if shape_only.active:
             mesh = augment(mesh, shape_only, None, rng)
             operators = mesh_operators(mesh.vertices, mesh.faces, self.surface_spec.num_eigenpairs)
@@ -206,6 +219,8 @@ class SurfaceDataset(MeshDataset):
             turn = turn @ rotation_about_z(rng.uniform(*settings.rotation_range)).T
         if not np.array_equal(turn, np.eye(3)):
             operators = turned(operators, turn)
+        if tuple(settings.size_range) != (1.0, 1.0):
+            operators = resized(operators, np.exp(rng.uniform(*np.log(settings.size_range))))
         F = len(mesh.faces)
         return {"features": torch.from_numpy(vertex_features(operators, self.surface_spec)),
                 "operators": Operators(*(torch.from_numpy(getattr(operators, name)) for name in Operators._fields)),

@@ -21,8 +21,10 @@ import numpy as np
 import torch
 
 from data.images import opened, to_rgb
-from data.mesh import MeshDataset, cached_arrays, custom_collate_fn, write_whole
+from data.mesh import MeshDataset, cached_arrays, custom_collate_fn
 from data.mesh_io import PLY_CORNERS, _fan, obj_text, parse_numbers, plain_lines, ply_columns
+from utils.array_file import load_checked, save_checked
+from utils.files import replacing
 from utils.log import progress
 from utils.seed import derived_seed
 
@@ -229,16 +231,17 @@ def read_pyramid(path: Path, cache_dir: str | Path | None = None) -> Pyramid:
         if stored is not None:
             return Pyramid(stored, sizes)
         texels = _texels(image)
-    write_whole(entry, lambda file: np.save(file, texels))
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(entry) as file:
+        save_checked(file, texels)
     return Pyramid(np.load(entry, mmap_mode="r"), sizes)
 
 
 def _stored_texels(entry, count):
-    try:
-        stored = np.load(entry, mmap_mode="r")
-    except (OSError, EOFError, ValueError):
+    stored = load_checked(entry)
+    if stored is None or stored.shape != (count, 3) or stored.dtype != np.uint8:
         return None                                         # absent or damaged: made again, and written over
-    return stored if stored.shape == (count, 3) and stored.dtype == np.uint8 else None
+    return stored
 
 
 def _texels(image):

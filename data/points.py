@@ -46,7 +46,10 @@ from data.point_transforms import (
     training_sample,
     voxelize,
 )
+from utils.array_file import load_checked, save_checked
 from utils.checks import check_choice, check_names, did_you_mean, nearest
+from utils.files import remove_leftovers_once, replacing
+from utils.fingerprint import digest, fingerprint
 from utils.log import progress
 from utils.losses import IGNORE_INDEX
 from utils.seed import derived_seed
@@ -440,22 +443,14 @@ def _cached_normals(coord, cache_dir):
         return estimate_normals(coord)
     key = hashlib.sha256(coord.tobytes() + bytes([NORMAL_NEIGHBORS])).hexdigest()[:32]
     entry = Path(cache_dir) / f"normals_{key}.npy"
-    try:
-        normal = np.load(entry)
-        if normal.shape == coord.shape:
-            return normal
-    except (OSError, EOFError, ValueError):
-        pass                                                # absent or damaged: estimated, and written over
-    normal = estimate_normals(coord)
+    remove_leftovers_once(cache_dir)
+    stored = load_checked(entry)
+    if stored is not None and stored.shape == coord.shape:
+        return np.array(stored)
+    normal = estimate_normals(coord)                        # absent or damaged: estimated, and written over
     entry.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=entry.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.save(file, normal)
-        os.replace(temporary, entry)
-    except BaseException:                                   # Ctrl-C too: leave nothing half written
-        os.unlink(temporary)
-        raise
+    with replacing(entry) as file:
+        save_checked(file, normal)
     return normal
 
 
@@ -489,6 +484,7 @@ class PointDataset(Dataset):
         self.num_points: list[int] = []
         self.class_counts = np.zeros(self.num_classes or 0, np.int64)
         self._kept: dict[int, PointCloud] = {}
+        self._digests: list[int] = []
         missing: dict[str, list[Path]] = {"color": [], "normal": [], "label": []}
         warnings: list[str] = []
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -496,6 +492,7 @@ class PointDataset(Dataset):
             for index, (cloud, lacking) in enumerate(read):
                 warnings += cloud.warnings
                 self.num_points.append(len(cloud.coord))
+                self._digests.append(digest(cloud.label))
                 for name in lacking:
                     missing[name].append(self.files[index])
                 if self.num_classes:
@@ -528,6 +525,10 @@ class PointDataset(Dataset):
         if self.num_classes and cloud.label is not None:
             label = to_labels(cloud.label, self.num_classes, self.ignore_labels, path)
         return complete(cloud._replace(label=label), self.spec, path, self.cache_dir)
+
+    def fingerprint(self) -> dict:
+        """Names, numbers of points and digests of the labels of the files, see utils.fingerprint."""
+        return fingerprint(self.files, self.num_points, self._digests)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the random numbers of an epoch; evaluation sets ignore it."""

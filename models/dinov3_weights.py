@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.dinov3 import BACKBONES, FrozenBackbone, VisionTransformer, ViTConfig, backbone_name, rope_periods
 from utils.checks import check_choice
@@ -240,15 +240,36 @@ def _read(path: Path) -> dict[str, Any]:
     return {key: tensor for part in parts for key, tensor in read_weights(path / part).items()}
 
 
+def read_head(path: str | Path) -> dict[str, Tensor]:
+    """The trained tensors of a checkpoint of ours (path or URL), or of a file of tensors, by their names. Raises what
+    read_weights raises."""
+    content = read_weights(fetch(path))
+    return strip_prefixes(content["model"] if isinstance(content.get("model"), dict) else content)
+
+
+def load_head(model: nn.Module, state: dict[str, Tensor], path: str | Path, class_layer: str,
+              extra: int = 0) -> list[str]:
+    """Fill the trained part of a model from `state`, read from `path`; returns lines for the log. Tensors with
+    class_layer in their names that are for other classes stay as they are; extra: of their rows, what is no class.
+    ValueError for every other difference."""
+    state = dict(state)
+    lines = []
+    for name, own in model.state_dict().items():
+        stored = state.get(name)
+        if class_layer in name and stored is not None and stored.shape != own.shape and \
+                stored.shape[1:] == own.shape[1:]:
+            lines = [f"the class layer starts anew: {len(stored) - extra} classes in the file, {len(own) - extra} here"]
+            state[name] = own
+    return [load_weights(model, state, path, what="head"), *lines]
+
+
 def read_released_head(path: str | Path) -> dict[str, Tensor]:
     """Adapter and Mask2Former head of the released ADE20K model (path or URL), by the names of Mask2FormerSegmenter.
 
     They start with "segmentation_model.0." (adapter) and "segmentation_model.1." (head); tensors of a backbone are
     dropped. Raises what read_weights raises; ValueError for another file.
     """
-    content = read_weights(fetch(path))
-    state = strip_prefixes(content["model"] if isinstance(content.get("model"), dict) else content)
-    state = {key: tensor for key, tensor in state.items() if ".backbone." not in key}
+    state = {key: tensor for key, tensor in read_head(path).items() if ".backbone." not in key}
     parts = {key[:21] for key in state}
     if parts != {"segmentation_model.0.", "segmentation_model.1."}:
         raise ValueError(f"{path}: no released Mask2Former head; it holds {', '.join(list(state)[:3])} ...")

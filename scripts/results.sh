@@ -2,7 +2,8 @@
 # The runs behind the tables of docs/, ready made. Data: datasets/humanbody_1500/{train,test} with NAME.obj + NAME.txt;
 # datasets/camvid/{images,masks}/{train,val,test} with NAME.jpg + NAME.png and classes.json.
 #   bash scripts/results.sh humanbody            # all rows, one after another; hours on two cores
-#   bash scripts/results.sh humanbody_hks        # one row: humanbody_{linear,nohks,hks,random}
+#   bash scripts/results.sh humanbody_hks        # one row: humanbody_{linear,nohks,hks,random,official,diffusion,finetuned}
+#                                                # official and finetuned want WEIGHTS, the folder of human_seg_*_4x128.pth
 #   bash scripts/results.sh pretraining          # train_jepa.py, and what its encoder is worth; pretraining_lod3 after it
 #   bash scripts/results.sh camvid               # camvid_upernet and camvid_m2f: heads on an untrained frozen ViT-S; camvid_unet;
 #                                                # camvid_prototype and camvid_deeplab, the ordinary classifier beside it
@@ -27,6 +28,37 @@ humanbody_random() {    # a head on the encoder as it was initialised
     python train_downstream.py configs/mesh_humanbody_frozen.yaml training.use_pretrained=false --output-dir exp/humanbody_random
     score humanbody_random
 }
+# DiffusionNet trained on all 381 meshes: val_mesh_dir is train itself, and the last step counts.
+WEIGHTS=${WEIGHTS:-weights/diffusionnet}
+diffusion() {           # run folder, further flags: three seeds, one thread each
+    out=$1; shift
+    for seed in 0 1 2; do
+        OMP_NUM_THREADS=1 python train_downstream.py configs/mesh_humanbody_diffusion.yaml --output-dir "exp/${out}_$seed" --seed $seed \
+            --device cpu --num-workers 0 paths.val_mesh_dir=datasets/humanbody_1500/train evaluation.interval=100 "$@"
+    done
+}
+average() {             # rows: run folders joined by "+", "exp/" and the file left out
+    OMP_NUM_THREADS=1 python scripts/average_mesh_scores.py --device cpu $(printf '%s\n' "$@" | sed -E 's#[^+]+#exp/&/model/model_last.pth#g')
+}
+humanbody_official() {  # without training: signatures, coordinates, both
+    for features in hks xyz; do
+        python train_downstream.py configs/mesh_humanbody_official.yaml --output-dir exp/humanbody_official_$features "model.features=[$features]" \
+            --pretrained_path "$WEIGHTS/human_seg_${features}_4x128.pth" --device cpu --num-workers 0
+        average humanbody_official_$features
+    done
+    average humanbody_official_hks+humanbody_official_xyz
+}
+humanbody_diffusion() { # from scratch
+    diffusion humanbody_diffusion
+    average humanbody_diffusion_{0,1,2}
+}
+humanbody_finetuned() { # the official file fine-tuned, and averaged with humanbody_diffusion's networks; after that and humanbody_official
+    diffusion humanbody_tuned --pretrained_path "$WEIGHTS/human_seg_hks_4x128.pth" "model.features=[hks]" model.hks_scale=1 \
+        training.pretrained_head=true training.num_unfrozen_encoder_layers=all training.epochs=1 optimizer.learning_rate=1e-4
+    average humanbody_tuned_{0,1,2}
+    average humanbody_diffusion_0+humanbody_tuned_0 humanbody_diffusion_1+humanbody_tuned_1 humanbody_diffusion_2+humanbody_tuned_2
+    average $(for seed in 0 1 2; do echo "humanbody_diffusion_$seed+humanbody_tuned_$seed+humanbody_official_xyz"; done)
+}
 NO_HKS='model.features=[corners,normal,area,angles,curvature,dihedral] augmentation.hks_noise=0'
 pretrain() {            # run folder, overrides: half an hour on a core
     out=$1; shift
@@ -47,7 +79,7 @@ pretraining_lod3() {    # the encoder of human bodies on buildings, unchanged
         --pretrained_path exp/jepa_nohks/model/model_last.pth --rows "frozen random" "frozen pre-trained" --labelled all --steps 150 --device cpu
 }
 humanbody() {
-    humanbody_linear; humanbody_nohks; humanbody_hks; humanbody_random
+    humanbody_linear; humanbody_nohks; humanbody_hks; humanbody_random; humanbody_official; humanbody_diffusion; humanbody_finetuned
 }
 
 camvid_head() {         # script, run folder, further flags: one thread each, so that two runs fit on two cores
@@ -87,6 +119,6 @@ camvid() {
 }
 
 case "${1:-}" in
-    camvid | camvid_upernet | camvid_m2f | camvid_unet | camvid_prototype | camvid_deeplab | humanbody | humanbody_linear | humanbody_nohks | humanbody_hks | humanbody_random | pretraining | pretraining_lod3) "$1" ;;
-    *) echo "error: name a run: camvid, camvid_{upernet,m2f,unet,prototype,deeplab}, pretraining, pretraining_lod3, humanbody or humanbody_{linear,nohks,hks,random}, got '${1:-}'" >&2; exit 2 ;;
+    camvid | camvid_upernet | camvid_m2f | camvid_unet | camvid_prototype | camvid_deeplab | humanbody | humanbody_linear | humanbody_nohks | humanbody_hks | humanbody_random | humanbody_official | humanbody_diffusion | humanbody_finetuned | pretraining | pretraining_lod3) "$1" ;;
+    *) echo "error: name a run: camvid, camvid_{upernet,m2f,unet,prototype,deeplab}, pretraining, pretraining_lod3, humanbody or humanbody_{linear,nohks,hks,random,official,diffusion,finetuned}, got '${1:-}'" >&2; exit 2 ;;
 esac

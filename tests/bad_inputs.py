@@ -28,7 +28,7 @@ from PIL import Image
 from models.resnet import ENCODERS
 from tests import tiny_clouds, tiny_meshes
 from tests.tiny_heads import SMALL, write_backbone
-from tests.tiny_images import write_classes, write_pictures
+from tests.tiny_images import COLORS, write_classes, write_pictures
 
 CPU = ["--device", "cpu", "--num-workers", "0"]
 RUN = ["--output-dir", "out", *CPU, "--limit-batches", "1"]
@@ -338,10 +338,40 @@ def turned_photo(folder: Path) -> None:
     (folder / IMAGE).unlink()
 
 
-def palette_mask(mask: Image.Image) -> Image.Image:
+def palette_mask(mask: Image.Image, colors=None) -> Image.Image:
     result = Image.fromarray(np.asarray(mask), "P")
-    result.putpalette(np.random.default_rng(0).permutation(256).repeat(3).tolist())
+    own = np.random.default_rng(0).permutation(256).repeat(3).reshape(256, 3)
+    if colors is not None:
+        own[:len(colors)] = colors
+    result.putpalette(own.ravel().tolist())
     return result
+
+
+def colored(mask: Image.Image, colors=COLORS) -> Image.Image:
+    """A mask in the colours of its classes; what is unlabelled becomes class 0."""
+    ids = np.asarray(mask)
+    return Image.fromarray(np.asarray(colors)[np.where(ids == 255, 0, ids)].astype(np.uint8))
+
+
+def stack_of(path: str):
+    """A picture replaced by a TIFF of three pages of it."""
+    def edit(folder):
+        with Image.open(folder / path) as image:
+            image.load()
+        image.save((folder / path).with_suffix(".tif"), save_all=True, append_images=[image, image])
+        (folder / path).unlink()
+    return edit
+
+
+def twelve_bits(folder: Path) -> None:
+    for path in (folder / "images").glob("*/*.png"):
+        Image.fromarray(np.asarray(Image.open(path).convert("L")).astype(np.uint16) * 16).save(path)
+
+
+def binary_masks(folder: Path) -> None:
+    for path in (folder / "masks").glob("*/*.png"):
+        Image.fromarray(np.where(np.asarray(Image.open(path)) == 2, 255, 0).astype(np.uint8)).save(path)
+    (folder / "two.json").write_text('{"classes": ["a", "b"]}')
 
 
 def photo_of(mode: str):
@@ -443,7 +473,7 @@ SETTINGS = group(
     ("a negative learning rate", PROTO, start(PROTO, None, "optimizer.backbone_lr=-0.1"), "optimizer.backbone_lr", "must be a number above 0"),
     ("a negative learning rate", JEPA, start(JEPA, None, "optimizer.learning_rate=-0.1"), "optimizer.learning_rate", "must be a number above 0"),
     ("a whole section as one number", JEPA, start(JEPA, lambda f: put("jepa.yaml", "model: 3\npaths: {mesh_dir: train}\n")(f)), "jepa.yaml: model", "expected a section"),
-    ("no epochs", DOWN, start(DOWN, None, "training.epochs=0"), "training.epochs", "expected a number from 1"),
+    ("no epochs", DOWN, start(DOWN, None, "training.epochs=0"), "training.epochs", "or 1 epoch and more"),
     ("a dropout of 2", UNET, start(UNET, None, "model.dropout=2"), "model.dropout", "from 0 to 1"),
     ("a misspelt choice", UNET, start(UNET, None, "scheduler.name=cosin"), "scheduler.name", "did you mean cosine"),
     ("an unknown feature", DOWN, start(DOWN, None, "model.features=[normals]"), "model.features", "did you mean normal"),
@@ -626,7 +656,7 @@ LABEL_CASES = group(
     ("a header of an array of 10^15 numbers", DOWN, start(DOWN, both(gone(LABELS), put("train/mesh_00.npy", NPY_BOMB))), "train/mesh_00.npy", "save it with numpy.save"),
     ("a folder in its place", DOWN, start(DOWN, folder_at(LABELS)), f"{MESH}: no labels", "looked in train"),
     ("labels in a folder that is not there", EVAL, evaluate(DOWN, None, "--data-dir", "test", "--label-dir", "labels"), "test/mesh_00.obj: no labels", "looked in labels"),
-    ("not one face labelled", DOWN, start(DOWN, lambda f: [lines(str(p.relative_to(f)), lambda rows: ["-100" for _ in rows])(f) for p in f.glob("*/*.txt")]), f"{MESH}: not one face of 3 meshes is labelled", "ignore_labels"),
+    ("not one face labelled", DOWN, start(DOWN, lambda f: [lines(str(p.relative_to(f)), lambda rows: ["-100" for _ in rows])(f) for p in f.glob("*/*.txt")]), ": not one face of 1 meshes is labelled", "ignore_labels"),
     ("labels for a probe of too few classes", JEPA, start(JEPA, None, "probe.interval=1", "model.n_classes=2"), "unknown label 2", "known: 0..1"),
     ("a probe that knows no number of classes", JEPA, start(JEPA, None, "probe.interval=1", "model.n_classes=null"), "model.n_classes", "the probe has to know"),
     ("whole numbers as 1.0", DOWN, start(DOWN, lines(LABELS, lambda rows: [f"{row}.0" for row in rows])), "", "read as 1", lambda f, result: result["miou"] >= 0),
@@ -727,11 +757,25 @@ PHOTOS = group(
     ("a mask of 8 * 10^7 pixels that are not there", UNET, start(UNET, put(MASK, png_header(9_000, 9_000))), f"{MASK}: this mask cannot be read", "truncated"),
     ("floating-point pixels", UNET, start(UNET, both(gone(IMAGE), lambda f: Image.fromarray(np.zeros((64, 64), np.float32)).save(f / "images/train/picture_000.tif"))), "picture_000.tif", "convert them to 8 bits"),
     ("a mask of another size", UNET, start(UNET, picture(MASK, lambda m: m.resize((32, 64)))), f"{MASK}: 32x64 pixels", "a mask belongs to the photograph's own pixels"),
-    ("a mask in colours", UNET, start(UNET, picture(MASK, lambda m: m.convert("RGB"))), f"{MASK}: a colour mask (mode RGB)", "replace each colour by its class id"),
-    ("a mask with transparency", PROTO, start(PROTO, picture(MASK, lambda m: m.convert("RGBA"))), f"{MASK}: a colour mask (mode RGBA)", "replace each colour by its class id"),
+    ("a mask in colours of no class", UNET, start(UNET, picture(MASK, lambda m: colored(m, [[1, 2, 3], *COLORS[1:]]))), f"{MASK}: the colour (1, 2, 3) at", "is in no class of classes.json"),
+    ("a mask in colours without a palette of classes", UPER, start(UPER, both(put("classes.json", '{"classes": ["a", "b", "c"]}'), picture(MASK, colored))), f"{MASK}: a colour mask (mode RGB)", "replace each colour by its class id"),
+    ("a mask with transparency", PROTO, start(PROTO, picture(MASK, lambda m: Image.merge("RGBA", (m, m, m, m)))), f"{MASK}: a colour mask (mode RGBA)", "replace each colour by its class id"),
+    ("a palette mask whose colours were put in another order", M2F, start(M2F, picture(MASK, palette_mask)), f"{MASK} and classes.json: index", "store the masks again with one palette"),
+    ("a mask that is a stack of 3 pages", UNET, start(UNET, stack_of(MASK)), "picture_000.tif: this mask cannot be read", "a stack of 3 pages"),
+    ("a photograph that is a stack of 3 pages", PREDICT, predict(PROTO, stack_of("images/test/picture_200.png"), "images/test"), "picture_200.tif: this image cannot be read", "a stack of 3 pages"),
+    ("photographs of 12 bits in files of 16", UPER, start(UPER, twelve_bits), "uint16 pixels use", "set value_range: [0, 4095] (--value-range 0 4095)"),
+    ("binary masks of 0 and 255", UPER, start(UPER, binary_masks, "--num-classes", "2", "--classes", "two.json"), "all labelled pixels of the training masks are a", "--label-map 0:0,255:1"),
+    ("binary masks of 0 and 255", PROTO, start(PROTO, binary_masks), "all labelled pixels of the training masks are sky", "label_map: 0:0,255:1"),
+    ("masks of numbers that the label map does not have", M2F, start(M2F, None, "--label-map", "0:0,2:1,7:2"), f"{MASK}: value 1 (", "not in the label map"),
+    ("a label map of other classes", UNET, start(UNET, None, "dataset.label_map=0:0,255:1"), "has 2 classes and num_classes=3", "set num_classes to 2"),
+    ("a label map that is none", PROTO, start(PROTO, None, "dataset.label_map=zero"), "label map 'zero'", "VALUE:CLASS pairs such as 0:0,255:1"),
+    ("masks whose names have an ending", UNET, start(UNET, lambda f: [p.rename(p.with_name(f"{p.stem}_mask.png")) for p in (f / "masks").glob("*/*.png")]), "4 of 4 files have no partner", "set mask_suffix: _mask (--mask-suffix _mask)"),
+    ("a value range upside down", M2F, start(M2F, None, "--value-range", "9", "3"), "value_range=[9.0, 3.0]", "[low, high]"),
+    ("a band that a photograph does not have", UNET, start(UNET, None, "dataset.bands=[4, 3, 2]"), f"{IMAGE}: this image has 3 bands", "names others"),
+    ("batch norm on a crop of one cell", UNET, start(UNET, None, "training.batch_size=1", "dataset.image_size=32"), "training.batch_size=1 and dataset.image_size=32", "set training.batch_size=2 or more"),
     ("a 16-bit mask", M2F, start(M2F, picture(MASK, lambda m: Image.fromarray(np.asarray(m).astype(np.uint16)))), f"{MASK}: a mask of more than 8 bits", "store its ids as 8-bit PNG"),
     ("classes that count from 1", UPER, start(UPER, picture(MASK, lambda m: m.point(lambda v: v + 1 if v < 255 else v))), f"{MASK}: value 3", "reduce_zero_label"),
-    ("masks stored as JPEG", UNET, start(UNET, lambda f: [(picture(f"masks/train/{p.name}", lambda m: m.point(lambda v: 20 * v))(f), Image.open(p).save(p.with_suffix(".jpg"), quality=40), p.unlink()) for p in (f / "masks/train").iterdir()]), "picture_000.jpg: values", "store masks as PNG"),
+    ("masks stored as JPEG", UNET, start(UNET, lambda f: [(picture(f"masks/train/{p.name}", lambda m: m.point(lambda v: 20 * v))(f), Image.open(p).save(p.with_suffix(".jpg"), quality=40), p.unlink()) for p in (f / "masks/train").iterdir()]), "picture_000.jpg: a JPEG mask", "store masks as PNG"),
     ("not one pixel labelled", UNET, start(UNET, lambda f: [picture(f"masks/train/{p.name}", lambda m: m.point(lambda v: 255))(f) for p in (f / "masks/train").iterdir()]), "not one pixel of 4 masks is labelled", "check ignore_label"),
     ("a photograph lying on its side (EXIF)", UNET, start(UNET, turned_photo), "picture_000.jpg: EXIF orientation 6", "store it upright"),
     ("a test without a test split", UNET, start(UNET, both(gone("images/test"), gone("masks/test")), "--test-only"), "--test-only", "--resume"),
@@ -747,10 +791,12 @@ PHOTOS = group(
     ("a folder of Cityscapes that is none", PROTO, start(PROTO, None, "dataset.name=cityscapes", "model.num_classes=19", "model.prototype_shape=[19, 8, 1, 1]"), "leftImg8bit/train: no such folder", "download_datasets.py cityscapes"),
     ("a dangling link among the photographs", UNET, start(UNET, link(IMAGE, "nowhere.png")), "masks/train: 1 of 4 files have no partner", "picture_000.png"),
     *((f"a photograph in mode {mode}", PREDICT, predict(UNET, photo_of(mode), "odd.tif" if mode == "CMYK" else "odd.png"), "", outcome, photo_labelled)
-      for mode, outcome in (("I;16", "its upper 8 bits count"), ("CMYK", "as RGB"), ("P", "as RGB"), ("RGBA", "transparent is white"), ("1", "black and white"), ("LA", "transparent is white"))),
+      for mode, outcome in (("I;16", "the full range of 16 bits, or value_range, becomes 0 to 255"), ("CMYK", "as RGB"), ("P", "as RGB"), ("RGBA", "what a PNG says is transparent is white; a fourth band of a TIFF, or of many values, is not shown"), ("1", "black and white"), ("LA", "as RGBA"))),
     ("a photograph of one pixel", PREDICT, predict(UNET, lambda f: Image.new("RGB", (1, 1)).save(f / "odd.png"), "odd.png"), "", "labelled", lambda f, result: Image.open(f / "out/odd.png").size == (1, 1)),
     ("a photograph of 1 x 30 pixels", PREDICT, predict(M2F, lambda f: Image.new("RGB", (30, 1)).save(f / "odd.png"), "odd.png"), "", "labelled", lambda f, result: Image.open(f / "out/odd.png").size == (30, 1)),
-    ("a mask as palette picture", UNET, start(UNET, picture(MASK, palette_mask)), "", "its indices count", lambda f, result: result["miou"] >= 0),
+    ("a mask as palette picture in the colours of the classes", UNET, start(UNET, picture(MASK, lambda m: palette_mask(m, COLORS))), "", "its indices count", lambda f, result: result["miou"] >= 0),
+    ("masks in the colours of the classes", UPER, start(UPER, picture(MASK, colored)), "", "each colour is its class", lambda f, result: True),
+    ("a mask of three equal channels", PROTO, start(PROTO, picture(MASK, lambda m: m.convert("RGB"))), "", "the ids count", lambda f, result: result["miou"] >= 0),
     ("a mask of 1 bit", UNET, start(UNET, lambda f: [picture(f"masks/{p.parent.name}/{p.name}", lambda m: m.point(lambda v: 255 * (v == 1)).convert("1"))(f) for p in f.glob("masks/*/*.png")]), "", "black is class 0, white class 1", lambda f, result: result["miou"] >= 0),
     ("spaces and other alphabets in names", UNET, start(UNET, lambda f: [move(kind, f"mein Stück 漢字/{kind}")(f) for kind in ("images", "masks")], "dataset.root=mein Stück 漢字"), "", "trained", lambda f, result: result["miou"] >= 0),
     ("links to photographs", UNET, start(UNET, both(move(IMAGE, "elsewhere.png"), link(IMAGE, "../../elsewhere.png"))), "", "followed", lambda f, result: result["miou"] >= 0),

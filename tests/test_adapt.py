@@ -61,4 +61,4 @@ def test_the_diff_touches_the_method_alone():
     """The page promises that the run is not in the way: nothing of main is changed, and few lines elsewhere."""
     diff, = re.findall(r"```diff\n(.*?)```", (ROOT / "docs" / "adapt.md").read_text(), re.DOTALL)
     added, removed = (len(re.findall(rf"^{sign}(?![+-]{{2}})", diff, re.MULTILINE)) for sign in (r"\+", "-"))
-    assert added <= 40 and removed <= 50 and "def main" not in diff and "run.track" not in diff
+    assert added <= 40 and removed <= 55 and "def main" not in diff and "run.track" not in diff

@@ -312,18 +312,17 @@ def test_features_are_cached_once_for_both(folder, tmp_path, name):
 
 # -- a process that ends ------------------------------------------------------------------------------------------------
 
-def at_step(name: str, number: int, act, rank: int = 1):
+def at_step(number: int, act, rank: int = 1):
     """A hook: before the given optimiser step of one of the processes, `act` is called."""
     def hook():
-        module, count = importlib.import_module(f"train_{name}"), []
-        step = module.optimizer_step
+        count, step = [], utils.run.optimizer_step
 
         def act_and_step(*arguments):
             count.append(1)
             if len(count) == number and os.environ["RANK"] == str(rank):
                 act()
             step(*arguments)
-        module.optimizer_step = act_and_step
+        utils.run.optimizer_step = act_and_step
     return hook
 
 
@@ -351,7 +350,7 @@ def undisturbed(folder):
 @pytest.mark.parametrize("act", ["error", "kill"])
 def test_one_process_never_waits_for_another_that_has_ended(folder, tmp_path, name, act):
     """Without a launcher that would end it. In each of the scripts the other one says in one line why it ends."""
-    hook = at_step(name, 2, complain if act == "error" else functools.partial(kill_me, signal.SIGKILL))
+    hook = at_step(2, complain if act == "error" else functools.partial(kill_me, signal.SIGKILL))
     pair = start_pair(tiny_run(name, folder), tmp_path / "out", hook=hook)
     codes = [child.wait(120).code for child in pair]
     assert codes == [2, 2 if act == "error" else -9], pair[0].stderr
@@ -380,7 +379,7 @@ def test_evaluation_never_waits_for_a_process_that_has_ended(both, folder, tmp_p
 @pytest.mark.parametrize("name", NAMES)
 def test_sigterm_to_one_process_stops_both_after_the_same_step(folder, undisturbed, tmp_path, name):
     run = tiny_run(name, folder, epochs=3, batch_size=2)
-    pair = start_pair(run, tmp_path / "out", hook=at_step(name, 2, functools.partial(kill_me, signal.SIGTERM)))
+    pair = start_pair(run, tmp_path / "out", hook=at_step(2, functools.partial(kill_me, signal.SIGTERM)))
     assert [child.wait(120).code for child in pair] == [143, 143], pair[0].stderr
     checkpoint = last_checkpoint(tmp_path / "out")
     assert checkpoint["step"] == 2 and all("saved; go on with" in child.stderr for child in pair)
@@ -392,7 +391,7 @@ def test_sigterm_to_one_process_stops_both_after_the_same_step(folder, undisturb
 def test_a_signal_to_the_group_of_a_process_is_not_for_its_loader(folder, tmp_path):
     """torchrun sends it so: a loader process that died of it would break off the step, and with it the checkpoint. (From the parent's hand
     it would leave quietly.)"""
-    hook = at_step("segmentation", 1, lambda: subprocess.run(["kill", "-TERM", "--", f"-{os.getpgid(0)}"]))
+    hook = at_step(1, lambda: subprocess.run(["kill", "-TERM", "--", f"-{os.getpgid(0)}"]))
     pair = start_pair(tiny_run("segmentation", folder, batch_size=1, workers=1), tmp_path / "out", hook=hook)
     assert [child.wait(120).code for child in pair] == [143, 143], pair[1].stderr
     assert last_checkpoint(tmp_path / "out")["step"] == 1

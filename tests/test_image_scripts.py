@@ -296,6 +296,18 @@ def test_test_only_takes_exactly_the_flags_that_are_given(script, data, tmp_path
         script.main(["--resume", "auto", "--test-only", "--device", "cpu", "--output-dir", str(tmp_path / "empty")])
 
 
+def test_validation_can_be_asked_for_when_testing(script, data, tmp_path, capsys):
+    """--validate holds out a tenth of the training images, as it does in training; and data are looked at before a network is loaded."""
+    train(script, data, tmp_path, "--epochs", "1", "--limit-batches", "1")
+    last = ["--resume", str(tmp_path / "model" / "model_last.pth"), "--test-only", "--device", "cpu", "--num-workers", "0"]
+    with pytest.raises(ValueError, match="--val-share 0.1 leaves no validation image of 6"):
+        script.main([*last, "--validate"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "load_model", None)
+        with pytest.raises((ValueError, OSError), match="nowhere"):
+            script.main([*last, "--val-image-paths", "/nowhere/*.png", "--val-mask-paths", "/nowhere/*.png"])
+
+
 def test_without_a_validation_split_nothing_is_scored(script, data, tmp_path):
     train(script, data, tmp_path, "--epochs", "1", "--limit-batches", "1")
     last = str(tmp_path / "model" / "model_last.pth")

@@ -8,7 +8,8 @@ from models.point_networks import network_config
 from models.point_transformer import PointDropPath, build_point_transformer, build_segmenter
 from tests.test_point_rotary import IDENTITY, ROTATING, placed, strong
 from tests.test_point_transformer import CONFIG
-from utils.losses import WeightedLoss
+from train_sonata import compute_loss
+from utils.losses import MaskedCrossEntropyLoss
 
 
 @pytest.fixture(autouse=True)
@@ -54,9 +55,10 @@ def test_a_step_changes_the_updates_and_the_head_alone(config, frozen_eval):
     given = placed()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.01, weight_decay=0.02)
+    criterion = MaskedCrossEntropyLoss()
     for _ in range(2):                                       # A moves once B is no longer zero
         optimizer.zero_grad()
-        WeightedLoss({"ce": 1.0, "lovasz": 1.0})(model(given), given["label"])[0].backward()
+        compute_loss(criterion, model(given), given["label"], criterion.label_weight(given["label"]), 1.0).backward()
         optimizer.step()
     for name, parameter in model.named_parameters():
         trained = ".attn.lora." in name or name.startswith("seg_head.")

@@ -22,6 +22,7 @@ from data.mesh import (
     hold_out,
     prepare_mesh,
     random_rotation,
+    repeated,
     rotation_about_z,
     split_meshes,
 )
@@ -97,8 +98,17 @@ def test_spec_that_cannot_be(settings, message):
         MeshSpec(**settings)
 
 
+def test_repeated_files_come_so_often():
+    files = [Path(f"{name}.obj") for name in ("a_1", "a_2", "b_1")]
+    assert repeated(files, [], 4) == files
+    assert repeated(files, ["b_*"], 3) == [*files, files[2], files[2]]
+    with pytest.raises(ValueError, match="data.repeat: 'c_.' matches none of the 3 training meshes, as 'a_1'"):
+        repeated(files, ["c_*"], 2)
+
+
 @pytest.mark.parametrize("settings, message", [
     ({"scale_range": (0.0, 1.0)}, r"augmentation.scale_range=\[0.0, 1.0\]: expected \[lowest, highest\], both above 0"),
+    ({"size_range": (-1.0, 1.0)}, r"augmentation.size_range=\[-1.0, 1.0\]: expected \[lowest, highest\], both above 0"),
     ({"scale_range": (1.2, 0.8)}, "augmentation.scale_range"), ({"rotation_range": (90.0,)}, "augmentation.rotation_range"),
     ({"noise_std": -0.1}, "augmentation.noise_std"), ({"deformation": -0.1}, "augmentation.deformation"),
     ({"hks_noise": float("nan")}, "augmentation.hks_noise"), ({"flip_probability": 1.1}, "augmentation.flip_probability"),

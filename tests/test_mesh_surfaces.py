@@ -8,13 +8,14 @@ import trimesh
 import data.mesh_surfaces as mesh_surfaces
 from data.mesh import Augmentation, CachedFeatures, MeshDataset, MeshSpec
 from data.mesh_io import list_meshes
-from data.mesh_operators import mesh_operators, plain_signature
+from data.mesh_operators import gradient, laplacian, mesh_operators, plain_signature, vertex_frames
 from data.mesh_surfaces import (
     SurfaceDataset,
     Surfaces,
     SurfaceSpec,
     SurfaceTextureDataset,
     prepare_operators,
+    resized,
     turned,
     vertex_features,
 )
@@ -211,6 +212,44 @@ def test_other_shapes_have_other_operators(folder, settings, tmp_path):
     features = changed["features"]                                               # of the same mesh as the operators
     decay = torch.exp(-changed["operators"].eigenvalues[:, None] * torch.logspace(-2, 0, 16))
     torch.testing.assert_close(features[:, :16], changed["operators"].eigenvectors**2 @ decay, rtol=1e-4, atol=1e-4)
+
+
+def test_resized_operators_are_those_of_the_larger_mesh():
+    vertices, faces, _ = tiny_mesh(1)
+    original = mesh_operators(vertices, faces, 32)
+    larger = resized(original, 1.5)
+    position = 1.5 * original.vertices.astype(np.float64)
+    stiffness, mass = laplacian(position, faces)
+    vectors = larger.eigenvectors.astype(np.float64)
+    np.testing.assert_allclose(larger.mass, mass, rtol=1e-5)
+    np.testing.assert_allclose(vectors.T @ (mass[:, None] * vectors), np.eye(32), atol=1e-5)
+    np.testing.assert_allclose(vectors.T @ (stiffness @ vectors), np.diag(larger.eigenvalues), atol=1e-3)
+    row, column, along_x, along_y = gradient(position, vertex_frames(position, faces), stiffness)
+    assert np.array_equal(larger.gradient_index, np.stack([row, column]))
+    np.testing.assert_allclose(larger.gradient_x, along_x, atol=2e-3)
+    np.testing.assert_allclose(larger.gradient_y, along_y, atol=2e-3)
+    assert np.array_equal(larger.vertices, position.astype(np.float32)) and np.array_equal(larger.normals, original.normals)
+
+
+def test_sizes_are_drawn_from_the_range_and_leave_shape_and_other_draws_alone(folder):
+    plain, resizing = (dataset(folder, augmentation=Augmentation(mode="so3", size_range=ends)) for ends in ((1, 1), (0.5, 2)))
+    factors = []
+    for index in range(6):
+        before, after = plain[index], resizing[index]
+        ratio = after["features"][:, 16:] / before["features"][:, 16:]            # the same rotation
+        factors.append(float(ratio.mean()))
+        torch.testing.assert_close(ratio, torch.full_like(ratio, factors[-1]), rtol=1e-3, atol=0)
+        torch.testing.assert_close(after["operators"].mass, before["operators"].mass * factors[-1] ** 2)
+        decay = torch.exp(-after["operators"].eigenvalues[:, None] * torch.logspace(-2, 0, 16))
+        torch.testing.assert_close(after["features"][:, :16], after["operators"].eigenvectors**2 @ decay, rtol=1e-4, atol=1e-4)
+    assert 0.5 < min(factors) < 0.9 and 1.1 < max(factors) < 2
+    views = dataset(folder, views=2, augmentation=Augmentation(size_range=(0.5, 2.0)))
+    assert same(views[1], views[0])                                              # never in evaluation
+
+
+def test_clusters_of_faces_have_no_size(folder):
+    with pytest.raises(ValueError, match="augmentation.size_range is for model.encoder: diffusion_net"):
+        MeshDataset(list_meshes(folder), folder, MeshSpec(), 3, augmentation=Augmentation(size_range=(0.5, 2.0)))
 
 
 @pytest.mark.parametrize("name, value", [("hks_noise", 0.1), ("recluster", True), ("cluster_dropout", 0.1)])

@@ -24,6 +24,8 @@ from data.points import (
     write_cloud,
     write_ply,
 )
+from utils.array_file import save_checked
+from utils.files import replacing
 from utils.losses import IGNORE_INDEX
 
 PLAIN = PointSpec(grid_size=0.25)
@@ -377,7 +379,8 @@ def test_missing_normals_and_colours(tmp_path):
     assert (dataset.cloud(0)["normal"][:, 2] > 0.99).all() and (dataset.cloud(0)["color"] == 0).all()
     assert [word in " ".join(dataset.messages) for word in ("estimated from neighbours", "no colors (black; expect worse")] == [True] * 2
     entry, = (tmp_path / "cache").glob("normals_*.npy")
-    np.save(entry, np.full((200, 3), 0.5, np.float32))                                   # the cache is used ...
+    with replacing(entry) as stored:                                                     # the cache is used ...
+        save_checked(stored, np.full((200, 3), 0.5, np.float32))
     assert (PointDataset([file], PLAIN, 1, cache_dir=tmp_path / "cache").cloud(0)["normal"] == 0.5).all()
     entry.write_bytes(b"cut")                                                            # ... and repaired
     assert (PointDataset([file], PLAIN, 1, cache_dir=tmp_path / "cache").cloud(0)["normal"][:, 2] > 0.99).all()

@@ -13,7 +13,8 @@ from utils.cli import ArgumentParser, StopRequested
 from utils.config import Config
 from utils.ema import EMA
 from utils.log import read_log
-from utils.run import Run, add_run_flags, headline
+from utils.metrics import headline
+from utils.run import Run, add_run_flags
 from utils.training import build_loader, micro_steps
 
 SCRIPT = "train_tiny.py"
@@ -168,7 +169,36 @@ def test_testing_needs_a_checkpoint(tmp_path):
         Run(flags(tmp_path, "--test-only"), SCRIPT, DEFAULTS)
     with pytest.raises(ValueError, match="there is no checkpoint in"):
         Run(flags(tmp_path, "--test-only", "--resume", "auto"), SCRIPT, DEFAULTS)
-    assert Run(flags(tmp_path, "--test-only"), SCRIPT, DEFAULTS, needs_checkpoint=False).checkpoint is None
+    assert Run(flags(tmp_path, "--test-only"), SCRIPT, DEFAULTS, needs_checkpoint=None).checkpoint is None
+
+
+def test_an_entry_that_the_checkpoint_lacks_is_named(tmp_path, monkeypatch):
+    train(tmp_path)
+    path = tmp_path / "model" / "model_last.pth"
+    checkpoint = {**torch.load(path, weights_only=True), "ema": None}
+    torch.save(checkpoint, path)
+    with pytest.raises(ValueError, match="has no entry 'ema'"):
+        train(tmp_path, "--resume", "auto")
+
+
+def test_the_loss_is_among_the_terms(tmp_path):
+    run = Run(flags(tmp_path), SCRIPT, DEFAULTS)
+    with pytest.raises(AssertionError, match="terms need the loss"):
+        run.backward(torch.ones((), requires_grad=True), {"square": torch.ones(())})
+
+
+def test_breaking_out_of_the_steps_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(Run, "end_epoch", lambda *more, **others: None)
+    original = Run.steps
+
+    def one_step(self, loader):
+        for micro_batches in original(self, loader):
+            yield micro_batches
+            return
+
+    monkeypatch.setattr(Run, "steps", one_step)
+    with pytest.raises(AssertionError, match="has to go through run.steps to its end"):
+        train(tmp_path)
 
 
 def test_weights_that_come_from_another_file_are_left_out(tmp_path):

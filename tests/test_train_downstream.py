@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import trimesh
 import yaml
 
 import data.mesh_io as mesh_io
@@ -283,6 +284,22 @@ def test_every_reader_has_the_same_loss_and_views(config, data, tmp_path):
         evaluate.main([str(checkpoint), "--device", "cpu", "--output-dir", str(checkpoint / "below")])
 
 
+def test_pooled_planes_have_one_label_in_every_reader(config, tmp_path):
+    train(config, tmp_path / "run", "evaluation.pool_planes=1")
+    last = str(tmp_path / "run" / "model" / "model_last.pth")
+    box = trimesh.creation.box().subdivide().subdivide()
+    (tmp_path / "boxes").mkdir()
+    write_obj(tmp_path / "boxes" / "box.obj", np.array(box.vertices), np.array(box.faces))
+    side = np.unique(np.round(box.face_normals).astype(int), axis=0, return_inverse=True)[1].ravel()
+    (tmp_path / "boxes" / "box.txt").write_text("\n".join(map(str, side % 3)) + "\n")
+    label, = predict.main([last, str(tmp_path / "boxes" / "box.obj"), "--output", str(tmp_path / "out"), "--device", "cpu"]).values()
+    assert [len(np.unique(label[side == s])) for s in range(6)] == [1] * 6
+    score = ["--data-dir", str(tmp_path / "boxes"), "--device", "cpu", "--output-dir", str(tmp_path / "score")]
+    assert evaluate.main([last, *score])["overall_accuracy"] == pytest.approx((label == side % 3).mean())
+    split = evaluate.main([last, "evaluation.pool_planes=0", *score])["overall_accuracy"]
+    assert round(192 * split) % 32 != 0                                          # sides of 32 faces have several labels
+
+
 def test_epochs_without_evaluation_are_logged_and_saved(config, tmp_path):
     train(config, tmp_path / "run", "training.epochs=3", "evaluation.interval=3", "checkpointing.save_interval=1")
     assert {path.name for path in (tmp_path / "run" / "model").glob("checkpoint_*")} == {f"checkpoint_epoch_{e}.pth" for e in (1, 2, 3)}
@@ -374,10 +391,11 @@ def test_early_stopping(config, tmp_path, capsys):
     assert "stopped early" in capsys.readouterr().out
 
 
-def test_the_documents_keys_are_understood(data, tmp_path):
+def test_the_documents_keys_are_understood(data, tmp_path, monkeypatch):
     path = tmp_path / "document.yaml"
     path.write_text(DOCUMENT.replace(": M", f": {data / 'train'}").replace(": V", f": {data / 'val'}").replace("OUT", str(tmp_path)))
-    train(str(path), tmp_path / "run", f"paths.cache_dir={data / 'cache'}", "logging.tensorboard=true")
+    monkeypatch.chdir(tmp_path)
+    train_downstream.main([str(path), "--device", "cpu", "--num-workers", "0", f"paths.cache_dir={data / 'cache'}", "logging.tensorboard=true"])
     assert (tmp_path / "weights" / "model_best.pth").is_file() and (tmp_path / "logs" / "log.jsonl").is_file()
     assert list((tmp_path / "logs").glob("events.out.tfevents.*"))
 
@@ -502,9 +520,9 @@ def test_command_line(config, tmp_path):
 RESUME_DRIVER = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-import train_downstream
+import train_downstream, utils.run
 from utils.cli import StopRequested
-train_downstream.cleanup = lambda: None                                            # three runs in one process group
+utils.run.cleanup = lambda: None                                                   # three runs in one process group
 update, count = train_downstream.EMA.update, []
 def update_and_kill(self, model):
     count.append(1)

@@ -18,6 +18,7 @@ import evaluate
 import predict
 import train_segmentation
 import utils.run
+from data import image_splits
 from data.image_splits import check_counts
 from data.images import Augmentation
 from models.resnet import ENCODERS
@@ -163,9 +164,9 @@ def test_every_key_of_the_documents_example_does_what_it_says(tmp_path, monkeypa
     monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda p, norm: seen["clip"].append(norm) or clip(p, norm))
     monkeypatch.setattr(SCRIPT, "EarlyStopping", lambda *a: seen["stop"].append(a) or EarlyStopping(*a))
     monkeypatch.setattr(utils.run, "CheckpointKeeper", lambda *a: seen["keep"].append(a[1:]) or CheckpointKeeper(*a))
-    load, dataset = SCRIPT.load_pretrained, SCRIPT.SegmentationDataset
+    load, dataset = SCRIPT.load_pretrained, image_splits.SegmentationDataset
     monkeypatch.setattr(SCRIPT, "load_pretrained", lambda model, config: seen["model"].append(model) or load(model, config))
-    monkeypatch.setattr(SCRIPT, "SegmentationDataset", lambda *a: seen["data"].append(a) or dataset(*a))
+    monkeypatch.setattr(image_splits, "SegmentationDataset", lambda *a, **more: seen["data"].append(a) or dataset(*a, **more))
     # as written, but for a smaller picture and two steps of one epoch each
     sizes = ["dataset.image_size=[32, 48]", "augmentations.random_crop.size=[32, 40]"]
     result = SCRIPT.main(["--config", "seg.yaml", "training.epochs=2", *sizes, "--device", "cpu", "--pretrained_path", "resnet34.pth"])

@@ -80,6 +80,15 @@ def test_totals_where_there_is_no_float64(monkeypatch):
     assert totals.terms["loss"].dtype is torch.float32 and totals.means() == {"loss": 0.25}
 
 
+def test_restored_totals_go_on_where_there_is_no_float64(monkeypatch):
+    monkeypatch.setattr(utils.training, "widest_dtype", lambda device: torch.float32)
+    totals = Totals(device="meta")
+    totals.load_state_dict({"terms": {"loss": 2.0}, "steps": 1})
+    totals.collect({"loss": torch.zeros((), device="meta")})
+    totals.end_step()
+    assert totals.terms["loss"].dtype is torch.float32 and totals.terms["loss"].device.type == "meta"
+
+
 def test_sums_of_a_long_epoch_stay_exact():
     totals = Totals()
     for _ in range(20_000):

@@ -1,18 +1,22 @@
 """Checkpoints: plain types, written whole or not at all, checked when read; the run folder; which files to keep."""
 
 import contextlib
+import itertools
 import math
 import os
+import pickletools
 import re
 import shutil
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
 from utils.checks import check_names
+from utils.files import replacing
 from utils.weights import read_torch_file
 
 FORMAT = "segheads-1"
@@ -38,6 +42,10 @@ class RunFolder:
         self.model = Path(checkpoint_dir) if checkpoint_dir else self.root / "model"
         self.log = Path(log_dir) if log_dir else self.root / "log"
         self.config = self.root / "config"
+
+    def check_writable(self) -> None:
+        """See check_writable."""
+        check_writable(self.model, self.log, self.config)
 
     def create(self) -> "RunFolder":
         """Make the folders where they do not exist yet; returns self."""
@@ -73,27 +81,16 @@ def save_checkpoint(path: str | Path, *, script: str, config: Mapping, class_nam
 
 
 @contextlib.contextmanager
-def _replacing(path: Path):
-    """Opens a file of a temporary name beside `path`; on success flushes it to the disk and renames it to `path`."""
-    temporary = path.with_name(path.name + ".tmp")
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    """utils.files.replacing, onto the disk, with an error that says what became of the file."""
     try:
-        try:
-            with open(temporary, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        if os.name == "posix":                     # so that the new name survives a power cut, too
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+        with replacing(path, sync=True) as file:
+            yield file
     except (OSError, RuntimeError) as error:       # torch hides the OSError of a full disk behind one of its own
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
-        raise OSError(f"{path}: not written ({cause}); an older file there is intact") from error
+        raise OSError(f"{path}: not written ({cause.strerror or cause}); an older file there is intact") from error
 
 
 def _plain(value: Any, where: str = "") -> Any:
@@ -161,6 +158,13 @@ def load_checkpoint(path: str | Path, script: str | None = None, map_location: A
     return checkpoint
 
 
+def entry_of(checkpoint: Mapping, name: str, path: object) -> Any:
+    """checkpoint[name]; ValueError where it has none, as one of an earlier version of a script."""
+    if checkpoint.get(name) is None:
+        raise ValueError(f"{path} has no entry {name!r}, which this run keeps; start afresh in another --output-dir")
+    return checkpoint[name]
+
+
 def find_resume(resume: str | Path | None, model_dir: str | Path,
                 script: str | None = None) -> tuple[Path | None, list[str]]:
     """Which checkpoint `--resume` means (None: a fresh start), and the lines to tell the user about the choice.
@@ -201,6 +205,42 @@ def find_resume(resume: str | Path | None, model_dir: str | Path,
     return None, [f"--resume auto: no checkpoint in {folder} yet, starting afresh"]
 
 
+def written_by(path: Path) -> str | None:
+    """The script that wrote a checkpoint, from its first bytes; None for other files, and for damaged ones."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+            with archive.open(name) as file:
+                head = file.read(1 << 12)          # {"format": FORMAT, "script": ...}; nothing in it is executed
+        texts = (value for code, value, _ in pickletools.genops(head) if code.name.endswith("BINUNICODE"))
+        written, key, script = itertools.islice((text for text in texts if text != "format"), 3)
+    except (OSError, ValueError, StopIteration, zipfile.BadZipFile, RuntimeError):
+        return None
+    return script if (written, key) == (FORMAT, "script") else None
+
+
+def check_folder(folder: Path, script: str, advice: str, experiment: str | None = None) -> None:
+    """ValueError where checkpoints of another script, or of an `experiment` of another name, lie in a run's folder:
+    the run would write over them, or move them away. advice: which flag names another folder."""
+    others: dict[str, list[str]] = {}
+    for path in sorted(folder.glob("*.pth")):
+        writer = written_by(path)
+        if writer is not None and Path(writer).stem != Path(script).stem:
+            others.setdefault(writer, []).append(path.name)
+    if others:
+        shown = "; ".join(f"{writer} ({', '.join(names[:4])}{' ...' if len(names) > 4 else ''})"
+                          for writer, names in others.items())
+        raise ValueError(f"{folder}: holds checkpoints of {shown}, and this is {Path(script).stem}.py; {advice}")
+    last = folder / "model_last.pth"
+    found = None
+    if experiment is not None and written_by(last) is not None:
+        with contextlib.suppress(ValueError):      # damaged: --resume says so
+            found = load_checkpoint(last, script, map_location="meta")["config"].get("experiment_name")
+    if found not in (None, experiment):
+        raise ValueError(f"{folder}: holds checkpoints of the experiment {found!r}, and this is {experiment!r}; "
+                         f"{advice}")
+
+
 def _number(path: Path) -> int:
     return int(re.findall(r"\d+", f"-1 {path.stem}")[-1])
 
@@ -223,6 +263,7 @@ class CheckpointKeeper:
         self.sign = _sign(mode)
         self.best_score: float | None = None
         self.best_epoch: int | None = None
+        self.counted = "epoch"                     # what the state's `epoch` counts
         self.top: list[list] = []                  # [score, epoch], best first
         self._state, self._key, self._files = None, None, []   # the last state, its version, and the files that hold it
 
@@ -236,8 +277,8 @@ class CheckpointKeeper:
         return best
 
     def best(self) -> str:
-        """For the log: the best score and its epoch."""
-        return "none" if self.best_score is None else f"{self.best_score:.4f} (epoch {self.best_epoch})"
+        """For the log: the best score and when it was reached."""
+        return "none" if self.best_score is None else f"{self.best_score:.4f} ({self.counted} {self.best_epoch})"
 
     def save_last(self, state: dict) -> None:
         """Write model_last.pth."""

@@ -10,6 +10,7 @@
 """
 
 import argparse
+import contextlib
 import io
 import os
 import re
@@ -46,6 +47,14 @@ class AtLeast(NamedTuple):
         if not value >= self.low:                              # NaN too
             raise argparse.ArgumentTypeError(f"expected a number from {self.low}, got {text}")
         return value
+
+
+class Given(argparse.Action):
+    """A flag that remembers, as NAME_given, that it stands on the command line, whatever its value."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        setattr(namespace, self.dest, values)
+        setattr(namespace, f"{self.dest}_given", True)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -160,11 +169,15 @@ class StopRequested(Exception):
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM where no StopSignal takes it, or a second time."""
+    """SIGTERM or SIGHUP where no StopSignal takes it, or SIGTERM a second time."""
+
+    def __init__(self, message: str = "", signum: int = signal.SIGTERM):
+        super().__init__(*([message] if message else []))
+        self.signum = int(signum)
 
 
 class StopSignal:
-    """Context manager that turns Ctrl-C and SIGTERM into a request to stop after the current step.
+    """Context manager that turns Ctrl-C, SIGTERM and SIGHUP into a request to stop after the current step.
 
         with StopSignal() as stop:
             for batch in loader:
@@ -174,17 +187,20 @@ class StopSignal:
 
     The first signal sets `requested` and prints one line. A second puts the previous handlers back and raises
     KeyboardInterrupt (SIGTERM: Terminated). Outside the main thread, where Python allows no handlers, it does nothing.
+    SIGHUP, with which a terminal closes and an ssh session ends, is never a second signal nor followed by one: it comes
+    twice, from the shell and from the system, or together with SIGTERM. Where it is ignored (nohup) it stays so.
     """
 
     def __init__(self):
         self.requested: int | None = None
+        self._asked = False                                    # by the user: Ctrl-C, SIGTERM
         self._previous: dict[int, Any] = {}
         self._process = 0
 
     def __enter__(self) -> "StopSignal":
         self._process = os.getpid()
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, *hangup()):
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -199,23 +215,74 @@ class StopSignal:
                 signal.signal(signum, signal.SIG_DFL)
                 os.kill(os.getpid(), signum)
             return
-        if self.requested is not None:
+        if self._asked and signum not in hangup():
             self.__exit__()
             raise (Terminated if signum == signal.SIGTERM else KeyboardInterrupt)(
                 "aborted within a step; --resume auto goes on from the last checkpoint")
+        self._asked |= signum not in hangup()
+        if self.requested is not None:
+            return
         self.requested = signum
         # os.write: print() may not be entered again from a handler that interrupted it.
-        os.write(2, f"{signal.Signals(signum).name}: finishing the step, then saving; again to abort\n".encode())
+        with contextlib.suppress(OSError):                     # the terminal has gone
+            os.write(2, f"{signal.Signals(signum).name}: finishing the step, then saving; again to abort\n".encode())
+
+
+def hangup() -> tuple[int, ...]:
+    """SIGHUP, where the system has it and it is not ignored."""
+    number = getattr(signal, "SIGHUP", None)
+    return () if number is None or signal.getsignal(number) is signal.SIG_IGN else (number,)
+
+
+class Output(io.TextIOBase):
+    """stdout or stderr of a run that goes on without it: what cannot be written any more (a pipe whose reader has
+    ended, a terminal that was closed, a full disk) is dropped, and `gone` says why. Everything else is the stream's."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        self.gone: str | None = None
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self._attempt(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(self.stream.flush)
+
+    def isatty(self) -> bool:
+        return self.gone is None and self.stream.isatty()
+
+    def fileno(self) -> int:
+        return self.stream.fileno()
+
+    @property
+    def encoding(self) -> str:
+        return self.stream.encoding
+
+    def _attempt(self, action: Callable[[], Any]) -> None:
+        if self.gone is not None:
+            return
+        try:
+            action()
+        except OSError as error:
+            self.gone = error.strerror or str(error)
+            with contextlib.suppress(OSError):             # what is left in buffers goes nowhere
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self.stream.fileno())
+                os.close(nowhere)
 
 
 def run_main(main: Callable[[], Any]) -> None:
     """Call `main()` and turn what a user can cause and mend into one `error: ...` line on stderr.
 
     ValueError, OSError (a missing file, a full disk), FloatingPointError (the run diverged), memory used up: exit 2.
-    StopRequested: prints its message, exit 130 (Ctrl-C) or 143 (SIGTERM). So do Ctrl-C and SIGTERM where no StopSignal
-    takes them, such as while data are prepared; under torchrun, which ends its other processes by SIGTERM, that one
-    keeps its effect. Everything else is a bug and keeps its traceback, exit 1; so do all errors where --debug is on
-    the command line.
+    StopRequested: prints its message, exit 130 (Ctrl-C), 143 (SIGTERM) or 129 (SIGHUP). So do these signals where no
+    StopSignal takes them, such as while data are prepared; under torchrun, which ends its other processes by SIGTERM,
+    SIGTERM and SIGHUP keep their effect. Everything else is a bug and keeps its traceback, exit 1; so do all errors
+    where --debug is on the command line. What cannot be printed any more is dropped (see Output).
 
     One of several processes (torchrun's WORLD_SIZE) leaves at once, whatever happened: what libraries do at the end of
     Python can wait there for another process, which may be gone or wait for this one.
@@ -242,27 +309,34 @@ def _run(main: Callable[[], Any]) -> None:
     def terminate(signum, frame):
         if os.getpid() != process:                 # a forked worker
             os._exit(128 + signum)
-        raise Terminated
+        if signum in hangup():                     # it comes twice, from the shell and from the system
+            signal.signal(signum, signal.SIG_IGN)
+        raise Terminated(signum=signum)
 
     alone = threading.current_thread() is threading.main_thread() and "WORLD_SIZE" not in os.environ
-    previous = signal.signal(signal.SIGTERM, terminate) if alone else None
-    for stream in (sys.stdout, sys.stderr):                # names that the terminal cannot show are no reason to stop
+    previous = {number: signal.signal(number, terminate) for number in (signal.SIGTERM, *hangup()) if alone}
+    streams = sys.stdout, sys.stderr
+    for stream in streams:                                 # names that the terminal cannot show are no reason to stop
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    sys.stdout, sys.stderr = (stream and Output(stream) for stream in streams)
     try:
         main()
     except StopRequested as stop:
         _leave(128 + stop.signum, stop.message or "stopped")
     except KeyboardInterrupt as stop:
         again = f"stopped with nothing to save; start again with: {shlex.join(['python', *sys.argv])}"
-        _leave(143 if isinstance(stop, Terminated) else 130, str(stop) or again)
+        _leave(128 + getattr(stop, "signum", signal.SIGINT), str(stop) or again)
     except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
         if "--debug" in sys.argv or not (message := user_message(error)):
             raise
         _leave(2, f"error: {printable(message)}")
     finally:
-        if alone:
-            signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
+        sys.stdout, sys.stderr = streams
+        for number, handler in previous.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def user_message(error: BaseException) -> str | None:

@@ -45,6 +45,24 @@ class Required(NamedTuple):
 REQUIRED = Required(tuple(TYPE_NAMES))                         # required, of any type
 
 
+def command_line_wins(config: Mapping, args: Any, *names: str) -> None:
+    """Take folders that the config names (section.key) out of it where the command line says where the run goes, by
+    --output-dir or experiment_name=..., unless it names them as well; args.notes are lines for the log. ValueError
+    where it says both."""
+    given = [text.partition("=")[0] for text in args.overrides]
+    ways = ["--output-dir"] * getattr(args, "output_dir_given", False)
+    ways += ["experiment_name"] * ("experiment_name" in given)
+    if len(ways) > 1:
+        raise ValueError("--output-dir and experiment_name both name the run folder; give one of them")
+    args.notes = []
+    for name in names if ways else ():
+        section, key = name.split(".")
+        folder = config[section][key]
+        if folder is not None and name not in given:
+            args.notes.append(f"{name}: {folder} of the config is not used, because {ways[0]} is on the command line")
+            config[section][key] = None
+
+
 class Config(dict):
     """A dict whose keys are attributes too, in all dicts below it (not those in lists): config.model.embed_dim.
 

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from utils.checks import did_you_mean, nearest, show
+from utils.files import replacing
 
 MAX_BYTES = 1_000_000       # a settings file has a few kB; more is the wrong file
 TOO_DEEP = "nested too deep for settings; is it the wrong file?"
@@ -82,12 +83,8 @@ def read_yaml(text: str) -> Any:
 def write_yaml(data: Mapping, path: str | os.PathLike) -> None:
     """Write a mapping of plain values, in its own order. The old file stays until the new one is complete."""
     text = yaml.dump(to_plain(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
-    temporary = Path(f"{path}.tmp")         # the same for each process, so that a killed one leaves nothing for good
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path, text=True) as file:
+        file.write(text)
 
 
 def to_plain(value: Any) -> Any:

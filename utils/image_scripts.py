@@ -1,5 +1,5 @@
-"""What scripts on photographs share and no reader of a method needs: the flags of those without a config file, the
-frozen backbone and its features, scoring, labelling and drawing photographs.
+"""Plumbing shared by the scripts on photographs: the flags of those without a config file, the frozen backbone and its
+features, scoring, labelling and drawing photographs.
 
 This module stands above data/ and models/; only scripts import it. Scoring and labelling serve any network with
 `scores(image)`: normalised images (B, 3, H, W) whose sides are multiples of `multiple` -> (B, C, H, W). What they need
@@ -20,8 +20,16 @@ from torch import Tensor, nn
 
 from data.feature_cache import CachedTaps
 from data.image_results import example_pair, write_image_result
-from data.image_splits import checked_dataset, read_classes, split_pairs
-from data.images import Augmentation, SegmentationDataset, read_image
+from data.image_splits import (
+    check_file_settings,
+    checked_dataset,
+    given_pairs,
+    label_map_of,
+    read_classes,
+    split_pairs,
+)
+from data.images import Augmentation, SegmentationDataset
+from data.photos import PhotoFormat, photo_doubts, photo_format, read_image
 from models.dinov3 import FrozenBackbone, backbone_name
 from models.dinov3_weights import load_backbone, restore_backbone
 from utils.checks import check_positive, check_range
@@ -30,8 +38,8 @@ from utils.config import Config
 from utils.device import autocast
 from utils.distributed import main_first, unwrap
 from utils.image_inference import TTA_SCALES, View, evaluate_images, pad_to_multiple, resized_shape, segment_image
-from utils.metrics import metrics_table
-from utils.run import Run, headline
+from utils.metrics import headline, metrics_table
+from utils.run import Run
 
 FREE_ON_RESUME = ("training.batch_size", "training.log_interval", "training.save_interval", "model.backbone_weights",
                   "data.val_image_paths", "data.val_mask_paths", "data.test_image_paths", "data.test_mask_paths",
@@ -51,10 +59,18 @@ def add_photo_flags(parser: ArgumentParser) -> None:
                       help="without --val-image-paths: share of the training images held out (0.1 with --validate)")
     data.add_argument("--test-image-paths", nargs="+", metavar="PATH", help="read by --test-only and evaluate.py alone")
     data.add_argument("--test-mask-paths", nargs="+", metavar="PATH")
+    data.add_argument("--mask-suffix", nargs="+", metavar="TEXT",
+                      help="what masks' names have behind the images': _mask")
     data.add_argument("--num-classes", type=AtLeast(1), default=150)
     data.add_argument("--classes", metavar="FILE", help='class names and colours: {"classes": [...], "palette": [...]}')
     data.add_argument("--ignore-label", type=int, default=255, help="the masks' value for unlabelled")
     data.add_argument("--reduce-zero-label", action="store_true", help="0 is unlabelled too, classes count from 1")
+    data.add_argument("--label-map", metavar="PAIRS|FILE",
+                      help="classes of the masks' numbers: 0:0,255:1,4:ignore, or a .json or .yaml file with names")
+    data.add_argument("--value-range", nargs="+", type=float, metavar="VALUE",
+                      help="LOW HIGH: black and white of images of more than 8 bits; default: the range of their type")
+    data.add_argument("--bands", nargs="+", type=int, metavar="N",
+                      help="the three that the network sees, from 1; default: the first three")
     data.add_argument("--image-size", type=AtLeast(64), default=512, help="side of a training crop, a multiple of 32")
     data.add_argument("--augment", choices=("crops", "windows"), default="crops",
                       help="crops: random scale, crop, flip, colours; windows: fixed views, every pixel once an epoch")
@@ -92,7 +108,9 @@ def check_flags(config: Config) -> None:
     check_range("--val-share", data.val_share, 0, 0.5)
     check_range("--ignore-label", data.ignore_label, 0, 255)
     check_positive("--lr", config.training.lr)
-    if data.ignore_label < data.num_classes + data.reduce_zero_label:
+    data |= {key: data[key] or [] for key in ("mask_suffix", "value_range", "bands")}
+    check_file_settings(data, data.num_classes)
+    if not data.label_map and data.ignore_label < data.num_classes + data.reduce_zero_label:
         raise ValueError(f"--ignore-label {data.ignore_label} is one of the {data.num_classes} classes in the masks; "
                          f"for masks that mean unlabelled by 0, use --reduce-zero-label")
     view = evaluation_view(config)
@@ -110,8 +128,8 @@ def check_flags(config: Config) -> None:
 
 
 def tested_config(checkpoint: dict, config: Config, given: set[str]) -> Config:
-    """The checkpoint's config under the flags that are `given`, also written back into the checkpoint; ValueError for a
-    flag that would make it another network."""
+    """The checkpoint's config under the flags that are `given`, class names and colours also in the checkpoint;
+    ValueError for a flag that would make it another network."""
     stored = checkpoint["config"]
     for key in config.model:
         if key in given and key != "backbone_weights" and config.model[key] != stored["model"][key]:
@@ -125,12 +143,16 @@ def tested_config(checkpoint: dict, config: Config, given: set[str]) -> Config:
     return Config(stored)
 
 
-def score_split(run: Run, model: nn.Module, given: set[str], source: object) -> dict:
-    """--test-only: print the scores of the model from `source` on the test split, or on validation where there is none
-    or it alone is among the flags that are `given`; returns the single numbers."""
+def tested_split(run: Run, config: Config, given: set[str]) -> tuple[str, SegmentationDataset]:
+    """What --test-only scores: the test split, or validation where there is none or it alone is among the flags that
+    are `given`."""
     asked_for_val = "val_image_paths" in given and "test_image_paths" not in given
-    split = "test" if has_test_photos(model.config) and not asked_for_val else "val"
-    dataset = build_dataset(model.config, split, num_workers=run.args.num_workers)
+    split = "test" if has_test_photos(config) and not asked_for_val else "val"
+    return split, build_dataset(config, split, num_workers=run.args.num_workers)
+
+
+def score_split(run: Run, model: nn.Module, split: str, dataset: SegmentationDataset, source: object) -> dict:
+    """--test-only: print the scores of the model from the file `source`; returns the single numbers."""
     result = evaluate_photos(model, dataset, run.device, run.amp_dtype, num_workers=run.args.num_workers,
                              limit_batches=run.args.limit_batches)
     run.report(f"{source} on the {split} split:", metrics_table(result["metrics"], model.class_names))
@@ -156,10 +178,7 @@ def build_dataset(config: Config, split: str, seed: int = 0, data_dir: str | Non
                   num_workers: int = 2) -> SegmentationDataset:
     """The training views, or whole photographs of val, test or `data_dir` with masks in `label_dir`."""
     if data_dir is not None:
-        if label_dir is None:
-            raise ValueError("--label-dir is needed: the folder of the masks of --data-dir")
-        pairs = split_pairs({**config.data, "val_image_paths": [data_dir], "val_mask_paths": [label_dir]}, "val")
-        return checked_dataset(config.data, pairs, num_workers)[0]
+        return checked_dataset(config.data, given_pairs(data_dir, label_dir, config.data), num_workers)[0]
     pairs = split_pairs(config.data, split)
     if split != "train":
         return checked_dataset(config.data, pairs, num_workers)[0]
@@ -186,7 +205,8 @@ def cache_features(dataset: SegmentationDataset, backbone: FrozenBackbone, devic
                    amp_dtype: torch.dtype | None, folder: str, batch_size: int,
                    num_workers: int) -> tuple[CachedTaps, str]:
     """The training set with the backbone's features in its items, see CachedTaps, and a line for the log."""
-    key = f"{backbone.sha256()} {backbone.taps} {backbone.mean} {backbone.std} {device.type} {amp_dtype}"
+    key = (f"{backbone.sha256()} {backbone.taps} {backbone.mean} {backbone.std} {device.type} {amp_dtype}"
+           f"{reading_key(dataset)}")
     started = time.monotonic()
     with main_first():
         cached = CachedTaps(dataset, lambda image: backbone(backbone.normalize(image.to(device))), key, folder,
@@ -194,6 +214,12 @@ def cache_features(dataset: SegmentationDataset, backbone: FrozenBackbone, devic
     return cached, (f"cached features: {len(cached)} views {'read from' if cached.was_stored else 'embedded into'} "
                     f"{cached.path} ({cached.path.stat().st_size / 2**20:.0f} MiB) in {time.monotonic() - started:.1f} "
                     f"s; the backbone does not run again")
+
+
+def reading_key(dataset: SegmentationDataset) -> str:
+    """What cached features depend on besides the files: how they are read, "" where nothing is set."""
+    photos = "" if dataset.photos == PhotoFormat() else f" {dataset.photos}"
+    return f"{photos}{dataset.masks.key()}{' colours' if dataset.masks.as_colors else ''}"
 
 
 def prepare(batch: dict, backbone: FrozenBackbone, device: torch.device) -> tuple[Tensor, list[Tensor], Tensor]:
@@ -205,8 +231,8 @@ def prepare(batch: dict, backbone: FrozenBackbone, device: torch.device) -> tupl
 
 def describe_data(train_set: SegmentationDataset | CachedTaps, val_set: SegmentationDataset | None) -> str:
     """A line for the log."""
-    line = f"{len(train_set.files)} training and {len(val_set.files) if val_set else 0} validation images, " \
-           f"{len(train_set)} views an epoch"
+    validation = 0 if val_set is None else len(val_set.files)
+    line = f"{len(train_set.files)} training and {validation} validation images, {len(train_set)} views an epoch"
     if val_set is None:
         line += "\nno validation during training: --validate is not given, and no model_best.pth will be written"
     return line
@@ -219,7 +245,8 @@ def attach(model: nn.Module, config: Config, class_names: list[str], palette: np
            backbone: FrozenBackbone | None = None) -> None:
     """Give a network what scoring and labelling need besides its weights, as attributes of these names.
 
-    palette (C, 3) uint8. masks: the section of config with ignore_label and reduce_zero_label. normalize: image
+    palette (C, 3) uint8. masks: the section of config with ignore_label, label_map and what else
+    says how files are read. normalize: image
     (B, 3, H, W) uint8 -> what the network takes. refine: see segment_image. backbone: a frozen one that `scores` runs.
     """
     model.config = config
@@ -258,13 +285,15 @@ def evaluate_photos(model: nn.Module, dataset: SegmentationDataset, device: torc
 
 def label_photo(model: nn.Module, path: str | Path, amp_dtype: torch.dtype | None = None) -> dict:
     """Label a photograph: label (H, W) int64 and confidence (H, W) at its own size (as displayed: an EXIF orientation
-    is applied), and the photograph itself."""
+    is applied), the photograph itself, and doubts, warnings of what may be read wrongly."""
     device = next(model.parameters()).device
-    photo = read_image(path, exif=True)
+    photos = photo_format(model.masks)
+    photo = read_image(path, exif=True, photos=photos)
     image = torch.from_numpy(np.array(photo)).permute(2, 0, 1).to(device)                   # (3, H, W) uint8
     result = segment_image(score_function(model, device, amp_dtype), model.normalize, image, model.view,
                            refine=model.refine)
-    return {"label": result["label"].cpu().numpy(), "confidence": result["confidence"].cpu().numpy(), "photo": photo}
+    return {"label": result["label"].cpu().numpy(), "confidence": result["confidence"].cpu().numpy(), "photo": photo,
+            "doubts": photo_doubts(path, photos)}
 
 
 def write_photo_label(model: nn.Module, path: Path, prediction: dict, stem: Path, options) -> list[Path]:
@@ -280,7 +309,8 @@ def write_photo_label(model: nn.Module, path: Path, prediction: dict, stem: Path
         features = taps[-1][0].float().cpu().numpy()                                        # (D, h, w)
         patch_size = model.backbone.patch_size
     return write_image_result(stem, prediction, model.palette, options.labels, options.picture,
-                              model.masks.ignore_label, model.masks.reduce_zero_label, features, patch_size)
+                              model.masks.ignore_label, model.masks.reduce_zero_label, features, patch_size,
+                              label_map_of(model.masks))
 
 
 def photo_pictures(model: nn.Module, dataset: SegmentationDataset, index: int, pred: np.ndarray):

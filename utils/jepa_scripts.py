@@ -101,7 +101,6 @@ class Probe:
         return (f"probe at epoch {epoch} ({self.config.probe.method}, fitted on {fitted}, scored on {scored})\n"
                 f"{probe_table({'pre-trained': scores, **self.baselines})}")
 
-
     def log(self, run: Run, scores: dict) -> None:
         run.log.info(self.report(scores, run.epoch))
         run.log.evaluation(run.epoch, run.step, "probe", {**scores, **self.baselines})

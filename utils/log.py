@@ -10,13 +10,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from utils.distributed import is_main
+from utils.files import replacing
 
 
 class RunLog:
@@ -38,6 +39,7 @@ class RunLog:
         self._text = self._records = self._board = self._wandb = None
         self._start = self._last = (time.monotonic(), resume_step or 0)      # (seconds, step)
         self._resumed_at = set()                                             # the records at resume_step
+        self._gone = False                                                   # noted: the terminal, or the pipe
         self._recent: deque[float] = deque(maxlen=9)                         # seconds per step, last intervals
         if rank != 0:
             return
@@ -47,9 +49,8 @@ class RunLog:
             self._resumed_at = {_key(record) for record in kept if record["step"] == resume_step}
         else:
             set_aside(self.dir, "train.log", "log.jsonl", "events.out.tfevents.*")
-        self._text = open(self.dir / "train.log", "a", buffering=1, encoding="utf-8",
-                          errors="backslashreplace")        # names of files need not be UTF-8
-        self._records = open(self.dir / "log.jsonl", "a", buffering=1, encoding="utf-8")
+        self._text = open(self.dir / "train.log", "ab", buffering=0)
+        self._records = open(self.dir / "log.jsonl", "ab", buffering=0)
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -65,10 +66,18 @@ class RunLog:
             self._wandb = wandb_module.init(**wandb)
 
     def info(self, message: str) -> None:
-        """Print a line at once, also into a pipe, and add it with the time to train.log."""
-        if self.rank == 0:
-            print(message, flush=True)
-            self._text.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {message}\n")
+        """Print a line at once, also into a pipe, and add it with the time to train.log. OSError names the file that
+        cannot be written; a terminal or pipe that has gone is noted there once (see utils.cli.Output)."""
+        if self.rank != 0:
+            return
+        print(message, flush=True)
+        self._add(message)
+        if (gone := getattr(sys.stdout, "gone", None)) and not self._gone:
+            self._gone = True
+            self._add(f"note: nothing can be printed any more ({gone}); the run goes on, this file has every line")
+
+    def _add(self, line: str) -> None:
+        _append(self._text, f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}\n")
 
     def train_step(self, step: int, **scalars: float) -> None:
         """Print one line; the scalars also go to TensorBoard as train/NAME.
@@ -106,8 +115,8 @@ class RunLog:
         if _key(record) in self._resumed_at:       # it ended after writing this record and before its checkpoint
             self._records.close()
             _rewrite(self.dir / "log.jsonl", lambda other: _key(other) != _key(record))
-            self._records = open(self.dir / "log.jsonl", "a", buffering=1, encoding="utf-8")
-        self._records.write(json.dumps(record, allow_nan=False) + "\n")
+            self._records = open(self.dir / "log.jsonl", "ab", buffering=0)
+        _append(self._records, json.dumps(record, allow_nan=False) + "\n")
         numbers = {name: record[name] for name in metrics if type(record[name]) in (int, float)}
         self.scalars(step, {f"{split}/{name}": value for name, value in numbers.items()})
 
@@ -188,25 +197,36 @@ def _rewrite(path: Path, keep: Callable[[dict], bool]) -> list[dict]:
     if not path.exists():
         return []
     records = [record for record in read_log(path) if keep(record)]
-    temporary = path.with_suffix(".jsonl.tmp")
-    try:
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path, text=True) as file:
+        file.write("".join(json.dumps(record) + "\n" for record in records))
     return records
 
 
-def set_aside(folder: Path, *patterns: str) -> None:
-    """Move an earlier run's files into the first free folder/previous_N, in case --resume was only forgotten."""
+def set_aside(folder: Path, *patterns: str) -> Path | None:
+    """Move an earlier run's files into the first free folder/previous_N, in case --resume was only forgotten; returns
+    that folder, or None where there are none."""
     found = [path for pattern in patterns for path in folder.glob(pattern)]
-    if found:
-        number = 1
-        while (folder / f"previous_{number}").exists():
-            number += 1
-        (folder / f"previous_{number}").mkdir()
-        for path in found:
-            path.rename(folder / f"previous_{number}" / path.name)
+    if not found:
+        return None
+    number = 1
+    while (folder / f"previous_{number}").exists():
+        number += 1
+    aside = folder / f"previous_{number}"
+    aside.mkdir()
+    for path in found:
+        path.rename(aside / path.name)
+    return aside
+
+
+def _append(file: IO[bytes], text: str) -> None:
+    """Write at once, without a buffer that would be tried again when the file is closed."""
+    content = text.encode("utf-8", "backslashreplace")      # names of files need not be UTF-8
+    try:
+        while content:
+            content = content[file.write(content):]
+    except OSError as error:                                # a full disk has no name
+        error.filename = file.name
+        raise
 
 
 def _number(value: Any) -> float:

@@ -19,13 +19,14 @@ from torch.utils.data import DataLoader, Subset
 
 from data.mesh import CachedFeatures, MeshDataset
 from data.mesh_io import read_mesh
+from data.mesh_planes import plane_units, pooled
 from data.mesh_results import write_mesh_result
 from data.mesh_surfaces import open_meshes
 from models.downstream import DownstreamClassifier, SurfaceClassifier, face_logits, texture_of
 from utils.device import autocast
 from utils.distributed import all_reduce_sum, main_first, own_share
 from utils.log import progress
-from utils.metrics import ConfusionMatrix, miou_of_each, segmentation_metrics
+from utils.metrics import ConfusionMatrix, miou_of_labels, segmentation_metrics
 from utils.render import label_colors, pca_colors, render_mesh
 from utils.seed import seed_worker
 from utils.training import to_device
@@ -38,7 +39,8 @@ def mesh_probabilities(model: DownstreamClassifier, dataset: MeshDataset, device
                        criterion: nn.Module | None = None) -> Iterator[tuple[int, Tensor, float, float]]:
     """Yield (index, probability (P, C) in file order, loss sum, loss weight) of every mesh of this process's share.
 
-    The probability is the mean over the views of the mesh; the loss (0 without criterion) is that of the first view.
+    The probability is the mean over the views of the mesh, and with evaluation.pool_planes over each of its planes; the
+    loss (0 without criterion) is that of the first view.
     """
     model.eval()
     mine = set(own_share(len(dataset.files)))
@@ -59,7 +61,7 @@ def mesh_probabilities(model: DownstreamClassifier, dataset: MeshDataset, device
         for b, index in enumerate(batch["index"].tolist()):
             if current is None or index != current[0]:
                 if current is not None:
-                    yield _finished(current)
+                    yield _finished(current, dataset, model.config.evaluation.pool_planes)
                 current = [index, torch.zeros(dataset.num_faces[index], model.num_classes), 0.0, 0.0]
             current[1][face_index[b][mask[b]]] += probabilities[b][mask[b]]      # a mesh's items are consecutive
             if criterion is not None and dataset.items[items[done]][1] == 0:
@@ -68,12 +70,17 @@ def mesh_probabilities(model: DownstreamClassifier, dataset: MeshDataset, device
                 current[3] += weight.item()
             done += 1
     if current is not None:
-        yield _finished(current)
+        yield _finished(current, dataset, model.config.evaluation.pool_planes)
 
 
-def _finished(current):
+def _finished(current, dataset, pool_planes):
     index, total, loss, weight = current
-    return index, total / total.sum(1, keepdim=True).clamp(min=1e-12), loss, weight
+    probability = total / total.sum(1, keepdim=True).clamp(min=1e-12)
+    if pool_planes:
+        mesh = dataset.mesh(index)
+        unit = plane_units(mesh.vertices, mesh.faces, pool_planes)
+        probability = torch.from_numpy(pooled(probability.numpy(), unit, mesh.area))
+    return index, probability, loss, weight
 
 
 def evaluate_meshes(model: DownstreamClassifier, dataset: MeshDataset, device: torch.device,
@@ -88,7 +95,8 @@ def evaluate_meshes(model: DownstreamClassifier, dataset: MeshDataset, device: t
     started = time.monotonic()
     C = model.num_classes
     loss = weight = 0.0
-    pairs, predictions = [], {}
+    examples = []
+    predictions = {}
     for index, probability, loss_sum, loss_weight in mesh_probabilities(
             model, dataset, device, amp_dtype, batch_size, num_workers, limit_batches, criterion):
         pred = probability.argmax(1).numpy()                                                # (P,)
@@ -96,13 +104,10 @@ def evaluate_meshes(model: DownstreamClassifier, dataset: MeshDataset, device: t
         predictions[index] = pred
         loss += loss_sum
         weight += loss_weight
-        pairs.append(np.bincount((label * C + pred)[label >= 0], minlength=C * C).reshape(C, C))
+        examples.append((index, dataset.files[index].stem, miou_of_labels(pred, label, C)))
     # Counted all at once: a call per mesh would cost a tenth of the time of small meshes.
     by_count, by_area = ConfusionMatrix(C), ConfusionMatrix(C)
-    examples = []
     if predictions:
-        examples = [(index, dataset.files[index].stem, float(score))
-                    for index, score in zip(predictions, miou_of_each(np.stack(pairs)), strict=True)]
         pred, label = (torch.from_numpy(np.concatenate([values[index] for index in predictions]))
                        for values in (predictions, dataset.labels))
         area = np.concatenate([dataset.mesh(index).area for index in predictions])

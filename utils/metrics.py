@@ -19,7 +19,7 @@ CHUNK = 1 << 16    # elements counted at once on a CPU: temporary tensors stay i
 class ConfusionMatrix:
     """Counts of (label, prediction) pairs over a split, without the elements whose label is IGNORE_INDEX.
 
-    update() counts pairs where the tensors are; matrix() has scikit-learn make the matrix from the C * C distinct pairs
+    update() counts pairs where the tensors are; matrix() has scikit-learn make the matrix from the distinct pairs
     weighted with their counts, which is the same as, and far cheaper than, giving it every pixel.
     """
 
@@ -68,7 +68,7 @@ class ConfusionMatrix:
         C = self.num_classes
         side = self.num_classes + 2
         table = torch.zeros(side * side, dtype=torch.int64 if weight is None else torch.float64, device=label.device)
-        chunk = CHUNK if label.device.type == "cpu" else max(len(label), 1)
+        chunk = max(CHUNK, side * side) if label.device.type == "cpu" else max(len(label), 1)
         for begin in range(0, len(label), chunk):
             part = slice(begin, begin + chunk)
             # Clamped to -1..C, all wrong ids (and IGNORE_INDEX) fall into the border of the table.
@@ -111,8 +111,8 @@ class ConfusionMatrix:
         counts = np.zeros((C, C), dtype=np.int64) if self.counts is None else self.counts.cpu().numpy()
         if not counts.any():                              # scikit-learn refuses to count nothing
             return counts
-        label, pred = np.indices((C, C)).reshape(2, -1)
-        return confusion_matrix(label, pred, labels=np.arange(C), sample_weight=counts.ravel())
+        label, pred = counts.nonzero()
+        return confusion_matrix(label, pred, labels=np.arange(C), sample_weight=counts[label, pred])
 
 
 def segmentation_metrics(matrix: np.ndarray) -> dict:
@@ -141,11 +141,24 @@ def single_numbers(metrics: Mapping) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if isinstance(value, float)}
 
 
+def headline(result: Mapping) -> dict[str, float]:
+    """The single numbers of an evaluation, and its loss."""
+    return {**single_numbers(result["metrics"]), "loss": result["loss"]}
+
+
 def miou_of_each(matrices: np.ndarray) -> np.ndarray:
     """The mIoU (M,) of M confusion matrices (M, C, C), as segmentation_metrics has it; NaN where one is empty."""
     hit = np.diagonal(matrices, axis1=1, axis2=2)                               # (M, C)
     union = matrices.sum(1) + matrices.sum(2) - hit
     return _ratio(_ratio(hit, np.maximum(union, 1)).sum(1), (union > 0).sum(1))
+
+
+def miou_of_labels(pred: np.ndarray, label: np.ndarray, num_classes: int) -> float:
+    """The same for one item, from its class ids (P,) themselves and without a matrix: labels below 0 are ignored."""
+    pred, label = pred[label >= 0], label[label >= 0]
+    hit, *sides = (np.bincount(ids, minlength=num_classes) for ids in (label[pred == label], label, pred))
+    union = sum(sides) - hit
+    return float(_ratio(_ratio(hit, np.maximum(union, 1)).sum(), (union > 0).sum()))
 
 
 def absent_as_zero(values: np.ndarray) -> float:

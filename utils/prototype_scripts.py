@@ -8,7 +8,8 @@ utils/image_scripts.py gives it. P prototypes, C classes, h x w cells of the fea
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from data import cityscapes, voc
-from data.images import SegmentationDataset, read_image
+from data.image_splits import label_map_of
+from data.images import SegmentationDataset
+from data.photos import photo_format, read_image
 from data.prototype_results import explain_pixels, prototype_colors, write_gallery, write_prototype_prediction
 from models.ppnet import PPNet
 from models.prototype_push import NearestPatches, PushTable, patch_box, provenance, prune_keep, purity, push
@@ -167,18 +170,19 @@ def write_explained(model: PPNet, path: Path, prediction: dict, stem: Path, opti
     if options.explain:                 # first: a pixel outside of the photograph leaves no files
         explained = explain_pixels(stem, prediction["photo"], options.explain, weight.numpy(),
                                    similarity.numpy(), model.class_names, identity,
-                                   model.provenance, read_source)
+                                   model.provenance, partial(read_source, data))
     return explained + write_prototype_prediction(
         stem, {**prediction, "winner": winner}, model.palette,
         prototype_colors(identity, model.palette), options.labels, options.picture,
         data.ignore_label, data.reduce_zero_label,
-        getattr(DATASETS.get(data.name), "LABEL_IDS", None))
+        getattr(DATASETS.get(data.name), "LABEL_IDS", None), label_map_of(data))
 
 
-def read_source(entry: dict):
-    """The photograph that an entry of model.provenance names, or None where it is gone."""
+def read_source(data: Mapping, entry: dict):
+    """The photograph that an entry of model.provenance names, read as `data`, a section of the settings, says, or None
+    where it is gone."""
     if entry["image"] and Path(entry["image"]).is_file():
-        return read_image(entry["image"])
+        return read_image(entry["image"], photos=photo_format(data))
     return None
 
 
@@ -189,11 +193,12 @@ def write_pages(run: Run, model: PPNet, dataset: SegmentationDataset) -> Path:
     end = min(len(dataset), run.args.limit_batches or len(dataset))
     nearest = new_table("prune", model)
     if scan(run, model, dataset, nearest, 0, end, "prototypes") < end:
-        run.stop_if_asked("behind all stages, before the page of prototypes")
+        run.stop_if_asked("after all stages, before the page of prototypes")
     if is_main():
         activations = {p: similarity.numpy()
                        for p, similarity, _ in self_activations(model, dataset)}
-        write_gallery(folder, model.provenance, model.class_names, model.palette, read_source,
+        write_gallery(folder, model.provenance, model.class_names, model.palette,
+                      partial(read_source, model.config.dataset),
                       activations, model.last_layer.weight.detach().cpu().numpy(),
                       purity(nearest, model.class_identity).numpy())
         (folder / "prototypes.json").write_text(json.dumps(model.provenance, indent=1) + "\n",

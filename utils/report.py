@@ -11,11 +11,12 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from utils.files import replacing
 
 MAX_PNG = 100_000        # bytes; a photograph above this is kept as JPEG
 
@@ -115,10 +116,8 @@ def write_page(path: str | os.PathLike, title: str, body: Sequence[str], css: st
             'content="default-src \'none\'; img-src data:; style-src \'unsafe-inline\'">\n'
             f"<title>{escape(title)}</title>\n<style>{CSS}{css}</style>\n</head>\n<body>\n<main>\n"
             + "\n".join(body) + "\n</main>\n</body>\n</html>\n")
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
-    os.replace(temporary, path)
+    with replacing(path, text=True) as file:
+        file.write(page)
 
 
 # -----------------------------------------------------------------------------------------------------------------

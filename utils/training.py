@@ -4,18 +4,15 @@ the same."""
 from __future__ import annotations
 
 import contextlib
-import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from utils.checkpoint import RunFolder
-from utils.config import save_config
-from utils.device import describe, environment, widest_dtype
+from utils.device import widest_dtype
 from utils.distributed import EpochBatchSampler, all_gather, all_reduce_sum, is_main, rank, world_size
-from utils.log import set_aside
 from utils.metrics import ConfusionMatrix, segmentation_metrics
 from utils.seed import derived_seed, rng_state, seed_worker, set_rng_state
 
@@ -44,8 +41,8 @@ def optimizer_step(optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_s
                    scaler: torch.amp.GradScaler, clip_norm: float = 0.0) -> None:
     """Clip the norm of the whole gradient (0: do not), update the weights, go on in the schedule, clear the gradient.
 
-    Where a float16 gradient overflowed, weights and schedule stay as they are; what the script counts (steps, averages
-    of the weights) goes on, so that a run has as many steps as it was planned to have.
+    Where a float16 gradient overflowed, weights and schedule stay as they are; step counters and weight averages still
+    advance, so a run keeps its planned number of steps.
     """
     scaler.unscale_(optimizer)
     if clip_norm:
@@ -56,6 +53,13 @@ def optimizer_step(optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_s
     if scaler.get_scale() >= scale:                         # the scale falls after an overflow only
         scheduler.step()
     optimizer.zero_grad(set_to_none=True)
+
+
+def check_finite(loss: float, step: int, rate: float, folder: str) -> None:
+    """FloatingPointError for a loss that is not finite."""
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the loss is {loss} at step {step} (learning rate {rate:.2e}); lower the learning "
+                                 f"rate or use --amp-dtype float32; {folder} holds the last good checkpoint")
 
 
 class Totals:
@@ -124,7 +128,9 @@ class Totals:
         terms = state["terms"] if "terms" in state else beside
         self.weight = state["steps"] if "steps" in state else state["weight"]
         if self.weight:
-            self.terms = {name: torch.tensor(float(value) if is_main() else 0.0, dtype=torch.float64)
+            device = torch.device(self.device)
+            wide = {"dtype": widest_dtype(device), "device": device}
+            self.terms = {name: torch.tensor(float(value) if is_main() else 0.0, **wide)
                           for name, value in terms.items()}
         if self.matrix is not None and is_main():
             self.matrix.counts = state["counts"].to(self.device)
@@ -142,8 +148,8 @@ def rng_entries() -> dict:
 
 
 def restore_rng(checkpoint: Mapping | None, seed: int, step: int) -> None:
-    """Every process goes on with the state it had; where it had none (a fresh start, more processes than before), those
-    behind the first draw numbers of their own, so that each drops out different elements. ValueError where they go on
+    """Every process goes on with the state it had; where it had none (a fresh start, more processes than before), all
+    but the first draw their own random numbers, so that each drops out different elements. ValueError where they go on
     from different steps."""
     if len(steps := {*all_gather(step)}) > 1:
         raise ValueError(f"the processes go on from different steps ({', '.join(map(str, sorted(steps)))}): the output "
@@ -157,6 +163,11 @@ def restore_rng(checkpoint: Mapping | None, seed: int, step: int) -> None:
         torch.manual_seed(derived_seed(seed, rank(), step))
 
 
+# The flag that starts a new run from the weights of a checkpoint.
+FROM_WEIGHTS = {"train_segmentation.py": "--pretrained_path", "train_upernet_head.py": "--head-weights",
+                "train_m2f_head.py": "--head-weights"}
+
+
 def check_same_run(checkpoint: Mapping, config: Mapping, total_steps: int, sections: Sequence[str],
                    seed: int | None = None, except_keys: Sequence[str] = (),
                    batch_of_all_processes: bool = False) -> None:
@@ -168,6 +179,9 @@ def check_same_run(checkpoint: Mapping, config: Mapping, total_steps: int, secti
     counts the items of all processes together, not of one.
     """
     advice = "resume with the same config and data, or start afresh in another --output-dir"
+    flag = FROM_WEIGHTS.get(checkpoint.get("script"))
+    if checkpoint["total_steps"] < total_steps and flag and config["model"].get("name") != "deeplab_v2":
+        advice += f" from these weights, {flag} FILE"
     for section in sections:
         for key, value in config[section].items():
             before = checkpoint["config"].get(section, {}).get(key)
@@ -185,14 +199,3 @@ def check_same_run(checkpoint: Mapping, config: Mapping, total_steps: int, secti
     if seed is not None and within and before != now:
         raise ValueError(f"the checkpoint is of {before} items a batch, over all processes, and now there would be "
                          f"{now}; {advice}")
-
-
-def write_run_files(folder: RunFolder, config: Mapping, device: torch.device, seed: int, resumed: bool) -> None:
-    """Make the run folder with config/config.yaml (resolved) and config/environment.json (versions, commit, device,
-    seed). A run that starts afresh moves the checkpoints of an earlier one to model/previous_N."""
-    folder.create()
-    if not resumed:
-        set_aside(folder.model, "*.pth")
-    save_config(config, folder.config / "config.yaml")
-    (folder.config / "environment.json").write_text(json.dumps(
-        {**environment(), "device": describe(device), "seed": seed, "processes": world_size()}, indent=2) + "\n")

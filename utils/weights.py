@@ -191,6 +191,7 @@ def _kind(tensor: Tensor) -> str:
 
 
 def sha256_file(path: str | Path) -> str:
-    """The hexadecimal SHA-256 of a file's bytes."""
+    """The hexadecimal SHA-256 of a file's bytes; the errors of `_first_bytes` for a file that is not there."""
+    _first_bytes(Path(path))
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
