@@ -41,7 +41,7 @@ from utils.checkpoint import EarlyStopping
 from utils.checks import check_positive, check_range
 from utils.cli import ArgumentParser, given_flags, run_main
 from utils.config import Config, Required, Setting, command_line_wins, load_config
-from utils.device import AMP_CHOICES
+from utils.device import AMP_DTYPES
 from utils.distributed import all_reduce_sum, broadcast_buffers, main_first
 from utils.ema import EMA, averaged, load_averaged
 from utils.image_inference import TTA_SCALES, View, build_normalizer
@@ -149,8 +149,8 @@ DEFAULTS = {
         "batch_size": Setting(8, (int,), low=1),        # images per process and micro-step
         "accumulate_grad_batches": Setting(1, (int,), low=1),       # micro-steps per optimiser step
         "num_workers": Setting(4, (int,), low=0),       # loader processes; 0: in the main process
-        # true: bfloat16 on CUDA; native: wherever the device computes in it, a CPU, too
-        "amp": Setting(True, (bool, str), (True, False, *AMP_CHOICES)),
+        # true: bfloat16 where the device computes in it, a CPU with AVX512-BF16 or AMX, too
+        "amp": Setting(True, (bool, str), (True, False, *AMP_DTYPES)),
         "seed": 0,
         "deterministic": False,
         "gradient_clip_val": Setting(0.0, (float,), low=0),     # largest gradient norm; 0: none
@@ -241,10 +241,7 @@ def read_config(args, argv) -> Config:
     args.seed = training.seed
     args.deterministic = training.deterministic
     args.num_workers = training.num_workers
-    if isinstance(training.amp, str):
-        args.amp_dtype = training.amp
-    elif not training.amp:
-        args.amp_dtype = "float32"
+    args.amp_dtype = {True: "native", False: "float32"}.get(training.amp, training.amp)
     return config
 
 

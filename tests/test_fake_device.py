@@ -158,8 +158,7 @@ def test_every_script_on_the_device(name, kind, trained, tmp_path):
     script = importlib.import_module(run.script.removesuffix(".py"))
     half_way = cpu / "model" / ("warmup.pth" if name == "prototype" else "checkpoint_epoch_1.pth")
     resumed, fresh = tmp_path / "bfloat16", tmp_path / "float16"
-    amp = [] if name == "segmentation" else ["--amp-dtype", "bfloat16"]           # part of its config, which stays: true
-    runs = [train_words(run, kind, resumed, *amp, "--resume", half_way),
+    runs = [train_words(run, kind, resumed, "--amp-dtype", "bfloat16", "--resume", half_way),
             train_words(run, kind, fresh, "--amp-dtype", "float16")]
     if name == "jepa":
         runs.append(train_words(run, kind, fresh, "--resume", "auto", "--test-only"))

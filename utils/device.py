@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ import torch
 from utils.checks import check_choice
 
 AMP_DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-AMP_CHOICES = (*AMP_DTYPES, "native")
 # Names in /proc/cpuinfo of what computes in bfloat16: Intel, AMD; ARM.
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 SLOWER = 1.2                    # from how many times the time of float32 on a warning is due
@@ -53,18 +53,21 @@ def pick_device(name: str | None = None) -> torch.device:
     return torch.device(kind, int(index)) if index else torch.device(kind)
 
 
-def amp_settings(device: torch.device, amp_dtype: str | None = None) -> tuple[torch.dtype | None, torch.amp.GradScaler]:
+def amp_settings(device: torch.device, amp_dtype: str | None = None,
+                 checkpoint: Mapping | None = None) -> tuple[torch.dtype | None, torch.amp.GradScaler]:
     """The autocast dtype (None: plain float32) and a GradScaler, which is enabled for float16 only: one code path.
 
-    amp_dtype: float32 | bfloat16 | float16 | native, which is bfloat16 where the device computes in it and float32
-    elsewhere, or None: native on CUDA, float32 elsewhere; float16 is never the default, because it overflows. float32
-    is that, and not TF32: PyTorch's default for convolutions on CUDA is switched off. ValueError for another name.
+    amp_dtype: float32 | bfloat16 | float16; native: bfloat16 where the device computes in it, else float32, and float32
+    for the checkpoint of a CPU that was in another format, or did not note it; None: native on CUDA, float32 elsewhere;
+    float16 is never the default, because it overflows. float32 is that, and not TF32: PyTorch's default for
+    convolutions on CUDA is switched off. ValueError for another name.
     """
     if amp_dtype is None:
         amp_dtype = "native" if device.type == "cuda" else "float32"
-    if check_choice("--amp-dtype", amp_dtype, AMP_CHOICES) == "native":
-        amp_dtype = "bfloat16" if native_bfloat16(device) else "float32"
-    dtype = AMP_DTYPES[amp_dtype]
+    if amp_dtype == "native":
+        as_before = device.type == "cuda" or checkpoint is None or checkpoint.get("amp_dtype") == str(torch.bfloat16)
+        amp_dtype = "bfloat16" if as_before and native_bfloat16(device) else "float32"
+    dtype = AMP_DTYPES[check_choice("--amp-dtype", amp_dtype, AMP_DTYPES)]
     if device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = dtype is not None
     return dtype, torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
@@ -86,8 +89,7 @@ def slow_dtype(device: torch.device, dtype: torch.dtype | None) -> list[str]:
     if ratio < SLOWER:
         return []
     return [f"WARNING: this processor does not compute in bfloat16 (none of {', '.join(sorted(BFLOAT16_FLAGS))} in "
-            f"/proc/cpuinfo): a product of matrices just took {ratio:.1f} times as long as in float32. Leave "
-            f"--amp-dtype bfloat16 (or training.amp: bfloat16) out; `native` takes it where it pays"]
+            f"/proc/cpuinfo): a product of matrices just took {ratio:.1f} times as long as in float32; use float32"]
 
 
 def product_seconds(dtype: torch.dtype, side: int = 512, repeats: int = 3) -> float:

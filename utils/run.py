@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from utils.checkpoint import CheckpointKeeper, EarlyStopping, RunFolder, entry_of, find_resume
 from utils.cli import ArgumentParser, AtLeast, Given, StopRequested, StopSignal
 from utils.config import Config
-from utils.device import AMP_CHOICES, amp_settings, autocast, describe, slow_dtype
+from utils.device import AMP_DTYPES, amp_settings, autocast, describe, slow_dtype
 from utils.distributed import EpochBatchSampler, all_agree_max, broadcast_buffers, cleanup, is_main, join
 from utils.log import RunLog
 from utils.metrics import single_numbers
@@ -43,8 +43,7 @@ def add_run_flags(parser: ArgumentParser, script: str, num_workers: int | None =
     add("--seed", type=int, default=0)
     add("--deterministic", action="store_true", help="deterministic GPU kernels, slower")
     add("--device", help="cpu, cuda, cuda:1, mps; default: the best there is")
-    add("--amp-dtype", choices=AMP_CHOICES, help="default: bfloat16 on CUDA, else float32; native: bfloat16 "
-                                                "wherever the device computes in it, a CPU, too")
+    add("--amp-dtype", choices=tuple(AMP_DTYPES), help="default: bfloat16 on CUDA, else float32")
     add("--compile", action="store_true", help="torch.compile the network")
     add("--threads", type=AtLeast(1), metavar="N", help="of PyTorch's on a CPU; default: OMP_NUM_THREADS or all cores")
     add("--num-workers", type=AtLeast(0), default=num_workers, help="loader processes; 0: load in the main process")
@@ -70,14 +69,14 @@ class Run:
         self.script = script
         torch.set_num_threads(args.threads or torch.get_num_threads())
         self.device, self.rank, self.world = join(args.device)
-        self.amp_dtype, self.scaler = amp_settings(self.device, args.amp_dtype)
         seed_everything(args.seed, args.deterministic)
         self.folder = RunFolder(args.output_dir, checkpoint_dir, log_dir)
         self.lock = claim_folder(self.folder, script, args)
         self.resume_path, self.messages = find_resume(args.resume, self.folder.model, script)
-        self.messages += slow_dtype(self.device, self.amp_dtype)
         self.checkpoint = open_checkpoint(args, self.resume_path, script, defaults, self.folder.model,
                                           needs_checkpoint if args.test_only else None)
+        self.amp_dtype, self.scaler = amp_settings(self.device, args.amp_dtype, self.checkpoint)
+        self.messages += slow_dtype(self.device, self.amp_dtype)
         self.epoch = self.batch = self.step = 0
         self.data: dict = {}
         self.numbers: dict = {}                             # of the last evaluation
