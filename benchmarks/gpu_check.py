@@ -48,7 +48,7 @@ from utils.losses import MaskedCrossEntropyLoss  # noqa: E402
 
 PARTS = ("tests", "runs", "speed")
 TOLERANCE = 0.1
-TOLERANCES = {"float16": 0.5}               # whose first steps overflow until the loss is scaled right, and are skipped
+SCALE = 256.0                               # of losses in float16; at PyTorch's 65,536 all steps of a run overflow
 VARIANTS = {"float32": ["--amp-dtype", "float32"], "bfloat16": ["--amp-dtype", "bfloat16"],
             "float16": ["--amp-dtype", "float16"], "--deterministic": ["--deterministic"], "--compile": ["--compile"]}
 NOT_COMPILED = ("sonata",)                  # which refuses --compile
@@ -123,17 +123,19 @@ def marked_tests() -> tuple[str, bool]:
 
 
 def train_loss(run, device: str, out: Path, *more: str) -> float:
-    """The training loss of the last epoch of a tiny run."""
+    """The training loss of epoch 1 of a tiny run: later, prototypes lie on patches that rounding has chosen."""
     words = run.argv(out, *more)
     words[words.index("--device") + 1] = device
     module = importlib.import_module(Path(run.script).stem)
     with contextlib.redirect_stdout(io.StringIO()):
         module.main(words)
-    return [record["loss"] for record in read_log(out / "log" / "log.jsonl") if record["split"] == "train"][-1]
+    records = read_log(out / "log" / "log.jsonl")
+    return next(record["loss"] for record in records if record["split"] == "train" and record["epoch"] == 1)
 
 
 def tiny_rows(table: Table, args, folder: Path) -> None:
-    compile_network = torch.compile
+    compile_network, scaler = torch.compile, torch.amp.GradScaler
+    torch.amp.GradScaler = functools.partial(scaler, init_scale=SCALE)
     if args.tiny:                                           # traces without a compiler
         torch.compile = functools.partial(compile_network, backend="aot_eager")
     try:
@@ -146,7 +148,7 @@ def tiny_rows(table: Table, args, folder: Path) -> None:
                 table.add(f"`{run.script}` {variant}",
                           functools.partial(tiny_row, run, table.device, folder / name / variant, flags, reference))
     finally:
-        torch.compile = compile_network
+        torch.compile, torch.amp.GradScaler = compile_network, scaler
 
 
 def tiny_row(run, device: torch.device, out: Path, flags: list[str], reference: float) -> tuple[str, bool]:
@@ -154,7 +156,7 @@ def tiny_row(run, device: torch.device, out: Path, flags: list[str], reference: 
     loss = train_loss(run, str(device), out, *flags)
     difference = abs(loss - reference) / abs(reference)
     text = f"loss {loss:.4f}, CPU {reference:.4f}"
-    passed = difference <= TOLERANCES.get(out.name, TOLERANCE)
+    passed = difference <= TOLERANCE
     if "--deterministic" in flags:
         again = out.with_name("again")
         train_loss(run, str(device), again, *flags)
