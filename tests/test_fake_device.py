@@ -10,11 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_runs import NAMES, ROOT, report, run_forked, tiny_run
+from tests.tiny_runs import NAMES, ROOT, report_tests, run_forked, tiny_run
 
 pytestmark = [pytest.mark.slow,
               pytest.mark.skipif(shutil.which("g++") is None, reason="tests/fake_device.py needs g++ (apt install g++), which is not here")]
 KINDS = ("cuda", "mps")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def row(request):
+    """A line for the table of scripts/faults.sh."""
+    yield from report_tests(request, "devices that are not here: {} of {} tests passed")
 
 
 def in_child(words: list[str], kind: str, folder: Path, expected: int = 0) -> tuple[str, list[dict]]:
@@ -175,7 +181,6 @@ def test_every_script_on_the_device(name, kind, trained, tmp_path):
         assert len([path for path in (tmp_path / "predicted").rglob("*") if path.is_file()]) >= len(runs) - 2
     back = tmp_path / "back"                                                       # and what the device stored goes on on the CPU
     assert run_forked(run, back, "--resume", resumed / "model" / "model_last.pth", "--test-only").code == 0
-    report(f"devices that are not here, as {kind}, {run.script}: {len(runs)} of {len(runs)} commands passed")
 
 
 # How often the host waits for the device from one optimiser step to the next, where nothing is logged. Mask2Former: the matching costs,
@@ -194,7 +199,6 @@ def test_how_often_a_step_waits_for_the_gpu_and_that_all_is_deterministic(more, 
     for name, record in zip(NAMES, found, strict=True):
         waits = min(record["per_step"])                    # the others have the end of a stage between them
         assert waits <= WAITS[name], (name, record)
-    report(f"devices that are not here, waits a step {' '.join(more) or 'by default'}: {len(found)} of {len(NAMES)} scripts within bounds")
 
 
 def test_what_a_monitor_copies(tmp_path):

@@ -15,7 +15,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -237,6 +237,14 @@ def report(line: str) -> None:
         with open(path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
     print(line)
+
+
+def report_tests(request, line: str) -> Iterator[None]:
+    """The body of a module's fixture: `line` with the numbers of the module's tests that passed, and of all."""
+    before = request.session.testsfailed
+    yield
+    count = sum(item.module is request.module for item in request.session.items)
+    report(line.format(count - (request.session.testsfailed - before), count))
 
 
 if __name__ == "__main__":
