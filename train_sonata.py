@@ -465,8 +465,8 @@ def describe_data(train_set: PointDataset, val_set: PointDataset) -> list[str]:
 def main(argv=None) -> dict:
     args = parse_args(argv)
     if args.compile:
-        raise ValueError("--compile: every size of cloud would be compiled anew, which takes longer "
-                         "than it saves; leave it out")
+        raise ValueError("--compile: every size of cloud would be compiled again, which takes "
+                         "longer than it saves; leave it out")
     config = read_config(args)
     training = config.training
     command_line_wins(config, args, "paths.checkpoint_dir", "paths.log_dir")
