@@ -22,7 +22,7 @@ from evaluate import load
 from utils.checkpoint import check_writable
 from utils.checks import check_choice, printable
 from utils.cli import ArgumentParser, run_main
-from utils.device import AMP_DTYPES, amp_settings, pick_device
+from utils.device import AMP_DTYPES, amp_settings, pick_device, slow_dtype
 from utils.log import progress
 
 
@@ -45,7 +45,8 @@ def parse_args(argv=None):
     # run
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: the best there is")
     parser.add_argument("--amp-dtype", choices=tuple(AMP_DTYPES),
-                        help="default: bfloat16 on CUDA, else float32")
+                        help="default: bfloat16 on CUDA and, where the CPU computes in it, for "
+                             "what was trained so; else float32")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 
@@ -103,9 +104,11 @@ def check_results(args, formats: dict) -> None:
 def main(argv=None) -> dict:
     args = parse_args(argv)
     device = pick_device(args.device)
-    amp_dtype, _ = amp_settings(device, args.amp_dtype)
     overrides = [text for text in args.inputs if "=" in text and not Path(text).exists()]
-    script, model, _ = load(args.checkpoint, overrides, device)
+    script, model, checkpoint = load(args.checkpoint, overrides, device)
+    amp_dtype, _ = amp_settings(device, args.amp_dtype or "native", checkpoint)
+    for line in slow_dtype(device, amp_dtype):
+        print(line, flush=True)
     check_results(args, script.RESULTS)
     files = input_files(script, [text for text in args.inputs if text not in overrides],
                         model.config)

@@ -142,7 +142,7 @@ def train_one_epoch(run: Run, network, backbone, loader, criterion, clip_grad: f
         # The loss is the mean over all labelled pixels of the step, whatever the number of
         # micro-batches and processes.
         labelled = sum(criterion.label_weight(batch["label"]) for batch in micro_batches)
-        labelled = all_reduce_sum(labelled.to(run.device))
+        labelled = all_reduce_sum(labelled.to(run.device, non_blocking=True))
         for batch in micro_steps(network, micro_batches):
             _, taps, label = photos.prepare(batch, backbone, run.device)
             with run.autocast():

@@ -121,7 +121,7 @@ def build_criterion(config: Config, counts: np.ndarray) -> MaskedCrossEntropyLos
     """The mean over labelled pixels; mmsegmentation divides by all: sparse labels count less.
     counts (C,): training pixels of each class."""
     weights = class_weights(config.training.class_weights, counts, "--class-weights")
-    return MaskedCrossEntropyLoss(weights, class_dim=1)
+    return MaskedCrossEntropyLoss(weights, class_dim=1, num_classes=config.data.num_classes)
 
 
 def compute_loss(criterion: MaskedCrossEntropyLoss, outputs: dict, label: torch.Tensor,
@@ -151,7 +151,7 @@ def train_one_epoch(run: Run, network, backbone, loader, criterion, clip_grad: f
         # The loss is the mean over all labelled pixels of the step, whatever the number of
         # micro-batches and processes.
         labelled = sum(criterion.label_weight(batch["label"]) for batch in micro_batches)
-        labelled = all_reduce_sum(labelled.to(run.device))
+        labelled = all_reduce_sum(labelled.to(run.device, non_blocking=True))
         for batch in micro_steps(network, micro_batches):
             # (B, 3, S, S), four feature maps (B, D, S/16, S/16) of the backbone, (B, S, S)
             image, taps, label = photos.prepare(batch, backbone, run.device)

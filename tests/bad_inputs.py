@@ -545,6 +545,7 @@ FLAGS = group(
     ("a seed beyond 64 bits", M2F, start(M2F, None, "--seed", "99999999999999999999999"), "seed", "expected an integer from 0"),
     ("a device that is none", SONATA, start(SONATA, None, "--device", "gpu"), "--device", "cuda"),
     ("a GPU that is not there", UPER, start(UPER, None, "--device", "cuda:9"), "--device", "cpu"),
+    ("clouds compiled", SONATA, start(SONATA, None, "--compile"), "--compile", "every size of cloud"),
     ("to test what was never trained", UNET, start(UNET, None, "--test-only"), "--test-only needs a checkpoint", "add --resume PATH or --resume auto"),
     ("to test an empty run folder", SONATA, start(SONATA, None, "--test-only", "--resume", "auto"), "--test-only needs a checkpoint", "there is no checkpoint in out/model"),
     ("to go on from a file that is not there", PROTO, start(PROTO, None, "--resume", "out/model/model_last.pth"), "out/model/model_last.pth", "Check the path"),

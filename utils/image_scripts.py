@@ -38,11 +38,11 @@ from utils.checks import check_positive, check_range
 from utils.cli import ArgumentParser, AtLeast
 from utils.config import Config
 from utils.device import autocast
-from utils.distributed import unwrap
+from utils.distributed import main_first, unwrap
 from utils.image_inference import TTA_SCALES, View, evaluate_images, pad_to_multiple, resized_shape, segment_image
 from utils.losses import class_weights
 from utils.metrics import headline, metrics_table
-from utils.run import Run, main_first
+from utils.run import Run
 from utils.schedule import build_scheduler
 
 FREE_ON_RESUME = ("training.batch_size", "training.log_interval", "training.save_interval", "model.backbone_weights",
