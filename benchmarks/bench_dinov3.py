@@ -47,6 +47,7 @@ from utils.mask_losses import SetCriterion  # noqa: E402
 SHAPES = {"vit": ["224x4", "512x1"], "m2f": ["256x2"], "cache": ["128x4"], "gpu": ["512x8", "896x4"]}
 GPU_BACKBONES = ["dinov3_vits16", "dinov3_vitl16", "dinov3_vit7b16"]
 FORMATS = ("float32", "autocast", "bfloat16")       # autocast: to bfloat16; bfloat16: the weights are held in it too
+SCRIPTS = {"linear": train_linear_head, "m2f": train_m2f_head, "upernet": train_upernet_head}
 NUM_CLASSES, PER_IMAGE = 150, 10                    # as in ADE20K, where an image has about ten of them
 NO_TRANSFORMERS = ("vit and m2f compare with transformers: pip install --no-deps transformers==5.23.0, and pip install "
                    "huggingface_hub tokenizers safetensors regex pyyaml, which it needs")
@@ -58,6 +59,7 @@ def parse_args(argv=None):
     parser.add_argument("--backbone", nargs="+", help="default: dinov3_vits16; gpu: S, L and 7B")
     parser.add_argument("--shapes", nargs="+", metavar="SIDExBATCH", help="of the images, such as 512x1")
     parser.add_argument("--formats", choices=FORMATS, nargs="+", default=list(FORMATS), help="vit: number formats")
+    parser.add_argument("--scripts", choices=SCRIPTS, nargs="+", default=list(SCRIPTS), help="cache: of which")
     parser.add_argument("--hidden-dim", type=int, help="of the head; default: 256, for the 7B 2048")
     parser.add_argument("--num-heads", type=int, default=16)
     parser.add_argument("--ffn-dim", type=int, default=4096)
@@ -319,7 +321,7 @@ def m2f(args) -> list[dict]:
 def cache(args) -> list[dict]:
     """The scripts on made-up pictures, the same views each epoch: time of their train_one_epoch without the first."""
     device, rows = pick_device(args.device or "cpu"), []
-    scripts = (train_linear_head, train_m2f_head, train_upernet_head)
+    scripts = [SCRIPTS[name] for name in args.scripts]
     for script, (size, batch) in itertools.product(scripts, args.shapes):
         with tempfile.TemporaryDirectory() as folder:
             make_image_set(folder, 2 * batch, 0, 0, size=(size * 4 // 3, size))             # two windows a picture

@@ -1,12 +1,14 @@
-"""Cost of the heads on a frozen backbone, and of EoMT: parameters, inference, a whole training step, memory.
+"""Cost of the heads on a frozen backbone, and of EoMT: parameters, the head alone, inference, a training step, memory.
 
     python benchmarks/bench_heads.py                                # ViT-S, 150 classes, 256 and 512 px
     python benchmarks/bench_heads.py --shapes 512x1 --heads m2f pmt --repeats 5
 
-Every head at the defaults of its script. Inference is `scores` of that script: backbone, head, scores of all classes at
-the image's size. A step is what its train_one_epoch does: backbone, head, loss, backward, clipping, optimiser. Heads
-take turns in one process; the ratios are to the first of --heads. The peak memory is that of a process each, above
-what it held before. Times on the CPU are CPU seconds with one thread, wall-clock seconds with more.
+Every head at the defaults of its script. The head alone is its forward pass in evaluation, on given features, to logits
+at its own resolution. Inference is `scores` of that script: backbone, head, scores of all classes at the image's size,
+which for masks of queries cost more than PMT itself. A step is what its train_one_epoch does: backbone, head, loss,
+backward, clipping, optimiser. Heads take turns in one process; the ratios are to the first of --heads. The peak memory
+is that of a process each, above what it held before. Times on the CPU are CPU seconds with one thread, wall-clock
+seconds with more.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from utils.image_inference import build_normalizer  # noqa: E402
 from utils.losses import MaskedCrossEntropyLoss  # noqa: E402
 from utils.training import optimizer_step  # noqa: E402
 
+MEASURED = ("head", "inference", "step")
 # Name: script, its flags, options for open_backbone from its config.
 HEADS = {
     "m2f": ("train_m2f_head", [], {}),
@@ -50,7 +53,7 @@ def parse_args(argv=None):
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--of", choices=("inference", "step"), help="print the peak memory of this, of one head")
+    parser.add_argument("--of", choices=MEASURED, help="print the peak memory of this, of one head")
     parser.add_argument("--no-memory", action="store_true", help="leave the memory out: half of the time")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
@@ -79,7 +82,7 @@ class OneStep:
 
 
 def build(name: str, args: argparse.Namespace, size: int, batch: int) -> dict:
-    """-> the calls `inference` and `step` of a head, and its number of trained parameters."""
+    """-> the calls that are MEASURED of a head, and its number of trained parameters."""
     script, flags, options = HEADS[name]
     script = importlib.import_module(script)
     config = script.config_of(script.parse_args([*flags, "--backbone", args.backbone, "--backbone-weights", "random",
@@ -107,12 +110,21 @@ def build(name: str, args: argparse.Namespace, size: int, batch: int) -> dict:
         script.train_one_epoch(run, model, backbone, [[data]], criterion.to(device),
                                config if masks else config.training.clip_grad)
 
+    image = normalize(data["image"].to(device))
+    features = [image]
+    if name != "eomt":                                      # its head is not to be had alone: the whole network
+        features = [backbone(image)] if name == "linear" else [image, backbone(image)]
+
+    @torch.no_grad()
+    def head():
+        model.eval()(*features, **({"aux": False} if masks else {}))
+
     @torch.no_grad()
     def inference():
-        model.eval()
-        model.scores(normalize(data["image"].to(device)))
+        model.eval().scores(normalize(data["image"].to(device)))
 
-    return {"step": step, "inference": inference, "parameters": sum(p.numel() for p in model.parameters())}
+    return {"head": head, "step": step, "inference": inference,
+            "parameters": sum(p.numel() for p in model.parameters())}
 
 
 def peak_alone(name: str, of: str, args: argparse.Namespace, shape: str) -> float:
@@ -140,7 +152,7 @@ def main(argv=None):
         heads = {name: build(name, args, size, batch) for name in args.heads}
         seconds = {of: {name: statistics.median(found) / batch for name, found in
                         by_turns({name: head[of] for name, head in heads.items()}, args.repeats, device).items()}
-                   for of in ("inference", "step")}
+                   for of in MEASURED}
         for name, head in heads.items():
             row = {"head": name, "shape": shape, "parameters": head["parameters"]}
             for of, found in seconds.items():
