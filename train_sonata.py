@@ -28,16 +28,9 @@ import numpy as np
 import torch
 
 from data.point_classes import BENCHMARKS
+from data.point_files import ClassList, find_clouds, list_clouds, read_classes
 from data.point_transforms import PointAugmentation
-from data.points import (
-    ClassList,
-    PointDataset,
-    PointSpec,
-    collate_points,
-    find_clouds,
-    list_clouds,
-    read_classes,
-)
+from data.points import PointDataset, PointSpec, collate_points
 from models.point_networks import data_warning, describe_network
 from models.point_transformer import MODES, SonataSegmenter, build_segmenter, with_decoder
 from models.sonata_weights import guess_config, load_sonata, read_linear_head, read_sonata

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.points import write_ply
+from data.point_files import write_ply
 
 GREY = np.array([[200, 200, 200]], np.uint8)            # of points without a label
 SUPERSAMPLE = 2

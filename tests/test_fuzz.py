@@ -38,9 +38,9 @@ from data.images import check_pairs, read_image
 from data.mesh import Augmentation, MeshDataset, MeshSpec
 from data.mesh_io import Mesh, read_labels, read_mesh, write_glb, write_labels, write_ply
 from data.mesh_texture import read_mtl, read_pyramid, read_texture
+from data.point_files import find_clouds, read_classes, read_cloud, write_cloud
+from data.point_files import write_ply as write_cloud_ply
 from data.point_transforms import fragments, representatives, voxelize
-from data.points import find_clouds, read_classes, read_cloud, write_cloud
-from data.points import write_ply as write_cloud_ply
 from models.sparse_conv import SubMConv3d, neighbour_table
 from tests.tiny_clouds import tiny_cloud
 from tests.tiny_images import read_mask, tiny_picture

@@ -1,4 +1,4 @@
-"""data/points.py: every format gives the same cloud, every defect is one clear line, scores belong to raw points."""
+"""data/point_files.py, data/points.py: every format gives the same cloud, every defect is one clear line."""
 
 import io
 import json
@@ -11,19 +11,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from data import points
+from data.point_files import find_clouds, read_classes, read_cloud, to_labels, write_cloud, write_ply
 from data.point_transforms import VIEWS, PointAugmentation
-from data.points import (
-    PointDataset,
-    PointSpec,
-    PreciseTest,
-    collate_points,
-    find_clouds,
-    read_classes,
-    read_cloud,
-    to_labels,
-    write_cloud,
-    write_ply,
-)
+from data.points import PointDataset, PointSpec, PreciseTest, collate_points
 from utils.array_file import save_checked
 from utils.files import replacing
 from utils.losses import IGNORE_INDEX

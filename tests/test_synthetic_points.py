@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from sklearn.tree import DecisionTreeClassifier
 
+from data.point_files import find_clouds, read_classes
 from data.point_transforms import voxelize
-from data.points import PointDataset, PointSpec, find_clouds, read_classes
+from data.points import PointDataset, PointSpec
 from data.synthetic import main
 from data.synthetic_points import FLOOR, IGNORE_INDEX, POINT_CLASSES, TABLE, WALL, make_point_set, make_room
 

@@ -14,7 +14,8 @@ import torch
 import evaluate
 import predict
 import train_sonata as SCRIPT
-from data.points import VIEWS, PreciseTest, read_cloud, read_ply_vertices
+from data.point_files import read_cloud, read_ply_vertices
+from data.points import VIEWS, PreciseTest
 from models.point_transformer import build_segmenter
 from tests.tiny_clouds import (
     ENCODER,

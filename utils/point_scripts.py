@@ -14,16 +14,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Subset
 
+from data.point_files import read_cloud
 from data.point_results import example_clouds, write_point_result
-from data.points import (
-    PointDataset,
-    PreciseTest,
-    collate_points,
-    complete,
-    evaluation_sample,
-    read_cloud,
-    to_cloud,
-)
+from data.points import PointDataset, PreciseTest, collate_points, complete, evaluation_sample, to_cloud
 from models.point_transformer import SonataSegmenter, upcast
 from utils.distributed import all_reduce_sum, own_share, unwrap
 from utils.log import progress
