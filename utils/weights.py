@@ -26,7 +26,8 @@ DOS_FOLDER = 0x10                                  # bit of a zip entry's extern
 def read_weights(path: str | Path, numpy_scalars: bool = False) -> dict[str, Any]:
     """Somebody else's weights: a .safetensors file, or anything torch.save wrote (also the format before torch 1.6).
 
-    Returns the dict in the file as it is, on the CPU; with numpy_scalars, numpy's numbers in it become Python's.
+    Returns the dict in the file as it is, on the CPU; with numpy_scalars, numpy's numbers in it become Python's, and
+    its arrays stay arrays.
     FileNotFoundError or IsADirectoryError where there is no file; ValueError, in one line, where it is truncated or
     damaged, holds Python objects beyond tensors and plain types, or holds no dict.
     """
@@ -90,8 +91,26 @@ def _numpy_number(dtype: _NumpyDtype, data: bytes) -> bool | int | float:
     return value.item()
 
 
+class _NumpyArray:
+    """Stands in for numpy.ndarray in a pickle, and is one when asked (numpy.asarray); of plain numbers, copied."""
+
+    def __setstate__(self, state: tuple) -> None:
+        _, self.shape, dtype, by_column, data = state
+        self.array = np.frombuffer(data, np.dtype(dtype.name)).reshape(self.shape, order="F" if by_column else "C")
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return np.array(self.array, dtype)
+
+
+def _numpy_array(*_) -> _NumpyArray:
+    """Stands in for numpy's own `_reconstruct`, whose arguments are always the same; the content comes afterwards."""
+    return _NumpyArray()
+
+
 NUMPY_NAMES = [(_NumpyDtype, "numpy.dtype"), (_numpy_number, "numpy.core.multiarray.scalar"),
-               (_numpy_number, "numpy._core.multiarray.scalar")]
+               (_numpy_number, "numpy._core.multiarray.scalar"), (_NumpyArray, "numpy.ndarray"),
+               (_numpy_array, "numpy.core.multiarray._reconstruct"),
+               (_numpy_array, "numpy._core.multiarray._reconstruct")]
 
 
 def _first_bytes(path: Path) -> bytes:
