@@ -39,6 +39,8 @@ class PointCloud(NamedTuple):
     normal: np.ndarray | None
     label: np.ndarray | None
     warnings: tuple[str, ...] = ()
+    height: np.ndarray | None = None        # (N, 1) and (N, 4 S) float32, from `complete` where they are features
+    shape: np.ndarray | None = None
 
 
 def read_cloud(path: str | Path, label_field: str | None = None) -> PointCloud:
