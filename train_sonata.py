@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data.label_map import LabelMap, read_label_map
 from data.point_classes import BENCHMARKS
 from data.point_files import ClassList, find_clouds, list_clouds, read_classes
 from data.point_transforms import PointAugmentation
@@ -39,7 +40,7 @@ from utils.cli import ArgumentParser, run_main
 from utils.config import Config, Required, Setting, command_line_wins, load_config
 from utils.device import trim_memory
 from utils.distributed import all_reduce_sum
-from utils.losses import MaskedCrossEntropyLoss, lovasz_softmax_loss
+from utils.losses import MaskedCrossEntropyLoss, class_weights, lovasz_softmax_loss
 from utils.metrics import headline, metrics_table
 from utils.params import describe_parameters
 from utils.point_scripts import (
@@ -60,6 +61,8 @@ SCRIPT = Path(__file__).name
 RESULTS = {"labels": ("npy", "txt"), "picture": ("ply", "none"), "html": False}
 SHOWN = {"mIoU": "official_miou", "mIoU of present classes": "miou", "mAcc": "official_accuracy",
          "Acc": "overall_accuracy"}
+CLASS_WEIGHTS = "training.class_weights"
+FEW_STEPS = 300
 COMPARED = ("data", "model", "training", "optimizer", "scheduler", "augmentation")
 FREE_ON_RESUME = ("training.resume", "training.use_pretrained")         # steps are compared as well
 
@@ -79,6 +82,10 @@ DEFAULTS = {
         "test": Setting(None, (str, list)),     # of --test-only and evaluate.py; None: val
         "benchmark": Setting(None, (str,), tuple(BENCHMARKS)),  # class names and label file; or:
         "label_field": Setting(None, (str,)),
+        # Which number in the files is which class: 2:ground,6:building,7:ignore, or a file.
+        "label_map": Setting(None, (str, dict)),
+        # Of matrices, text and .bin files without names: [x, y, z, r, g, b, label]; _ skips one.
+        "columns": [],
         "class_names": [],                      # else from root/classes.json
         "ignore_labels": [-1],                  # besides those in root/classes.json
         "grid_size": 0.02,                      # metres
@@ -88,7 +95,8 @@ DEFAULTS = {
         "scale": Setting(1.0, (float, str)),
         "center": True,                         # false, outdoors: the sensor stays at 0
         # Also height (over the plane most points lie on) and shape (how the surface bends, in
-        # neighbourhoods of cells of shape_sizes metres): both from the coordinates.
+        # neighbourhoods of cells of shape_sizes metres): both from the coordinates. Or any field
+        # of the files by its name, divided by a number: intensity/65535.
         "features": ["coord", "color", "normal"],
         "shape_sizes": [0.02, 0.04, 0.08],
         "missing_normal": Setting("estimate", (str,), ("estimate", "zeros", "error")),
@@ -103,11 +111,14 @@ DEFAULTS = {
     },
     "training": {
         "epochs": Setting(800, (int,), low=1),              # passes over the training clouds
+        "steps": Setting(None, (int,), low=1),              # optimiser steps, in place of epochs
         "eval_epochs": Setting(100, (int,), low=1),         # pieces, each ending with a validation
         "batch_size": Setting(24, (int,), low=1),           # clouds of all processes together
         # Lovasz and Mix3D see one micro-batch: not the big batch
         "accumulation_steps": Setting(1, (int,), low=1),
         "clip_grad": Setting(3.0, (float,), low=0),
+        # Of cross entropy: one number per class, or [sqrt_]median_frequency.
+        "class_weights": Setting(None, (list, str)),
         # false: a random encoder, in lin, dec and lora a frozen one
         "use_pretrained": Setting(None, (bool,)),
         "resume": False,                                    # the same as --resume auto
@@ -155,10 +166,16 @@ def check_config(config: Config) -> None:
         check_positive(f"optimizer.{key}", config.optimizer[key])
     point_spec(config)
     build_augmentation(config)
-    if training.epochs % training.eval_epochs:
-        raise ValueError(f"training.epochs={training.epochs} is no multiple of "
-                         f"training.eval_epochs={training.eval_epochs}, the pieces that end with a "
-                         f"validation")
+    for key in ("epochs", "steps"):
+        wanted = key == "steps" or training.steps is None
+        if wanted and (training[key] or 0) % training.eval_epochs:
+            raise ValueError(f"training.{key}={training[key]} is no multiple of "
+                             f"training.eval_epochs={training.eval_epochs}, the pieces that end "
+                             f"with a validation")
+    mapped = label_map(config)
+    if mapped is not None and mapped.num_classes != config.model.num_classes:
+        raise ValueError(f"data.label_map has {mapped.num_classes} classes, model.num_classes is "
+                         f"{config.model.num_classes}")
     names = check_names("data.class_names", class_names(config))
     if len(names) != config.model.num_classes:
         raise ValueError(f"{len(names)} class names for model.num_classes="
@@ -172,7 +189,8 @@ def point_spec(config: Config) -> PointSpec:
     return PointSpec(data.grid_size, data.unit, tuple(data.features), data.missing_normal,
                      data.missing_color, data.test_grid_size, data.get("scale", 1.0),
                      data.get("center", True),
-                     tuple(data.get("shape_sizes", DEFAULTS["data"]["shape_sizes"])))
+                     tuple(data.get("shape_sizes", DEFAULTS["data"]["shape_sizes"])),
+                     tuple(data.get("columns", ())))
 
 
 def build_augmentation(config: Config) -> PointAugmentation:
@@ -189,10 +207,18 @@ def class_names(config: Config) -> list[str]:
         return list(data.class_names)
     if data.benchmark:
         return list(BENCHMARKS[data.benchmark].names)
+    mapped = label_map(config)
+    if mapped is not None and mapped.names is not None:
+        return mapped.names
     listed = class_list(config)
     if listed is None:
         return [f"class {c}" for c in range(config.model.num_classes)]
     return list(listed.names)
+
+
+def label_map(config: Config) -> LabelMap | None:
+    given = config.data.get("label_map")
+    return None if given is None else read_label_map(given)
 
 
 def class_list(config: Config) -> ClassList | None:
@@ -228,10 +254,19 @@ def build_dataset(config: Config, split: str, seed: int = 0, data_dir: str | Non
     listed = class_list(config)
     ignored = sorted({*data.ignore_labels, *(listed.ignore_labels if listed else ())})
     train = split == "train" and data_dir is None
-    passes = config.training.epochs // config.training.eval_epochs if train else 1
+    num_items = items_of_piece(config.training, len(files)) if train else None
     return PointDataset(files, point_spec(config), config.model.num_classes,
                         build_augmentation(config) if train else None, field, tuple(ignored),
-                        config.paths.cache_dir, seed, passes, f"{split} clouds")
+                        config.paths.cache_dir, seed, num_items, label_map(config),
+                        f"{split} clouds")
+
+
+def items_of_piece(training: Config, num_clouds: int) -> int:
+    """Training items between two validations: whole passes over the clouds, or as many as
+    training.steps needs."""
+    if training.steps is None:
+        return num_clouds * (training.epochs // training.eval_epochs)
+    return training.steps // training.eval_epochs * training.batch_size * training.accumulation_steps
 
 
 def build_model(config: Config, encoder_config: dict) -> SonataSegmenter:
@@ -455,6 +490,16 @@ def describe_data(train_set: PointDataset, val_set: PointDataset) -> list[str]:
     return lines
 
 
+def describe_steps(training: Config, train_set: PointDataset, total_steps: int) -> list[str]:
+    """How long the run is, in steps and in passes, for the log."""
+    passes = total_steps * training.batch_size * training.accumulation_steps / len(train_set.files)
+    lines = [f"{total_steps:,} optimiser steps, {passes:.4g} passes over the training clouds"]
+    if total_steps < FEW_STEPS:
+        lines.append(f"WARNING: {total_steps} steps are few: below {FEW_STEPS} a network is seldom "
+                     f"trained to its end; set training.steps")
+    return lines
+
+
 def main(argv=None) -> dict:
     args = parse_args(argv)
     config = read_config(args)
@@ -487,7 +532,8 @@ def main(argv=None) -> dict:
     left_out = model.frozen_names() if encoder_entry["file"] else ()
 
     # loss, optimiser, schedule
-    criterion = MaskedCrossEntropyLoss().to(run.device)
+    weights = class_weights(training.class_weights, train_set.class_counts, CLASS_WEIGHTS)
+    criterion = MaskedCrossEntropyLoss(weights).to(run.device)
     optimizer = torch.optim.AdamW(parameter_groups(model, config),
                                   weight_decay=config.optimizer.weight_decay)
     scheduler = build_scheduler(optimizer, "onecycle", run.total_steps, **config.scheduler)
@@ -499,6 +545,7 @@ def main(argv=None) -> dict:
     collate = partial(collate_points, mix_probability=config.augmentation.mix_probability)
     loader = build_loader(train_set, sampler, args.num_workers, run.device, collate)
     lines = (*describe_data(train_set, val_set),
+             *describe_steps(training, train_set, run.total_steps),
              f"mode {config.model.mode}: {describe_parameters(model)}; {run.description}")
     with run.training(*lines, log_interval=config.logging.log_interval,
                       tensorboard=config.logging.tensorboard):

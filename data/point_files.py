@@ -7,25 +7,27 @@ import shutil
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 
+from data.label_map import LabelMap
 from data.mesh_io import parse_npy, ply_columns
+from data.point_formats import INTENSITY, READERS, matrix_columns, plain_name
 from utils.checks import check_names, did_you_mean, nearest
 from utils.losses import IGNORE_INDEX
 
-CLOUD_SUFFIXES = (".npz", ".npy", ".ply")
+CLOUD_SUFFIXES = (".npz", ".npy", ".ply", *READERS)
 FAR = 10_000                                # metres; float64 coordinates beyond this are moved before rounding
 BOMB_SIZE, BOMB_RATIO = 1 << 30, 100        # more than a GiB out of less than a hundredth of it is no cloud
 LARGEST = 1e15                              # float32 still squares it, int64 still counts its voxels
 FIELDS = {"coord": ("coord", "coords", "xyz", "points", "pos"), "color": ("color", "colors", "rgb"),
-          "normal": ("normal", "normals"), "label": ("segment", "label", "labels", "class", "semantic")}
+          "normal": ("normal", "normals"), "label": ("segment", "label", "labels", "class", "semantic",
+                                                              "classification")}
 COLUMNS = {"coord": ("x", "y", "z"), "color": ("red", "green", "blue"), "normal": ("nx", "ny", "nz")}
-PLAIN_COLUMNS = {3: (), 4: ("label",), 6: ("color",), 7: ("color", "label"), 9: ("color", "normal"),
-                 10: ("color", "normal", "label")}      # of a .npy matrix, after x y z
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -41,27 +43,32 @@ class PointCloud(NamedTuple):
     warnings: tuple[str, ...] = ()
     height: np.ndarray | None = None        # (N, 1) and (N, 4 S) float32, from `complete` where they are features
     shape: np.ndarray | None = None
+    extra: Mapping[str, np.ndarray] = MappingProxyType({})      # (N,) numbers of other fields that were asked for
 
 
-def read_cloud(path: str | Path, label_field: str | None = None) -> PointCloud:
+def read_cloud(path: str | Path, label_field: str | None = None, columns: Sequence[str] = (),
+               fields: Sequence[str] = ()) -> PointCloud:
     """Read a cloud: a folder of .npy files (Pointcept's layout), .npz with the same names, .npy (a matrix x y z [r g b]
-    [nx ny nz] [label], or a structured array) or .ply (vertex properties).
+    [nx ny nz] [label], or a structured array), .ply (vertex properties), or a format of data/point_formats.py.
 
     label_field: the name of the labels, e.g. "segment200"; an absent one means no labels. None: the first of segment,
-    label, labels, class, semantic, else segment20. Colours that never exceed 1 are taken as 0..1 and multiplied by 255,
-    and map coordinates (beyond 10 km) are moved near 0, or in float32 left, all with a warning. FileNotFoundError, and
-    ValueError for an unknown suffix, a damaged file, no point, wrong shapes, NaN or infinite coordinates, colours
-    outside 0..255 and labels that are not whole numbers.
+    label, labels, class, semantic, classification, else segment20. columns: names of the columns of files that do not
+    name them, for matrices, text and .bin. fields: more fields to read, such as intensity. Colours that never exceed 1
+    are taken as 0..1 and multiplied by 255, and map coordinates (beyond 10 km) are moved near 0, or in float32 left,
+    all with a warning. FileNotFoundError, and ValueError for an unknown suffix, a damaged file, no point, wrong shapes,
+    NaN or infinite coordinates, colours outside 0..255, labels that are not whole numbers and an absent field.
     """
     path = Path(path)
+    warnings: list[str] = []
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such cloud; check the path")
     if not path.is_dir() and path.suffix.lower() not in CLOUD_SUFFIXES:
         raise ValueError(f"{path}: '{path.suffix}' is not a suffix known here, use {' '.join(CLOUD_SUFFIXES)} or a "
                          f"folder with coord.npy")
     try:
-        raw = _read_fields(path, label_field)
-    except (ValueError, KeyError, IndexError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        raw = _read_fields(path, label_field, columns, fields, warnings)
+    except (ValueError, KeyError, IndexError, OSError, EOFError, RuntimeError, OverflowError, zipfile.BadZipFile,
+            zlib.error) as error:
         if str(error).startswith(f"{path}: "):              # told already, by the reader of PLY files
             raise
         raise ValueError(f"{path}: cannot be read ({type(error).__name__}: {error}); is it cut short or damaged?"
@@ -71,14 +78,12 @@ def read_cloud(path: str | Path, label_field: str | None = None) -> PointCloud:
         got = "none" if coord is None else f"{coord.dtype} {coord.shape}"
         raise ValueError(f"{path}: expected numeric coordinates (N, 3) of at least one point under one of the names "
                          f"{', '.join(FIELDS['coord'])}; got {got}")
-    for name in ("color", "normal", "label"):
-        value = raw.get(name)
-        if value is None:
-            continue
-        raw[name] = value = value.reshape(-1) if name == "label" else value
+    for name, value in raw.items():
+        wide = name in ("coord", "color", "normal")
+        raw[name] = value = value if wide else value.reshape(-1)
         if value.dtype.kind not in "biuf":
             raise ValueError(f"{path}: {name} of type {value.dtype}; numbers are expected")
-        if value.shape != ((len(coord),) if name == "label" else (len(coord), 3)):
+        if value.shape != ((len(coord), 3) if wide else (len(coord),)):
             raise ValueError(f"{path}: {name} of shape {value.shape} for {len(coord)} points; one row a point, in the "
                              f"order of the coordinates")
     with np.errstate(over="ignore"):                                       # in float16, where LARGEST is infinity
@@ -86,7 +91,6 @@ def read_cloud(path: str | Path, label_field: str | None = None) -> PointCloud:
     if not finite.all():
         raise ValueError(f"{path}: {(~finite).sum()} of {len(coord)} points have a NaN or infinite coordinate, or one "
                          f"beyond {LARGEST:g}, the first is point {finite.argmin()}; remove them")
-    warnings: list[str] = []
     if (farthest := np.abs(coord).max()) > FAR:                            # float32 rounds these to centimetres
         if coord.dtype == np.float32:
             warnings.append(f"{path}: float32 coordinates up to {farthest:.0f} are rounded to "
@@ -99,13 +103,14 @@ def read_cloud(path: str | Path, label_field: str | None = None) -> PointCloud:
     color = _as_color(raw.get("color"), path, warnings)
     normal, label = raw.get("normal"), raw.get("label")
     return PointCloud(coord, color, None if normal is None else _as_unit(normal),
-                      None if label is None else _as_integers(label, path), tuple(warnings))
+                      None if label is None else _as_integers(label, path), tuple(warnings),
+                      extra={name: _finite(raw[name], name, path) for name in fields})
 
 
-def _read_fields(path, label_field):
-    """{"coord": ..., "color": ..., "normal": ..., "label": ...} as far as the file has them."""
+def _read_fields(path, label_field, columns, fields, warnings):
+    """{"coord": ..., "color": ..., "normal": ..., "label": ...} as far as the file has them, and all of `fields`."""
     if path.is_dir():
-        return _named({file.stem: file for file in path.glob("*.npy")}, _read_npy, label_field)
+        return _named({file.stem: file for file in path.glob("*.npy")}, _read_npy, label_field, fields)
     if path.suffix.lower() == ".npz":
         with zipfile.ZipFile(path) as file:
             if any(entry.compress_size > path.stat().st_size for entry in file.infolist()):
@@ -115,20 +120,18 @@ def _read_fields(path, label_field):
             if unpacked > max(BOMB_SIZE, BOMB_RATIO * packed):
                 raise ValueError(f"{unpacked:,} bytes of arrays in {packed:,} bytes of file")
             return _named({name.removesuffix(".npy"): name for name in file.namelist()},
-                          lambda name: parse_npy(file.read(name)), label_field)
+                          lambda name: parse_npy(file.read(name)), label_field, fields)
     if path.suffix.lower() == ".ply":
-        return _from_columns(read_ply_vertices(path), label_field)
+        return _from_columns(read_ply_vertices(path), label_field, fields)
+    if path.suffix.lower() in READERS:
+        asked = {*fields, *(INTENSITY if {*fields} & {*INTENSITY} else ())}
+        needed = {*sum(COLUMNS.values(), ()), *map(plain_name, (*label_names(label_field), *asked))}
+        found = READERS[path.suffix.lower()](path, columns, needed.__contains__, warnings)
+        return _from_columns(found, label_field, fields)
     array = _read_npy(path)
     if array.dtype.names:
-        return _from_columns({name: array[name] for name in array.dtype.names}, label_field)
-    if array.ndim != 2 or array.shape[1] not in PLAIN_COLUMNS:
-        raise ValueError(f"a matrix of shape {array.shape}; columns are x y z [r g b] [nx ny nz] [label]")
-    raw = {"coord": array[:, :3]}
-    begin = 3
-    for name in PLAIN_COLUMNS[array.shape[1]]:
-        width = 1 if name == "label" else 3
-        raw[name], begin = array[:, begin:begin + width], begin + width
-    return raw
+        return _from_columns({name: array[name] for name in array.dtype.names}, label_field, fields)
+    return _from_columns(matrix_columns(array, columns, warnings, path), label_field, fields)
 
 
 def _read_npy(path):
@@ -140,17 +143,33 @@ def label_names(label_field: str | None) -> tuple[str, ...]:
     return (label_field,) if label_field else (*FIELDS["label"], "segment20")
 
 
-def _named(keys, read, label_field):
+def _named(keys, read, label_field, fields):
     names = {**FIELDS, "label": label_names(label_field)}
     found = {field: next((name for name in names[field] if name in keys), None) for field in names}
+    found |= {field: _find_field(field, keys) for field in fields}
     return {field: read(keys[name]) for field, name in found.items() if name is not None}
 
 
-def _from_columns(columns, label_field):
-    raw = {name: np.stack([columns[column] for column in triple], 1) for name, triple in COLUMNS.items()
-           if all(column in columns for column in triple)}
-    name = next((name for name in label_names(label_field) if name in columns), None)
-    return raw if name is None else {**raw, "label": columns[name]}
+def _find_field(field, keys):
+    """The one of keys that is meant by `field`, which intensity has under several names. ValueError where none is."""
+    plain = {plain_name(key): key for key in keys}
+    names = (plain_name(field), *(INTENSITY if field in INTENSITY else ()))
+    name = next((name for name in names if name in plain), None)
+    if name is None:
+        raise ValueError(f"no field {field} of data.features; there are {', '.join(map(str, keys))}"
+                         f"{did_you_mean(nearest(field, plain))}")
+    return plain[name]
+
+
+def _from_columns(columns, label_field, fields):
+    plain = {plain_name(name): name for name in columns}
+    raw = {name: columns[name] for name in ("coord", "color", "normal") if name in columns}
+    raw |= {name: np.stack([columns[plain[column]] for column in triple], 1) for name, triple in COLUMNS.items()
+            if name not in raw and all(column in plain for column in triple)}
+    label = next((name for name in label_names(label_field) if name in columns or plain_name(name) in plain), None)
+    if label is not None:
+        raw["label"] = columns[label if label in columns else plain[plain_name(label)]]
+    return {**raw, **{field: columns[_find_field(field, columns)] for field in fields}}
 
 
 def read_ply_vertices(path: str | Path) -> dict[str, np.ndarray]:
@@ -207,6 +226,12 @@ def _as_color(color, path, warnings):
     return color
 
 
+def _finite(values, name, path):
+    if not (finite := np.isfinite(values)).all():
+        raise ValueError(f"{path}: {name} of point {finite.argmin()} ({(~finite).sum()} in all) is NaN or infinite")
+    return values
+
+
 def _as_unit(normal):
     """Unit normals, 0 for those that are 0, NaN or beyond all sizes."""
     with np.errstate(over="ignore"):
@@ -225,9 +250,13 @@ def _as_integers(label, path):
     return label.astype(np.int64)
 
 
-def to_labels(label: np.ndarray, num_classes: int, ignore_labels: Sequence[int], path: str | Path) -> np.ndarray:
-    """Labels of a file as they are in memory: ignore_labels become IGNORE_INDEX. ValueError where another is outside
-    0..num_classes - 1: it names the file, the value and the count."""
+def to_labels(label: np.ndarray, num_classes: int, ignore_labels: Sequence[int], path: str | Path,
+              label_map: LabelMap | None = None) -> np.ndarray:
+    """Labels of a file as they are in memory: through label_map where there is one; ignore_labels become IGNORE_INDEX.
+    ValueError where another is outside 0..num_classes - 1, or not in the map: it names the file, the value and the
+    count."""
+    if label_map is not None:
+        return label_map.ignoring(ignore_labels).to_labels(label, path)
     label = np.where(np.isin(label, list(ignore_labels)), IGNORE_INDEX, label)
     wrong = label[(label != IGNORE_INDEX) & ((label < 0) | (label >= num_classes))]
     if len(wrong):

@@ -232,6 +232,7 @@ def read_kitti(path: Path, columns: Sequence[str], wanted: Callable, warnings: l
     label = next((place for place in places if place.is_file()), None)
     if label is not None and wanted("label"):
         found["label"] = (np.fromfile(label, "<u4") & 0xFFFF).astype(np.int64)
+        found["label"][found["label"] == 0xFFFF] = -1               # of those who write -1
         if len(found["label"]) != len(values) // len(columns):
             raise ValueError(f"{label} has {len(found['label'])} labels for {len(values) // len(columns)} points")
     return found

@@ -23,7 +23,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from data.label_map import LabelMap
 from data.point_files import PointCloud, label_names, read_cloud, to_labels
+from data.point_formats import check_columns
 from data.point_transforms import (
     MAX_GRID_INDEX,
     NORMAL_NEIGHBORS,
@@ -56,7 +58,8 @@ POINTS_IN_MEMORY = 30_000_000               # about 1.2 GB; clouds beyond this a
 WIDEST = 500.0                              # metres; a wider cloud is probably in millimetres or centimetres
 
 
-FEATURES = ("coord", "color", "normal", "height", "shape")   # the last two are computed from the coordinates
+# The last two are computed from the coordinates. Other features are fields of the files: intensity, intensity/65535.
+FEATURES = ("coord", "color", "normal", "height", "shape")
 
 
 @dataclass(frozen=True)
@@ -76,11 +79,12 @@ class PointSpec:
                                                         # 0.5 indoors, 0.2 outdoors, "object": each cloud to radius 1
     center: bool = True                                 # false, outdoors: the sensor stays at 0
     shape_sizes: tuple[float, ...] = (0.02, 0.04, 0.08)  # of the feature "shape": metres after unit, before scale
+    columns: tuple[str, ...] = ()                       # of files that do not name their columns
 
     def __post_init__(self) -> None:
-        for name in self.features:
-            check_choice("data.features", name, FEATURES)
-        if not self.features or len(set(self.features)) < len(self.features):
+        check_columns(self.columns)
+        names = [_name_and_scale(feature)[0] for feature in self.features]
+        if not names or len(set(names)) < len(names):
             raise ValueError(f"data.features={list(self.features)}: expected one feature or more, each named once")
         check_choice("data.missing_normal", self.missing_normal, ("estimate", "zeros", "error"))
         check_choice("data.missing_color", self.missing_color, ("zeros", "error"))
@@ -94,9 +98,31 @@ class PointSpec:
 
     @property
     def num_channels(self) -> int:
-        """Columns of `feat`: 3 each for coord, color and normal, 1 for height, 4 a size for shape."""
-        width = {"height": 1, "shape": SHAPE_CHANNELS * len(self.shape_sizes)}
-        return sum(width.get(name, 3) for name in self.features)
+        """Columns of `feat`: 3 each for coord, color and normal, 4 a size for shape, 1 for all others."""
+        width = {**dict.fromkeys(FEATURES, 3), "height": 1, "shape": SHAPE_CHANNELS * len(self.shape_sizes)}
+        return sum(width.get(name, 1) for name in self.features)
+
+    @property
+    def fields(self) -> dict[str, tuple[str, float]]:
+        """{feature: (field of the files, what its numbers are divided by)} of the features that are such fields."""
+        return {feature: _name_and_scale(feature) for feature in self.features if feature not in FEATURES}
+
+    def read(self, path: str | Path, label_field: str | None = None) -> PointCloud:
+        """read_cloud with all that the features need."""
+        return read_cloud(path, label_field, self.columns, [field for field, _ in self.fields.values()])
+
+
+def _name_and_scale(feature: str) -> tuple[str, float]:
+    """"intensity/65535" -> ("intensity", 65535.0)."""
+    name, slash, divisor = feature.partition("/")
+    try:
+        divisor = float(divisor) if slash else 1.0
+    except ValueError:
+        divisor = 0.0
+    if not name.isidentifier() or not 0 < divisor < float("inf") or (slash and name in FEATURES):
+        raise ValueError(f"data.features: {feature!r}: expected one of {', '.join(FEATURES)}, or a field of the files, "
+                         f"such as intensity or intensity/65535")
+    return name, divisor
 
 
 # -- data sets ---------------------------------------------------------------------------------------------------------
@@ -164,8 +190,9 @@ class PointDataset(Dataset):
 
     files: clouds in a fixed order. num_classes None, or a cloud without labels: all IGNORE_INDEX. Item of a training
     set (augmentation given): a random sample of cloud item modulo len(files), with `mix_draw`, the batch's coin for
-    Mix3D; an epoch visits every cloud `repeat` times. Item of an evaluation set: one point of every voxel (always the
-    same), `inverse` (R,) int64 from raw points to voxels and `raw_label` (R,) int64.
+    Mix3D; an epoch has num_items items (None: each file once). Item of an evaluation set: one point of every voxel
+    (always the same), `inverse` (R,) int64 from raw points to voxels and `raw_label` (R,) int64. label_map: which
+    number in the files is which class.
     Randomness depends on (seed, epoch, item) alone: not on workers, batch size or what ran before.
     All clouds are read and checked at construction, so that wrong data is found before training; `messages` says what
     is doubtful. Raises ValueError where the labels are out of range or no point of the whole set is labelled.
@@ -179,7 +206,8 @@ class PointDataset(Dataset):
     ignore_labels: Sequence[int] = (-1,)
     cache_dir: str | Path | None = None
     seed: int = 0
-    repeat: int = 1
+    num_items: int | None = None
+    label_map: LabelMap | None = None
     description: str = "reading clouds"
 
     def __post_init__(self) -> None:
@@ -224,10 +252,10 @@ class PointDataset(Dataset):
                              f"field named {' or '.join(label_names(self.label_field))}")
 
     def _read(self, path):
-        cloud = read_cloud(path, self.label_field)
+        cloud = self.spec.read(path, self.label_field)
         label = np.full(len(cloud.coord), IGNORE_INDEX, np.int64)
         if self.num_classes and cloud.label is not None:
-            label = to_labels(cloud.label, self.num_classes, self.ignore_labels, path)
+            label = to_labels(cloud.label, self.num_classes, self.ignore_labels, path, self.label_map)
         return complete(cloud._replace(label=label), self.spec, path, self.cache_dir)
 
     def fingerprint(self) -> dict:
@@ -239,7 +267,7 @@ class PointDataset(Dataset):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.files) * self.repeat
+        return self.num_items or len(self.files)
 
     def cloud(self, index: int) -> Cloud:
         """coord, color and normal (as far as features), label of files[index]: all raw points, in metres x scale."""
@@ -275,6 +303,8 @@ def to_cloud(cloud: PointCloud, spec: PointSpec) -> Cloud:
     elif spec.scale != 1:
         arrays["coord"] = arrays["coord"] * np.float32(spec.scale)
     arrays |= {name: getattr(cloud, name).astype(np.float32) for name in FEATURES[1:] if name in spec.features}
+    arrays |= {feature: (cloud.extra[field] / np.float32(divisor)).astype(np.float32)[:, None]
+               for feature, (field, divisor) in spec.fields.items()}
     if "height" in arrays:
         arrays["height"] = arrays["height"] * np.float32(factor)
     return arrays if cloud.label is None else {**arrays, "label": cloud.label}

@@ -272,7 +272,7 @@ def test_read_classes(tmp_path):
 
 def test_items_depend_on_seed_epoch_and_item_only(files):
     def items(workers=0, epoch=0, seed=0, memory=True):
-        dataset = PointDataset(files, PLAIN, 4, PointAugmentation(), seed=seed, repeat=2)
+        dataset = PointDataset(files, PLAIN, 4, PointAugmentation(), seed=seed, num_items=2 * len(files))
         if not memory:
             dataset._kept.clear()
         dataset.set_epoch(epoch)
@@ -303,7 +303,7 @@ def test_layout_of_a_batch(files):
 
 
 def test_mix3d_follows_the_first_items_coin(files):
-    dataset = PointDataset(files, PLAIN, 4, PointAugmentation(), repeat=50)
+    dataset = PointDataset(files, PLAIN, 4, PointAugmentation(), num_items=50 * len(files))
     samples = [dataset[i] for i in range(200)]
     assert 0.7 < np.mean([sample["mix_draw"] < 0.8 for sample in samples]) < 0.9
     mixed = next(i for i, sample in enumerate(samples) if sample["mix_draw"] < 0.8)

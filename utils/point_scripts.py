@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from data.point_files import read_cloud
 from data.point_results import example_clouds, write_point_result
 from data.points import PointDataset, PreciseTest, collate_points, complete, evaluation_sample, to_cloud
 from models.point_transformer import SonataSegmenter, upcast
@@ -133,7 +132,7 @@ def evaluate_clouds(model: SonataSegmenter, dataset: PointDataset, device: torch
 def label_cloud_file(model: SonataSegmenter, path: str | Path, amp_dtype: torch.dtype | None = None) -> dict:
     """Label a cloud file: label (R,) int64 and confidence (R,) of every raw point in file order,
     and coord (R, 3)."""
-    raw, missing = complete(read_cloud(path), model.spec, path, model.config.paths.cache_dir)
+    raw, missing = complete(model.spec.read(path), model.spec, path, model.config.paths.cache_dir)
     for line in (*raw.warnings, *(f"{path}: no {name}s in the file" for name in missing)):
         print(line, flush=True)
     cloud = {name: value for name, value in to_cloud(raw, model.spec).items() if name != "label"}
