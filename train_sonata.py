@@ -58,7 +58,7 @@ from utils.weights import load_weights, sha256_file
 
 SCRIPT = Path(__file__).name
 # For predict.py, default first.
-RESULTS = {"labels": ("npy", "txt"), "picture": ("ply", "none"), "html": False}
+RESULTS = {"labels": ("npy", "txt"), "picture": ("ply", "none"), "html": False, "tile": True}
 SHOWN = {"mIoU": "official_miou", "mIoU of present classes": "miou", "mAcc": "official_accuracy",
          "Acc": "overall_accuracy"}
 CLASS_WEIGHTS = "training.class_weights"
@@ -419,6 +419,7 @@ def attach(model: SonataSegmenter, config: Config, names: list[str], colors: np.
     """What evaluation needs besides the weights."""
     model.config = config
     model.spec = point_spec(config)
+    model.label_map = label_map(config)
     model.class_names = names
     model.palette = colors
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -21,6 +23,7 @@ from utils.checks import check_names, did_you_mean, nearest
 from utils.losses import IGNORE_INDEX
 
 CLOUD_SUFFIXES = (".npz", ".npy", ".ply", *READERS)
+UNSURE_SUFFIXES = (".txt", ".csv")          # which may hold something else
 FAR = 10_000                                # metres; float64 coordinates beyond this are moved before rounding
 BOMB_SIZE, BOMB_RATIO = 1 << 30, 100        # more than a GiB out of less than a hundredth of it is no cloud
 LARGEST = 1e15                              # float32 still squares it, int64 still counts its voxels
@@ -311,23 +314,42 @@ def is_cloud(path: Path) -> bool:
     return (path / "coord.npy").is_file() if path.is_dir() else path.suffix.lower() in CLOUD_SUFFIXES
 
 
+def clouds_in(folder: Path) -> list[Path]:
+    """The sorted clouds of a folder, or, where it has none itself, of the folders in it (scene/room), at any depth.
+    Files .txt and .csv, which may be lists and notes, count where there is nothing else."""
+    below = []
+    for path, folders, names in os.walk(folder):
+        scenes = [name for name in folders if is_cloud(Path(path, name))]
+        folders[:] = [name for name in folders if name not in scenes and not name.startswith(".")]
+        below += [Path(path, name) for name in (*scenes, *names) if name in scenes or is_cloud(Path(path, name))]
+    below = [path for path in below if path.suffix.lower() not in UNSURE_SUFFIXES or path.is_dir()] or below
+    return sorted([path for path in below if path.parent == folder] or below)
+
+
 def list_clouds(folder: str | Path) -> list[Path]:
     """The clouds of a folder, or the folder itself where it is one (Pointcept's layout). FileNotFoundError, and
     ValueError where there are none."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
-    files = [folder] if is_cloud(folder) else sorted(path for path in folder.iterdir() if is_cloud(path))
+    files = [folder] if is_cloud(folder) else clouds_in(folder)
     if not files:
-        raise ValueError(f"{folder}: no clouds in this folder")
+        raise ValueError(f"{folder}: no clouds in this folder{_what_is_there(folder)}")
     return files
+
+
+def _what_is_there(folder: Path) -> str:
+    """"; there are 12 .e57 files and 3 folders", for an error."""
+    found = Counter("folders" if path.is_dir() else f"{path.suffix or path.name} files" for path in folder.iterdir())
+    return "; there are " + ", ".join(f"{count} {what}" for what, count in found.most_common(5)) if found else ""
 
 
 def find_clouds(root: str | Path, split: str | Sequence[str]) -> list[Path]:
     """Sorted clouds of a split of the data set in folder `root`. A split (or each of several: ["Area_1", "Area_2"]) is
-    a folder of clouds under root (train, Area_5 ...), a key of root/splits.json {split: [names]}, or a .json file
-    (under root or anywhere) that lists clouds by their path under root, suffixes optional. Raises FileNotFoundError
-    where there is no root, ValueError where a split is unknown, empty or names a missing cloud.
+    a folder of clouds under root (train, Area_5 ...) or of folders of them, a key of root/splits.json
+    {split: [names]}, the lines of root/SPLIT.txt, or a .json or .txt file (under root or anywhere) that lists clouds by
+    their path under root, suffixes optional. Raises FileNotFoundError where there is no root, ValueError where a split
+    is unknown, empty or names a missing cloud.
     """
     root = Path(root)
     if not root.is_dir():
@@ -336,22 +358,33 @@ def find_clouds(root: str | Path, split: str | Sequence[str]) -> list[Path]:
     listed = _read_json(listed, dict, '{"train": [names], ...}') if listed.is_file() else {}
     found = []
     for name in [split] if isinstance(split, str) else split:
-        file = next((file for file in (root / name, Path(name)) if name.endswith(".json") and file.is_file()), None)
+        file = next((file for file in (root / name, Path(name)) if name.endswith((".json", ".txt")) and file.is_file()),
+                    None)
         if file is not None:
-            clouds = [_locate(root, entry, file) for entry in _read_json(file, list, "a list of clouds")]
+            clouds = [_locate(root, entry, file) for entry in _read_list(file)]
         elif name in listed:
             clouds = [_locate(root, entry, root / "splits.json") for entry in listed[name]]
         elif (root / name).is_dir():
-            clouds = [path for path in (root / name).iterdir() if is_cloud(path)]
+            clouds = clouds_in(root / name)
+        elif (file := root / f"{name}.txt").is_file():
+            clouds = [_locate(root, entry, file) for entry in _read_list(file)]
         else:
             known = sorted({*listed, *(path.name for path in root.iterdir() if path.is_dir() and not is_cloud(path))})
             raise ValueError(f"{root}: no split {name!r}; there are {', '.join(known) or 'none'}"
                              f"{did_you_mean(nearest(name, known))}")
         if not clouds:
+            there = _what_is_there(root / name) if (root / name).is_dir() else ""
             raise ValueError(f"{root}: split {name!r} is empty; clouds are {' '.join(CLOUD_SUFFIXES)} files or folders "
-                             f"with coord.npy")
+                             f"with coord.npy{there}")
         found += clouds
     return sorted(found)
+
+
+def _read_list(file):
+    if file.suffix == ".json":
+        return _read_json(file, list, "a list of clouds")
+    lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
 
 
 def _read_json(path, kind, expected):

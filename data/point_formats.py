@@ -13,6 +13,7 @@ import re
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -295,13 +296,12 @@ def read_las(path: Path, columns: Sequence[str], wanted: Callable, warnings: lis
     return found
 
 
-def write_las(path: str | Path, source: str | Path, label: np.ndarray) -> None:
-    """A copy of the LAS or LAZ file `source` with label (N,) in its classification field; everything else stays, but
+def write_las(target: IO, source: Path, label: np.ndarray) -> None:
+    """Write to `target` a copy of the LAS or LAZ file `source` with label (N,) in its classification field; everything else stays, but
     for the point format where label goes beyond its classes. ValueError for labels outside 0..255."""
-    source = Path(source)
     laspy = _laspy(source)
     if label.min() < 0 or label.max() > 255:
-        raise ValueError(f"{path}: labels {label.min()} to {label.max()}; the classification field holds 0 to 255")
+        raise ValueError(f"{source}: labels {label.min()} to {label.max()}; the classification field holds 0 to 255")
     begin = 0
     with contextlib.ExitStack() as stack:
         file = None
@@ -310,7 +310,7 @@ def write_las(path: str | Path, source: str | Path, label: np.ndarray) -> None:
             if label.max() > CLASS_LIMIT and header.point_format.id in LATER_FORMATS:
                 las = laspy.convert(las, point_format_id=LATER_FORMATS[header.point_format.id])
             if file is None:
-                file = stack.enter_context(laspy.open(path, mode="w", header=las.header,
+                file = stack.enter_context(laspy.open(target, mode="w", header=las.header, closefd=False,
                                                       do_compress=source.suffix.lower() == ".laz"))
             las.classification = label[begin:begin + len(points)]
             file.write_points(las.points)

@@ -47,7 +47,7 @@ from data.point_transforms import (
     voxelize,
 )
 from utils.array_file import load_checked, save_checked
-from utils.checks import check_choice
+from utils.checks import check_choice, did_you_mean, nearest
 from utils.files import remove_leftovers_once, replacing
 from utils.fingerprint import digest, fingerprint
 from utils.log import progress
@@ -119,9 +119,10 @@ def _name_and_scale(feature: str) -> tuple[str, float]:
         divisor = float(divisor) if slash else 1.0
     except ValueError:
         divisor = 0.0
-    if not name.isidentifier() or not 0 < divisor < float("inf") or (slash and name in FEATURES):
+    near = [] if name in FEATURES else nearest(name, FEATURES)              # no field is called that
+    if not name.isidentifier() or not 0 < divisor < float("inf") or (slash and name in FEATURES) or near:
         raise ValueError(f"data.features: {feature!r}: expected one of {', '.join(FEATURES)}, or a field of the files, "
-                         f"such as intensity or intensity/65535")
+                         f"such as intensity or intensity/65535{did_you_mean(near)}")
     return name, divisor
 
 

@@ -203,9 +203,9 @@ def test_an_archive_that_announces_more_than_it_holds(tmp_path):
 def test_unknown_paths_and_suffixes(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such cloud"):
         read_cloud(tmp_path / "nothing.npz")
-    (tmp_path / "a.las").write_bytes(b"")
-    with pytest.raises(ValueError, match="'.las'.*[.]npz"):
-        read_cloud(tmp_path / "a.las")
+    (tmp_path / "a.e57").write_bytes(b"")
+    with pytest.raises(ValueError, match="'.e57'.*[.]npz.*[.]laz"):
+        read_cloud(tmp_path / "a.e57")
     np.save(tmp_path / "a.npy", np.zeros((4, 5)))
     with pytest.raises(ValueError, match="columns are x y z"):
         read_cloud(tmp_path / "a.npy")

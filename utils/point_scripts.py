@@ -14,10 +14,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Subset
 
+from data.point_files import PointCloud
+from data.point_formats import write_las
 from data.point_results import example_clouds, write_point_result
+from data.point_tiles import part_of, split_tiles
 from data.points import PointDataset, PreciseTest, collate_points, complete, evaluation_sample, to_cloud
 from models.point_transformer import SonataSegmenter, upcast
 from utils.distributed import all_reduce_sum, own_share, unwrap
+from utils.files import replacing
 from utils.log import progress
 from utils.losses import MaskedCrossEntropyLoss
 from utils.metrics import ConfusionMatrix, absent_as_zero, miou_of_each, segmentation_metrics
@@ -129,9 +133,34 @@ def evaluate_clouds(model: SonataSegmenter, dataset: PointDataset, device: torch
             "seconds": time.monotonic() - started}
 
 
-def label_cloud_file(model: SonataSegmenter, path: str | Path, amp_dtype: torch.dtype | None = None) -> dict:
-    """Label a cloud file: label (R,) int64 and confidence (R,) of every raw point in file order,
-    and coord (R, 3)."""
+def label_tiles(model: SonataSegmenter, raw: PointCloud, side: float, path: str | Path) -> tuple:
+    """label_cloud in squares of `side` metres with a margin, each a cloud of its own: label (R,)
+    int16 and confidence (R,) float32. Memory beyond the raw points is that of one square."""
+    spec = model.spec
+    if spec.scale == "object":
+        raise ValueError("--tile: data.scale=object shrinks clouds to one size; a part of one has "
+                         "another")
+    label = np.empty(len(raw.coord), np.int16)
+    confidence = np.empty(len(raw.coord), np.float32)
+    count, tiles = split_tiles(raw.coord, side / spec.unit)
+    for index, own in progress(tiles, f"{count} tiles", count):
+        cloud = to_cloud(complete(part_of(raw, index), spec, path)[0], spec)
+        cloud.pop("label", None)
+        pred, share, _ = label_cloud(model, cloud, model.config.evaluation.precise)
+        label[index[own]] = pred.numpy()[own]
+        confidence[index[own]] = share.numpy()[own]
+    return label, confidence
+
+
+def label_cloud_file(model: SonataSegmenter, path: str | Path, amp_dtype: torch.dtype | None = None,
+                     tile: float = 0) -> dict:
+    """Label a cloud file: label (R,) and confidence (R,) of every raw point in file order, and
+    coord (R, 3). tile: the side of squares in metres, 0: the whole cloud at once."""
+    if tile:
+        raw = model.spec.read(path)
+        print(*raw.warnings, sep="\n", flush=True)
+        label, confidence = label_tiles(model, raw, tile, path)
+        return {"label": label, "confidence": confidence, "coord": raw.coord}
     raw, missing = complete(model.spec.read(path), model.spec, path, model.config.paths.cache_dir)
     for line in (*raw.warnings, *(f"{path}: no {name}s in the file" for name in missing)):
         print(line, flush=True)
@@ -145,6 +174,9 @@ def write_cloud_label(model: SonataSegmenter, path: Path, prediction: dict, stem
     """Write what predict.py's options ask for as STEM*: labels in file order, the coloured cloud,
     PCA colours."""
     colors = {"": model.palette[prediction["label"]]}
+    values = prediction["label"]
+    if model.label_map is not None:                 # the numbers of the label files
+        values = model.label_map.class_values()[values]
     if options.pca:
         sample = evaluation_sample(prediction["cloud"], model.spec)
         batch = to_device(collate_points([sample]), next(model.parameters()).device)
@@ -152,7 +184,13 @@ def write_cloud_label(model: SonataSegmenter, path: Path, prediction: dict, stem
             stages, restore = model.backbone.encode(batch, fixed_orders(model, 0))
             features = upcast(model.backbone.outputs(stages, restore)).float().cpu().numpy()
         colors["_pca"] = pca_colors(features)[sample["inverse"].numpy()]
-    return write_point_result(stem, prediction, colors, options.labels, options.picture)
+    written = write_point_result(stem, {**prediction, "label": values}, colors, options.labels,
+                                 options.picture)
+    if path.suffix.lower() in (".las", ".laz") and options.picture != "none":
+        written.append(stem.with_name(stem.name + path.suffix.lower()))
+        with replacing(written[-1]) as file:
+            write_las(file, path, values)
+    return written
 
 
 def cloud_pictures(model: SonataSegmenter, dataset: PointDataset, index: int, pred: np.ndarray):
