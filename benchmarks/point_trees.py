@@ -17,8 +17,8 @@ import numpy as np
 from sklearn.ensemble import HistGradientBoostingClassifier
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.point_transforms import stack_features  # noqa: E402
 from data.point_files import find_clouds  # noqa: E402
+from data.point_transforms import stack_features  # noqa: E402
 from data.points import PointDataset, placed  # noqa: E402
 from train_sonata import DEFAULTS, class_names, point_spec  # noqa: E402
 from utils.cli import ArgumentParser, run_main  # noqa: E402
