@@ -14,16 +14,19 @@ from typing import NamedTuple
 import numpy as np
 
 from data.mesh_io import parse_npy, ply_columns
+from data.point_values import as_color, as_integers, as_unit
 from utils.checks import check_names, did_you_mean, nearest
-from utils.losses import IGNORE_INDEX
 
 CLOUD_SUFFIXES = (".npz", ".npy", ".ply")
 FAR = 10_000                                # metres; float64 coordinates beyond this are moved before rounding
 BOMB_SIZE, BOMB_RATIO = 1 << 30, 100        # more than a GiB out of less than a hundredth of it is no cloud
 LARGEST = 1e15                              # float32 still squares it, int64 still counts its voxels
-FIELDS = {"coord": ("coord", "coords", "xyz", "points", "pos"), "color": ("color", "colors", "rgb"),
-          "normal": ("normal", "normals"), "label": ("segment", "label", "labels", "class", "semantic")}
+FIELDS = {"coord": ("coord", "coords", "xyz", "points", "pos"), "normal": ("normal", "normals"),
+          "color": ("color", "colors", "colour", "colours", "rgb"),
+          "label": ("segment", "label", "labels", "class", "semantic")}
 COLUMNS = {"coord": ("x", "y", "z"), "color": ("red", "green", "blue"), "normal": ("nx", "ny", "nz")}
+OTHER_COLUMNS = {"color": (("r", "g", "b"), ("diffuse_red", "diffuse_green", "diffuse_blue")),
+                 "normal": (("normal_x", "normal_y", "normal_z"),)}     # in capitals as well
 PLAIN_COLUMNS = {3: (), 4: ("label",), 6: ("color",), 7: ("color", "label"), 9: ("color", "normal"),
                  10: ("color", "normal", "label")}      # of a .npy matrix, after x y z
 
@@ -32,26 +35,31 @@ PLAIN_COLUMNS = {3: (), 4: ("label",), 6: ("color",), 7: ("color", "label"), 9: 
 
 class PointCloud(NamedTuple):
     """A cloud as its file has it, points in file order: coord (N, 3) float32; color (N, 3) uint8 or float32 in 0..255,
-    normal (N, 3) float32 and label (N,) int64 (raw values), each None where the file has none; warnings."""
+    normal (N, 3) float32 and label (N,) int64 (raw values), each None where the file has none; warnings; exact (N, 3):
+    the file's own coordinates where float32, or a move towards 0, has changed them, else None. From `complete`: height
+    (N, 1) and shape (N, 4 S) float32, where they are features, and normal_view, how estimated normals were turned."""
 
     coord: np.ndarray
     color: np.ndarray | None
     normal: np.ndarray | None
     label: np.ndarray | None
     warnings: tuple[str, ...] = ()
-    height: np.ndarray | None = None        # (N, 1) and (N, 4 S) float32, from `complete` where they are features
+    exact: np.ndarray | None = None
+    height: np.ndarray | None = None
     shape: np.ndarray | None = None
+    normal_view: str | tuple[float, ...] | None = None
 
 
-def read_cloud(path: str | Path, label_field: str | None = None) -> PointCloud:
+def read_cloud(path: str | Path, label_field: str | None = None, labels: bool = True,
+               color_range: Sequence[float] | None = None) -> PointCloud:
     """Read a cloud: a folder of .npy files (Pointcept's layout), .npz with the same names, .npy (a matrix x y z [r g b]
     [nx ny nz] [label], or a structured array) or .ply (vertex properties).
 
     label_field: the name of the labels, e.g. "segment200"; an absent one means no labels. None: the first of segment,
-    label, labels, class, semantic, else segment20. Colours that never exceed 1 are taken as 0..1 and multiplied by 255,
-    and map coordinates (beyond 10 km) are moved near 0, or in float32 left, all with a warning. FileNotFoundError, and
-    ValueError for an unknown suffix, a damaged file, no point, wrong shapes, NaN or infinite coordinates, colours
-    outside 0..255 and labels that are not whole numbers.
+    label, labels, class, semantic, else segment20. labels False: whatever they are, they are not read. color_range: as
+    in as_color. Map coordinates (beyond 10 km) are moved near 0, or in float32 left, with a warning. FileNotFoundError,
+    and ValueError for an unknown suffix, a damaged file, no point, wrong shapes, NaN or infinite coordinates, colours
+    outside their range and labels that are not whole numbers.
     """
     path = Path(path)
     if not path.exists():
@@ -60,7 +68,7 @@ def read_cloud(path: str | Path, label_field: str | None = None) -> PointCloud:
         raise ValueError(f"{path}: '{path.suffix}' is not a suffix known here, use {' '.join(CLOUD_SUFFIXES)} or a "
                          f"folder with coord.npy")
     try:
-        raw = _read_fields(path, label_field)
+        raw = _read_fields(path, label_names(label_field) if labels else ())
     except (ValueError, KeyError, IndexError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         if str(error).startswith(f"{path}: "):              # told already, by the reader of PLY files
             raise
@@ -96,16 +104,17 @@ def read_cloud(path: str | Path, label_field: str | None = None) -> PointCloud:
             warnings.append(f"{path}: coordinates up to {farthest:.0f}; moved by {(-origin).tolist()}")
             coord = coord - origin
     coord = coord.astype(np.float32)
-    color = _as_color(raw.get("color"), path, warnings)
+    color = as_color(raw.get("color"), path, warnings, color_range)
     normal, label = raw.get("normal"), raw.get("label")
-    return PointCloud(coord, color, None if normal is None else _as_unit(normal),
-                      None if label is None else _as_integers(label, path), tuple(warnings))
+    return PointCloud(coord, color, None if normal is None else as_unit(normal),
+                      None if label is None else as_integers(label, path), tuple(warnings),
+                      exact=None if np.array_equal(coord, raw["coord"]) else raw["coord"])
 
 
-def _read_fields(path, label_field):
-    """{"coord": ..., "color": ..., "normal": ..., "label": ...} as far as the file has them."""
+def _read_fields(path, labels):
+    """{"coord": ..., "color": ..., "normal": ..., "label": ...} as far as the file has them; labels: its names."""
     if path.is_dir():
-        return _named({file.stem: file for file in path.glob("*.npy")}, _read_npy, label_field)
+        return _named({file.stem: file for file in path.glob("*.npy")}, _read_npy, labels)
     if path.suffix.lower() == ".npz":
         with zipfile.ZipFile(path) as file:
             if any(entry.compress_size > path.stat().st_size for entry in file.infolist()):
@@ -115,12 +124,12 @@ def _read_fields(path, label_field):
             if unpacked > max(BOMB_SIZE, BOMB_RATIO * packed):
                 raise ValueError(f"{unpacked:,} bytes of arrays in {packed:,} bytes of file")
             return _named({name.removesuffix(".npy"): name for name in file.namelist()},
-                          lambda name: parse_npy(file.read(name)), label_field)
+                          lambda name: parse_npy(file.read(name)), labels)
     if path.suffix.lower() == ".ply":
-        return _from_columns(read_ply_vertices(path), label_field)
+        return _from_columns(read_ply_vertices(path), labels)
     array = _read_npy(path)
     if array.dtype.names:
-        return _from_columns({name: array[name] for name in array.dtype.names}, label_field)
+        return _from_columns({name: array[name] for name in array.dtype.names}, labels)
     if array.ndim != 2 or array.shape[1] not in PLAIN_COLUMNS:
         raise ValueError(f"a matrix of shape {array.shape}; columns are x y z [r g b] [nx ny nz] [label]")
     raw = {"coord": array[:, :3]}
@@ -128,7 +137,7 @@ def _read_fields(path, label_field):
     for name in PLAIN_COLUMNS[array.shape[1]]:
         width = 1 if name == "label" else 3
         raw[name], begin = array[:, begin:begin + width], begin + width
-    return raw
+    return raw if labels else {name: values for name, values in raw.items() if name != "label"}
 
 
 def _read_npy(path):
@@ -140,16 +149,20 @@ def label_names(label_field: str | None) -> tuple[str, ...]:
     return (label_field,) if label_field else (*FIELDS["label"], "segment20")
 
 
-def _named(keys, read, label_field):
-    names = {**FIELDS, "label": label_names(label_field)}
+def _named(keys, read, labels):
+    names = {**FIELDS, "label": labels}
     found = {field: next((name for name in names[field] if name in keys), None) for field in names}
     return {field: read(keys[name]) for field, name in found.items() if name is not None}
 
 
-def _from_columns(columns, label_field):
-    raw = {name: np.stack([columns[column] for column in triple], 1) for name, triple in COLUMNS.items()
-           if all(column in columns for column in triple)}
-    name = next((name for name in label_names(label_field) if name in columns), None)
+def _from_columns(columns, labels):
+    lower = {name.lower(): values for name, values in columns.items()}
+    raw = {}
+    for name, triple in COLUMNS.items():
+        for names in (triple, *OTHER_COLUMNS.get(name, ())):
+            if name not in raw and all(column in lower for column in names):
+                raw[name] = np.stack([lower[column] for column in names], 1)
+    name = next((name for name in labels if name in columns), None)
     return raw if name is None else {**raw, "label": columns[name]}
 
 
@@ -192,51 +205,6 @@ def write_cloud(folder: str | Path, **arrays: np.ndarray) -> None:
     except BaseException:                                   # Ctrl-C too: leave nothing half written
         shutil.rmtree(temporary)
         raise
-
-
-def _as_color(color, path, warnings):
-    if color is None or color.dtype == np.uint8:
-        return color
-    with np.errstate(over="ignore"):                        # told below
-        color = color.astype(np.float32)
-    if not (color.min() >= 0 and color.max() <= 255):       # NaN too
-        raise ValueError(f"{path}: colours from {color.min():g} to {color.max():g}; expected 0..255 (or 0..1)")
-    if 0 < color.max() <= 1:
-        warnings.append(f"{path}: no colour above 1, taken as 0..1 instead of 0..255")
-        color = color * np.float32(255)
-    return color
-
-
-def _as_unit(normal):
-    """Unit normals, 0 for those that are 0, NaN or beyond all sizes."""
-    with np.errstate(over="ignore"):
-        normal = normal.astype(np.float32)
-        length = np.linalg.norm(normal, axis=1, keepdims=True)
-    usable = np.isfinite(length) & (length > 0)
-    return np.where(usable, normal / np.where(usable, length, 1), np.float32(0))
-
-
-def _as_integers(label, path):
-    if label.dtype.kind == "f":
-        wrong = ~((np.abs(label) < 2 ** 53) & (label == np.floor(label)))               # NaN too
-        if wrong.any():
-            raise ValueError(f"{path}: label {label[wrong.argmax()]} of point {wrong.argmax()} ({wrong.sum()} in all) "
-                             f"is not a whole number")
-    return label.astype(np.int64)
-
-
-def to_labels(label: np.ndarray, num_classes: int, ignore_labels: Sequence[int], path: str | Path) -> np.ndarray:
-    """Labels of a file as they are in memory: ignore_labels become IGNORE_INDEX. ValueError where another is outside
-    0..num_classes - 1: it names the file, the value and the count."""
-    label = np.where(np.isin(label, list(ignore_labels)), IGNORE_INDEX, label)
-    wrong = label[(label != IGNORE_INDEX) & ((label < 0) | (label >= num_classes))]
-    if len(wrong):
-        values, counts = np.unique(wrong, return_counts=True)
-        raise ValueError(f"{path}: label {values[0]} at {counts[0]} of {len(label)} points"
-                         f"{f' (and {len(values) - 1} more such values)' if len(values) > 1 else ''}, expected 0.."
-                         f"{num_classes - 1} or {', '.join(map(str, ignore_labels))} (ignored); set "
-                         f"model.num_classes or data.ignore_labels")
-    return label
 
 
 # -- finding files -----------------------------------------------------------------------------------------------------
