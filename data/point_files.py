@@ -16,50 +16,57 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.label_map import LabelMap
 from data.mesh_io import parse_npy, ply_columns
 from data.point_formats import INTENSITY, READERS, matrix_columns, plain_name
+from data.point_values import as_color, as_integers, as_unit
 from utils.checks import check_names, did_you_mean, nearest
-from utils.losses import IGNORE_INDEX
 
 CLOUD_SUFFIXES = (".npz", ".npy", ".ply", *READERS)
 UNSURE_SUFFIXES = (".txt", ".csv")          # which may hold something else
 FAR = 10_000                                # metres; float64 coordinates beyond this are moved before rounding
 BOMB_SIZE, BOMB_RATIO = 1 << 30, 100        # more than a GiB out of less than a hundredth of it is no cloud
 LARGEST = 1e15                              # float32 still squares it, int64 still counts its voxels
-FIELDS = {"coord": ("coord", "coords", "xyz", "points", "pos"), "color": ("color", "colors", "rgb"),
-          "normal": ("normal", "normals"), "label": ("segment", "label", "labels", "class", "semantic",
-                                                              "classification")}
+FIELDS = {"coord": ("coord", "coords", "xyz", "points", "pos"), "normal": ("normal", "normals"),
+          "color": ("color", "colors", "colour", "colours", "rgb"),
+          "label": ("segment", "label", "labels", "class", "semantic", "classification")}
 COLUMNS = {"coord": ("x", "y", "z"), "color": ("red", "green", "blue"), "normal": ("nx", "ny", "nz")}
+OTHER_COLUMNS = {"color": (("diffuse_red", "diffuse_green", "diffuse_blue"),),
+                 "normal": (("normal_x", "normal_y", "normal_z"),)}
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 class PointCloud(NamedTuple):
     """A cloud as its file has it, points in file order: coord (N, 3) float32; color (N, 3) uint8 or float32 in 0..255,
-    normal (N, 3) float32 and label (N,) int64 (raw values), each None where the file has none; warnings."""
+    normal (N, 3) float32 and label (N,) int64 (raw values), each None where the file has none; warnings; exact (N, 3):
+    the file's own coordinates where float32, or a move towards 0, has changed them, else None. From `complete`: height
+    (N, 1) and shape (N, 4 S) float32, where they are features, and normal_view, how estimated normals were turned."""
 
     coord: np.ndarray
     color: np.ndarray | None
     normal: np.ndarray | None
     label: np.ndarray | None
     warnings: tuple[str, ...] = ()
-    height: np.ndarray | None = None        # (N, 1) and (N, 4 S) float32, from `complete` where they are features
+    exact: np.ndarray | None = None
+    height: np.ndarray | None = None
     shape: np.ndarray | None = None
+    normal_view: str | tuple[float, ...] | None = None
     extra: Mapping[str, np.ndarray] = MappingProxyType({})      # (N,) numbers of other fields that were asked for
 
 
-def read_cloud(path: str | Path, label_field: str | None = None, columns: Sequence[str] = (),
+def read_cloud(path: str | Path, label_field: str | None = None, labels: bool = True,
+               color_range: Sequence[float] | None = None, columns: Sequence[str] = (),
                fields: Sequence[str] = ()) -> PointCloud:
     """Read a cloud: a folder of .npy files (Pointcept's layout), .npz with the same names, .npy (a matrix x y z [r g b]
     [nx ny nz] [label], or a structured array), .ply (vertex properties), or a format of data/point_formats.py.
 
     label_field: the name of the labels, e.g. "segment200"; an absent one means no labels. None: the first of segment,
-    label, labels, class, semantic, classification, else segment20. columns: names of the columns of files that do not
-    name them, for matrices, text and .bin. fields: more fields to read, such as intensity. Colours that never exceed 1
-    are taken as 0..1 and multiplied by 255, and map coordinates (beyond 10 km) are moved near 0, or in float32 left,
-    all with a warning. FileNotFoundError, and ValueError for an unknown suffix, a damaged file, no point, wrong shapes,
-    NaN or infinite coordinates, colours outside 0..255, labels that are not whole numbers and an absent field.
+    label, labels, class, semantic, classification, else segment20. labels False: whatever they are, they are not read.
+    color_range: as in as_color; 16 bits in LAS files. columns: names of the columns of files that do not name them, for
+    matrices, text and .bin. fields: more fields to read, such as intensity. Map coordinates (beyond 10 km) are moved
+    near 0, or in float32 left, with a warning. FileNotFoundError, and ValueError for an unknown suffix, a damaged file,
+    no point, wrong shapes, NaN or infinite coordinates, colours outside their range, labels that are not whole numbers
+    and an absent field.
     """
     path = Path(path)
     warnings: list[str] = []
@@ -69,7 +76,7 @@ def read_cloud(path: str | Path, label_field: str | None = None, columns: Sequen
         raise ValueError(f"{path}: '{path.suffix}' is not a suffix known here, use {' '.join(CLOUD_SUFFIXES)} or a "
                          f"folder with coord.npy")
     try:
-        raw = _read_fields(path, label_field, columns, fields, warnings)
+        raw = _read_fields(path, label_names(label_field) if labels else (), columns, fields, warnings)
     except (ValueError, KeyError, IndexError, OSError, EOFError, RuntimeError, OverflowError, zipfile.BadZipFile,
             zlib.error) as error:
         if str(error).startswith(f"{path}: "):              # told already, by the reader of PLY files
@@ -103,17 +110,25 @@ def read_cloud(path: str | Path, label_field: str | None = None, columns: Sequen
             warnings.append(f"{path}: coordinates up to {farthest:.0f}; moved by {(-origin).tolist()}")
             coord = coord - origin
     coord = coord.astype(np.float32)
-    color = _as_color(raw.get("color"), path, warnings)
+    color = as_color(raw.get("color"), path, warnings, color_range)
     normal, label = raw.get("normal"), raw.get("label")
-    return PointCloud(coord, color, None if normal is None else _as_unit(normal),
-                      None if label is None else _as_integers(label, path), tuple(warnings),
+    return PointCloud(coord, color, None if normal is None else as_unit(normal),
+                      None if label is None else as_integers(label, path), tuple(warnings),
+                      exact=None if np.array_equal(coord, raw["coord"]) else raw["coord"],
                       extra={name: _finite(raw[name], name, path) for name in fields})
 
 
-def _read_fields(path, label_field, columns, fields, warnings):
-    """{"coord": ..., "color": ..., "normal": ..., "label": ...} as far as the file has them, and all of `fields`."""
+def _finite(values, name, path):
+    if not (finite := np.isfinite(values)).all():
+        raise ValueError(f"{path}: {name} of point {finite.argmin()} ({(~finite).sum()} in all) is NaN or infinite")
+    return values
+
+
+def _read_fields(path, labels, columns, fields, warnings):
+    """{"coord": ..., "color": ..., "normal": ..., "label": ...} as far as the file has them, and all of `fields`;
+    labels: the names under which labels may be."""
     if path.is_dir():
-        return _named({file.stem: file for file in path.glob("*.npy")}, _read_npy, label_field, fields)
+        return _named({file.stem: file for file in path.glob("*.npy")}, _read_npy, labels, fields)
     if path.suffix.lower() == ".npz":
         with zipfile.ZipFile(path) as file:
             if any(entry.compress_size > path.stat().st_size for entry in file.infolist()):
@@ -123,18 +138,18 @@ def _read_fields(path, label_field, columns, fields, warnings):
             if unpacked > max(BOMB_SIZE, BOMB_RATIO * packed):
                 raise ValueError(f"{unpacked:,} bytes of arrays in {packed:,} bytes of file")
             return _named({name.removesuffix(".npy"): name for name in file.namelist()},
-                          lambda name: parse_npy(file.read(name)), label_field, fields)
+                          lambda name: parse_npy(file.read(name)), labels, fields)
     if path.suffix.lower() == ".ply":
-        return _from_columns(read_ply_vertices(path), label_field, fields)
+        return _from_columns(read_ply_vertices(path), labels, fields)
     if path.suffix.lower() in READERS:
         asked = {*fields, *(INTENSITY if {*fields} & {*INTENSITY} else ())}
-        needed = {*sum(COLUMNS.values(), ()), *map(plain_name, (*label_names(label_field), *asked))}
+        needed = {*sum(COLUMNS.values(), ()), *map(plain_name, (*labels, *asked))}
         found = READERS[path.suffix.lower()](path, columns, needed.__contains__, warnings)
-        return _from_columns(found, label_field, fields)
+        return _from_columns(found, labels, fields)
     array = _read_npy(path)
     if array.dtype.names:
-        return _from_columns({name: array[name] for name in array.dtype.names}, label_field, fields)
-    return _from_columns(matrix_columns(array, columns, warnings, path), label_field, fields)
+        return _from_columns({name: array[name] for name in array.dtype.names}, labels, fields)
+    return _from_columns(matrix_columns(array, columns, warnings, path), labels, fields)
 
 
 def _read_npy(path):
@@ -146,8 +161,8 @@ def label_names(label_field: str | None) -> tuple[str, ...]:
     return (label_field,) if label_field else (*FIELDS["label"], "segment20")
 
 
-def _named(keys, read, label_field, fields):
-    names = {**FIELDS, "label": label_names(label_field)}
+def _named(keys, read, labels, fields):
+    names = {**FIELDS, "label": labels}
     found = {field: next((name for name in names[field] if name in keys), None) for field in names}
     found |= {field: _find_field(field, keys) for field in fields}
     return {field: read(keys[name]) for field, name in found.items() if name is not None}
@@ -164,12 +179,14 @@ def _find_field(field, keys):
     return plain[name]
 
 
-def _from_columns(columns, label_field, fields):
+def _from_columns(columns, labels, fields):
     plain = {plain_name(name): name for name in columns}
     raw = {name: columns[name] for name in ("coord", "color", "normal") if name in columns}
-    raw |= {name: np.stack([columns[plain[column]] for column in triple], 1) for name, triple in COLUMNS.items()
-            if name not in raw and all(column in plain for column in triple)}
-    label = next((name for name in label_names(label_field) if name in columns or plain_name(name) in plain), None)
+    for name, triple in COLUMNS.items():
+        for names in (triple, *OTHER_COLUMNS.get(name, ())):
+            if name not in raw and all(column in plain for column in names):
+                raw[name] = np.stack([columns[plain[column]] for column in names], 1)
+    label = next((name for name in labels if name in columns or plain_name(name) in plain), None)
     if label is not None:
         raw["label"] = columns[label if label in columns else plain[plain_name(label)]]
     return {**raw, **{field: columns[_find_field(field, columns)] for field in fields}}
@@ -214,61 +231,6 @@ def write_cloud(folder: str | Path, **arrays: np.ndarray) -> None:
     except BaseException:                                   # Ctrl-C too: leave nothing half written
         shutil.rmtree(temporary)
         raise
-
-
-def _as_color(color, path, warnings):
-    if color is None or color.dtype == np.uint8:
-        return color
-    with np.errstate(over="ignore"):                        # told below
-        color = color.astype(np.float32)
-    if not (color.min() >= 0 and color.max() <= 255):       # NaN too
-        raise ValueError(f"{path}: colours from {color.min():g} to {color.max():g}; expected 0..255 (or 0..1)")
-    if 0 < color.max() <= 1:
-        warnings.append(f"{path}: no colour above 1, taken as 0..1 instead of 0..255")
-        color = color * np.float32(255)
-    return color
-
-
-def _finite(values, name, path):
-    if not (finite := np.isfinite(values)).all():
-        raise ValueError(f"{path}: {name} of point {finite.argmin()} ({(~finite).sum()} in all) is NaN or infinite")
-    return values
-
-
-def _as_unit(normal):
-    """Unit normals, 0 for those that are 0, NaN or beyond all sizes."""
-    with np.errstate(over="ignore"):
-        normal = normal.astype(np.float32)
-        length = np.linalg.norm(normal, axis=1, keepdims=True)
-    usable = np.isfinite(length) & (length > 0)
-    return np.where(usable, normal / np.where(usable, length, 1), np.float32(0))
-
-
-def _as_integers(label, path):
-    if label.dtype.kind == "f":
-        wrong = ~((np.abs(label) < 2 ** 53) & (label == np.floor(label)))               # NaN too
-        if wrong.any():
-            raise ValueError(f"{path}: label {label[wrong.argmax()]} of point {wrong.argmax()} ({wrong.sum()} in all) "
-                             f"is not a whole number")
-    return label.astype(np.int64)
-
-
-def to_labels(label: np.ndarray, num_classes: int, ignore_labels: Sequence[int], path: str | Path,
-              label_map: LabelMap | None = None) -> np.ndarray:
-    """Labels of a file as they are in memory: through label_map where there is one; ignore_labels become IGNORE_INDEX.
-    ValueError where another is outside 0..num_classes - 1, or not in the map: it names the file, the value and the
-    count."""
-    if label_map is not None:
-        return label_map.ignoring(ignore_labels).to_labels(label, path)
-    label = np.where(np.isin(label, list(ignore_labels)), IGNORE_INDEX, label)
-    wrong = label[(label != IGNORE_INDEX) & ((label < 0) | (label >= num_classes))]
-    if len(wrong):
-        values, counts = np.unique(wrong, return_counts=True)
-        raise ValueError(f"{path}: label {values[0]} at {counts[0]} of {len(label)} points"
-                         f"{f' (and {len(values) - 1} more such values)' if len(values) > 1 else ''}, expected 0.."
-                         f"{num_classes - 1} or {', '.join(map(str, ignore_labels))} (ignored); set "
-                         f"model.num_classes or data.ignore_labels")
-    return label
 
 
 # -- finding files -----------------------------------------------------------------------------------------------------

@@ -297,7 +297,7 @@ def read_las(path: Path, columns: Sequence[str], wanted: Callable, warnings: lis
 
 
 def write_las(target: IO, source: Path, label: np.ndarray) -> None:
-    """Write to `target` a copy of the LAS or LAZ file `source` with label (N,) in its classification field; everything else stays, but
+    """Write to `target` a copy of the LAS or LAZ file `source` with label (N,) in its classification field; all else stays, but
     for the point format where label goes beyond its classes. ValueError for labels outside 0..255."""
     laspy = _laspy(source)
     if label.min() < 0 or label.max() > 255:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from scipy.ndimage import uniform_filter1d
 from scipy.spatial import cKDTree
 
+from data.point_normals import NORMAL_NEIGHBORS, estimate_normals
 from utils.checks import check_range
 
 Cloud = dict[str, np.ndarray]
@@ -27,10 +28,8 @@ Cloud = dict[str, np.ndarray]
 MAX_GRID_INDEX = 65534                  # the serialisation takes 16 bits an axis
 MAX_NOISE_CELLS = 50_000_000            # of an elastic distortion: 600 MB
 FNV_OFFSET, FNV_PRIME, SIGN_BIT = np.uint64(14695981039346656037), np.uint64(1099511628211), np.uint64(1 << 63)
-NORMAL_NEIGHBORS = 16
 SHAPE_CHANNELS = 4                      # numbers of local_shape for each of its sizes
 LAYER = 0.01                            # metres: height_over_plane looks for the fullest layer of this thickness
-EYE_HEIGHT = 1.5                        # metres above the lowest point: where a cloud is supposed to be seen from
 
 
 def take(cloud: Cloud, index: np.ndarray) -> Cloud:
@@ -235,29 +234,6 @@ def mix_offsets(offset: torch.Tensor) -> torch.Tensor:
     Grid coordinates stay as they are (as officially): a mixed scene may hold two points of one voxel.
     """
     return torch.cat([offset[1:-1:2], offset[-1:]])
-
-
-def estimate_normals(coord: np.ndarray) -> np.ndarray:
-    """(N, 3) float32 unit normals: the direction in which a point's 16 nearest points vary least (PCA; Hoppe et al.
-    1992), turned to a viewpoint 1.5 m above the lowest point, in the middle: floors and tables look up, ceilings down,
-    walls into the room. Fewer than three points, or all on one spot: straight up."""
-    coord = coord.astype(np.float64)
-    low, high = coord.min(0), coord.max(0)
-    viewpoint = [*(low + high)[:2] / 2, low[2] + EYE_HEIGHT]
-    if len(coord) < 3:
-        return np.tile(np.float32([0, 0, 1]), (len(coord), 1))
-    _, index = cKDTree(coord).query(coord, min(NORMAL_NEIGHBORS, len(coord)))       # (N, k)
-    normal = np.empty_like(coord)
-    for begin in range(0, len(coord), 1 << 17):                                     # bounded memory
-        rows = slice(begin, begin + (1 << 17))
-        around = coord[index[rows]]                                                 # (n, k, 3)
-        around -= around.mean(1, keepdims=True)
-        normal[rows] = np.linalg.eigh(around.swapaxes(1, 2) @ around)[1][:, :, 0]
-        flat = np.abs(around).max((1, 2)) == 0
-        normal[rows][flat] = (0, 0, 1)
-    away = ((np.asarray(viewpoint) - coord) * normal).sum(1) < 0
-    normal[away] *= -1
-    return normal.astype(np.float32)
 
 
 def height_over_plane(coord: np.ndarray, layer: float = LAYER) -> np.ndarray:

@@ -15,7 +15,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -24,18 +24,24 @@ import torch
 from torch.utils.data import Dataset
 
 from data.label_map import LabelMap
-from data.point_files import PointCloud, label_names, read_cloud, to_labels
+from data.point_files import PointCloud, label_names, read_cloud
 from data.point_formats import check_columns
+from data.point_normals import (
+    MOST_BELOW,
+    NORMAL_NEIGHBORS,
+    NORMAL_VIEWS,
+    describe_view,
+    estimate_normals,
+    share_below,
+)
 from data.point_transforms import (
     MAX_GRID_INDEX,
-    NORMAL_NEIGHBORS,
     SHAPE_CHANNELS,
     VIEWS,
     Cloud,
     PointAugmentation,
     apply_view,
     center_shift,
-    estimate_normals,
     fragments,
     height_over_plane,
     local_shape,
@@ -46,6 +52,7 @@ from data.point_transforms import (
     training_sample,
     voxelize,
 )
+from data.point_values import to_labels
 from utils.array_file import load_checked, save_checked
 from utils.checks import check_choice, did_you_mean, nearest
 from utils.files import remove_leftovers_once, replacing
@@ -78,6 +85,9 @@ class PointSpec:
     scale: float | str = 1.0                            # what metres are multiplied by before voxels are made: Utonia
                                                         # 0.5 indoors, 0.2 outdoors, "object": each cloud to radius 1
     center: bool = True                                 # false, outdoors: the sensor stays at 0
+    color_range: tuple[float, float] | None = None      # of the files: black and white; None: 0..1 or 0..255
+    normal_view: str | tuple[float, float, float] | None = None     # of point_normals, a viewpoint in the files' units;
+                                                        # None: inside, or where the ground would look down, neighbours
     shape_sizes: tuple[float, ...] = (0.02, 0.04, 0.08)  # of the feature "shape": metres after unit, before scale
     columns: tuple[str, ...] = ()                       # of files that do not name their columns
 
@@ -95,6 +105,13 @@ class PointSpec:
             raise ValueError(f"data.scale={self.scale}: expected a number above 0, or object")
         if not self.shape_sizes or not all(size > 0 for size in self.shape_sizes):
             raise ValueError(f"data.shape_sizes={list(self.shape_sizes)}: expected lengths above 0")
+        if (colors := self.color_range) is not None and not (len(colors) == 2 and colors[0] < colors[1]):
+            raise ValueError(f"data.color_range={list(colors)}: expected the highest colour, or [lowest, highest]")
+        if isinstance(self.normal_view, str):
+            check_choice("data.normal_view", self.normal_view, NORMAL_VIEWS)
+        elif self.normal_view is not None and len(self.normal_view) != 3:
+            raise ValueError(f"data.normal_view={list(self.normal_view)}: expected {' | '.join(NORMAL_VIEWS)} or "
+                             f"[x, y, z]")
 
     @property
     def num_channels(self) -> int:
@@ -107,9 +124,10 @@ class PointSpec:
         """{feature: (field of the files, what its numbers are divided by)} of the features that are such fields."""
         return {feature: _name_and_scale(feature) for feature in self.features if feature not in FEATURES}
 
-    def read(self, path: str | Path, label_field: str | None = None) -> PointCloud:
+    def read(self, path: str | Path, label_field: str | None = None, labels: bool = True) -> PointCloud:
         """read_cloud with all that the features need."""
-        return read_cloud(path, label_field, self.columns, [field for field, _ in self.fields.values()])
+        return read_cloud(path, label_field, labels, self.color_range, self.columns,
+                          [field for field, _ in self.fields.values()])
 
 
 def _name_and_scale(feature: str) -> tuple[str, float]:
@@ -150,7 +168,7 @@ def complete(cloud: PointCloud, spec: PointSpec, path: str | Path = "cloud",
         if way == "error":
             raise ValueError(f"{path}: no {name}s; set data.missing_{name} or take {name} out of data.features")
         if way == "estimate":
-            cloud = cloud._replace(normal=_cached_normals(cloud.coord * np.float32(spec.unit), cache_dir))
+            cloud = _with_normals(cloud, spec, cache_dir)
         else:
             cloud = cloud._replace(**{name: np.zeros_like(cloud.coord)})
     if "height" in spec.features:
@@ -164,8 +182,23 @@ def complete(cloud: PointCloud, spec: PointSpec, path: str | Path = "cloud",
     return cloud, tuple(missing)
 
 
-def _cached_normals(coord, cache_dir):
-    return _cached("normals", estimate_normals, coord, 3, bytes([NORMAL_NEIGHBORS]), cache_dir)
+def _with_normals(cloud, spec, cache_dir):
+    coord = cloud.coord * np.float32(spec.unit)
+    view = spec.normal_view or "inside"
+    if not isinstance(view, str):                           # where the cloud was moved, the viewpoint moves with it
+        moved = 0 if cloud.exact is None else cloud.exact[0] - cloud.coord[0]
+        point = tuple(((np.array(view) - moved) * spec.unit).tolist())
+        return cloud._replace(normal=_cached_normals(coord, cache_dir, point), normal_view=view)
+    normal = _cached_normals(coord, cache_dir, view)
+    if spec.normal_view is None and share_below(coord, normal) > MOST_BELOW:
+        view = "neighbours"
+        normal = _cached_normals(coord, cache_dir, view)
+    return cloud._replace(normal=normal, normal_view=view)
+
+
+def _cached_normals(coord, cache_dir, view="inside"):
+    settings = bytes([NORMAL_NEIGHBORS]) + (b"" if view == "inside" else repr(view).encode())
+    return _cached("normals", partial(estimate_normals, view=view), coord, 3, settings, cache_dir)
 
 
 def _cached(name, compute, coord, width, settings, cache_dir):
@@ -204,12 +237,13 @@ class PointDataset(Dataset):
     num_classes: int | None = None
     augmentation: PointAugmentation | None = None
     label_field: str | None = None
-    ignore_labels: Sequence[int] = (-1,)
+    ignore_labels: Sequence[int | str] = (-1,)
     cache_dir: str | Path | None = None
     seed: int = 0
     num_items: int | None = None
-    label_map: LabelMap | None = None
     description: str = "reading clouds"
+    label_offset: int = 0                   # added to the files' labels: -1 where they count from 1
+    label_map: LabelMap | None = None
 
     def __post_init__(self) -> None:
         self.epoch = 0
@@ -220,10 +254,12 @@ class PointDataset(Dataset):
         self._digests: list[int] = []
         missing: dict[str, list[Path]] = {"color": [], "normal": [], "label": []}
         warnings: list[str] = []
+        views: list[str | None] = []
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             read = progress(pool.map(self._read, self.files), self.description, len(self.files))
             for index, (cloud, lacking) in enumerate(read):
                 warnings += cloud.warnings
+                views.append(cloud.normal_view)
                 self.num_points.append(len(cloud.coord))
                 self._digests.append(digest(cloud.label))
                 for name in lacking:
@@ -238,12 +274,29 @@ class PointDataset(Dataset):
         self.messages = warnings[:5]
         if len(warnings) > 5:
             self.messages.append(f"... and {len(warnings) - 5} more such lines")
+        self._share_view(views)
         self._report(missing)
+
+    def _share_view(self, views):
+        """Estimated normals of all clouds are turned as those of most: a network should see them in one way only."""
+        found = [view for view in views if view]
+        if self.spec.normal_view is not None or not found:
+            return
+        most = max(NORMAL_VIEWS, key=found.count)
+        if most == "neighbours" or len(set(found)) > 1:
+            self.messages.append(f"data.normal_view={most}: seen from inside, more than {100 * MOST_BELOW:g} % of the "
+                                 f"ground looks down in {found.count('neighbours')} of {len(found)} clouds")
+            self.spec = replace(self.spec, normal_view=most)
+        for index, view in enumerate(views):
+            if view not in (None, most) and index in self._kept:
+                self._kept[index] = self._read(self.files[index])[0]
 
     def _report(self, missing):
         worse = "; expect worse results from weights that always had them, such as sonata.pth"
         ways = {"color": "black" + worse, "label": "nothing to learn or to score",
-                "normal": "estimated from neighbours" if self.spec.missing_normal == "estimate" else "zero" + worse}
+                "normal": "zero" + worse}
+        if self.spec.missing_normal == "estimate":
+            ways["normal"] = f"estimated from neighbours, {describe_view(self.spec.normal_view or 'inside')}"
         for name, files in missing.items():
             if files:
                 self.messages.append(f"{len(files)} of {len(self.files)} clouds have no {name}s ({ways[name]}), the "
@@ -253,11 +306,18 @@ class PointDataset(Dataset):
                              f"field named {' or '.join(label_names(self.label_field))}")
 
     def _read(self, path):
-        cloud = self.spec.read(path, self.label_field)
+        cloud = self.spec.read(path, self.label_field, bool(self.num_classes))
         label = np.full(len(cloud.coord), IGNORE_INDEX, np.int64)
         if self.num_classes and cloud.label is not None:
-            label = to_labels(cloud.label, self.num_classes, self.ignore_labels, path, self.label_map)
-        return complete(cloud._replace(label=label), self.spec, path, self.cache_dir)
+            label = to_labels(cloud.label, self.num_classes, self.ignore_labels, path, self.label_offset,
+                              self.label_map)
+        cloud, missing = complete(cloud._replace(label=label), self.spec, path, self.cache_dir)
+        return cloud._replace(exact=None), missing
+
+    def ignored_classes(self) -> list[int]:
+        """Classes whose numbers in the files are all ignored: no point can have them."""
+        known = self.num_classes if self.label_map is None else 0           # every class of a map has a number
+        return [c for c in range(known or 0) if c - self.label_offset in self.ignore_labels]
 
     def fingerprint(self) -> dict:
         """Names, numbers of points and digests of the labels of the files, see utils.fingerprint."""

@@ -11,8 +11,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from data import points
-from data.point_files import find_clouds, read_classes, read_cloud, to_labels, write_cloud, write_ply
+from data.point_files import find_clouds, read_classes, read_cloud, write_cloud, write_ply
 from data.point_transforms import VIEWS, PointAugmentation, height_over_plane, local_shape
+from data.point_values import to_labels
 from data.points import PointDataset, PointSpec, PreciseTest, collate_points
 from utils.array_file import save_checked
 from utils.files import replacing
