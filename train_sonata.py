@@ -27,11 +27,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.label_map import LabelMap, read_label_map
+from data.label_map import label_map_of
 from data.point_classes import BENCHMARKS
 from data.point_files import ClassList, find_clouds, list_clouds, read_classes
 from data.point_transforms import PointAugmentation
-from data.points import PointDataset, PointSpec, collate_points
+from data.point_values import check_label_settings
+from data.points import PointDataset, PointSpec, collate_points, spec_of
 from models.point_networks import data_warning, describe_network
 from models.point_transformer import MODES, SonataSegmenter, build_segmenter, with_decoder
 from models.sonata_weights import guess_config, load_sonata, read_linear_head, read_sonata
@@ -64,7 +65,8 @@ SHOWN = {"mIoU": "official_miou", "mIoU of present classes": "miou", "mAcc": "of
 CLASS_WEIGHTS = "training.class_weights"
 FEW_STEPS = 300
 COMPARED = ("data", "model", "training", "optimizer", "scheduler", "augmentation")
-FREE_ON_RESUME = ("training.resume", "training.use_pretrained")         # steps are compared as well
+# steps are compared as well
+FREE_ON_RESUME = ("training.resume", "training.use_pretrained", "data.normal_view")
 
 DEFAULTS = {
     "paths": {
@@ -82,12 +84,13 @@ DEFAULTS = {
         "test": Setting(None, (str, list)),     # of --test-only and evaluate.py; None: val
         "benchmark": Setting(None, (str,), tuple(BENCHMARKS)),  # class names and label file; or:
         "label_field": Setting(None, (str,)),
-        # Which number in the files is which class: 2:ground,6:building,7:ignore, or a file.
-        "label_map": Setting(None, (str, dict)),
         # Of matrices, text and .bin files without names: [x, y, z, r, g, b, label]; _ skips one.
         "columns": [],
         "class_names": [],                      # else from root/classes.json
-        "ignore_labels": [-1],                  # besides those in root/classes.json
+        # besides those in root/classes.json; nan: NaN means unlabelled
+        "ignore_labels": Setting([-1], (list,), items=(int, str)),
+        "label_map": Setting(None, (str, dict)),            # 2:0,5:1,7:ignore, or a file
+        "label_offset": Setting(None, (int,)),  # added to the files' labels: -1 if they count from 1
         "grid_size": 0.02,                      # metres
         "unit": 1.0,                            # metres of one length unit of the files
         # What metres are multiplied by before voxels are made. Utonia: 0.5 indoors, 0.2 outdoors,
@@ -100,6 +103,10 @@ DEFAULTS = {
         "features": ["coord", "color", "normal"],
         "shape_sizes": [0.02, 0.04, 0.08],
         "missing_normal": Setting("estimate", (str,), ("estimate", "zeros", "error")),
+        # Estimated normals look to: inside | above | neighbours | [x, y, z], the scanner's place.
+        # null: inside, or neighbours where the ground would look down (aerial clouds)
+        "normal_view": Setting(None, (str, list), items=(float,)),
+        "color_range": Setting(None, (float, list), items=(float,)),    # 255, 1, 65535 or [-1, 1]
         "missing_color": Setting("zeros", (str,), ("zeros", "error")),
         "test_grid_size": Setting(None, (float,)),          # S3DIS: 0.01
     },
@@ -139,6 +146,8 @@ DEFAULTS = {
     "evaluation": {
         "interval": Setting(1, (int,), low=1),
         "precise": True,                # 13 views in --test-only, evaluate.py, predict.py
+        # Most passes of each view; more points of a voxel share them. null: one for each
+        "max_fragments": Setting(None, (int,), low=1),
     },
     "checkpointing": {"save_interval": Setting(10, (int,), low=0)},
     "logging": {"log_interval": Setting(10, (int,), low=1), "tensorboard": True},
@@ -166,16 +175,13 @@ def check_config(config: Config) -> None:
         check_positive(f"optimizer.{key}", config.optimizer[key])
     point_spec(config)
     build_augmentation(config)
+    check_label_settings(config.data, config.model.num_classes)
     for key in ("epochs", "steps"):
         wanted = key == "steps" or training.steps is None
         if wanted and (training[key] or 0) % training.eval_epochs:
             raise ValueError(f"training.{key}={training[key]} is no multiple of "
                              f"training.eval_epochs={training.eval_epochs}, the pieces that end "
                              f"with a validation")
-    mapped = label_map(config)
-    if mapped is not None and mapped.num_classes != config.model.num_classes:
-        raise ValueError(f"data.label_map has {mapped.num_classes} classes, model.num_classes is "
-                         f"{config.model.num_classes}")
     names = check_names("data.class_names", class_names(config))
     if len(names) != config.model.num_classes:
         raise ValueError(f"{len(names)} class names for model.num_classes="
@@ -184,13 +190,7 @@ def check_config(config: Config) -> None:
 
 
 def point_spec(config: Config) -> PointSpec:
-    data = config.data
-    # Checkpoints from before the last three keys existed lack them.
-    return PointSpec(data.grid_size, data.unit, tuple(data.features), data.missing_normal,
-                     data.missing_color, data.test_grid_size, data.get("scale", 1.0),
-                     data.get("center", True),
-                     tuple(data.get("shape_sizes", DEFAULTS["data"]["shape_sizes"])),
-                     tuple(data.get("columns", ())))
+    return spec_of(config.data)
 
 
 def build_augmentation(config: Config) -> PointAugmentation:
@@ -207,18 +207,13 @@ def class_names(config: Config) -> list[str]:
         return list(data.class_names)
     if data.benchmark:
         return list(BENCHMARKS[data.benchmark].names)
-    mapped = label_map(config)
+    mapped = label_map_of(data)
     if mapped is not None and mapped.names is not None:
-        return mapped.names
+        return list(mapped.names)
     listed = class_list(config)
     if listed is None:
         return [f"class {c}" for c in range(config.model.num_classes)]
     return list(listed.names)
-
-
-def label_map(config: Config) -> LabelMap | None:
-    given = config.data.get("label_map")
-    return None if given is None else read_label_map(given)
 
 
 def class_list(config: Config) -> ClassList | None:
@@ -252,13 +247,13 @@ def build_dataset(config: Config, split: str, seed: int = 0, data_dir: str | Non
     if field is None and data.benchmark:
         field = BENCHMARKS[data.benchmark].field
     listed = class_list(config)
-    ignored = sorted({*data.ignore_labels, *(listed.ignore_labels if listed else ())})
+    ignored = sorted({*data.ignore_labels, *(listed.ignore_labels if listed else ())}, key=str)
     train = split == "train" and data_dir is None
     num_items = items_of_piece(config.training, len(files)) if train else None
     return PointDataset(files, point_spec(config), config.model.num_classes,
                         build_augmentation(config) if train else None, field, tuple(ignored),
-                        config.paths.cache_dir, seed, num_items, label_map(config),
-                        f"{split} clouds")
+                        config.paths.cache_dir, seed, num_items, f"{split} clouds",
+                        data.get("label_offset") or 0, label_map_of(data))
 
 
 def items_of_piece(training: Config, num_clouds: int) -> int:
@@ -266,7 +261,8 @@ def items_of_piece(training: Config, num_clouds: int) -> int:
     training.steps needs."""
     if training.steps is None:
         return num_clouds * (training.epochs // training.eval_epochs)
-    return training.steps // training.eval_epochs * training.batch_size * training.accumulation_steps
+    batch = training.batch_size * training.accumulation_steps
+    return training.steps // training.eval_epochs * batch
 
 
 def build_model(config: Config, encoder_config: dict) -> SonataSegmenter:
@@ -419,7 +415,6 @@ def attach(model: SonataSegmenter, config: Config, names: list[str], colors: np.
     """What evaluation needs besides the weights."""
     model.config = config
     model.spec = point_spec(config)
-    model.label_map = label_map(config)
     model.class_names = names
     model.palette = colors
 
@@ -475,13 +470,15 @@ def read_config(args) -> Config:
     return config
 
 
-def describe_data(train_set: PointDataset, val_set: PointDataset) -> list[str]:
+def describe_data(train_set: PointDataset, val_set: PointDataset, names: list[str]) -> list[str]:
     """Lines for the log."""
     lines = [*train_set.messages, *val_set.messages]
     if both := {*train_set.files} & {*val_set.files}:
         lines.append(f"WARNING: {len(both)} of {len(val_set.files)} validation clouds are in "
                      f"training too, such as {min(both)}: their score says nothing about new "
                      f"clouds")
+    for c in train_set.ignored_classes():
+        lines.append(f"class {c} ({names[c]}) is ignored: not learnt, and in no mean")
     for name in ("color", "normal"):
         if share := getattr(train_set.augmentation, f"drop_{name}"):
             lines.append(f"augmentation.drop_{name}: {100 * share:g} % of the training items lose "
@@ -518,6 +515,8 @@ def main(argv=None) -> dict:
     # data: rank 0 fills the cache of estimated normals, the others read it
     with main_first():
         train_set = build_dataset(config, "train", args.seed)
+        if isinstance(train_set.spec.normal_view, str):
+            config.data.normal_view = train_set.spec.normal_view    # chosen once, for all clouds
         val_set = build_dataset(config, "val")
     run.check_data(train=train_set, val=val_set)
     sampler = run.plan(len(train_set), config, batch_size=training.batch_size // run.world,
@@ -545,7 +544,7 @@ def main(argv=None) -> dict:
 
     collate = partial(collate_points, mix_probability=config.augmentation.mix_probability)
     loader = build_loader(train_set, sampler, args.num_workers, run.device, collate)
-    lines = (*describe_data(train_set, val_set),
+    lines = (*describe_data(train_set, val_set, model.class_names),
              *describe_steps(training, train_set, run.total_steps),
              f"mode {config.model.mode}: {describe_parameters(model)}; {run.description}")
     with run.training(*lines, log_interval=config.logging.log_interval,

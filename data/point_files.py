@@ -201,8 +201,10 @@ def read_ply_vertices(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def write_ply(path: str | Path, coord: np.ndarray, color: np.ndarray, label: np.ndarray | None = None) -> None:
-    """A binary PLY cloud: coord (N, 3), color (N, 3) in 0..255, label (N,) written as int property `label`."""
-    fields = [(axis, "<f4") for axis in COLUMNS["coord"]] + [(name, "u1") for name in COLUMNS["color"]]
+    """A binary PLY cloud: coord (N, 3) in double precision where float32 does not hold them, color (N, 3) in 0..255,
+    label (N,) written as int property `label`."""
+    number = "<f4" if np.array_equal(coord.astype(np.float32), coord) else "<f8"
+    fields = [(axis, number) for axis in COLUMNS["coord"]] + [(name, "u1") for name in COLUMNS["color"]]
     rows = np.empty(len(coord), fields + ([] if label is None else [("label", "<i4")]))
     for axis, name in enumerate(COLUMNS["coord"]):
         rows[name] = coord[:, axis]
@@ -210,7 +212,7 @@ def write_ply(path: str | Path, coord: np.ndarray, color: np.ndarray, label: np.
         rows[name] = np.clip(color[:, channel], 0, 255)
     if label is not None:
         rows["label"] = label
-    types = {"<f4": "float", "|u1": "uchar", "<i4": "int"}
+    types = {"<f4": "float", "<f8": "double", "|u1": "uchar", "<i4": "int"}
     lines = ["ply", "format binary_little_endian 1.0", f"element vertex {len(coord)}",
              *(f"property {types[rows.dtype[name].str]} {name}" for name in rows.dtype.names), "end_header\n"]
     Path(path).write_bytes("\n".join(lines).encode() + rows.tobytes())
@@ -239,7 +241,7 @@ class ClassList(NamedTuple):
     """names; ignore_labels: values of files that mean nothing; palette (C, 3) uint8 or None."""
 
     names: list[str]
-    ignore_labels: tuple[int, ...]
+    ignore_labels: tuple[int | str, ...]
     palette: np.ndarray | None
 
 
@@ -256,7 +258,7 @@ def read_classes(path: str | Path) -> ClassList:
             raise ValueError("the class names must be texts, each once")
         if not isinstance(ignored, list):
             ignored = [] if ignored is None else [ignored]
-        ignored = {-1, *map(int, ignored)}
+        ignored = {-1, *("nan" if str(value).lower() == "nan" else int(value) for value in ignored)}
         if palette is not None:
             palette = np.array(palette).reshape(len(names), 3)
             if palette.dtype.kind not in "iu" or palette.min() < 0 or palette.max() > 255:
@@ -266,7 +268,7 @@ def read_classes(path: str | Path) -> ClassList:
         raise ValueError(f'{path}: expected a list of class names or {{"classes": [...], "ignore_index": -1}}; '
                          f"{type(error).__name__}: {error}") from error
     check_names(f"{path}", names)
-    return ClassList(list(names), tuple(sorted(ignored)), palette)
+    return ClassList(list(names), tuple(sorted(ignored, key=str)), palette)
 
 
 def is_cloud(path: Path) -> bool:

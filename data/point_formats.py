@@ -297,8 +297,8 @@ def read_las(path: Path, columns: Sequence[str], wanted: Callable, warnings: lis
 
 
 def write_las(target: IO, source: Path, label: np.ndarray) -> None:
-    """Write to `target` a copy of the LAS or LAZ file `source` with label (N,) in its classification field; all else stays, but
-    for the point format where label goes beyond its classes. ValueError for labels outside 0..255."""
+    """Write to `target` a copy of the LAS or LAZ file `source` with label (N,) in its classification field; all else
+    stays, but for the point format where label goes beyond its classes. ValueError for labels outside 0..255."""
     laspy = _laspy(source)
     if label.min() < 0 or label.max() > 255:
         raise ValueError(f"{source}: labels {label.min()} to {label.max()}; the classification field holds 0 to 255")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from data.label_map import LabelMap
+from data.label_map import LabelMap, label_map_of
 from utils.losses import IGNORE_INDEX
 
 NAN_LABEL = int(np.iinfo(np.int64).min)     # NaN among the labels of a file, once they are integers
@@ -91,3 +91,26 @@ def to_labels(label: np.ndarray, num_classes: int, ignore_labels: Sequence[int |
                          f"set model.num_classes or data.ignore_labels, or data.label_map"
                          f"{'. Do the files count from 1? Then data.label_offset=-1' if count_from_1 else ''}")
     return label
+
+
+def check_label_settings(data: MutableMapping, num_classes: int) -> None:
+    """Check ignore_labels, label_map and label_offset of a section of the settings. A label map is replaced by its
+    text, so that a checkpoint needs no file. Raises ValueError."""
+    for value in data["ignore_labels"]:
+        if isinstance(value, str) and value != "nan":
+            raise ValueError(f"data.ignore_labels: {value!r}; expected integers, and nan where NaN means unlabelled")
+    label_map = label_map_of(data)
+    if label_map is None:
+        return
+    if data.get("label_offset"):
+        raise ValueError("data.label_offset and data.label_map both say which class a number is; leave one out")
+    if label_map.num_classes != num_classes:
+        raise ValueError(f"data.label_map has {label_map.num_classes} classes and model.num_classes={num_classes}; set "
+                         f"one to the other")
+    data["label_map"] = label_map.text()
+
+
+def file_labels(label: np.ndarray, data: MutableMapping) -> np.ndarray:
+    """Predicted classes in the numbers of the label files: label_map and label_offset of the settings undone."""
+    label_map = label_map_of(data)
+    return label - (data.get("label_offset") or 0) if label_map is None else label_map.to_values(label)

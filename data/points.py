@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -41,11 +41,15 @@ from data.point_transforms import (
     Cloud,
     PointAugmentation,
     apply_view,
+    bounds,
     center_shift,
+    distinct,
     fragments,
     height_over_plane,
+    largest_sides,
     local_shape,
     mix_offsets,
+    noise_cell,
     representatives,
     stack_features,
     take,
@@ -144,6 +148,15 @@ def _name_and_scale(feature: str) -> tuple[str, float]:
     return name, divisor
 
 
+def spec_of(data: Mapping) -> PointSpec:
+    """The spec of a section of the settings; keys that an old checkpoint lacks have their defaults. color_range may be
+    one number, white. ValueErrors as for PointSpec."""
+    values = {field.name: data[field.name] for field in fields(PointSpec) if field.name in data}
+    if isinstance(values.get("color_range"), float):
+        values["color_range"] = (0.0, values["color_range"])
+    return PointSpec(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
 # -- data sets ---------------------------------------------------------------------------------------------------------
 
 def complete(cloud: PointCloud, spec: PointSpec, path: str | Path = "cloud",
@@ -157,7 +170,8 @@ def complete(cloud: PointCloud, spec: PointSpec, path: str | Path = "cloud",
     """
     extent = np.ptp(cloud.coord, 0).max() * spec.unit
     wide = f"{path}: the cloud is {extent:.0f} m wide; is it in millimetres? Set data.unit=0.001"
-    if spec.scale != "object" and extent * spec.scale > MAX_GRID_INDEX * spec.grid_size:
+    largest = max(view.factor for view in VIEWS)            # of the precise test
+    if spec.scale != "object" and extent * spec.scale * largest > MAX_GRID_INDEX * spec.grid_size:
         raise ValueError(f"{wide}, or a larger data.grid_size: {MAX_GRID_INDEX + 1} voxels of {spec.grid_size:g} m fit "
                          f"along an axis")
     if extent > WIDEST:
@@ -255,11 +269,14 @@ class PointDataset(Dataset):
         missing: dict[str, list[Path]] = {"color": [], "normal": [], "label": []}
         warnings: list[str] = []
         views: list[str | None] = []
+        sides: list[np.ndarray] = []
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             read = progress(pool.map(self._read, self.files), self.description, len(self.files))
             for index, (cloud, lacking) in enumerate(read):
                 warnings += cloud.warnings
                 views.append(cloud.normal_view)
+                if self.augmentation is not None:
+                    sides.append(self._sides(cloud, self.files[index]))
                 self.num_points.append(len(cloud.coord))
                 self._digests.append(digest(cloud.label))
                 for name in lacking:
@@ -274,8 +291,26 @@ class PointDataset(Dataset):
         self.messages = warnings[:5]
         if len(warnings) > 5:
             self.messages.append(f"... and {len(warnings) - 5} more such lines")
+        for granularity, _ in self.augmentation.elastic if sides else ():
+            cell = max(noise_cell(side, granularity) for side in sides)
+            if cell > granularity and self.augmentation.elastic_probability:
+                self.messages.append(f"augmentation.elastic: to fit in memory, noise of {granularity:g} m gets cells "
+                                     f"of up to {cell:.2g} m in clouds as wide as these; augmentation.elastic=[] turns it "
+                                     f"off")
         self._share_view(views)
         self._report(missing)
+
+    def _sides(self, cloud, path):
+        """(3,) the largest extent that augmentation can give a cloud. ValueError where it has more voxels along an axis
+        than can be: now, not in the middle of a run."""
+        arrays = bounds(to_cloud(cloud, self.spec)["coord"])
+        sides = largest_sides(arrays[1] - arrays[0], self.augmentation)
+        if sides.max() > MAX_GRID_INDEX * self.spec.grid_size:
+            cure = 1.02 * sides.max() / MAX_GRID_INDEX
+            raise ValueError(f"{path}: augmentation can make the cloud {sides.max():.0f} m wide, more than "
+                             f"{MAX_GRID_INDEX + 1} voxels of {self.spec.grid_size:g} m along an axis; set "
+                             f"data.grid_size={cure:.3g} or larger, or cut the cloud into tiles")
+        return sides
 
     def _share_view(self, views):
         """Estimated normals of all clouds are turned as those of most: a network should see them in one way only."""
@@ -414,34 +449,61 @@ class PreciseTest:
         pred = test.prediction()                    # (R,) int64, raw points
 
     A batch is one fragment: coord, grid_coord, feat, offset, and index (V,), the points it is made of. Every point is
-    in at least one fragment of every view. With spec.test_grid_size the cloud is first thinned to one point a voxel of
-    that size, and the prediction mapped back.
+    in at least one fragment of every view. Points that are equal in everything are one point. With spec.test_grid_size
+    the cloud is first thinned to one point a voxel of that size, and the prediction mapped back.
+
+    max_fragments: no more fragments a view than these. The points of a voxel beyond them pass through no fragment; each
+    gets the votes of a point of its voxel, as `others` (K,) and the places `other_places` (K,) of those in index.
     """
 
-    def __init__(self, cloud: Cloud, spec: PointSpec, num_classes: int) -> None:
+    def __init__(self, cloud: Cloud, spec: PointSpec, num_classes: int, max_fragments: int | None = None) -> None:
         self.spec = spec
+        self.max_fragments = max_fragments
         self.cloud = placed({name: values for name, values in cloud.items() if name != "label"}, spec, z=True)
         self.inverse = None
         if spec.test_grid_size is not None:
             voxels = voxelize(self.cloud["coord"], spec.test_grid_size)
             self.cloud = take(self.cloud, representatives(voxels, np.random.default_rng(0)))
             self.inverse = torch.from_numpy(voxels.inverse)
+        else:
+            index, inverse = distinct(self.cloud)
+            if len(index) < len(inverse):
+                self.cloud, self.inverse = take(self.cloud, index), torch.from_numpy(inverse)
         self.votes = torch.zeros(len(self.cloud["coord"]), num_classes)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         for view in VIEWS:
             seen = apply_view(self.cloud, view)
             voxels = voxelize(seen["coord"], self.spec.grid_size)
-            for index in fragments(voxels):
+            beyond, turn = self._beyond(voxels)
+            for f, index in enumerate(fragments(voxels, self.max_fragments)):
                 fragment = placed({**take(seen, index), "grid_coord": voxels.grid_coord}, self.spec, z=False)
+                others = beyond[turn == f]
                 yield {**to_tensors(fragment, self.spec), "offset": torch.tensor([len(index)]),
-                       "index": torch.from_numpy(index)}
+                       "index": torch.from_numpy(index), "others": torch.from_numpy(others),
+                       "other_places": torch.from_numpy(voxels.inverse[others])}
+
+    def _beyond(self, voxels):
+        """Points that no fragment takes, and the fragment whose votes each gets."""
+        if self.max_fragments is None:
+            return np.empty(0, np.int64), np.empty(0, np.int64)
+        rank = np.empty(len(voxels.order), np.int64)                    # of a point in its voxel
+        rank[voxels.order] = np.arange(len(rank)) - voxels.start[voxels.inverse[voxels.order]]
+        beyond = np.flatnonzero(rank >= self.max_fragments)
+        return beyond, rank[beyond] % self.max_fragments
+
+    def count_passes(self) -> int:
+        """How many batches there are: the points of the fullest voxel, or max_fragments, of every view."""
+        fullest = [voxelize(apply_view(self.cloud, view)["coord"], self.spec.grid_size).count.max() for view in VIEWS]
+        return int(sum(min(count, self.max_fragments or count) for count in fullest))
 
     def add(self, batch: dict[str, torch.Tensor], logits: torch.Tensor) -> None:
         """Add the class probabilities of a fragment to its points."""
         if self.votes.device != logits.device:
             self.votes = self.votes.to(logits.device)
-        self.votes[batch["index"].to(logits.device)] += logits.float().softmax(1)   # no point twice in a fragment
+        votes = logits.float().softmax(1)
+        self.votes[batch["index"].to(logits.device)] += votes                       # no point twice in a fragment
+        self.votes[batch["others"].to(logits.device)] += votes[batch["other_places"].to(logits.device)]
 
     def prediction(self) -> torch.Tensor:
         """(R,) int64 on the CPU: the class with the largest sum of probabilities, for every raw point."""

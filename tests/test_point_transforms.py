@@ -74,10 +74,29 @@ def test_elastic_distortion_is_smooth_and_bounded_by_its_magnitude(rng):
     assert difference.mean() < 0.3 * far.mean()
 
 
-def test_clouds_too_wide_for_the_grids_are_refused_in_one_line(rng):
+@pytest.mark.parametrize("sides", [(178, 178, 30), (4000, 5000, 2500), (1e6, 0, 0), (0, 0, 0)])
+def test_elastic_distortion_of_any_extent(rng, sides):
+    cloud = {"coord": (rng.random((500, 3)) * sides).astype(np.float32)}
+    cell = transforms.noise_cell(sides, 0.2)
+    assert (cell > 0.2) == (sides[0] > 1) and cell < 0.2 + max(sides) / 50
+    moved = transforms.elastic_distortion(cloud, 0.2, 0.4, rng)["coord"] - cloud["coord"]
+    assert np.isfinite(moved).all() and np.abs(moved).max() < 1 and (sides[0] == 1e6 or 0.01 < np.abs(moved).mean())
+    assert transforms.noise_cell((40, 30, 4), 0.2) == 0.2                                # as always, where it fits
+
+
+@pytest.mark.parametrize("sides", [(10, 4, 3), (130, 120, 25), (0.3, 0.3, 0.3)])
+def test_no_augmentation_makes_a_cloud_larger_than_told(rng, sides):
+    cloud = {"coord": (rng.random((60, 3)) * sides).astype(np.float32)}
+    cloud["coord"][:8] = np.array([[x, y, z] for x in (0, 1) for y in (0, 1) for z in (0, 1)]) * sides
+    settings = PointAugmentation(stretch=0.2, elastic=((0.8, 1.6),))
+    told = transforms.largest_sides(sides, settings)
+    seen = np.max([np.ptp(transforms.augment(cloud, settings, rng)["coord"], 0) for _ in range(60)], 0)
+    assert (seen <= told).all() and (told < 1.6 * np.linalg.norm(sides) + 4).all() and seen.max() > told.max() / 2
+    assert transforms.largest_sides(sides, STILL).tolist() == pytest.approx([max(sides[:2])] * 2 + [sides[2]])
+
+
+def test_clouds_too_wide_for_the_grid_are_refused_in_one_line():
     cloud = {"coord": np.float32([[0, 0, 0], [4000, 5000, 2500]])}
-    with pytest.raises(ValueError, match="5000 m wide.*millimetres"):
-        transforms.elastic_distortion(cloud, 0.2, 0.4, rng)
     with pytest.raises(ValueError, match="250001 voxels of 0.02 m.*at most 65535.*millimetres"):
         transforms.voxelize(cloud["coord"], 0.02)
 

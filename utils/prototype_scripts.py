@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from data import cityscapes, voc
-from data.image_splits import label_map_of
 from data.images import SegmentationDataset
+from data.label_map import label_map_of
 from data.photos import photo_format, read_image
 from data.prototype_results import explain_pixels, prototype_colors, write_gallery, write_prototype_prediction
 from models.ppnet import PPNet
