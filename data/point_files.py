@@ -25,6 +25,7 @@ CLOUD_SUFFIXES = (".npz", ".npy", ".ply", *READERS)
 UNSURE_SUFFIXES = (".txt", ".csv")          # which may hold something else
 FAR = 10_000                                # metres; float64 coordinates beyond this are moved before rounding
 BOMB_SIZE, BOMB_RATIO = 1 << 30, 100        # more than a GiB out of less than a hundredth of it is no cloud
+BLOCK = 1 << 22                             # points that are looked at, or written, at a time
 LARGEST = 1e15                              # float32 still squares it, int64 still counts its voxels
 FIELDS = {"coord": ("coord", "coords", "xyz", "points", "pos"), "normal": ("normal", "normals"),
           "color": ("color", "colors", "colour", "colours", "rgb"),
@@ -96,26 +97,39 @@ def read_cloud(path: str | Path, label_field: str | None = None, labels: bool = 
         if value.shape != ((len(coord), 3) if wide else (len(coord),)):
             raise ValueError(f"{path}: {name} of shape {value.shape} for {len(coord)} points; one row a point, in the "
                              f"order of the coordinates")
-    with np.errstate(over="ignore"):                                       # in float16, where LARGEST is infinity
-        finite = ((coord > -LARGEST) & (coord < LARGEST)).all(1)
-    if not finite.all():
-        raise ValueError(f"{path}: {(~finite).sum()} of {len(coord)} points have a NaN or infinite coordinate, or one "
-                         f"beyond {LARGEST:g}, the first is point {finite.argmin()}; remove them")
-    if (farthest := np.abs(coord).max()) > FAR:                            # float32 rounds these to centimetres
-        if coord.dtype == np.float32:
-            warnings.append(f"{path}: float32 coordinates up to {farthest:.0f} are rounded to "
-                            f"{np.spacing(farthest):g}; export them in float64, or with an offset")
-        else:
-            origin = np.floor(coord.min(0))
-            warnings.append(f"{path}: coordinates up to {farthest:.0f}; moved by {(-origin).tolist()}")
-            coord = coord - origin
-    coord = coord.astype(np.float32)
-    color = as_color(raw.get("color"), path, warnings, color_range)
-    normal, label = raw.get("normal"), raw.get("label")
-    return PointCloud(coord, color, None if normal is None else as_unit(normal),
-                      None if label is None else as_integers(label, path), tuple(warnings),
-                      exact=None if np.array_equal(coord, raw["coord"]) else raw["coord"],
+    coord, exact = _near_zero(coord, path, warnings)
+    color, normal, label = (raw.pop(name, None) for name in ("color", "normal", "label"))
+    if color is not None and color_range is None and path.suffix.lower() in (".las", ".laz") and color.max() > 255:
+        color = (color // 257).astype(np.uint8)             # 16 bits, as the format says
+    return PointCloud(coord, as_color(color, path, warnings, color_range), None if normal is None else as_unit(normal),
+                      None if label is None else as_integers(label, path), tuple(warnings), exact=exact,
                       extra={name: _finite(raw[name], name, path) for name in fields})
+
+
+def _near_zero(coord, path, warnings):
+    """(coordinates in float32, map coordinates moved near 0; what the file has where that is another number, or None).
+    In blocks: of a hundred million points each array takes gigabytes. ValueError for those that are not finite."""
+    blocks = [slice(begin, begin + BLOCK) for begin in range(0, len(coord), BLOCK)]
+    for rows in blocks:
+        with np.errstate(over="ignore"):                                       # in float16, where LARGEST is infinity
+            finite = ((coord[rows] > -LARGEST) & (coord[rows] < LARGEST)).all(1)
+        if not finite.all():
+            count = sum(int((~(np.abs(coord[rows].astype(np.float64)) < LARGEST).all(1)).sum()) for rows in blocks)
+            raise ValueError(f"{path}: {count} of {len(coord)} points have a NaN or infinite coordinate, or one beyond "
+                             f"{LARGEST:g}, the first is point {rows.start + finite.argmin()}; remove them")
+    origin = None
+    farthest = max(coord.max(), -coord.min())
+    if farthest > FAR and coord.dtype == np.float32:                       # rounded to centimetres
+        warnings.append(f"{path}: float32 coordinates up to {farthest:.0f} are rounded to {np.spacing(farthest):g}; "
+                        f"export them in float64, or with an offset")
+    elif farthest > FAR:
+        origin = np.floor(coord.min(0))
+        warnings.append(f"{path}: coordinates up to {farthest:.0f}; moved by {(-origin).tolist()}")
+    near = np.empty(coord.shape, np.float32)
+    for rows in blocks:
+        near[rows] = coord[rows] if origin is None else coord[rows] - origin
+    same = all(np.array_equal(near[rows], coord[rows]) for rows in blocks)
+    return near, None if same else coord
 
 
 def _finite(values, name, path):
@@ -203,19 +217,24 @@ def read_ply_vertices(path: str | Path) -> dict[str, np.ndarray]:
 def write_ply(path: str | Path, coord: np.ndarray, color: np.ndarray, label: np.ndarray | None = None) -> None:
     """A binary PLY cloud: coord (N, 3) in double precision where float32 does not hold them, color (N, 3) in 0..255,
     label (N,) written as int property `label`."""
-    number = "<f4" if np.array_equal(coord.astype(np.float32), coord) else "<f8"
-    fields = [(axis, number) for axis in COLUMNS["coord"]] + [(name, "u1") for name in COLUMNS["color"]]
-    rows = np.empty(len(coord), fields + ([] if label is None else [("label", "<i4")]))
-    for axis, name in enumerate(COLUMNS["coord"]):
-        rows[name] = coord[:, axis]
-    for channel, name in enumerate(COLUMNS["color"]):
-        rows[name] = np.clip(color[:, channel], 0, 255)
-    if label is not None:
-        rows["label"] = label
-    types = {"<f4": "float", "<f8": "double", "|u1": "uchar", "<i4": "int"}
+    blocks = [slice(begin, begin + BLOCK) for begin in range(0, len(coord), BLOCK)]
+    single = all(np.array_equal(coord[rows].astype(np.float32), coord[rows]) for rows in blocks)
+    fields = [(axis, "<f4" if single else "<f8") for axis in COLUMNS["coord"]]
+    fields += [(name, "u1") for name in COLUMNS["color"]] + ([] if label is None else [("label", "<i4")])
+    types = {"<f4": "float", "<f8": "double", "u1": "uchar", "<i4": "int"}
     lines = ["ply", "format binary_little_endian 1.0", f"element vertex {len(coord)}",
-             *(f"property {types[rows.dtype[name].str]} {name}" for name in rows.dtype.names), "end_header\n"]
-    Path(path).write_bytes("\n".join(lines).encode() + rows.tobytes())
+             *(f"property {types[kind]} {name}" for name, kind in fields), "end_header\n"]
+    with open(path, "wb") as file:
+        file.write("\n".join(lines).encode())
+        for rows in blocks:
+            block = np.empty(len(coord[rows]), fields)
+            for axis, name in enumerate(COLUMNS["coord"]):
+                block[name] = coord[rows, axis]
+            for channel, name in enumerate(COLUMNS["color"]):
+                block[name] = np.clip(color[rows, channel], 0, 255)
+            if label is not None:
+                block["label"] = label[rows]
+            file.write(block.tobytes())
 
 
 def write_cloud(folder: str | Path, **arrays: np.ndarray) -> None:

@@ -6,16 +6,15 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from data.point_files import PointCloud
+from data.point_files import BLOCK, PointCloud
 
-BLOCK = 1 << 22                             # points whose tile is computed at a time
 MARGIN = 0.2                                # of a tile's side, on each side
 
 
 def split_tiles(coord: np.ndarray, side: float) -> tuple[int, Iterator[tuple[np.ndarray, np.ndarray]]]:
     """Squares of `side` in x and y from the lowest corner on: their number, and for each that holds points (index,
     own): the points (M,) int64 of the square and of a margin of a fifth of `side` around it, in file order, and which
-    of them (M,) bool are the square's own. Every point is some square's own once. Takes about 20 bytes a point.
+    of them (M,) bool are the square's own. Every point is some square's own once. Takes 6 to 8 bytes a point.
 
     coord (N, 3). Raises ValueError where there would be more than 10^8 squares.
     """
@@ -30,7 +29,7 @@ def split_tiles(coord: np.ndarray, side: float) -> tuple[int, Iterator[tuple[np.
         key[begin:begin + BLOCK] = x * shape[1] + y
     count = np.bincount(key, minlength=shape.prod())
     end = count.cumsum()
-    order = np.argsort(key, kind="stable")
+    order = _sorted_by(key, count)
     del key
 
     def tiles():
@@ -40,9 +39,23 @@ def split_tiles(coord: np.ndarray, side: float) -> tuple[int, Iterator[tuple[np.
             index = np.sort(np.concatenate(around))
             place = (coord[index, :2] - low) / side - (x, y)                            # of the square: 0..1
             near = ((place >= -MARGIN) & (place <= 1 + MARGIN)).all(1)
-            yield index[near], (place[near].astype(np.int64) == 0).all(1) & (place[near] >= 0).all(1)
+            yield index[near].astype(np.int64), (place[near].astype(np.int64) == 0).all(1) & (place[near] >= 0).all(1)
 
     return int((count > 0).sum()), tiles()
+
+
+def _sorted_by(key, count):
+    """numpy.argsort(key, kind="stable") in a quarter of its memory: block by block into the place of each number."""
+    order = np.empty(len(key), np.uint32 if len(key) < 1 << 32 else np.int64)
+    place = count.cumsum() - count                                  # of the next point with each number
+    for begin in range(0, len(key), BLOCK):
+        block = key[begin:begin + BLOCK]
+        index = np.argsort(block, kind="stable")
+        numbers, first, times = np.unique(block[index], return_index=True, return_counts=True)
+        rank = np.arange(len(block)) - np.repeat(first, times)
+        order[np.repeat(place[numbers], times) + rank] = begin + index
+        place[numbers] += times
+    return order
 
 
 def _cells_around(x, y, width, height):
