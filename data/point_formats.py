@@ -241,7 +241,7 @@ def read_kitti(path: Path, columns: Sequence[str], wanted: Callable, warnings: l
 
 def read_pth(path: Path, columns: Sequence[str], wanted: Callable, warnings: list[str]) -> dict[str, np.ndarray]:
     """A scene as Pointcept kept it before 1.5.2: a dict of arrays or tensors (coord, color, normal, semantic_gt20)."""
-    content = read_torch_file(path, "Is it a scene?", old_format=True, numpy_scalars=True)
+    content = read_torch_file(path, "Fetch it again.", old_format=True, numpy_scalars=True)
     if not isinstance(content, dict) or "coord" not in content:
         raise ValueError("no dict with coord in it; a scene is expected, not weights")
     arrays = {name: np.asarray(value) for name, value in content.items() if hasattr(value, "shape")}

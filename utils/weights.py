@@ -8,6 +8,7 @@ the only allow-list, for numpy's numbers where asked for, puts readers of our ow
 import contextlib
 import hashlib
 import re
+import threading
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+ONE_READER = threading.Lock()                      # torch's allow-list is the same for all threads
 DOS_FOLDER = 0x10                                  # bit of a zip entry's external attributes
 
 
@@ -59,7 +61,7 @@ def read_torch_file(path: str | Path, advice: str, map_location: Any = "cpu", ol
         raise ValueError(f"{path}: truncated, or not written by torch.save ({path.stat().st_size} bytes). {advice}")
     try:
         allowed = torch.serialization.safe_globals(NUMPY_NAMES) if numpy_scalars else contextlib.nullcontext()
-        with allowed, warnings.catch_warnings(action="ignore"):         # of pickle protocols: it loads, or fails below
+        with ONE_READER, allowed, warnings.catch_warnings(action="ignore"):         # of pickle protocols: it loads, or fails below
             return torch.load(path, map_location=map_location, weights_only=True)
     except torch.OutOfMemoryError:
         raise
