@@ -101,7 +101,7 @@ def read_text(path: Path, columns: Sequence[str], wanted: Callable, warnings: li
     if columns and len(columns) != count:
         raise ValueError(f"{count} columns, but data.columns names {len(columns)}")
     use = [i for i, name in enumerate(names) if name != "_" and wanted(plain_name(name))] if names else None
-    if use == []:
+    if names and not {"x", "y", "z"} <= {*map(plain_name, names)}:
         raise ValueError(f"no column x, y or z in its header ({' '.join(names)[:80]}); name them in data.columns")
     array = np.loadtxt(path, np.float64, comments=None, delimiter=separator, skiprows=skipped, usecols=use, ndmin=2,
                        encoding="utf-8")
@@ -117,12 +117,11 @@ def _text_start(file: Iterator[str]) -> tuple[int, str, str]:
     for number, line in enumerate(file):
         text = line.strip()
         comment = text.startswith(("#", "//"))
-        if text and not comment and all(map(_is_number, re.split(r"[,;\s]+", text.strip(",;")))) and (
-                number or not re.fullmatch(r"[0-9]+", text)):
+        if text and not comment and not text.isdigit() and all(map(_is_number, re.split(r"[,;\s]+", text))):
             return number, header, text
         if number > 100 or (text and not comment and header and not header.startswith(("#", "//"))):
             raise ValueError(f"line {number + 1}: {text[:60]!r} is not a row of numbers")
-        header = text if text and not re.fullmatch(r"[0-9]+", text) else header
+        header = text if text and not text.isdigit() else header
     raise ValueError("no row of numbers in it")
 
 
