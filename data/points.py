@@ -266,9 +266,9 @@ class PointDataset(Dataset):
         for granularity, _ in self.augmentation.elastic if sides else ():
             cell = max(noise_cell(side, granularity) for side in sides)
             if cell > granularity and self.augmentation.elastic_probability:
-                self.messages.append(f"augmentation.elastic: to fit in memory, noise of {granularity:g} m gets cells of "
-                                     f"up to {cell:.2g} m in clouds as wide as these; augmentation.elastic=[] turns it "
-                                     f"off")
+                self.messages.append(f"augmentation.elastic: to fit in memory, noise of {granularity:g} m gets cells "
+                                     f"of up to {cell:.2g} m in clouds as wide as these; augmentation.elastic=[] turns "
+                                     f"it off")
         self._share_view(views)
         self._report(missing)
 
