@@ -106,8 +106,8 @@ def read_cloud(path: str | Path, label_field: str | None = None, labels: bool = 
     coord = coord.astype(np.float32)
     color = as_color(raw.get("color"), path, warnings, color_range)
     normal, label = raw.get("normal"), raw.get("label")
-    return PointCloud(coord, color, None if normal is None else as_unit(normal),
-                      None if label is None else as_integers(label, path), tuple(warnings),
+    normal = None if normal is None else as_unit(normal, path, warnings)
+    return PointCloud(coord, color, normal, None if label is None else as_integers(label, path), tuple(warnings),
                       exact=None if np.array_equal(coord, raw["coord"]) else raw["coord"])
 
 

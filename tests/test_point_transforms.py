@@ -163,17 +163,7 @@ def test_mix_offsets():
         assert transforms.mix_offsets(torch.tensor(ends)).tolist() == mixed
 
 
-# -- normals -----------------------------------------------------------------------------------------------------------
-
-def test_normals_of_a_room_look_inside(rng):
-    floor = np.c_[rng.uniform(0, 4, (4000, 2)), np.zeros(4000)]
-    wall = np.c_[np.zeros(3000), rng.uniform(0, 4, 3000), rng.uniform(0, 2.5, 3000)]
-    ceiling = floor + [0, 0, 2.5]
-    normal = transforms.estimate_normals(np.concatenate([floor, wall, ceiling]))
-    np.testing.assert_allclose(np.linalg.norm(normal, axis=1), 1, atol=1e-5)
-    for rows, expected in ((slice(0, 4000), [0, 0, 1]), (slice(4000, 7000), [1, 0, 0]), (slice(7000, None), [0, 0, -1])):
-        assert ((normal[rows] @ expected) > 0.99).mean() > 0.9                           # all but those at the edges
-
+# -- shape -------------------------------------------------------------------------------------------------------------
 
 def test_height_is_measured_from_the_fullest_layer():
     z = [0.5] * 5 + [0.502] + [0.55, 0.7, 0.3]                      # a table at 0.5, things on it, one point below
@@ -213,12 +203,6 @@ def test_local_shape_tells_plane_cylinder_and_ball_apart(rng):
     ball = 0.1 * surfaces["ball"]
     turned = transforms.rotate({"coord": ball.astype(np.float32)}, 90, "z", (0, 0, 0))["coord"]
     np.testing.assert_allclose(np.median(transforms.local_shape(turned, [0.01]), 0), median["ball"], rtol=0.1)
-
-
-def test_normals_survive_tiny_clouds(rng):
-    plane = np.c_[rng.uniform(0, 1, (50, 2)), np.zeros(50)]
-    for coord in (plane[:1], plane[:2], np.zeros((20, 3))):
-        np.testing.assert_array_equal(np.abs(transforms.estimate_normals(coord)), np.tile([0, 0, 1], (len(coord), 1)))
 
 
 # -- the recipe --------------------------------------------------------------------------------------------------------
