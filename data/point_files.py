@@ -101,9 +101,10 @@ def read_cloud(path: str | Path, label_field: str | None = None, labels: bool = 
     color, normal, label = (raw.pop(name, None) for name in ("color", "normal", "label"))
     if color is not None and color_range is None and path.suffix.lower() in (".las", ".laz") and color.max() > 255:
         color = (color // 257).astype(np.uint8)             # 16 bits, as the format says
-    return PointCloud(coord, as_color(color, path, warnings, color_range), None if normal is None else as_unit(normal),
-                      None if label is None else as_integers(label, path), tuple(warnings), exact=exact,
-                      extra={name: _finite(raw[name], name, path) for name in fields})
+    color = as_color(color, path, warnings, color_range)
+    normal = None if normal is None else as_unit(normal, path, warnings)
+    return PointCloud(coord, color, normal, None if label is None else as_integers(label, path), tuple(warnings),
+                      exact=exact, extra={name: _finite(raw[name], name, path) for name in fields})
 
 
 def _near_zero(coord, path, warnings):

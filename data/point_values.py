@@ -48,12 +48,16 @@ def as_color(color: np.ndarray | None, path: str | Path, warnings: list[str],
     return ((color - np.float32(low)) * np.float32(255 / (high - low))).clip(0, 255)
 
 
-def as_unit(normal: np.ndarray) -> np.ndarray:
-    """Unit normals (N, 3) float32, 0 for those that are 0, NaN or beyond all sizes."""
+def as_unit(normal: np.ndarray, path: str | Path, warnings: list[str]) -> np.ndarray:
+    """Unit normals (N, 3) float32, 0 for those that are 0, NaN or beyond all sizes. A line in `warnings` where most
+    have another length than 1."""
     with np.errstate(over="ignore"):
         normal = normal.astype(np.float32)
         length = np.linalg.norm(normal, axis=1, keepdims=True)
     usable = np.isfinite(length) & (length > 0)
+    if usable.any() and (np.abs(length[usable] - 1) > 0.1).mean() > 0.5:
+        warnings.append(f"{path}: normals of length {length[usable].min():.2g} to {length[usable].max():.2g}, scaled "
+                        f"to 1; are these columns something else?")
     return np.where(usable, normal / np.where(usable, length, 1), np.float32(0))
 
 

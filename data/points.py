@@ -295,8 +295,8 @@ class PointDataset(Dataset):
             cell = max(noise_cell(side, granularity) for side in sides)
             if cell > granularity and self.augmentation.elastic_probability:
                 self.messages.append(f"augmentation.elastic: to fit in memory, noise of {granularity:g} m gets cells "
-                                     f"of up to {cell:.2g} m in clouds as wide as these; augmentation.elastic=[] turns it "
-                                     f"off")
+                                     f"of up to {cell:.2g} m in clouds as wide as these; augmentation.elastic=[] turns "
+                                     f"it off")
         self._share_view(views)
         self._report(missing)
 
