@@ -66,6 +66,7 @@ from utils.losses import IGNORE_INDEX
 from utils.seed import derived_seed
 
 POINTS_IN_MEMORY = 30_000_000               # about 1.2 GB; clouds beyond this are read again for every item
+FEW_VOXELS, CROWDED = 100, 10               # a cloud of fewer voxels, with more points in each, is in other units
 WIDEST = 500.0                              # metres; a wider cloud is probably in millimetres or centimetres
 
 
@@ -165,10 +166,11 @@ def complete(cloud: PointCloud, spec: PointSpec, path: str | Path = "cloud",
     metres after unit); -> cloud, and what was missing, for a message.
 
     Estimated normals and shape, for which a length is a metre whatever the spec's scale, are kept in cache_dir. A cloud
-    wider than 500 m gets a warning. ValueError for one of more voxels along an axis than can be, and where the spec
-    says "error".
+    wider than 500 m, or as small as a few voxels, gets a warning. ValueError for one of more voxels along an axis than
+    can be, and where the spec says "error".
     """
-    extent = np.ptp(cloud.coord, 0).max() * spec.unit
+    sides = np.ptp(cloud.coord, 0) * spec.unit
+    extent = sides.max()
     wide = f"{path}: the cloud is {extent:.0f} m wide; is it in millimetres? Set data.unit=0.001"
     largest = max(view.factor for view in VIEWS)            # of the precise test
     if spec.scale != "object" and extent * spec.scale * largest > MAX_GRID_INDEX * spec.grid_size:
@@ -176,6 +178,11 @@ def complete(cloud: PointCloud, spec: PointSpec, path: str | Path = "cloud",
                          f"along an axis")
     if extent > WIDEST:
         cloud = cloud._replace(warnings=(*cloud.warnings, wide))
+    voxels = 0 if spec.scale == "object" else np.prod(sides * spec.scale // spec.grid_size + 1)     # at most
+    if 0 < voxels <= FEW_VOXELS and len(cloud.coord) > CROWDED * voxels:
+        small = (f"{path}: {len(cloud.coord)} points, {extent:.3g} m wide, fill at most {voxels:.0f} voxels of "
+                 f"{spec.grid_size:g} m; set data.unit or a smaller data.grid_size")
+        cloud = cloud._replace(warnings=(*cloud.warnings, small))
     missing = [name for name in ("color", "normal") if name in spec.features and getattr(cloud, name) is None]
     for name in missing:
         way = spec.missing_color if name == "color" else spec.missing_normal

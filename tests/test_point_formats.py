@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from data.point_files import find_clouds, list_clouds, read_cloud
-from data.point_formats import check_columns, lzf_decompress
+import evaluate
+import predict
+import train_sonata
+from data.point_files import find_clouds, list_clouds, read_cloud, read_ply_vertices
+from data.point_formats import check_columns, lzf_decompress, write_las
 from data.point_tiles import MARGIN, part_of, split_tiles
 from data.points import PointDataset, PointSpec
-from tests.tiny_clouds import tiny_cloud
+from tests.tiny_clouds import ENCODER, tiny_cloud, write_config
+from utils.log import read_log
 
 
 @pytest.fixture
@@ -326,3 +330,105 @@ def test_a_part_keeps_all_arrays(tmp_path):
     part = part_of(read_cloud(tmp_path / "a.npz", fields=["ring"]), np.array([3, 9]))
     assert part.coord.shape == part.color.shape == part.normal.shape == (2, 3) and len(part.label) == 2
     assert part.extra["ring"].tolist() == [3, 9] and not re.search("a.npz", str(part.warnings))
+
+
+# -- whole runs --------------------------------------------------------------------------------------------------------
+
+def write_tiles(root, splits):
+    """Floors with boxes and balls as LAS tiles at map coordinates: classes 2, 6 and 64."""
+    for split, seeds in splits.items():
+        (root / split).mkdir()
+        for seed in seeds:
+            made = tiny_cloud(seed, 400)
+            made["intensity"] = 100 * (made["segment"] + 2)
+            write_las_file(root / split / f"tile_{seed}.las", made, 7, (448_000, 5_411_000, 300),
+                           np.array([2, 6, 64, 7])[made["segment"]])
+
+
+@pytest.fixture(scope="module")
+def las_run(tmp_path_factory):
+    """A network trained on LAS tiles: (folder with train, val and new, checkpoint)."""
+    pytest.importorskip("laspy")
+    root = tmp_path_factory.mktemp("las")
+    write_tiles(root, {"train": range(4), "val": range(50, 52), "new": [90]})
+    encoder = {**ENCODER, "in_channels": 7}
+    config = write_config(root / "config.yaml", root, data={"root": str(root), "grid_size": 0.05, "label_map": "2:0,6:1,64:2,7:ignore",
+                                                       "features": ["coord", "color", "intensity/1000"]},
+                          model={"encoder": encoder}, training={"epochs": 1, "steps": 24, "eval_epochs": 2, "batch_size": 2,
+                                                                "class_weights": "sqrt_median_frequency"})
+    result = train_sonata.main([config, "--device", "cpu", "--num-workers", "0", "--output-dir", str(root / "run")])
+    return root, root / "run" / "model" / "model_last.pth", result
+
+
+def test_las_tiles_through_all_scripts(las_run, tmp_path, capsys):
+    laspy = pytest.importorskip("laspy")
+    root, checkpoint, result = las_run
+    log = (root / "run" / "log" / "train.log").read_text()
+    assert "24 optimiser steps, 12 passes over the training clouds" in log and "WARNING: 24 steps are few" in log
+    assert read_log(root / "run" / "log" / "log.jsonl")[-1]["step"] == 24
+    assert result["miou"] > 0.6                                         # of 1/3 and less for one class everywhere
+    scored = evaluate.main([str(checkpoint), "--device", "cpu", "--output-dir", str(tmp_path / "eval")])
+    assert scored["miou"] == pytest.approx(result["miou"])
+    before = capsys.readouterr()
+    assert "no label" not in before.out + before.err
+    source = root / "new" / "tile_90.las"
+    predict.main([str(checkpoint), str(source), "--device", "cpu", "--output", str(tmp_path / "out")])
+    old, new = laspy.read(source), laspy.read(tmp_path / "out" / "tile_90.las")
+    codes = np.load(tmp_path / "out" / "tile_90.npy")
+    np.testing.assert_array_equal(new.classification, codes)
+    assert {*np.unique(codes)} <= {2, 6, 64} and (codes == np.array(old.classification))[5:].mean() > 0.7
+    for name in old.point_format.dimension_names:
+        assert name == "classification" or (np.array(old[name]) == np.array(new[name])).all(), name
+    np.testing.assert_array_equal(old.xyz, new.xyz)
+    ply = read_ply_vertices(tmp_path / "out" / "tile_90.ply")
+    np.testing.assert_allclose(np.c_[ply["x"], ply["y"], ply["z"]], old.xyz, atol=1e-9)
+
+
+def test_classes_beyond_31_change_an_old_point_format(las_run, tmp_path):
+    laspy = pytest.importorskip("laspy")
+    source = write_las_file(tmp_path / "old.las", tiny_cloud(7, 90) | {"intensity": np.arange(90)}, 3)
+    with open(tmp_path / "new.las", "wb") as file:
+        write_las(file, source, np.resize([2, 64], 90))
+    new, old = laspy.read(tmp_path / "new.las"), laspy.read(source)
+    assert new.point_format.id == 7 and (np.array(new.classification) == np.resize([2, 64], 90)).all()
+    np.testing.assert_array_equal(new.xyz, old.xyz)
+    np.testing.assert_array_equal(new.planarity, old.planarity)
+    with open(tmp_path / "new.las", "wb") as file, pytest.raises(ValueError, match="labels -1 to -1"):
+        write_las(file, source, np.full(90, -1))
+
+
+def test_tiles_give_the_labels_of_the_whole(las_run, tmp_path, capsys):
+    """One tile is the whole cloud, point for point; and in many tiles nearly all labels stay."""
+    root, checkpoint, _ = las_run
+    clouds = [tiny_cloud(seed, 500) for seed in range(60, 66)]
+    coord = np.concatenate([made["coord"] + [i % 3, i // 3, 0] for i, made in enumerate(clouds)])
+    color = np.concatenate([made["color"] for made in clouds])
+    intensity = np.concatenate([100 * (made["segment"] + 2) for made in clouds])
+    np.savez(tmp_path / "hall.npz", coord=coord, color=color, intensity=intensity)
+    found = {}
+    for tile in (None, 9, 1):
+        options = [] if tile is None else ["--tile", str(tile)]
+        predict.main([str(checkpoint), str(tmp_path / "hall.npz"), "--device", "cpu", "--output", str(tmp_path / "out"), *options])
+        found[tile] = np.load(tmp_path / "out" / "hall.npy")
+    np.testing.assert_array_equal(found[9], found[None])
+    assert (found[1] == found[None]).mean() > 0.85 and not (found[1] == found[1][0]).all()
+    for options, message in ((["--tile", "0"], "above 0"), (["--tile", "1", "--pca"], "leave it or --tile out")):
+        with pytest.raises(ValueError, match=message):
+            predict.main([str(checkpoint), str(tmp_path / "hall.npz"), "--output", str(tmp_path / "o"), "--device", "cpu", *options])
+
+
+def test_steps_are_divided_among_the_pieces(tmp_path):
+    config = write_config(tmp_path / "c.yaml", tmp_path, training={"steps": 25, "eval_epochs": 2})
+    with pytest.raises(ValueError, match="training.steps=25 is no multiple of training.eval_epochs=2"):
+        train_sonata.check_config(train_sonata.load_config(config, train_sonata.DEFAULTS, []))
+    loaded = train_sonata.load_config(config, train_sonata.DEFAULTS, ["training.steps=24", "training.accumulation_steps=2"])
+    train_sonata.check_config(loaded)
+    assert train_sonata.items_of_piece(loaded.training, 5) == 12 * 3 * 2
+
+
+def test_a_cloud_in_a_few_voxels_is_a_warning(tmp_path):
+    made = tiny_cloud(0, 2000)
+    np.savez(tmp_path / "a.npz", coord=made["coord"] * 0.001, color=made["color"])
+    messages = PointDataset([tmp_path / "a.npz"], PointSpec(0.02)).messages
+    assert any("2000 points, 0.000999 m wide, fill at most 1 voxels of 0.02 m; set data.unit" in line for line in messages)
+    assert not any("voxels of" in line for line in PointDataset([tmp_path / "a.npz"], PointSpec(0.02, unit=1000.0)).messages)

@@ -61,7 +61,7 @@ def read_torch_file(path: str | Path, advice: str, map_location: Any = "cpu", ol
         raise ValueError(f"{path}: truncated, or not written by torch.save ({path.stat().st_size} bytes). {advice}")
     try:
         allowed = torch.serialization.safe_globals(NUMPY_NAMES) if numpy_scalars else contextlib.nullcontext()
-        with ONE_READER, allowed, warnings.catch_warnings(action="ignore"):         # of pickle protocols: it loads, or fails below
+        with ONE_READER, allowed, warnings.catch_warnings(action="ignore"):     # of pickle protocols: it loads or fails
             return torch.load(path, map_location=map_location, weights_only=True)
     except torch.OutOfMemoryError:
         raise
