@@ -27,7 +27,7 @@ Cloud = dict[str, np.ndarray]
 
 MAX_GRID_INDEX = 65534                  # the serialisation takes 16 bits an axis
 MAX_NOISE_CELLS = 50_000_000            # of an elastic distortion: 600 MB; a wider cloud gets larger cells,
-COARSE_NOISE_CELLS = 5_000_000          # no more than these
+COARSE_NOISE_CELLS = 2_000_000          # no more than these
 FNV_OFFSET, FNV_PRIME, SIGN_BIT = np.uint64(14695981039346656037), np.uint64(1099511628211), np.uint64(1 << 63)
 SHAPE_CHANNELS = 4                      # numbers of local_shape for each of its sizes
 LAYER = 0.01                            # metres: height_over_plane looks for the fullest layer of this thickness
