@@ -47,7 +47,10 @@ from utils.params import describe_parameters
 from utils.point_scripts import (
     OFFICIAL,
     cloud_pictures,
+    describe_data,
+    describe_steps,
     evaluate_clouds,
+    items_of_piece,
     label_cloud_file,
     write_cloud_label,
 )
@@ -63,7 +66,6 @@ RESULTS = {"labels": ("npy", "txt"), "picture": ("ply", "none"), "html": False, 
 SHOWN = {"mIoU": "official_miou", "mIoU of present classes": "miou", "mAcc": "official_accuracy",
          "Acc": "overall_accuracy"}
 CLASS_WEIGHTS = "training.class_weights"
-FEW_STEPS = 300
 COMPARED = ("data", "model", "training", "optimizer", "scheduler", "augmentation")
 # steps are compared as well
 FREE_ON_RESUME = ("training.resume", "training.use_pretrained", "data.normal_view")
@@ -90,7 +92,8 @@ DEFAULTS = {
         # besides those in root/classes.json; nan: NaN means unlabelled
         "ignore_labels": Setting([-1], (list,), items=(int, str)),
         "label_map": Setting(None, (str, dict)),            # 2:0,5:1,7:ignore, or a file
-        "label_offset": Setting(None, (int,)),  # added to the files' labels: -1 if they count from 1
+        # added to the files' labels: -1 if they count from 1
+        "label_offset": Setting(None, (int,)),
         "grid_size": 0.02,                      # metres
         "unit": 1.0,                            # metres of one length unit of the files
         # What metres are multiplied by before voxels are made. Utonia: 0.5 indoors, 0.2 outdoors,
@@ -254,15 +257,6 @@ def build_dataset(config: Config, split: str, seed: int = 0, data_dir: str | Non
                         build_augmentation(config) if train else None, field, tuple(ignored),
                         config.paths.cache_dir, seed, num_items, f"{split} clouds",
                         data.get("label_offset") or 0, label_map_of(data))
-
-
-def items_of_piece(training: Config, num_clouds: int) -> int:
-    """Training items between two validations: whole passes over the clouds, or as many as
-    training.steps needs."""
-    if training.steps is None:
-        return num_clouds * (training.epochs // training.eval_epochs)
-    batch = training.batch_size * training.accumulation_steps
-    return training.steps // training.eval_epochs * batch
 
 
 def build_model(config: Config, encoder_config: dict) -> SonataSegmenter:
@@ -468,34 +462,6 @@ def read_config(args) -> Config:
     if config.training.resume and not args.resume:
         args.resume = "auto"
     return config
-
-
-def describe_data(train_set: PointDataset, val_set: PointDataset, names: list[str]) -> list[str]:
-    """Lines for the log."""
-    lines = [*train_set.messages, *val_set.messages]
-    if both := {*train_set.files} & {*val_set.files}:
-        lines.append(f"WARNING: {len(both)} of {len(val_set.files)} validation clouds are in "
-                     f"training too, such as {min(both)}: their score says nothing about new "
-                     f"clouds")
-    for c in train_set.ignored_classes():
-        lines.append(f"class {c} ({names[c]}) is ignored: not learnt, and in no mean")
-    for name in ("color", "normal"):
-        if share := getattr(train_set.augmentation, f"drop_{name}"):
-            lines.append(f"augmentation.drop_{name}: {100 * share:g} % of the training items lose "
-                         f"all {name}s, so that the network learns to do without")
-    lines.append(f"{len(train_set.files)} training and {len(val_set.files)} validation clouds, "
-                 f"{sum(train_set.num_points):,} and {sum(val_set.num_points):,} points")
-    return lines
-
-
-def describe_steps(training: Config, train_set: PointDataset, total_steps: int) -> list[str]:
-    """How long the run is, in steps and in passes, for the log."""
-    passes = total_steps * training.batch_size * training.accumulation_steps / len(train_set.files)
-    lines = [f"{total_steps:,} optimiser steps, {passes:.4g} passes over the training clouds"]
-    if total_steps < FEW_STEPS:
-        lines.append(f"WARNING: {total_steps} steps are few: below {FEW_STEPS} a network is seldom "
-                     f"trained to its end; set training.steps")
-    return lines
 
 
 def main(argv=None) -> dict:

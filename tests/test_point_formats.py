@@ -18,6 +18,7 @@ from data.point_tiles import MARGIN, part_of, split_tiles
 from data.points import PointDataset, PointSpec
 from tests.tiny_clouds import ENCODER, tiny_cloud, write_config
 from utils.log import read_log
+from utils.point_scripts import items_of_piece
 
 
 @pytest.fixture
@@ -423,7 +424,7 @@ def test_steps_are_divided_among_the_pieces(tmp_path):
         train_sonata.check_config(train_sonata.load_config(config, train_sonata.DEFAULTS, []))
     loaded = train_sonata.load_config(config, train_sonata.DEFAULTS, ["training.steps=24", "training.accumulation_steps=2"])
     train_sonata.check_config(loaded)
-    assert train_sonata.items_of_piece(loaded.training, 5) == 12 * 3 * 2
+    assert items_of_piece(loaded.training, 5) == 12 * 3 * 2
 
 
 def test_a_cloud_in_a_few_voxels_is_a_warning(tmp_path):

@@ -23,6 +23,7 @@ from data.point_transforms import VIEWS
 from data.point_values import file_labels
 from data.points import PointDataset, PreciseTest, collate_points, complete, evaluation_sample, to_cloud
 from models.point_transformer import SonataSegmenter, upcast
+from utils.config import Config
 from utils.distributed import all_reduce_sum, own_share, unwrap
 from utils.files import replacing
 from utils.log import progress
@@ -32,8 +33,46 @@ from utils.render import pca_colors
 from utils.seed import seed_worker
 from utils.training import to_device
 
+FEW_STEPS = 300                         # fewer get a warning
 MANY_PASSES = 500                       # of one cloud, that evaluations announce
 OFFICIAL = "all classes, absent ones as 0 (the official mean)"
+
+
+def items_of_piece(training: Config, num_clouds: int) -> int:
+    """Training items between two validations: whole passes over the clouds, or as many as
+    training.steps needs."""
+    if training.steps is None:
+        return num_clouds * (training.epochs // training.eval_epochs)
+    batch = training.batch_size * training.accumulation_steps
+    return training.steps // training.eval_epochs * batch
+
+
+def describe_data(train_set: PointDataset, val_set: PointDataset, names: list[str]) -> list[str]:
+    """Lines for the log."""
+    lines = [*train_set.messages, *val_set.messages]
+    if both := {*train_set.files} & {*val_set.files}:
+        lines.append(f"WARNING: {len(both)} of {len(val_set.files)} validation clouds are in "
+                     f"training too, such as {min(both)}: their score says nothing about new "
+                     f"clouds")
+    for c in train_set.ignored_classes():
+        lines.append(f"class {c} ({names[c]}) is ignored: not learnt, and in no mean")
+    for name in ("color", "normal"):
+        if share := getattr(train_set.augmentation, f"drop_{name}"):
+            lines.append(f"augmentation.drop_{name}: {100 * share:g} % of the training items lose "
+                         f"all {name}s, so that the network learns to do without")
+    lines.append(f"{len(train_set.files)} training and {len(val_set.files)} validation clouds, "
+                 f"{sum(train_set.num_points):,} and {sum(val_set.num_points):,} points")
+    return lines
+
+
+def describe_steps(training: Config, train_set: PointDataset, total_steps: int) -> list[str]:
+    """How long the run is, in steps and in passes, for the log."""
+    passes = total_steps * training.batch_size * training.accumulation_steps / len(train_set.files)
+    lines = [f"{total_steps:,} optimiser steps, {passes:.4g} passes over the training clouds"]
+    if total_steps < FEW_STEPS:
+        lines.append(f"WARNING: {total_steps} steps are few: below {FEW_STEPS} a network is seldom "
+                     f"trained to its end; set training.steps")
+    return lines
 
 
 def fixed_orders(model: SonataSegmenter, index: int) -> torch.Tensor:
