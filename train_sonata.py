@@ -92,7 +92,7 @@ DEFAULTS = {
         # besides those in root/classes.json; nan: NaN means unlabelled
         "ignore_labels": Setting([-1], (list,), items=(int, str)),
         "label_map": Setting(None, (str, dict)),            # 2:0,5:1,7:ignore, or a file
-        # added to the files' labels: -1 if they count from 1
+        # Added to the files' labels: -1 where they count from 1.
         "label_offset": Setting(None, (int,)),
         "grid_size": 0.02,                      # metres
         "unit": 1.0,                            # metres of one length unit of the files

@@ -15,7 +15,7 @@ NORMAL_VIEWS = ("inside", "above", "neighbours")
 EYE_HEIGHT = 1.5                        # metres above the lowest point: where a room is supposed to be seen from
 STEEP, LEVEL = 0.5, 0.7                 # |z| of the normals that look up for sure from above, and of the ground's
 COLUMNS = 128                           # at most, along the longer side of a cloud: the lowest point of each is ground
-MOST_BELOW = 0.05                       # share of the ground that may look down in a cloud seen from inside
+MOST_BELOW = 0.02                       # share of the ground that may look down in a cloud seen from inside
 NO_WEIGHT = 1e-9                        # of an edge (0 would be none)
 
 WORDS = {"inside": "turned to a viewpoint 1.5 m above the lowest point (data.normal_view=inside)",

@@ -310,8 +310,9 @@ class PointDataset(Dataset):
     def _sides(self, cloud, path):
         """(3,) the largest extent that augmentation can give a cloud. ValueError where it has more voxels along an axis
         than can be: now, not in the middle of a run."""
-        arrays = bounds(to_cloud(cloud, self.spec)["coord"])
-        sides = largest_sides(arrays[1] - arrays[0], self.augmentation)
+        low, high = bounds(cloud.coord)
+        sides = np.full(3, 2.0) if self.spec.scale == "object" else (high - low) * self.spec.unit * self.spec.scale
+        sides = largest_sides(sides, self.augmentation)
         if sides.max() > MAX_GRID_INDEX * self.spec.grid_size:
             cure = 1.02 * sides.max() / MAX_GRID_INDEX
             raise ValueError(f"{path}: augmentation can make the cloud {sides.max():.0f} m wide, more than "

@@ -603,7 +603,7 @@ def test_the_view_of_the_training_clouds_is_that_of_all(tmp_path, capsys):
         np.savez(data / split / "a.npz", coord=np.stack([x, y, z], 1), segment=rng.integers(0, 3, 1500))
     config = write_config(tmp_path / "c.yaml", data, data={"grid_size": 1.0}, training={**ONE_STEP, "batch_size": 1})
     train(config, tmp_path / "out")
-    assert "data.normal_view=neighbours: seen from inside, more than 5 % of the ground looks down in 1 of 1 clouds" in capsys.readouterr().out
+    assert "data.normal_view=neighbours: seen from inside, more than 2 % of the ground looks down in 1 of 1 clouds" in capsys.readouterr().out
     assert load_checkpoint(last(tmp_path / "out"))["config"]["data"]["normal_view"] == "neighbours"
     train(config, tmp_path / "out", "--resume", "auto")                                  # the config still says null
     label_files((config, tmp_path / "out"), data / "val", tmp_path / "pred")
