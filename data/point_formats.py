@@ -31,6 +31,7 @@ INTENSITY = ("intensity", "strength", "reflectance", "remission")       # one fi
 SHORT = {"r": "red", "g": "green", "b": "blue"}
 PCD_TYPES = {("F", 4): "f4", ("F", 8): "f8", **{(kind, size): f"{kind.lower()}{size}" for kind in "IU"
                                                 for size in (1, 2, 4, 8)}}
+LAS_HEADER = 247                            # bytes in which all counts are; the smallest header and a point of 20 bytes
 PACKING = 100                               # a LAZ file does not hold more than so many times its own size
 CLASS_LIMIT = 31                            # of these point formats of LAS; those they become hold 255
 LATER_FORMATS = {0: 6, 1: 6, 2: 7, 3: 7, 4: 9, 5: 10}
@@ -260,6 +261,13 @@ def _laspy(path):
 def _las_chunks(path: Path) -> Iterator[tuple]:
     """(header, points) of each CHUNK points of a LAS or LAZ file. ValueError where laspy is absent or fails."""
     laspy = _laspy(path)
+    with open(path, "rb") as file:
+        start = file.read(LAS_HEADER)
+    if start[:4] != b"LASF" or len(start) < LAS_HEADER:
+        raise ValueError("no LAS header")
+    later = 60 * struct.unpack_from("<I", start, 243)[0] if start[25] >= 4 else 0           # records behind the points
+    if 54 * struct.unpack_from("<I", start, 100)[0] + later > path.stat().st_size:          # laspy would make them all
+        raise ValueError("more records in its header than bytes in the file")
     try:
         with laspy.open(path) as file:
             size = file.header.point_count * file.header.point_format.size

@@ -243,7 +243,8 @@ def test_las(cloud, tmp_path, suffix, point_format):
     np.testing.assert_array_equal(read.extra["return_number"], np.resize([1, 2], 60))
     np.testing.assert_allclose(read.exact, cloud["coord"].astype(np.float64) + (448_000, 5_411_000, 300), atol=1e-4)
     data = path.read_bytes()
-    for wrong in (data[:-100], data[:300], data[:100], b"LASF" + bytes(300), b""):
+    many = data[:100] + b"\xff\xff\xff\x7f" + data[104:]               # 2 billion records of the header: not made one by one
+    for wrong in (data[:-100], data[:300], data[:100], b"LASF" + bytes(300), b"", many):
         path.write_bytes(wrong)
         with pytest.raises(ValueError, match=f"a{suffix}: cannot be read"):
             read_cloud(path)
