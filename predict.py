@@ -8,7 +8,8 @@ on, and a picture:
 meshes   OUT/NAME.txt (or .npy), one label per face in the order of the file; OUT/NAME.ply, coloured
          by class (.glb for Blender and viewers); --html adds a page to turn the result in
 clouds   OUT/NAME.npy (or .txt), one label per point in the order of the file; OUT/NAME.ply,
-         coloured by class
+         coloured by class; of a .las or .laz also OUT/NAME.las, classified; --tile 50 for millions
+         of points
 images   OUT/NAME.png (or .npy), one class id per pixel at the photograph's own size;
          OUT/NAME_overlay.png
 --pca adds a picture of the encoder's features. This file knows no method.
@@ -42,6 +43,8 @@ def parse_args(argv=None):
     parser.add_argument("--pca", action="store_true", help="also the encoder's features as colours")
     parser.add_argument("--explain", nargs="+", metavar="X,Y", default=[], type=pixel,
                         help="prototype networks: why the pixel in column X, row Y has its class")
+    parser.add_argument("--tile", type=float, metavar="METRES",
+                        help="clouds too large for the memory: label them in squares of this side")
     # run
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: the best there is")
     parser.add_argument("--amp-dtype", choices=tuple(AMP_DTYPES),
@@ -96,6 +99,11 @@ def check_results(args, formats: dict) -> None:
     if args.explain and not formats.get("explain"):
         raise ValueError("--explain needs a checkpoint of train_prototype.py; other networks have "
                          "no prototypes")
+    if args.tile is not None and not (formats.get("tile") and 0 < args.tile < float("inf")):
+        raise ValueError(f"--tile {args.tile:g}: the side of squares in metres, above 0, for point "
+                         f"clouds alone")
+    if args.pca and args.tile:
+        raise ValueError("--pca shows the features of a whole cloud; leave it or --tile out")
     if args.pca and not formats.get("pca", True):
         raise ValueError("--pca: this network has no frozen encoder whose features could be "
                          "shown; leave it out")
@@ -122,7 +130,8 @@ def main(argv=None) -> dict:
     output.mkdir(parents=True, exist_ok=True)
     labels = {}
     for path in progress(files, "predicting"):
-        prediction = script.predict(model, path, amp_dtype)
+        tile = {} if args.tile is None else {"tile": args.tile}
+        prediction = script.predict(model, path, amp_dtype, **tile)
         script.write_prediction(model, path, prediction, output / result_name(path), args)
         label = prediction["label"]
         for doubt in prediction.get("doubts", ()):

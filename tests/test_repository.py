@@ -111,7 +111,7 @@ def test_data_and_models_stand_below_the_scripts():
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
 def test_configs_load(path):
     scripts = {"jepa_": "train_jepa", "mesh_": "train_downstream", "prototype_": "train_prototype", "segmentation_": "train_segmentation",
-               "sonata/": "train_sonata"}
+               "sonata/": "train_sonata", "clouds_": "train_sonata"}
     script = next(name for prefix, name in scripts.items() if str(path.relative_to(ROOT / "configs")).startswith(prefix))
     module = importlib.import_module(script)
     module.check_config(load_config(path, module.DEFAULTS))

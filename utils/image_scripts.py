@@ -25,12 +25,12 @@ from data.image_splits import (
     check_file_settings,
     checked_dataset,
     given_pairs,
-    label_map_of,
     read_classes,
     split_pairs,
     training_doubts,
 )
 from data.images import Augmentation, SegmentationDataset
+from data.label_map import label_map_of
 from data.photos import PhotoFormat, photo_doubts, photo_format, read_image
 from models.dinov3 import FrozenBackbone, backbone_name
 from models.dinov3_weights import load_backbone, restore_backbone

@@ -115,19 +115,22 @@ class ConfusionMatrix:
         return confusion_matrix(label, pred, labels=np.arange(C), sample_weight=counts[label, pred])
 
 
-def segmentation_metrics(matrix: np.ndarray) -> dict:
+def segmentation_metrics(matrix: np.ndarray, ignored: Sequence[int] = ()) -> dict:
     """All metrics of a confusion matrix (C, C), rows = truth; values in [0, 1], NaN where there is nothing to score.
 
     Arrays (C,): iou, f1 (= Dice; both NaN where absent from truth and prediction), accuracy (recall; NaN where absent
     from truth), present (bool: in truth or prediction). Floats: miou, mean_f1, mean_accuracy (means of those without
-    NaN), overall_accuracy, fw_iou (IoU weighted with the class's share of the labels). ValueError unless the matrix
-    is square.
+    NaN), overall_accuracy, fw_iou (IoU weighted with the class's share of the labels). ignored: classes that no label
+    can have, NaN even where they are predicted (which is wrong for the labelled class). ValueError unless the matrix is
+    square.
     """
     matrix = np.asarray(matrix, dtype=np.float64)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ValueError(f"a confusion matrix is square, got shape {matrix.shape}")
     hit, truth, pred = np.diag(matrix), matrix.sum(1), matrix.sum(0)            # (C,) each
     iou, f1, accuracy = _ratio(hit, truth + pred - hit), _ratio(2 * hit, truth + pred), _ratio(hit, truth)
+    for values in (iou, f1):
+        values[list(ignored)] = np.nan
     return {
         "iou": iou, "f1": f1, "accuracy": accuracy, "present": truth + pred > 0,
         "miou": _mean(iou), "mean_f1": _mean(f1), "mean_accuracy": _mean(accuracy),
