@@ -10,9 +10,8 @@
     python train_linear_head.py --resume exp/linear_head/model/model_best.pth --test-only
 
 Simeoni et al. 2025 (DINOv3, table 3) measure their backbones by this head: start here, then see
-what the others add. Masks hold class ids, 255 is ignored. The backbone never changes and is not in
-the checkpoints. Every number logged and every deviation from the paper: docs/dinov3_heads.md. To
-make it yours, copy this file: docs/adapt.md.
+what the others add. Masks hold class ids, 255 is ignored. Checkpoints hold the head alone. Numbers
+logged, deviations from the paper: docs/dinov3_heads.md. To make it yours: docs/adapt.md.
 """
 
 from __future__ import annotations
@@ -188,8 +187,9 @@ def main(argv=None) -> dict:
 
     # data: every file is checked before the first step, and remembered
     class_names, palette, train_set, val_set = photos.open_data(run, config, build_dataset)
-    weights = class_weights(training.class_weights, train_set.class_counts, "--class-weights")
-    criterion = MaskedCrossEntropyLoss(weights, class_dim=1).to(run.device)
+    weight = class_weights(training.class_weights, train_set.class_counts, "--class-weights")
+    criterion = MaskedCrossEntropyLoss(weight, class_dim=1, num_classes=len(class_names))
+    criterion.to(run.device)
     sampler = run.plan(len(train_set), config, batch_size=training.batch_size,
                        epochs=training.epochs, accumulate=training.accumulate,
                        compare=("data", "model", "training"), free=photos.FREE_ON_RESUME)
