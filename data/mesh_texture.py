@@ -22,7 +22,10 @@ import torch
 
 from data.images import opened, to_rgb
 from data.mesh import MeshDataset, cached_arrays, custom_collate_fn
-from data.mesh_io import PLY_CORNERS, _fan, obj_text, parse_numbers, plain_lines, ply_columns
+from data.mesh_formats import PLY_CORNERS, obj_text, plain_lines
+from data.mesh_io import _fan
+from data.numbers_in_files import parse_numbers
+from data.ply import ply_columns
 from utils.array_file import load_checked, save_checked
 from utils.files import replacing
 from utils.log import progress

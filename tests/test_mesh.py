@@ -225,17 +225,17 @@ def parsed(monkeypatch):
     """The names of the files that were parsed, once each time; tests empty it."""
     names = []
 
-    def count(reader):
-        parse = getattr(data.mesh_io, reader)
+    def count(suffix):
+        parse = data.mesh_io.READERS[suffix]
 
         def counted(path):
             names.append(path.name)
             return parse(path)
 
-        monkeypatch.setattr(data.mesh_io, reader, counted)
+        monkeypatch.setitem(data.mesh_io.READERS, suffix, counted)
 
-    count("_read_obj")
-    count("_read_ply")
+    count(".obj")
+    count(".ply")
     return names
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import trimesh
 
-from data import mesh_io
+from data import mesh_formats, mesh_io
 from data.mesh_io import find_label_file, list_meshes, read_labels, read_mesh, write_glb, write_labels, write_ply
 from utils.losses import IGNORE_INDEX
 
@@ -79,7 +79,7 @@ def test_obj_syntax(tmp_path, face_lines, faces, polygon, newline):
     assert mesh.faces.tolist() == faces
     assert (mesh.polygon if polygon is None else mesh.polygon.tolist()) == polygon
     assert mesh.vertices[:4].tolist() == [[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0]]
-    assert mesh_io._parse_obj(text.replace(newline, "\n").encode()) is not None, "left to the slow parser"
+    assert mesh_formats._parse_obj(text.replace(newline, "\n").encode()) is not None, "left to the slow parser"
 
 
 def test_obj_vertices_with_weight_and_colour_and_byte_order_mark(tmp_path):
@@ -90,8 +90,8 @@ def test_obj_vertices_with_weight_and_colour_and_byte_order_mark(tmp_path):
 
 def test_obj_fast_parser_equals_the_one_by_line(tmp_path, monkeypatch):
     rng = random.Random(0)
-    blocks = mesh_io._blocks
-    monkeypatch.setattr(mesh_io, "_blocks", lambda text, size: blocks(text, 50))       # several even here
+    blocks = mesh_formats.blocks
+    monkeypatch.setattr(mesh_formats, "blocks", lambda text, size: blocks(text, 50))       # several even here
     for _ in range(100):
         lines, n = [], 0
         for _ in range(rng.randint(1, 60)):
@@ -105,7 +105,7 @@ def test_obj_fast_parser_equals_the_one_by_line(tmp_path, monkeypatch):
             if rng.random() < 0.2:
                 lines.append(rng.choice(["# v 1 2 3", "", "usemtl a\\b", "vt 0 1", "g f 1 2 3", "s off"]))
         text = "\n".join(lines).encode()
-        fast, slow = mesh_io._parse_obj(text), mesh_io._parse_obj_by_line(text, tmp_path)
+        fast, slow = mesh_formats._parse_obj(text), mesh_formats._parse_obj_by_line(text, tmp_path)
         if fast is None:
             assert not len(slow[2])                                        # no face drawn
         else:
@@ -552,7 +552,7 @@ def test_a_million_faces_faster_than_trimesh_and_by_line(tmp_path, form):
         return time.process_time() - start, result
     ours, mesh = min((seconds(lambda: read_mesh(path)) for _ in range(2)), key=lambda r: r[0])
     theirs, _ = seconds(lambda: trimesh.load_mesh(path, process=False))
-    by_line, _ = seconds(lambda: mesh_io._parse_obj_by_line(path.read_bytes(), path))
+    by_line, _ = seconds(lambda: mesh_formats._parse_obj_by_line(path.read_bytes(), path))
     print(f"{len(faces)} faces: {ours:.2f} s, trimesh {theirs:.2f} s, by line {by_line:.2f} s")
     assert np.array_equal(mesh.faces, faces) and np.array_equal(mesh.vertices, vertices)
     assert ours < theirs and ours < by_line / 2

@@ -147,8 +147,8 @@ def test_learns_and_every_reader_agrees(config, data, tmp_path, capsys):
 
 def test_quads_get_one_label_a_line(config, tmp_path, monkeypatch):
     train(config, tmp_path / "run", "training.epochs=1")
-    parsed, parse = [], mesh_io._read_obj
-    monkeypatch.setattr(mesh_io, "_read_obj", lambda path: parsed.append(path.name) or parse(path))
+    parsed, parse = [], mesh_io.READERS[".obj"]
+    monkeypatch.setitem(mesh_io.READERS, ".obj", lambda path: parsed.append(path.name) or parse(path))
     (tmp_path / "quads.obj").write_text("v 0 0 0\nv 1 0 0\nv 1 1 0\nv 0 1 0\nv 2 0 0\nv 2 1 0\nf 1 2 3 4\nf 2 5 6 3\n")
     labels = predict.main([str(tmp_path / "run/model/model_last.pth"), str(tmp_path / "quads.obj"), "--output", str(tmp_path / "out"),
                            "--picture", "glb", "--labels", "npy"])
