@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
-import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import trimesh
 
+from data.mesh_glb import glb_triangles
 from data.numbers_in_files import BOM, blocks, parse_numbers
 from data.ply import ply_columns
 
-GLB_RATIO = 20                                     # elements a byte; Draco packs a few indices into one
 PLY_LABEL_NAMES = ("label", "labels", "class")
 PLY_CORNERS = ("vertex_indices", "vertex_index")
 logging.getLogger("trimesh").setLevel(logging.CRITICAL)      # it warns with tracebacks
@@ -157,47 +157,35 @@ def _indices(value: np.ndarray, path: Path) -> np.ndarray:
     return value.astype(np.int64)
 
 
-def read_with_trimesh(path: Path) -> Parsed:
+def read_stl(path: Path) -> Parsed:
+    with _named(path):
+        scene = trimesh.load_scene(str(path), process=False)
+        parts = [mesh.triangles for mesh in scene.geometry.values() if isinstance(mesh, trimesh.Trimesh)]
+    vertices = np.concatenate([np.empty((0, 3)), *(part.reshape(-1, 3) for part in parts)])
+    faces = np.arange(len(vertices))
+    if len(vertices):                               # three a face in the file: merged where exactly equal
+        order = np.lexsort(vertices.T)
+        new = np.append(True, (vertices[order[1:]] != vertices[order[:-1]]).any(1))
+        faces[order] = np.cumsum(new) - 1
+        vertices = vertices[order[new]]
+    return vertices, faces, np.full(len(faces) // 3, 3), None
+
+
+def read_glb(path: Path) -> Parsed:
+    with _named(path):
+        vertices, faces = glb_triangles(path)
+    return vertices, faces.reshape(-1), np.full(len(faces), 3), None
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """ValueError that names the file for whatever a parser raises on a damaged one."""
     try:
-        if path.suffix.lower() == ".glb":
-            _check_glb(path.read_bytes())
-        scene = trimesh.load_scene(str(path), process=False, skip_materials=True)
-        vertices = [np.empty((0, 3))]
-        faces = [np.empty((0, 3), np.int64)]
-        total = 0
-        for name, mesh in scene.geometry.items():
-            for node in scene.graph.geometry_nodes.get(name, []) if isinstance(mesh, trimesh.Trimesh) else []:
-                vertices.append(trimesh.transform_points(mesh.vertices, scene.graph[node][0]))
-                faces.append(np.asarray(mesh.faces) + total)
-                total += len(mesh.vertices)
-    except Exception as error:                      # a parser of somebody else's on a damaged file: anything may come
+        yield
+    except NotImplementedError as error:
+        raise ValueError(f"{path}: {error}, which cannot be read here; export it again, uncompressed") from error
+    except Exception as error:
         # an ImportError is of what trimesh tries next where a file is not what it seems: no word about that
         why = "" if isinstance(error, ImportError) else f" ({type(error).__name__}: {error})"
         raise ValueError(f"{path}: cannot be read as {path.suffix[1:].upper()}{why}; is it cut short or damaged?"
                          ) from error
-    vertices, faces = np.concatenate(vertices), np.concatenate(faces)
-    if path.suffix.lower() == ".stl" and len(vertices):
-        order = np.lexsort(vertices.T)
-        new = np.append(True, (vertices[order[1:]] != vertices[order[:-1]]).any(1))
-        merged = np.empty(len(vertices), np.int64)
-        merged[order] = np.cumsum(new) - 1
-        vertices, faces = vertices[order[new]], merged[faces]
-    return vertices, faces.reshape(-1).astype(np.int64), np.full(len(faces), 3), None
-
-
-def _check_glb(data: bytes) -> None:
-    """ValueError where a chunk or an accessor announces more than the file holds: trimesh would take the memory.
-
-    Accessors with a view of a buffer, which may be a file beside it, trimesh checks; those without one (Draco's, which
-    are compressed) begin as zeros.
-    """
-    at = 12
-    while at + 8 <= len(data):
-        length, kind = struct.unpack_from("<I4s", data, at)
-        if length > len(data) - at - 8:
-            raise ValueError(f"a chunk of {length} bytes, {len(data) - at - 8} are left")
-        tree = json.loads(data[at + 8:at + 8 + length]) if kind == b"JSON" else {}
-        zeros = [accessor["count"] for accessor in tree.get("accessors", []) if "bufferView" not in accessor]
-        if max(zeros, default=0) > GLB_RATIO * len(data):
-            raise ValueError(f"an accessor counts more elements than the file can hold in its {len(data)} bytes")
-        at += 8 + length

@@ -2,7 +2,8 @@
 
 Labels belong to faces by position alone, so a loader that reorders faces destroys them silently. trimesh reorders
 faces of an OBJ with several materials (and of anything with quads), splits vertices of a textured PLY and refuses a
-binary PLY that mixes triangles and quads; .obj, .ply and .off are therefore read here, .stl and .glb through trimesh.
+binary PLY that mixes triangles and quads, and gives instances of a .glb in another order; all but .stl are therefore
+read here (data/mesh_formats.py, data/mesh_glb.py).
 Degenerate, duplicate and non-manifold faces are kept: every one has a label.
 """
 
@@ -14,12 +15,12 @@ from typing import NamedTuple
 import numpy as np
 import trimesh
 
-from data.mesh_formats import PLY_LABEL_NAMES, read_obj, read_off, read_ply, read_with_trimesh
+from data.mesh_formats import PLY_LABEL_NAMES, read_glb, read_obj, read_off, read_ply, read_stl
 from data.numbers_in_files import BOM, parse_npy, parse_numbers
 from data.ply import ply_errors, ply_header
 from utils.losses import IGNORE_INDEX
 
-READERS = {".obj": read_obj, ".ply": read_ply, ".off": read_off, ".stl": read_with_trimesh, ".glb": read_with_trimesh}
+READERS = {".obj": read_obj, ".ply": read_ply, ".off": read_off, ".stl": read_stl, ".glb": read_glb}
 MESH_SUFFIXES = tuple(READERS)
 LABEL_FILES = ("{}.txt", "{}.npy", "{}_labels.npy", "{}.seg", "{}.eseg")
 LABEL_KINDS = ("auto", "face", "polygon", "vertex", "edge")
@@ -41,8 +42,9 @@ def read_mesh(path: str | Path) -> Mesh:
 
     Polygons become fans around their first corner. Vertices of .stl (three per face in the file) are merged where
     exactly equal. A .glb gives its meshes in file order, each placed by its node (twice if two nodes show it).
-    Raises FileNotFoundError, and ValueError for an unknown suffix, a corrupt file, no faces, a NaN or infinite
-    coordinate, a face with fewer than three corners or with an index out of range.
+    Raises FileNotFoundError, and ValueError for an unknown suffix, a corrupt file, a glTF extension that is not
+    understood, no faces, a NaN or infinite coordinate, a face with fewer than three corners or with an index out of
+    range.
     """
     path = Path(path)
     suffix = path.suffix.lower()
