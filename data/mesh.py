@@ -11,83 +11,33 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import json
 import math
-import zipfile
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from data.mesh_clusters import connected_clusters, recursive_bisection
-from data.mesh_features import (
-    HEAT_RADII,
-    HKS_EIGENPAIRS,
-    face_features,
-    face_geometry,
-    face_neighbors,
-    feature_width,
-    heat_kernel_signature,
-    normalize_vertices,
-    surface_descriptors,
-    weld,
-)
+from data.mesh_features import face_features, normalize_vertices
 from data.mesh_io import Mesh, find_label_file, read_labels, read_mesh
+from data.mesh_prepare import MeshSpec, PreparedMesh, cached_arrays, prepare_mesh
 from utils.array_file import checksum, load_checked, new_array, write_checks
-from utils.checks import check_choice, check_range
+from utils.checks import check_range
 from utils.files import remove_leftovers_once, replacing
 from utils.fingerprint import digest, fingerprint
 from utils.log import progress
 from utils.losses import IGNORE_INDEX
 from utils.seed import derived_seed
 
-CACHE_VERSION = 2                   # raise it when prepare_mesh computes something else
 LABEL_VERSION = 1                   # raise it when read_labels gives something else
 STATISTICS_ITEMS = 200              # items that feature_statistics looks at
 FACES_IN_MEMORY = 20_000_000        # prepared meshes beyond this are read again from the cache
 PADDING = {"features": 0.0, "embedding": 0.0, "centroid": 0.0, "area": 0.0, "label": IGNORE_INDEX, "mask": False,
            "face_index": -1, "descriptors": 0.0, "texture_sequences": 0.0, "texture_masks": False}
-
-
-@dataclass(frozen=True)
-class MeshSpec:
-    """How meshes become tokens. It travels in every checkpoint, so that prediction prepares a mesh as training did.
-
-    Raises ValueError for features that are unknown, none or named twice, and for sizes that are not above 0.
-    """
-
-    features: tuple[str, ...] = ("corners", "normal", "area", "angles", "curvature", "dihedral")
-    faces_per_cluster: int = 32
-    n_clusters: int | None = None           # a fixed number of clusters instead
-    clustering: str = "bisection"           # bisection | connected | fps
-    clusters_per_batch: int | None = None   # crops of that many neighbouring clusters (large meshes); None = whole
-    unit: float | None = None               # metres that make one length unit; None = every mesh by its own size
-
-    def __post_init__(self) -> None:
-        if not feature_width(self.features) or len(set(self.features)) < len(self.features):
-            raise ValueError(f"model.features={list(self.features)}: expected one feature or more, each named once")
-        check_choice("model.clustering", self.clustering, ("bisection", "connected", "fps"))
-        for name in ("faces_per_cluster", "n_clusters", "clusters_per_batch", "unit"):
-            if (value := getattr(self, name)) is not None and not value > 0:
-                raise ValueError(f"{name}={value}: expected a number above 0")
-
-    @property
-    def feature_dim(self) -> int:
-        return feature_width(self.features)
-
-    def check_feature_dim(self, given: int | None) -> None:
-        """ValueError where a config's model.feature_dim says something else; None says nothing."""
-        if given not in (None, self.feature_dim):
-            raise ValueError(f"model.feature_dim={given}, but model.features {list(self.features)} are "
-                             f"{self.feature_dim} wide; correct one of them (feature_dim may be left out)")
-
-    def to_dict(self) -> dict:
-        return {**asdict(self), "features": list(self.features)}
 
 
 @dataclass(frozen=True)
@@ -126,94 +76,7 @@ class Augmentation:
         return self != Augmentation()
 
 
-class PreparedMesh(NamedTuple):
-    """vertices (V, 3) float32 normalised, faces (F, 3) int64 in file order, neighbors (F, 3) or None, area (F,) of the
-    faces in squared length units, hks (F, 16) or None, descriptors (F, 64) of `surface_descriptors` or None."""
-
-    vertices: np.ndarray
-    faces: np.ndarray
-    neighbors: np.ndarray | None
-    area: np.ndarray
-    hks: np.ndarray | None
-    descriptors: np.ndarray | None
-
-
-# -- preparing ---------------------------------------------------------------------------------------------------------
-
-def prepare_mesh(path: str | Path, spec: MeshSpec, cache_dir: str | Path | None = None,
-                 descriptors: bool = False, read: Callable[[Path], Mesh] = read_mesh) -> PreparedMesh:
-    """All that does not change from epoch to epoch, from the cache where the file and the settings are the same.
-
-    descriptors: also the targets of pre-training. read: parses the file, where the cache has no entry. Raises what
-    read_mesh raises, and ValueError where "hks" or descriptors are asked of a mesh too large for it, and for
-    coordinates that 32 bits cannot hold.
-    """
-    names = {"vertices", "faces", "area"}
-    if _wants_neighbors(spec):
-        names.add("neighbors")
-    if "hks" in spec.features:
-        names.add("hks")
-    settings = [CACHE_VERSION, spec.unit, _wants_neighbors(spec), HKS_EIGENPAIRS if "hks" in names else 0]
-    if descriptors:
-        names.add("descriptors")
-        settings.append((HKS_EIGENPAIRS, HEAT_RADII))
-    arrays = cached_arrays(path, settings, names, cache_dir, lambda: _prepare(read(path), spec, path, descriptors))
-    return PreparedMesh(**{name: arrays.get(name) for name in PreparedMesh._fields})
-
-
-def _wants_neighbors(spec):
-    return "dihedral" in spec.features or spec.clustering != "bisection"
-
-
-def _prepare(mesh, spec, path, descriptors):
-    vertices, faces = weld(mesh.vertices, mesh.faces)
-    with np.errstate(over="ignore", invalid="ignore"):      # told below
-        vertices = normalize_vertices(vertices, faces, spec.unit)
-        stored = vertices.astype(np.float32)
-    if not np.isfinite(stored).all():
-        raise ValueError(f"{path}: coordinates up to {np.abs(mesh.vertices).max():g} are too large; repair the file, "
-                         f"or correct model.unit")
-    try:
-        hks = heat_kernel_signature(vertices, faces) if descriptors or "hks" in spec.features else None
-    except ValueError as error:
-        hint = ""
-        if descriptors:
-            hint = "; the targets of pre-training need them too: set loss.delta=0 and masking.whole_share=0"
-        raise ValueError(f"{path}: {error}{hint}") from None
-    arrays = {"vertices": stored, "faces": faces,
-              "neighbors": face_neighbors(faces) if _wants_neighbors(spec) else None,
-              "area": face_geometry(vertices, faces)[2].astype(np.float32),
-              "hks": hks if "hks" in spec.features else None,
-              "descriptors": surface_descriptors(vertices, faces, hks) if descriptors else None}
-    return {name: value for name, value in arrays.items() if value is not None}
-
-
-def cached_arrays(path: str | Path, settings: list, names: Collection[str], cache_dir: str | Path | None,
-                  compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """compute() -> {name: array}, from the cache where the content of the file at path and the settings are the
-    same."""
-    if cache_dir is None:
-        return compute()
-    key = hashlib.sha256(Path(path).read_bytes())
-    key.update(json.dumps([Path(path).suffix.lower(), *settings]).encode())
-    entry = Path(cache_dir) / f"{key.hexdigest()[:32]}.npz"
-    remove_leftovers_once(cache_dir)
-    arrays = _read_cache(entry, names)
-    if arrays is None:
-        arrays = compute()
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(entry) as file:
-            np.savez(file, **arrays)                        # a zip archive, which has checksums
-    return arrays
-
-
-def _read_cache(entry, names):
-    try:
-        with np.load(entry, allow_pickle=False) as stored:
-            return {name: stored[name] for name in names}
-    except (OSError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile):
-        return None                                         # absent or damaged: prepared again, and written over
-
+# -- parts of a data set ----------------------------------------------------------------------------------------------
 
 def hold_out(files: Sequence[Path], patterns: Sequence[str]) -> tuple[list[Path], list[Path]]:
     """(the other files, those whose name without suffix matches one of the patterns). Raises ValueError for a pattern

@@ -6,6 +6,10 @@ by `normalize_vertices`, do not change when the mesh is moved or scaled. V verti
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import ClassVar
+
 import numpy as np
 import scipy.sparse as sp
 from scipy.sparse.linalg import splu
@@ -43,13 +47,43 @@ FEATURES = {
 }
 
 
-def feature_width(names) -> int:
-    """Dg of a list of feature names. Raises ValueError for an unknown one."""
-    unknown = [name for name in names if name not in FEATURES]
+def feature_width(names, known: Mapping[str, int] = FEATURES, where: str = "") -> int:
+    """D of a list of feature names, those of `known`. Raises ValueError, which says `where`, for an unknown one."""
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise ValueError(f"model.features: unknown {unknown}; choose from {list(FEATURES)}"
-                         f"{did_you_mean(nearest(unknown[0], FEATURES))}")
-    return sum(FEATURES[name] for name in names)
+        raise ValueError(f"model.features: unknown {unknown}{where}; choose from {list(known)}"
+                         f"{did_you_mean(nearest(unknown[0], known))}")
+    return sum(known[name] for name in names)
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """Which features a network sees: what MeshSpec (of faces) and SurfaceSpec (of vertices) have in common.
+
+    Raises ValueError for features that are unknown, none or named twice.
+    """
+
+    features: tuple[str, ...]
+
+    known: ClassVar[Mapping[str, int]] = FEATURES
+    where: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        if not self.feature_dim or len(set(self.features)) < len(self.features):
+            raise ValueError(f"model.features={list(self.features)}: expected one feature or more, each named once")
+
+    @property
+    def feature_dim(self) -> int:
+        return feature_width(self.features, self.known, self.where)
+
+    def check_feature_dim(self, given: int | None) -> None:
+        """ValueError where a config's model.feature_dim says something else; None says nothing."""
+        if given not in (None, self.feature_dim):
+            raise ValueError(f"model.feature_dim={given}, but model.features {list(self.features)} are "
+                             f"{self.feature_dim} wide; correct one of them (feature_dim may be left out)")
+
+    def to_dict(self) -> dict:
+        return {**asdict(self), "features": list(self.features)}
 
 
 def normalize_vertices(vertices: np.ndarray, faces: np.ndarray, unit: float | None = None) -> np.ndarray:

@@ -7,16 +7,16 @@ set are the same. V vertices, F faces, D feature width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
 
 from data.mesh import Augmentation, MeshDataset, MeshSpec, augment, cached_arrays, custom_collate_fn, rotation_about_z
-from data.mesh_features import weld
+from data.mesh_features import FeatureSpec, weld
 from data.mesh_io import read_mesh
 from data.mesh_operators import (
     NUM_EIGENPAIRS,
@@ -27,7 +27,6 @@ from data.mesh_operators import (
     rotation_from_uniforms,
 )
 from data.mesh_texture import MeshTextureDataset
-from utils.checks import did_you_mean, nearest
 from utils.log import progress
 from utils.seed import derived_seed
 from utils.surface_operators import Operators
@@ -44,7 +43,7 @@ WHOLE_MESH = MeshSpec(features=("centroid",), n_clusters=1)       # what data/me
 
 
 @dataclass(frozen=True)
-class SurfaceSpec:
+class SurfaceSpec(FeatureSpec):
     """Which vertex features a network sees, and of how many eigenpairs. It travels in every checkpoint.
 
     Raises ValueError for features that are unknown, none or named twice, and for numbers that are not above 0.
@@ -54,29 +53,14 @@ class SurfaceSpec:
     num_eigenpairs: int = NUM_EIGENPAIRS
     hks_scale: float = 1.0                  # times the signature, 5 to 33 at its smallest time: 0.1 beside others
 
+    known: ClassVar[Mapping[str, int]] = VERTEX_FEATURES
+    where: ClassVar[str] = " for vertices"
+
     def __post_init__(self) -> None:
-        unknown = [name for name in self.features if name not in VERTEX_FEATURES]
-        if unknown:
-            raise ValueError(f"model.features: unknown {unknown} for vertices; choose from {list(VERTEX_FEATURES)}"
-                             f"{did_you_mean(nearest(unknown[0], VERTEX_FEATURES))}")
-        if not self.features or len(set(self.features)) < len(self.features):
-            raise ValueError(f"model.features={list(self.features)}: expected one feature or more, each named once")
+        super().__post_init__()
         if self.num_eigenpairs < 1 or not self.hks_scale > 0:
             raise ValueError(f"model.num_eigenpairs={self.num_eigenpairs}, model.hks_scale={self.hks_scale}: expected "
                              f"numbers above 0")
-
-    @property
-    def feature_dim(self) -> int:
-        return sum(VERTEX_FEATURES[name] for name in self.features)
-
-    def check_feature_dim(self, given: int | None) -> None:
-        """ValueError where a config's model.feature_dim says something else; None says nothing."""
-        if given not in (None, self.feature_dim):
-            raise ValueError(f"model.feature_dim={given}, but model.features {list(self.features)} are "
-                             f"{self.feature_dim} wide; correct one of them (feature_dim may be left out)")
-
-    def to_dict(self) -> dict:
-        return {**asdict(self), "features": list(self.features)}
 
 
 class Surface(NamedTuple):

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 import data.mesh
 import data.mesh_io
+import data.mesh_prepare
 from data.mesh import (
     Augmentation,
     CachedFeatures,
@@ -189,7 +190,7 @@ def test_damaged_cache_file_is_written_anew(folder, tmp_path, damage):
         entry.write_bytes({"empty": b"", "cut": content[:len(content) // 2], "text": b"hello",
                            "bit in the data": content}[damage])
     assert same_mesh(prepare_mesh(path, SPEC, cache), good)
-    stored = data.mesh._read_cache(entry, ("vertices", "faces", "neighbors", "area"))
+    stored = data.mesh_prepare._read_cache(entry, ("vertices", "faces", "neighbors", "area"))
     assert all(np.array_equal(value, getattr(good, name)) for name, value in stored.items())
 
 
