@@ -15,12 +15,11 @@ from data.mesh_glb import glb_triangles
 from data.numbers_in_files import BOM, blocks, parse_numbers
 from data.ply import ply_columns
 
-PLY_LABEL_NAMES = ("label", "labels", "class")
 PLY_CORNERS = ("vertex_indices", "vertex_index")
 logging.getLogger("trimesh").setLevel(logging.CRITICAL)      # it warns with tracebacks
 
-Parsed = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]
-# vertices (V, 3); the corners of all faces in a row; how many each face has; label of each face (here still polygons)
+Parsed = tuple[np.ndarray, np.ndarray, np.ndarray, dict | None]
+# vertices (V, 3); the corners of all faces in a row; how many each face has; the columns of a PLY, see Mesh.properties
 
 
 def read_obj(path: Path) -> Parsed:
@@ -48,6 +47,29 @@ def plain_lines(text: bytes) -> bytes:
     if b"\n " in text or b"\n\t" in text or text[:1] in (b" ", b"\t"):
         text = re.sub(rb"(?m)^[ \t]+", b"", text)
     return text
+
+
+def obj_names(path: Path, kind: str) -> tuple[list[str], np.ndarray]:
+    """The names in an OBJ, and the number of each face's name, (P,) int64, -1 for none. kind material (usemtl) or group
+    (g, or o where there is no g)."""
+    text = plain_lines(obj_text(path))
+    keyword = b"usemtl" if kind == "material" else b"g" if re.search(rb"(?m)^g(?!\S)", text) else b"o"
+    names, number, current = {}, [], -1
+    for match in re.finditer(rb"(?m)^(f|" + keyword + rb")(?!\S)([^\n]*)", text):
+        if match[1] == b"f":
+            number.append(current)
+        elif name := text_name(match[2]):
+            current = names.setdefault(name, len(names))
+    return list(names), np.array(number, np.int64)
+
+
+def text_name(text: bytes) -> str:
+    """A name in a file: UTF-8, else Latin-1; no quotes, / for a backslash. Only a # between blanks begins a comment."""
+    try:
+        text = text.decode()
+    except UnicodeDecodeError:
+        text = text.decode("latin-1")
+    return re.sub(r"(^|\s)#(\s.*)?$", "", text).strip().strip('"').replace("\\", "/")
 
 
 def _parse_obj(text: bytes) -> Parsed | None:
@@ -146,8 +168,9 @@ def read_ply(path: Path) -> Parsed:
     vertices = np.stack([columns["vertex"][axis][0] for axis in "xyz"], 1).astype(np.float64)
     face = columns.get("face", {})
     index = next((face[n] for n in PLY_CORNERS if n in face), (np.empty(0), np.empty(0)))
-    label = next((face[n][0] for n in PLY_LABEL_NAMES if n in face and face[n][1] is None), None)
-    return vertices, _indices(index[0], path), _indices(index[1], path), label
+    properties = {element: {name: values for name, (values, length) in columns.get(element, {}).items()
+                            if length is None} for element in ("vertex", "face")}
+    return vertices, _indices(index[0], path), _indices(index[1], path), properties
 
 
 def _indices(value: np.ndarray, path: Path) -> np.ndarray:

@@ -8,31 +8,39 @@ Degenerate, duplicate and non-manifold faces are kept: every one has a label.
 """
 
 import difflib
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import trimesh
 
-from data.mesh_formats import PLY_LABEL_NAMES, read_glb, read_obj, read_off, read_ply, read_stl
-from data.numbers_in_files import BOM, parse_npy, parse_numbers
-from data.ply import ply_errors, ply_header
+from data.label_map import LabelMap
+from data.mesh_formats import obj_names, read_glb, read_obj, read_off, read_ply, read_stl
+from data.mesh_polygons import triangulate
+from data.numbers_in_files import parse_npy, parse_numbers, plain_text
+from data.ply import ply_properties
 from utils.losses import IGNORE_INDEX
 
 READERS = {".obj": read_obj, ".ply": read_ply, ".off": read_off, ".stl": read_stl, ".glb": read_glb}
 MESH_SUFFIXES = tuple(READERS)
 LABEL_FILES = ("{}.txt", "{}.npy", "{}_labels.npy", "{}.seg", "{}.eseg")
-LABEL_KINDS = ("auto", "face", "polygon", "vertex", "edge")
+MORE_LABEL_FILES = ("{}_labels.txt", "{}.csv", "{}.json")
+PLY_LABEL_NAMES = ("label", "labels", "class")
+NAMED_KINDS = ("material", "group")
+LABEL_KINDS = ("auto", "face", "polygon", "vertex", "edge", *NAMED_KINDS)
 
 
 class Mesh(NamedTuple):
-    """A triangle mesh as its file has it, polygons cut into fans."""
+    """A mesh as its file has it, polygons cut into triangles."""
     vertices: np.ndarray            # (V, 3) float64
     faces: np.ndarray               # (F, 3) int64, in file order
-    label: np.ndarray | None        # (F,) int64, raw values of a PLY face property named label, labels or class
+    properties: dict | None         # of a PLY: {"vertex": {name: (V,)}, "face": {name: (polygons,)}}, raw
     polygon: np.ndarray | None      # (F,) int64, the file's face each triangle came from; None: triangles only
     path: str
+    slot: np.ndarray | None = None  # (F, 3) int64, where the corners stand in the row of all the file's face corners
 
 
 # --- meshes ---------------------------------------------------------------------------------------------------------
@@ -40,7 +48,7 @@ class Mesh(NamedTuple):
 def read_mesh(path: str | Path) -> Mesh:
     """Read a mesh file (MESH_SUFFIXES) with its faces in file order.
 
-    Polygons become fans around their first corner. Vertices of .stl (three per face in the file) are merged where
+    Polygons become triangles (data/mesh_polygons.py). Vertices of .stl (three per face in the file) are merged where
     exactly equal. A .glb gives its meshes in file order, each placed by its node (twice if two nodes show it).
     Raises FileNotFoundError, and ValueError for an unknown suffix, a corrupt file, a glTF extension that is not
     understood, no faces, a NaN or infinite coordinate, a face with fewer than three corners or with an index out of
@@ -54,7 +62,7 @@ def read_mesh(path: str | Path) -> Mesh:
                          + (f" (did you mean {nearest[0]}?)" if nearest else ""))
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such mesh file; check the path")
-    vertices, corner, count, label = READERS[suffix](path)
+    vertices, corner, count, properties = READERS[suffix](path)
     if len(count) == 0:
         raise ValueError(f"{path}: no faces; a mesh is needed, is this a point cloud or cut short?")
     finite = np.isfinite(vertices).all(1)
@@ -68,29 +76,8 @@ def read_mesh(path: str | Path) -> Mesh:
         first = np.argmax(outside)
         raise ValueError(f"{path}: face {np.searchsorted(np.cumsum(count), first, side='right')} uses vertex "
                          f"{corner[first]}, the file has vertices 0..{len(vertices) - 1}; is the file cut short?")
-    faces, polygon = _fan(corner, count)
-    if label is not None:
-        label = _as_integers(label, path)
-        label = label if polygon is None else label[polygon]
-    return Mesh(vertices, faces, label, polygon, str(path))
-
-
-def _fan(corner: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-    """Cut polygons (all corners in a row, and the number of each) into fans: faces (F, 3), polygon (F,) or None."""
-    if (count == 3).all():
-        return corner.reshape(-1, 3), None
-    polygon = np.repeat(np.arange(len(count)), count - 2)
-    step = np.arange(len(polygon)) - np.repeat(np.cumsum(count - 2) - (count - 2), count - 2)
-    first = (np.cumsum(count) - count)[polygon]
-    return np.stack([corner[first], corner[first + step + 1], corner[first + step + 2]], 1), polygon
-
-
-def _has_ply_label(path: Path) -> bool:
-    """Whether the header of a PLY names a label of its faces; the body is not parsed."""
-    with ply_errors(path):
-        elements = ply_header(path.read_bytes())[1]
-    return any(element == "face" and name in PLY_LABEL_NAMES and size is None
-               for element, _, properties in elements for name, _, size in properties)
+    slot, polygon = triangulate(vertices, corner, count)
+    return Mesh(vertices, corner[slot], properties, polygon, str(path), slot)
 
 
 def list_meshes(mesh_dir: str | Path, suffixes: Sequence[str] = ()) -> list[Path]:
@@ -116,35 +103,67 @@ def list_meshes(mesh_dir: str | Path, suffixes: Sequence[str] = ()) -> list[Path
 
 # --- labels ---------------------------------------------------------------------------------------------------------
 
-def find_label_file(mesh_path: str | Path, label_dir: str | Path) -> Path:
-    """The label file of a mesh: STEM.txt, .npy, _labels.npy, .seg or .eseg in label_dir, else the PLY mesh itself.
+def find_label_file(mesh_path: str | Path, label_dir: str | Path, kind: str = "auto", field: str | None = None) -> Path:
+    """Where the labels of a mesh are: a file in label_dir (LABEL_FILES, of which one may be there), else a PLY itself,
+    else another file (MORE_LABEL_FILES).
 
-    Raises FileNotFoundError for none, ValueError for two.
+    With a `field`, and for the kinds material and group, the mesh file itself. Raises FileNotFoundError for none,
+    ValueError for two, and for a mesh file that has no such field.
     """
     mesh_path, label_dir = Path(mesh_path), Path(label_dir)
-    names = [pattern.format(mesh_path.stem) for pattern in LABEL_FILES]
-    found = [label_dir / name for name in names if (label_dir / name).is_file()]
-    if len(found) > 1:
-        raise ValueError(f"{mesh_path}: {' and '.join(map(str, found))} both look like its labels; keep one")
-    if not found and mesh_path.suffix.lower() == ".ply" and _has_ply_label(mesh_path):
+    is_ply = mesh_path.suffix.lower() == ".ply"
+    if kind in NAMED_KINDS or (field is not None and is_ply):
         return mesh_path
-    if not found:
-        raise FileNotFoundError(f"{mesh_path}: no labels; looked in {label_dir} for {', '.join(names)}"
-                                + (f" and in the PLY for a face property {', '.join(PLY_LABEL_NAMES)}"
-                                   if mesh_path.suffix.lower() == ".ply" else ""))
-    return found[0]
+    for patterns in (LABEL_FILES, MORE_LABEL_FILES):
+        names = [pattern.format(mesh_path.stem) for pattern in patterns]
+        found = [label_dir / name for name in names if (label_dir / name).is_file()]
+        if len(found) > 1:
+            raise ValueError(f"{mesh_path}: {' and '.join(map(str, found))} both look like its labels; keep one")
+        if found:
+            return found[0]
+        properties = ply_properties(mesh_path) if is_ply else {}
+        if is_ply and _ply_field(properties, kind, None):
+            return mesh_path
+    names = [pattern.format(mesh_path.stem) for pattern in (*LABEL_FILES, *MORE_LABEL_FILES)]
+    inside = f" and in the PLY for {_no_field(properties, kind, None)}" if is_ply else ""
+    raise FileNotFoundError(f"{mesh_path}: no labels; looked in {label_dir} for {', '.join(names)}{inside}")
+
+
+def _ply_field(properties: Mapping[str, Collection[str]], kind: str, field: str | None) -> tuple[str, str] | None:
+    """(element, property) of a PLY that holds its labels; without a `field` one of PLY_LABEL_NAMES in any case, or with
+    CloudCompare's scalar_ before it."""
+    for element in {"vertex": ("vertex",), "auto": ("face", "vertex")}.get(kind, ("face",)):
+        for wanted in PLY_LABEL_NAMES if field is None else (field,):
+            for name in properties.get(element, ()):
+                if name == field or (field is None and name.lower().removeprefix("scalar_") == wanted):
+                    return element, name
+    return None
+
+
+def _no_field(properties: Mapping[str, Collection[str]], kind: str, field: str | None) -> str:
+    """What an error says of a PLY without labels."""
+    element = "vertex" if kind == "vertex" else "face"
+    there = [name for name in properties.get(element, ()) if name not in ("x", "y", "z")]
+    return (f"a {element} property {field or ', '.join(PLY_LABEL_NAMES)}"
+            + (f" (it has {', '.join(there)}: name one in data.label_field)" if there else ""))
 
 
 def read_labels(path: str | Path, mesh: Mesh, num_classes: int | None = None, label_offset: int = 0,
-                ignore_labels: Sequence[int] = (), kind: str = "auto") -> np.ndarray:
-    """The label of every face of a mesh: (F,) int64 in 0..num_classes-1, or IGNORE_INDEX.
+                ignore_labels: Sequence[int | str] = (), kind: str = "auto", field: str | None = None,
+                names: Sequence[str] = (), label_map: LabelMap | None = None) -> np.ndarray:
+    """The label of every face of a mesh: (F,) int64 in 0..num_classes-1, or IGNORE_INDEX. A polygon is one face: its
+    triangles have its label.
 
-    path           .txt .seg .eseg (numbers, white space between), .npy, or a .ply with a face property (the mesh).
+    path           .txt .seg .eseg .csv (numbers, white space or commas between, # begins a comment; `face label` pairs,
+                   one a line), .npy, .json (a list, or one under "labels"), the mesh's own .ply or, by name, .obj.
     label_offset   added to the file's values: -1 for a file that counts classes from 1.
     ignore_labels  the file's values (before the offset) that become IGNORE_INDEX; -100 always does.
-    kind           what the file labels. "auto": faces, or polygons if their number fits, or edges if it is an .eseg.
-                   "vertex", "edge": a face takes the majority of its three, of three different ones the smallest.
-                   Edges are in order of first appearance over faces, corners (0,1), (1,2), (2,0), as in MeshCNN.
+    kind           what the file labels. "auto": faces, or edges if it is an .eseg. "face", also one a triangle: then,
+                   as for "vertex" (its corners) and "edge", a face takes the majority, of equally many the smallest.
+                   Edges are those of the triangles, in order of first appearance, corners (0,1), (1,2), (2,0), as in
+                   MeshCNN. "material", "group": names in an OBJ, whose place in `names` is their class.
+    field          the property of a PLY; None: label, labels or class, of faces or, for "auto", vertices.
+    label_map      value -> class, in place of label_offset.
 
     Labels are never shifted, cut or padded to fit: ValueError for a wrong number of them (names the likely cause),
     for a value outside 0..num_classes-1, and for anything that is not an integer.
@@ -152,22 +171,61 @@ def read_labels(path: str | Path, mesh: Mesh, num_classes: int | None = None, la
     path = Path(path)
     if kind not in LABEL_KINDS:
         raise ValueError(f"label_kind: {kind!r} is none of {', '.join(LABEL_KINDS)}")
+    if kind in NAMED_KINDS:
+        return _to_faces(_named_labels(path, kind, names, ignore_labels), mesh, "face", path)
     if path.suffix.lower() == ".ply":
-        label = (mesh if path == Path(mesh.path) else read_mesh(path)).label
-        if label is None:
-            raise ValueError(f"{path}: its faces have no property {', '.join(PLY_LABEL_NAMES)}; give a label file")
+        properties = (mesh if path == Path(mesh.path) else read_mesh(path)).properties
+        found = _ply_field(properties, kind, field)
+        if found is None:
+            raise ValueError(f"{path}: no labels in it, it has not {_no_field(properties, kind, field)}; give a label "
+                             f"file")
+        kind = found[0]
+        label = _as_integers(properties[kind][found[1]], path)
     else:
-        label = _as_integers(_read_label_file(path), path)
+        counts = (len(mesh.faces), len(mesh.vertices), *(() if mesh.polygon is None else mesh.polygon[-1:] + 1))
+        label = _as_integers(_read_label_file(path, counts), path)
+    if label_map is not None:
+        known = label != IGNORE_INDEX
+        label[known] = label_map.ignoring(ignore_labels).to_labels(label[known], path)
+        return _to_faces(label, mesh, kind, path)
     ignored = np.isin(label, [*ignore_labels, IGNORE_INDEX])
     label = np.where(ignored, IGNORE_INDEX, label + label_offset)
     _check_range(label[~ignored], path, num_classes, label_offset)
     return _to_faces(label, mesh, kind, path)
 
 
-def _read_label_file(path: Path) -> np.ndarray:
+def label_names(files: Sequence[Path], kind: str, ignored: Sequence[str] = ()) -> list[str]:
+    """The materials or groups that faces of these OBJ files have, sorted."""
+    found = set()
+    for path in files:
+        names, number = _names_of_faces(path, kind)
+        found |= {names[i] for i in np.unique(number) if i >= 0}
+    return sorted(found - set(ignored))
+
+
+def _names_of_faces(path: Path, kind: str) -> tuple[list[str], np.ndarray]:
+    if path.suffix.lower() != ".obj":
+        raise ValueError(f"{path}: data.label_kind: {kind} reads the names in OBJ files; use another kind")
+    return obj_names(path, kind)
+
+
+def _named_labels(path: Path, kind: str, names: Sequence[str], ignored: Sequence[str]) -> np.ndarray:
+    """The class of every face of an OBJ by its material or group, IGNORE_INDEX where it has none."""
+    own, number = _names_of_faces(path, kind)
+    classes = np.array([*(names.index(name) if name in names else IGNORE_INDEX for name in own), IGNORE_INDEX])
+    for i in np.unique(number):
+        if i >= 0 and classes[i] < 0 and own[i] not in ignored:
+            raise ValueError(f"{path}: {kind} {own[i]!r} ({(number == i).sum()} faces) is none of data.class_names: "
+                             f"{', '.join(names) or '(empty)'}; add it there or to data.ignore_labels")
+    return classes[number]
+
+
+def _read_label_file(path: Path, counts: Collection[int]) -> np.ndarray:
+    """The numbers in a label file; counts: of labels that would fit the mesh."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such label file; check the path")
-    if path.suffix.lower() == ".npy":
+    suffix = path.suffix.lower()
+    if suffix == ".npy":
         try:
             label = parse_npy(np.memmap(path, np.uint8, "r"))
         except ValueError as error:
@@ -175,13 +233,19 @@ def _read_label_file(path: Path) -> np.ndarray:
         if label.dtype.kind not in "biuf" or max(label.shape, default=1) != label.size:
             raise ValueError(f"{path}: {label.dtype} {label.shape}; one number per face is expected, not scores")
         return label.reshape(-1)
-    if path.suffix.lower() not in (".txt", ".seg", ".eseg"):
-        raise ValueError(f"{path}: '{path.suffix}' is no label suffix; use .txt .npy .seg .eseg or a .ply with labels")
-    text = path.read_bytes().removeprefix(BOM).replace(b"\r", b"\n")
-    parsed = None if b"/" in text else parse_numbers(text, np.float64)
+    if suffix == ".json":
+        return _json_labels(path)
+    if suffix not in (".txt", ".seg", ".eseg", ".csv"):
+        raise ValueError(f"{path}: '{path.suffix}' is no label suffix; use .txt .npy .seg .eseg .csv .json or a .ply "
+                         f"with labels")
+    text = plain_text(path).replace(b"\r", b"\n")
+    text = re.sub(rb"#[^\n]*", b"", text).replace(b",", b" ").replace(b";", b" ")
+    first, _, rest = text.lstrip().partition(b"\n")
+    header = re.fullmatch(rb"[A-Za-z_][A-Za-z_ \t\"]*", first.strip())      # such as `face label`
+    parsed = None if b"/" in text else parse_numbers(text, np.float64) or (header and parse_numbers(rest, np.float64))
     if parsed is not None:
-        return parsed[0]
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
+        return _without_face_numbers(*parsed, counts)
+    for number, line in enumerate(text.decode(errors="replace").split("\n"), 1):
         for word in line.split():
             try:
                 float(word)
@@ -189,6 +253,29 @@ def _read_label_file(path: Path) -> np.ndarray:
                 raise ValueError(f"{path}: line {number}: {word[:40]!r} is not a number; labels are integers with "
                                  f"white space between them") from None
     raise ValueError(f"{path}: cannot be read as numbers")
+
+
+def _without_face_numbers(value: np.ndarray, count: np.ndarray, counts: Collection[int]) -> np.ndarray:
+    """The labels of `face label` lines, in the order of the faces: where every line has two numbers and the first ones
+    are 0 to n-1, or 1 to n. All numbers else, and where so many labels would fit the mesh."""
+    n = len(value) // 2
+    if n == 0 or len(value) in counts or not np.isin(count, (0, 2)).all():
+        return value
+    face, label = value.reshape(-1, 2).T
+    order = np.argsort(face, kind="stable")
+    counted = np.array_equal(face[order] - face.min(), np.arange(n)) and face.min() in (0, 1)
+    return label[order] if counted else value
+
+
+def _json_labels(path: Path) -> np.ndarray:
+    try:
+        content = json.loads(plain_text(path))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({' '.join(str(error).split())[:120]})") from error
+    label = content.get("labels") if isinstance(content, dict) else content
+    if not isinstance(label, list) or not all(type(value) in (int, float) for value in label):
+        raise ValueError(f"{path}: expected a list of numbers, or one under \"labels\"")
+    return np.array(label, np.float64)
 
 
 def _as_integers(label: np.ndarray, path: Path) -> np.ndarray:
@@ -200,7 +287,7 @@ def _as_integers(label: np.ndarray, path: Path) -> np.ndarray:
         if wrong.any():
             raise ValueError(f"{path}: {wrong.sum()} of {len(label)} labels are no integers, the first is number "
                              f"{np.argmax(wrong)} (from 0): {label[wrong][0]:g}; labels are class numbers")
-    return label.astype(np.int64)
+    return label.astype(np.int64)                   # a copy
 
 
 def _check_range(label: np.ndarray, path: Path, num_classes: int | None, label_offset: int) -> None:
@@ -227,26 +314,32 @@ def _edges(faces: np.ndarray) -> tuple[np.ndarray, int]:
     return np.argsort(np.argsort(first))[inverse].reshape(-1, 3), len(first)
 
 
-def _majority(label: np.ndarray) -> np.ndarray:
-    """(F, 3) -> (F,): the value two or three share, else the smallest that is not ignored."""
-    a, b, c = label.T
-    smallest = np.where(label == IGNORE_INDEX, np.iinfo(np.int64).max, label).min(1)
-    return np.where((a == b) | (a == c), a, np.where(b == c, b, smallest))
+def _majority(label: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """The most frequent label of each group; of equally frequent ones the smallest that is not ignored. label (n,),
+    group (n,) -> (G,), for groups 0..G-1 that all occur."""
+    order = np.lexsort((label, group))
+    label, group = label[order], group[order]
+    first = np.flatnonzero((np.diff(label, prepend=label[0]) != 0) | (np.diff(group, prepend=-1) != 0))
+    votes = np.diff(np.append(first, len(label)))
+    label, group = label[first], group[first]
+    order = np.lexsort((label, label == IGNORE_INDEX, -votes, group))
+    return label[order][np.flatnonzero(np.diff(group[order], prepend=-1))]
 
 
 def _to_faces(label: np.ndarray, mesh: Mesh, kind: str, path: Path) -> np.ndarray:
-    """label per face, polygon, vertex or edge -> (F,) per face."""
+    """label per face of the file, triangle, vertex or edge -> (F,): all triangles of a polygon have one."""
     F, V, n = len(mesh.faces), len(mesh.vertices), len(label)
-    polygons = F if mesh.polygon is None else int(mesh.polygon[-1]) + 1
-    if kind == "auto" and path.suffix.lower() == ".eseg":
-        kind = "edge"
-    elif kind == "auto":
-        kind = "polygon" if n == polygons != F else "face"
-    expected = {"face": F, "polygon": polygons, "vertex": V}
+    polygon = np.arange(F) if mesh.polygon is None else mesh.polygon
+    polygons = int(polygon[-1]) + 1
+    if kind == "auto":
+        kind = "edge" if path.suffix.lower() == ".eseg" else "face"
+    expected = {"face": polygons, "polygon": polygons, "vertex": V}
+    if kind == "face" and n == F:
+        expected["face"] = F                                                # one a triangle
     if kind == "edge" or n != expected[kind]:
         edge, expected["edge"] = _edges(mesh.faces)
     if n != expected[kind]:
-        same = [k for k in ("face", "polygon", "vertex", "edge") if expected[k] == n]
+        same = [k for k in ("face", "vertex", "edge") if expected[k] == n]
         if same:
             cause = f"one per {same[0]}? Then label_kind: {same[0]}"
         elif abs(n - expected[kind]) <= max(10, expected[kind] // 100):
@@ -256,11 +349,18 @@ def _to_faces(label: np.ndarray, mesh: Mesh, kind: str, path: Path) -> np.ndarra
         things = "vertices" if kind == "vertex" else f"{kind}s"
         raise ValueError(f"{path}: {n} labels, but {mesh.path} has {expected[kind]} {things} "
                          f"({F} triangles, {V} vertices); {cause}")
-    if kind == "edge":
-        return _majority(label[edge])
     if kind == "vertex":
-        return _majority(label[mesh.faces])
-    return label[mesh.polygon] if kind == "polygon" and mesh.polygon is not None else label
+        group, corner = np.repeat(polygon, 3), mesh.faces.ravel()
+        if mesh.polygon is not None:                                        # each corner votes once
+            group, corner = np.divmod(np.unique(group * V + corner), V)
+        label = _majority(label[corner], group)
+    elif kind == "edge":
+        label = _majority(label[edge].ravel(), np.repeat(polygon, 3))
+    elif n == polygons:
+        return label[polygon]
+    else:
+        label = _majority(label, polygon)
+    return label[polygon]
 
 
 # --- writing --------------------------------------------------------------------------------------------------------

@@ -6,11 +6,20 @@ import io
 import math
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
 BOM = b"\xef\xbb\xbf"                              # what Windows editors put before UTF-8
 NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+def plain_text(path: Path) -> bytes:
+    """The text of a file in UTF-8, which Windows programs may have written as UTF-16."""
+    data = path.read_bytes()
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        data = data.decode("utf-16", errors="replace").encode()
+    return data.removeprefix(BOM)
 
 
 def parse_numbers(text: bytes, dtype: type) -> tuple[np.ndarray, np.ndarray] | None:

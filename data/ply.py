@@ -36,6 +36,13 @@ def ply_columns(path: Path) -> tuple[dict[str, dict], list[str]]:
     return columns, comments
 
 
+def ply_properties(path: Path) -> dict[str, list[str]]:
+    """{element: [its properties that are no lists]} of a PLY, whose body is not read; raises as ply_columns."""
+    with ply_errors(path):
+        return {element: [name for name, _, size in properties if size is None]
+                for element, _, properties in ply_header(path.read_bytes())[1]}
+
+
 @contextmanager
 def ply_errors(path: Path) -> Iterator[None]:
     try:

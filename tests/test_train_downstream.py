@@ -140,7 +140,7 @@ def test_learns_and_every_reader_agrees(config, data, tmp_path, capsys):
     assert (plain[order] == permuted).mean() > 0.995                               # clusters may differ where centres tie
     assert (plain == moved).mean() > 0.995                                         # the file has 9 digits of the coordinates
     assert np.array_equal(np.loadtxt(tmp_path / "out" / "plain.txt", dtype=int), plain)
-    assert np.array_equal(read_mesh(tmp_path / "out" / "plain.ply").label, plain)
+    assert np.array_equal(read_mesh(tmp_path / "out" / "plain.ply").properties["face"]["label"], plain)
     assert np.allclose(read_mesh(tmp_path / "out" / "plain.ply").vertices[faces], vertices[faces])
     assert (tmp_path / "out" / "plain.html").stat().st_size > 10_000 and (tmp_path / "out" / "plain_pca.ply").is_file()
 
