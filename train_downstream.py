@@ -60,6 +60,7 @@ from utils.losses import MaskedCrossEntropyLoss
 from utils.mesh_scripts import (
     cache_embeddings,
     evaluate_meshes,
+    face_predictions,
     label_mesh,
     mesh_pictures,
     write_mesh_label,
@@ -467,17 +468,18 @@ def train_one_epoch(run: Run, network, loader, criterion, ema: EMA | None, clip_
     # After each step: counts, logs, on Ctrl-C saves and stops.
     for micro_batches in run.steps(loader):
         # The loss is the mean over all valid faces of the step, whatever the number of
-        # micro-batches and processes.
-        weight = sum(criterion.label_weight(batch["label"], batch["mask"])
+        # micro-batches and processes; a triangle counts as its share of its polygon.
+        weight = sum(criterion.label_weight(batch["label"], batch["mask"], batch.get("share"))
                      for batch in micro_batches)
         weight = all_reduce_sum(weight.to(run.device))
         for batch in micro_steps(network, micro_batches):
             batch = to_device(batch, run.device)
             with run.autocast():
                 logits = face_logits(network, batch)                # (B, N, F, C)
-            loss, _ = criterion.sum_and_weight(logits, batch["label"], batch["mask"])
+            loss, _ = criterion.sum_and_weight(logits, batch["label"], batch["mask"],
+                                               batch.get("share"))
             run.backward(loss, weight=weight)
-            run.totals.matrix.update(logits.argmax(-1), batch["label"])
+            run.totals.matrix.update(*face_predictions(logits, batch))
         run.update(clip_grad)
         if ema is not None:
             ema.update(network)
@@ -574,15 +576,15 @@ def test_only(run: Run, config: Config) -> dict:
 
 def describe_data(train_set: MeshDataset, val_set: MeshDataset) -> list[str]:
     """Lines for the log."""
-    faces = [sum(dataset.num_faces) for dataset in (train_set, val_set)]
+    faces = [sum(dataset.num_polygons) for dataset in (train_set, val_set)]
     line = (f"{len(train_set.files)} training and {len(val_set.files)} validation meshes, "
             f"{faces[0]:,} and {faces[1]:,} faces")
-    for name, dataset, count in zip(("training", "validation"), (train_set, val_set), faces,
-                                    strict=True):
+    for name, dataset in (("training", train_set), ("validation", val_set)):
         if hasattr(dataset, "num_colored"):
-            line += (f", {dataset.num_colored / count:.1%} of the {name} faces have a texture or a "
+            share = dataset.num_colored / sum(dataset.num_faces)
+            line += (f", {share:.1%} of the {name} faces have a texture or a "
                      f"colour")
-    notes = [note for dataset in (train_set, val_set) for note in getattr(dataset, "notes", ())]
+    notes = [note for dataset in (train_set, val_set) for note in dataset.notes]
     if len(notes) > 10:
         notes[10:] = [f"... and {len(notes) - 10} more such lines"]
     return [*notes, line]

@@ -27,7 +27,7 @@ from data.mesh_io import Mesh, read_mesh
 from utils.checks import check_choice
 from utils.files import remove_leftovers_once, replacing
 
-CACHE_VERSION = 2                   # raise it when prepare_mesh computes something else
+CACHE_VERSION = 3                   # raise it when prepare_mesh computes something else
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class MeshSpec(FeatureSpec):
 
 class PreparedMesh(NamedTuple):
     """vertices (V, 3) float32 normalised, faces (F, 3) int64 in file order, neighbors (F, 3) or None, area (F,) of the
-    faces in squared length units, hks (F, 16) or None, descriptors (F, 64) of `surface_descriptors` or None."""
+    faces in squared length units, hks (F, 16) or None, descriptors (F, 64) of `surface_descriptors` or None, polygon
+    (F,) int64, the file's face each triangle came from, or None where all are triangles."""
 
     vertices: np.ndarray
     faces: np.ndarray
@@ -62,6 +63,7 @@ class PreparedMesh(NamedTuple):
     area: np.ndarray
     hks: np.ndarray | None
     descriptors: np.ndarray | None
+    polygon: np.ndarray | None
 
 
 def prepare_mesh(path: str | Path, spec: MeshSpec, cache_dir: str | Path | None = None,
@@ -72,16 +74,18 @@ def prepare_mesh(path: str | Path, spec: MeshSpec, cache_dir: str | Path | None 
     read_mesh raises, and ValueError where "hks" or descriptors are asked of a mesh too large for it, and for
     coordinates that 32 bits cannot hold.
     """
-    names = {"vertices", "faces", "area"}
+    names = {"vertices", "faces", "area", "polygon"}
     if _wants_neighbors(spec):
         names.add("neighbors")
     if "hks" in spec.features:
         names.add("hks")
-    settings = [CACHE_VERSION, spec.unit, _wants_neighbors(spec), HKS_EIGENPAIRS if "hks" in names else 0]
+    settings = [CACHE_VERSION, spec.unit, spec.up, _wants_neighbors(spec), HKS_EIGENPAIRS if "hks" in names else 0]
     if descriptors:
         names.add("descriptors")
         settings.append((HKS_EIGENPAIRS, HEAT_RADII))
     arrays = cached_arrays(path, settings, names, cache_dir, lambda: _prepare(read(path), spec, path, descriptors))
+    if not len(arrays["polygon"]):
+        arrays = {**arrays, "polygon": None}
     return PreparedMesh(**{name: arrays.get(name) for name in PreparedMesh._fields})
 
 
@@ -90,7 +94,7 @@ def _wants_neighbors(spec):
 
 
 def _prepare(mesh, spec, path, descriptors):
-    vertices, faces = weld(mesh.vertices, mesh.faces)
+    vertices, faces = weld(spec.z_up(mesh.vertices, path), mesh.faces)
     with np.errstate(over="ignore", invalid="ignore"):      # told below
         vertices = normalize_vertices(vertices, faces, spec.unit)
         stored = vertices.astype(np.float32)
@@ -105,6 +109,7 @@ def _prepare(mesh, spec, path, descriptors):
             hint = "; the targets of pre-training need them too: set loss.delta=0 and masking.whole_share=0"
         raise ValueError(f"{path}: {error}{hint}") from None
     arrays = {"vertices": stored, "faces": faces,
+              "polygon": np.empty(0, np.int64) if mesh.polygon is None else mesh.polygon,
               "neighbors": face_neighbors(faces) if _wants_neighbors(spec) else None,
               "area": face_geometry(vertices, faces)[2].astype(np.float32),
               "hks": hks if "hks" in spec.features else None,

@@ -82,8 +82,7 @@ class Surfaces(list):
         return Surfaces(surface.to(device, non_blocking) for surface in self)
 
 
-def prepare_operators(path: str | Path, num_eigenpairs: int = NUM_EIGENPAIRS,
-                      cache_dir: str | Path | None = None) -> MeshOperators:
+def prepare_operators(path: str | Path, spec: SurfaceSpec, cache_dir: str | Path | None = None) -> MeshOperators:
     """The operators of a mesh file, its vertices welded; from the cache where file, settings and version are the same.
 
     Raises what read_mesh raises, and ValueError, with the path, where the mesh is too large or the solver fails.
@@ -91,13 +90,13 @@ def prepare_operators(path: str | Path, num_eigenpairs: int = NUM_EIGENPAIRS,
     def compute() -> dict[str, np.ndarray]:
         mesh = read_mesh(path)
         try:
-            operators = mesh_operators(*weld(mesh.vertices, mesh.faces), num_eigenpairs)
+            operators = mesh_operators(*weld(spec.z_up(mesh.vertices, path), mesh.faces), spec.num_eigenpairs)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         return {**operators._asdict(), "note": np.array(operators.note)}
 
-    arrays = cached_arrays(path, ["operators", OPERATORS_VERSION, num_eigenpairs], MeshOperators._fields, cache_dir,
-                           compute)
+    arrays = cached_arrays(path, ["operators", OPERATORS_VERSION, spec.num_eigenpairs, spec.up],
+                           MeshOperators._fields, cache_dir, compute)
     return MeshOperators(**{**arrays, "note": str(arrays["note"])})
 
 
@@ -150,13 +149,12 @@ class SurfaceDataset(MeshDataset):
 
     def __post_init__(self) -> None:
         self.surface_spec: SurfaceSpec = self.spec
-        self.spec = WHOLE_MESH
+        self.spec = replace(WHOLE_MESH, up=self.spec.up)
         super().__post_init__()
         self._operators: dict[int, MeshOperators] = {}
-        self.notes: list[str] = []
         kept = 0
         for index, path in enumerate(progress(self.files, f"operators of {self.description}")):
-            operators = prepare_operators(path, self.surface_spec.num_eigenpairs, self.cache_dir)
+            operators = prepare_operators(path, self.surface_spec, self.cache_dir)
             if operators.note:
                 self.notes.append(f"{path}: {operators.note}")
             kept += sum(value.nbytes for value in operators[:-1])
@@ -176,7 +174,7 @@ class SurfaceDataset(MeshDataset):
     def operators(self, index: int) -> MeshOperators:
         """The operators of files[index], as the file has it."""
         if index not in self._operators:
-            return prepare_operators(self.files[index], self.surface_spec.num_eigenpairs, self.cache_dir)
+            return prepare_operators(self.files[index], self.surface_spec, self.cache_dir)
         return self._operators[index]
 
     def __getitem__(self, item: int) -> dict:
@@ -206,7 +204,8 @@ class SurfaceDataset(MeshDataset):
         if tuple(settings.size_range) != (1.0, 1.0):
             operators = resized(operators, np.exp(rng.uniform(*np.log(settings.size_range))))
         F = len(mesh.faces)
-        return {"features": torch.from_numpy(vertex_features(operators, self.surface_spec)),
+        polygons = {name: torch.from_numpy(value)[None] for name, value in self._polygons(mesh).items()}
+        return {**polygons, "features": torch.from_numpy(vertex_features(operators, self.surface_spec)),
                 "operators": Operators(*(torch.from_numpy(getattr(operators, name)) for name in Operators._fields)),
                 "faces": torch.from_numpy(mesh.faces), "label": torch.from_numpy(self.labels[index])[None],
                 "mask": torch.ones(1, F, dtype=torch.bool), "face_index": torch.arange(F)[None],

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from data.mesh import CachedFeatures, MeshDataset
+from data.mesh import CachedFeatures, MeshDataset, each_face_once
 from data.mesh_io import read_mesh
 from data.mesh_planes import plane_units, pooled
 from data.mesh_results import write_mesh_result
@@ -40,8 +40,8 @@ def mesh_probabilities(model: DownstreamClassifier, dataset: MeshDataset, device
                        criterion: nn.Module | None = None) -> Iterator[tuple[int, Tensor, float, float]]:
     """Yield (index, probability (P, C) in file order, loss sum, loss weight) of every mesh of this process's share.
 
-    The probability is the mean over the views of the mesh, and with evaluation.pool_planes over each of its planes; the
-    loss (0 without criterion) is that of the first view.
+    The probability is the mean over the views of the mesh, with evaluation.pool_planes over each of its planes, and
+    over the triangles of a polygon, by area; the loss (0 without criterion) is that of the first view.
     """
     model.eval()
     mine = set(own_share(len(dataset.files)))
@@ -66,7 +66,8 @@ def mesh_probabilities(model: DownstreamClassifier, dataset: MeshDataset, device
                 current = [index, torch.zeros(dataset.num_faces[index], model.num_classes), 0.0, 0.0]
             current[1][face_index[b][mask[b]]] += probabilities[b][mask[b]]      # a mesh's items are consecutive
             if criterion is not None and dataset.items[items[done]][1] == 0:
-                total, weight = criterion.sum_and_weight(logits[b], batch["label"][b], batch["mask"][b])
+                total, weight = criterion.sum_and_weight(logits[b], batch["label"][b], batch["mask"][b],
+                                                         batch["share"][b] if "share" in batch else None)
                 current[2] += total.item()
                 current[3] += weight.item()
             done += 1
@@ -81,39 +82,50 @@ def _finished(current, dataset, pool_planes):
         mesh = dataset.mesh(index)
         unit = plane_units(mesh.vertices, mesh.faces, pool_planes)
         probability = torch.from_numpy(pooled(probability.numpy(), unit, mesh.area))
+    if dataset.num_polygons[index] < dataset.num_faces[index]:
+        mesh = dataset.mesh(index)
+        probability = torch.from_numpy(pooled(probability.numpy(), mesh.polygon, mesh.area))
     return index, probability, loss, weight
+
+
+def face_predictions(logits: Tensor, batch: dict) -> tuple[Tensor, Tensor]:
+    """Predicted and true classes of a batch in training, of one shape, every face of the files once."""
+    if "polygon" not in batch:
+        return logits.argmax(-1), batch["label"]
+    probability, label = each_face_once(logits.detach().float().softmax(-1), batch)
+    return probability.argmax(-1), label
 
 
 def evaluate_meshes(model: DownstreamClassifier, dataset: MeshDataset, device: torch.device,
                     amp_dtype: torch.dtype | None, batch_size: int, num_workers: int, limit_batches: int,
                     criterion: nn.Module) -> dict:
-    """Score every face of a data set exactly once.
+    """Score every face of a data set exactly once, a polygon as one face.
 
     Returns metrics (by number of faces, the headline), tables {"by area": metrics by surface}, loss (per face, first
-    view), matrix, examples [(index, name, mIoU)] and predictions {index: (P,) int64 in file order} of this process,
-    and seconds.
+    view), matrix, examples [(index, name, mIoU)] and predictions {index: (P,) int64 of the triangles in file order} of
+    this process, and seconds.
     """
     started = time.monotonic()
     C = model.num_classes
     loss = weight = 0.0
     examples = []
     predictions = {}
+    faces = []                                                  # prediction, label and area of the faces of each file
     for index, probability, loss_sum, loss_weight in mesh_probabilities(
             model, dataset, device, amp_dtype, batch_size, num_workers, limit_batches, criterion):
         pred = probability.argmax(1).numpy()                                                # (P,)
-        label = dataset.labels[index]                                                       # (P,)
+        first, area = dataset.faces_of_file(index)
+        faces.append((pred[first], dataset.labels[index][first], area))
         predictions[index] = pred
         loss += loss_sum
         weight += loss_weight
-        examples.append((index, dataset.files[index].stem, miou_of_labels(pred, label, C)))
+        examples.append((index, dataset.files[index].stem, miou_of_labels(*faces[-1][:2], C)))
     # Counted all at once: a call per mesh would cost a tenth of the time of small meshes.
     by_count, by_area = ConfusionMatrix(C), ConfusionMatrix(C)
-    if predictions:
-        pred, label = (torch.from_numpy(np.concatenate([values[index] for index in predictions]))
-                       for values in (predictions, dataset.labels))
-        area = np.concatenate([dataset.mesh(index).area for index in predictions])
+    if faces:
+        pred, label, area = (torch.from_numpy(np.concatenate(values)) for values in zip(*faces, strict=True))
         by_count.update(pred, label)
-        by_area.update(pred, label, torch.from_numpy(area))
+        by_area.update(pred, label, area)
     matrix = by_count.all_reduce().matrix()
     area_matrix = by_area.all_reduce().matrix()
     return {"metrics": segmentation_metrics(matrix), "tables": {"by area": segmentation_metrics(area_matrix)},
@@ -124,21 +136,22 @@ def evaluate_meshes(model: DownstreamClassifier, dataset: MeshDataset, device: t
 # -- files -------------------------------------------------------------------------------------------------------------
 
 def label_mesh(model: DownstreamClassifier, path: str | Path, amp_dtype: torch.dtype | None = None) -> dict:
-    """Label a mesh file: label and confidence (L,) for the face lines of the file, in its order (a quad has one label,
-    that of its triangles together), and for drawing vertices (V, 3), faces (P, 3) and their face_label (P,)."""
+    """Label a mesh file: label and confidence (L,) for the face lines of the file, in its order (a polygon has one),
+    and for drawing vertices (V, 3) as in the file, faces (P, 3) and their face_label (P,)."""
     device = next(model.parameters()).device
     mesh = read_mesh(path)
     dataset = open_meshes([path], None, model.spec, model.texture_samples, augmentation=model.augmentation,
                           views=model.config.evaluation.views, cache_dir=model.config.paths.cache_dir,
                           read=lambda _: mesh)
+    for note in dataset.notes:
+        print(note, flush=True)
     if model.texture_samples is not None and not dataset.num_colored:
         print(f"{path}: no face has a texture or a colour; labelled by geometry alone", flush=True)
     (_, probability, _, _), = mesh_probabilities(model, dataset, device, amp_dtype, batch_size=1)
-    line = torch.arange(len(mesh.faces)) if mesh.polygon is None else torch.from_numpy(mesh.polygon)
-    total = torch.zeros(int(line[-1]) + 1, model.num_classes).index_add_(0, line, probability)
-    confidence, label = (total / torch.bincount(line)[:, None].clamp(min=1)).max(1)
-    return {"label": label.numpy(), "confidence": confidence.numpy(), "vertices": mesh.vertices, "faces": mesh.faces,
-            "face_label": label[line].numpy()}
+    confidence, label = (values.numpy() for values in probability.max(1))
+    first, _ = dataset.faces_of_file(0)
+    return {"label": label[first], "confidence": confidence[first], "vertices": mesh.vertices, "faces": mesh.faces,
+            "face_label": label}
 
 
 def write_mesh_label(model: DownstreamClassifier, path: Path, prediction: dict, stem: Path, options) -> list[Path]:
