@@ -58,11 +58,16 @@ from utils.distributed import all_reduce_sum, unwrap
 from utils.ema import EMA, averaged, load_averaged
 from utils.losses import MaskedCrossEntropyLoss
 from utils.mesh_scripts import (
+    LABEL_SETTINGS,
     cache_embeddings,
+    check_labels,
+    class_names,
     evaluate_meshes,
     face_predictions,
     label_mesh,
+    label_options,
     mesh_pictures,
+    name_classes,
     write_mesh_label,
 )
 from utils.metrics import headline, metrics_table
@@ -115,9 +120,7 @@ DEFAULTS = {
         "repeat": [],                       # patterns of training meshes, so many times an epoch:
         "repeat_times": Setting(4, (int,), low=1),
         "class_names": [],
-        "label_offset": 0,                  # added to the files' values: -1 where they count from 1
-        "ignore_labels": [],                # the files' values for "not labelled", such as 255
-        "label_kind": Setting("auto", (str,), ("auto", "face", "polygon", "vertex", "edge")),
+        **LABEL_SETTINGS,                   # recursive, up, label_map ...: utils/mesh_scripts.py
     },
     "model": {
         "n_classes": Required((int,), low=1),
@@ -236,6 +239,7 @@ def check_config(config: Config) -> None:
                          "are; give one of them")
     build_augmentation(config)
     check_encoder(config)
+    check_labels(config)
     spec = mesh_spec(config)
     spec.check_feature_dim(config.model.feature_dim)
     if "ground" in spec.features and config.augmentation.mode == "so3":
@@ -285,7 +289,8 @@ def check_encoder(config: Config) -> None:
 def mesh_spec(config: Config) -> MeshSpec | SurfaceSpec:
     model = config.model
     if model.encoder == "diffusion_net":
-        return SurfaceSpec(tuple(model.features), model.num_eigenpairs, model.hks_scale)
+        return SurfaceSpec(tuple(model.features), model.num_eigenpairs, model.hks_scale,
+                           up=config.data.up)
     features = list(model.features)
     for name, wanted in (("normal", model.include_normals),
                          ("ground", model.additional_geometrical_features)):
@@ -294,7 +299,7 @@ def mesh_spec(config: Config) -> MeshSpec | SurfaceSpec:
         if wanted:
             features.append(name)
     return MeshSpec(tuple(features), model.faces_per_cluster, model.n_clusters, model.clustering,
-                    config.training.clusters_per_batch, model.unit)
+                    config.training.clusters_per_batch, model.unit, up=config.data.up)
 
 
 def build_augmentation(config: Config) -> Augmentation:
@@ -302,19 +307,17 @@ def build_augmentation(config: Config) -> Augmentation:
                            for key, value in config.augmentation.items()})
 
 
-def class_names(config: Config) -> list[str]:
-    return list(config.data.class_names) or [f"class {c}" for c in range(config.model.n_classes)]
-
-
-def split_files(config: Config, split: str) -> tuple[list[Path], str]:
-    """Mesh files and label folder of train | val | test."""
+def split_files(config: Config, split: str) -> tuple[list[Path], str, str]:
+    """Mesh files, their folder, and the label folder, of train | val | test."""
     paths = config.paths
     data = config.data
     for name, mesh_dir, label_dir in (("val", paths.val_mesh_dir, paths.val_label_dir),
                                       ("test", paths.test_mesh_dir, paths.test_label_dir)):
         if split == name and mesh_dir is not None:
-            return list_meshes(mesh_dir, data.suffixes), label_dir or mesh_dir
-    files, held_out = hold_out(list_meshes(paths.mesh_dir, data.suffixes), data.test_split)
+            files = list_meshes(mesh_dir, data.suffixes, data.recursive)
+            return files, mesh_dir, label_dir or mesh_dir
+    files, held_out = hold_out(list_meshes(paths.mesh_dir, data.suffixes, data.recursive),
+                               data.test_split)
     if split == "test":
         if not held_out:
             raise ValueError("there is no test split: set paths.test_mesh_dir (and "
@@ -324,7 +327,7 @@ def split_files(config: Config, split: str) -> tuple[list[Path], str]:
         files = split_meshes(files, data.val_split)[0 if split == "train" else 1]
     if split == "train":
         files = repeated(files, data.repeat, data.repeat_times)
-    return files, paths.label_dir or paths.mesh_dir
+    return files, paths.mesh_dir, paths.label_dir or paths.mesh_dir
 
 
 def build_dataset(config: Config, split: str, seed: int = 0, data_dir: str | None = None,
@@ -332,19 +335,18 @@ def build_dataset(config: Config, split: str, seed: int = 0, data_dir: str | Non
     """split train | val | test, or the meshes of `data_dir`. All but "train" give every face
     exactly once a view."""
     if data_dir is not None:
-        files = list_meshes(data_dir, config.data.suffixes)
-        label_dir = label_dir or data_dir
+        files = list_meshes(data_dir, config.data.suffixes, config.data.recursive)
+        root, label_dir = data_dir, label_dir or data_dir
     else:
-        files, label_dir = split_files(config, split)
-    ignore = list(config.data.ignore_labels)
+        files, root, label_dir = split_files(config, split)
+    labels = label_options(config)
     if config.training.ignore_index is not None:
-        ignore.append(config.training.ignore_index)
-    return open_meshes(files, label_dir, mesh_spec(config), texture_samples(config),
-                       num_classes=config.model.n_classes, augmentation=build_augmentation(config),
+        labels["ignore_labels"] = [*labels["ignore_labels"], config.training.ignore_index]
+    return open_meshes(files, label_dir, mesh_spec(config), texture_samples(config), root=root,
+                       augmentation=build_augmentation(config),
                        views=0 if split == "train" else config.evaluation.views,
-                       label_offset=config.data.label_offset, ignore_labels=ignore,
-                       label_kind=config.data.label_kind, cache_dir=config.paths.cache_dir,
-                       seed=seed, description=f"{split} meshes")
+                       cache_dir=config.paths.cache_dir, seed=seed,
+                       description=f"{split} meshes", **labels)
 
 
 def texture_samples(config: Config) -> int | None:
@@ -599,6 +601,7 @@ def main(argv=None) -> dict:
         args.resume = "auto"
     command_line_wins(config, args, "paths.checkpoint_dir", "paths.log_dir")
     run = Run(args, SCRIPT, DEFAULTS, config.paths.checkpoint_dir, config.paths.log_dir)
+    name_classes(config, split_files(config, "train")[0])
     if args.test_only:
         return test_only(run, config)
     run.messages += not_needed_lines(config, NOT_NEEDED)

@@ -94,7 +94,12 @@ def hold_out(files: Sequence[Path], patterns: Sequence[str]) -> tuple[list[Path]
 
 
 def _matching(files, patterns):
-    return [file for file in files if any(fnmatch.fnmatchcase(file.stem, str(pattern)) for pattern in patterns)]
+    """Patterns with a / are compared with as many folders as they have, as scene_01/*."""
+    def name(file, pattern):
+        return "/".join([*file.parent.parts, file.stem][-pattern.count("/") - 1:])
+
+    return [file for file in files
+            if any(fnmatch.fnmatchcase(name(file, pattern), pattern) for pattern in map(str, patterns))]
 
 
 def split_meshes(files: Sequence[Path], val_split: Sequence[str] | Sequence[float]) -> tuple[list[Path], list[Path]]:

@@ -80,24 +80,27 @@ def read_mesh(path: str | Path) -> Mesh:
     return Mesh(vertices, corner[slot], properties, polygon, str(path), slot)
 
 
-def list_meshes(mesh_dir: str | Path, suffixes: Sequence[str] = ()) -> list[Path]:
-    """The mesh files of a folder (not of its sub-folders, no hidden ones), sorted by name; suffixes (".obj") chooses
-    among MESH_SUFFIXES, () takes all.
+def list_meshes(mesh_dir: str | Path, suffixes: Sequence[str] = (), recursive: bool = False) -> list[Path]:
+    """The mesh files of a folder (no hidden ones), with recursive also those of its sub-folders, sorted; suffixes
+    (".obj") chooses among MESH_SUFFIXES, () takes all.
 
     Raises FileNotFoundError, and ValueError for a folder without meshes or with two meshes of one stem.
     """
     mesh_dir = Path(mesh_dir)
     if not mesh_dir.is_dir():
         raise FileNotFoundError(f"{mesh_dir}: no such folder of meshes; check the path")
-    paths = sorted(p for p in mesh_dir.iterdir()
-                   if p.suffix.lower() in (suffixes or MESH_SUFFIXES) and not p.name.startswith(".") and p.is_file())
+    paths = sorted(p for p in (mesh_dir.rglob("*") if recursive else mesh_dir.iterdir())
+                   if p.suffix.lower() in (suffixes or MESH_SUFFIXES) and p.is_file()
+                   and not any(part.startswith(".") for part in p.relative_to(mesh_dir).parts))
     if not paths:
-        raise ValueError(f"{mesh_dir}: no mesh in this folder (looked for {' '.join(suffixes or MESH_SUFFIXES)})")
+        below = not recursive and any(p.suffix.lower() in MESH_SUFFIXES for p in mesh_dir.glob("*/*"))
+        raise ValueError(f"{mesh_dir}: no mesh in this folder (looked for {' '.join(suffixes or MESH_SUFFIXES)})"
+                         + ("; the folders in it have some: data.recursive=true reads them" if below else ""))
     stems = {}
     for path in paths:
-        if stems.setdefault(path.stem, path) != path:
-            raise ValueError(f"{mesh_dir}: {stems[path.stem].name} and {path.name} would share a label file; keep one, "
-                             f"or choose the kind by data.suffixes, as [{path.suffix.lower()}]")
+        if stems.setdefault(path.with_suffix(""), path) != path:
+            raise ValueError(f"{path.parent}: {stems[path.with_suffix('')].name} and {path.name} would share a label "
+                             f"file; keep one, or choose the kind by data.suffixes, as [{path.suffix.lower()}]")
     return paths
 
 

@@ -86,9 +86,7 @@ class Probe:
 
     def prepare(self, start: Nomeformer, device: torch.device) -> dict[str, dict]:
         """Score the baselines, once a run. Pre-training that does not beat all of them has not helped."""
-        train, val = (np.concatenate([label[dataset.faces_of_file(index)[0]]
-                                      for index, label in enumerate(dataset.labels)]) for dataset in (self.train, self.val))
-        train, val = (label[label >= 0] for label in (train, val))
+        train, val = (labels_of_faces(dataset) for dataset in (self.train, self.val))
         self.baselines = {
             "random encoder": self.score(copy.deepcopy(start).to(device).eval()),
             "raw features": self.score(None),
@@ -105,6 +103,12 @@ class Probe:
     def log(self, run: Run, scores: dict) -> None:
         run.log.info(self.report(scores, run.epoch))
         run.log.evaluation(run.epoch, run.step, "probe", {**scores, **self.baselines})
+
+
+def labels_of_faces(dataset: MeshDataset) -> np.ndarray:
+    """The labels (T,) of all labelled faces of the files."""
+    label = np.concatenate([label[dataset.faces_of_file(index)[0]] for index, label in enumerate(dataset.labels)])
+    return label[label >= 0]
 
 
 def monitor_line(values: dict) -> str:

@@ -17,12 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
+from data.label_map import LabelMap, read_label_map
 from data.mesh import CachedFeatures, MeshDataset, each_face_once
-from data.mesh_io import read_mesh
+from data.mesh_features import UP
+from data.mesh_io import LABEL_KINDS, NAMED_KINDS, label_names, read_mesh
 from data.mesh_planes import plane_units, pooled
 from data.mesh_results import write_mesh_result
 from data.mesh_surfaces import open_meshes
 from models.downstream import DownstreamClassifier, SurfaceClassifier, face_logits, texture_of
+from utils.config import Config, Setting
 from utils.device import autocast
 from utils.distributed import all_reduce_sum, own_share
 from utils.log import progress
@@ -31,6 +34,72 @@ from utils.render import label_colors, pca_colors, render_mesh
 from utils.run import main_first
 from utils.seed import seed_worker
 from utils.training import to_device
+
+# Keys of `data` that say what labels and files mean; of train_downstream.py and train_jepa.py alike.
+LABEL_SETTINGS = {
+    "recursive": False,                             # also the folders below mesh_dir; labels likewise
+    "up": Setting("auto", (str,), UP),              # the files' up axis; auto: y in .glb, else z
+    "label_offset": 0,                              # added to the files' values: -1: they count from 1
+    "label_map": Setting(None, (str, dict)),        # or value -> class: 0:0,31:1,32:2, or a file
+    "ignore_labels": [],                            # the files' values for "not labelled", as 255
+    "label_kind": Setting("auto", (str,), LABEL_KINDS),
+    "label_field": Setting(None, (str,)),           # the property of a PLY; None: label, labels, class
+}
+
+
+def class_names(config: Config) -> list[str]:
+    """data.class_names, else those of data.label_map, else class 0, class 1 ..."""
+    label_map = mesh_label_map(config)
+    names = list(config.data.class_names) or (label_map and label_map.names)
+    return names or [f"class {c}" for c in range(config.model.n_classes)]
+
+
+def mesh_label_map(config: Config) -> LabelMap | None:
+    return None if config.data.label_map is None else read_label_map(config.data.label_map)
+
+
+def check_labels(config: Config) -> None:
+    """ValueError for settings of labels that do not go together."""
+    data = config.data
+    named = data.label_kind in NAMED_KINDS
+    if data.label_map is not None:
+        if named or data.label_offset:
+            raise ValueError("data.label_map: leave it out with data.label_offset, and with data.label_kind: material "
+                             "or group, whose classes are data.class_names")
+        if (given := mesh_label_map(config).num_classes) != config.model.n_classes:
+            raise ValueError(f"data.label_map has {given} classes and model.n_classes={config.model.n_classes}; set "
+                             f"model.n_classes to {given}")
+    if not named and any(isinstance(value, str) for value in data.ignore_labels):
+        raise ValueError(f"data.ignore_labels={data.ignore_labels}: expected numbers; names are for data.label_kind: "
+                         f"material or group")
+
+
+def name_classes(config: Config, files: Sequence[Path]) -> None:
+    """With data.label_kind material or group and no data.class_names: take the names in these files, sorted.
+    ValueError where they are not model.n_classes."""
+    data = config.data
+    if data.label_kind not in NAMED_KINDS or data.class_names:
+        return
+    names = label_names(files, data.label_kind, data.ignore_labels)
+    if len(names) != config.model.n_classes:
+        shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+        raise ValueError(f"data.label_kind: {data.label_kind}: the meshes have {len(names)} names ({shown}) and "
+                         f"model.n_classes={config.model.n_classes}; correct that, or choose by data.class_names")
+    data.class_names = names
+
+
+def label_options(config: Config) -> dict:
+    """What MeshDataset has to know of labels."""
+    data = config.data
+    return {"num_classes": config.model.n_classes, "label_offset": data.label_offset, "label_kind": data.label_kind,
+            "label_field": data.label_field, "label_map": mesh_label_map(config), "ignore_labels": data.ignore_labels,
+            "label_names": list(data.class_names) if data.label_kind in NAMED_KINDS else ()}
+
+
+def values_in_files(config: Config, label: np.ndarray) -> np.ndarray:
+    """Classes in the numbers of the training labels' files."""
+    label_map = mesh_label_map(config)
+    return label - config.data.label_offset if label_map is None else label_map.to_values(label)
 
 
 @torch.no_grad()
@@ -159,15 +228,15 @@ def write_mesh_label(model: DownstreamClassifier, path: Path, prediction: dict, 
     colors = {"": label_colors(prediction["face_label"], model.palette)}
     if options.pca:
         colors["_pca"] = pca_colors(embed_mesh(model, path))
-    return write_mesh_result(stem, prediction, colors, options.labels, options.picture, options.html,
-                             model.config.data.label_offset)
+    in_files = {name: values_in_files(model.config, prediction[name]) for name in ("label", "face_label")}
+    return write_mesh_result(stem, {**prediction, **in_files}, colors, options.labels, options.picture, options.html)
 
 
 def mesh_pictures(model: DownstreamClassifier, dataset: MeshDataset, index: int, pred: np.ndarray):
     """Two pictures for the report: the truth (None without labels) and the prediction (P,) of one mesh."""
     mesh = dataset.mesh(index)
     label = dataset.labels[index]
-    up = "z" if getattr(model.spec, "unit", None) else "auto"
+    up = "auto" if model.spec.up == "auto" and not getattr(model.spec, "unit", None) else "z"
     truth, drawn = (render_mesh(mesh.vertices, mesh.faces, label_colors(values, model.palette), up=up)
                     for values in (label, pred))
     return (truth if (label >= 0).any() else None), drawn
