@@ -16,6 +16,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import sys
 import threading
 import traceback
@@ -275,7 +276,7 @@ class Output(io.TextIOBase):
                 os.close(nowhere)
 
 
-def run_main(main: Callable[[], Any]) -> None:
+def run_main(main: Callable[[], Any], patience: float | None = None) -> None:
     """Call `main()` and turn what a user can cause and mend into one `error: ...` line on stderr.
 
     ValueError, OSError (a missing file, a full disk), FloatingPointError (the run diverged), memory used up: exit 2.
@@ -284,11 +285,15 @@ def run_main(main: Callable[[], Any]) -> None:
     SIGTERM and SIGHUP keep their effect. Everything else is a bug and keeps its traceback, exit 1; so do all errors
     where --debug is on the command line. What cannot be printed any more is dropped (see Output).
 
+    patience: Ctrl-C, SIGTERM and SIGHUP end the process after so many seconds also within a call that does not return
+    to Python (an attention over a whole mesh). For scripts without anything to save and without worker processes.
+
     One of several processes (torchrun's WORLD_SIZE) leaves at once, whatever happened: what libraries do at the end of
     Python can wait there for another process, which may be gone or wait for this one.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
-        return _run(main)
+        with contextlib.nullcontext() if patience is None else _ended_within(patience):
+            return _run(main)
     status = 1
     try:
         _run(main)
@@ -301,6 +306,33 @@ def run_main(main: Callable[[], Any]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+@contextlib.contextmanager
+def _ended_within(seconds: float):
+    """Python's own handlers wait for the main thread; this one waits for them, no longer than `seconds`."""
+    signals, wakeup = socket.socketpair()
+    wakeup.setblocking(False)
+    over = threading.Event()
+
+    def watch():
+        while number := signals.recv(1):                       # empty when the other end was closed
+            if number[0] in (signal.SIGINT, signal.SIGTERM, *hangup()) and not over.wait(seconds):
+                os.write(2, f"{_start_again()}\n".encode())
+                os._exit(128 + number[0])
+
+    threading.Thread(target=watch, daemon=True).start()
+    previous = signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        over.set()
+        signal.set_wakeup_fd(previous)
+        wakeup.close()
+
+
+def _start_again() -> str:
+    return f"stopped with nothing to save; start again with: {shlex.join(['python', *sys.argv])}"
 
 
 def _run(main: Callable[[], Any]) -> None:
@@ -325,8 +357,7 @@ def _run(main: Callable[[], Any]) -> None:
     except StopRequested as stop:
         _leave(128 + stop.signum, stop.message or "stopped")
     except KeyboardInterrupt as stop:
-        again = f"stopped with nothing to save; start again with: {shlex.join(['python', *sys.argv])}"
-        _leave(128 + getattr(stop, "signum", signal.SIGINT), str(stop) or again)
+        _leave(128 + getattr(stop, "signum", signal.SIGINT), str(stop) or _start_again())
     except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
         if "--debug" in sys.argv or not (message := user_message(error)):
             raise
