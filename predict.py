@@ -21,7 +21,7 @@ from pathlib import Path
 from evaluate import load
 from utils.checkpoint import check_writable
 from utils.checks import check_choice, printable
-from utils.cli import ArgumentParser, run_main
+from utils.cli import ArgumentParser, ended_within, run_main
 from utils.device import AMP_DTYPES, amp_settings, pick_device
 from utils.log import progress
 
@@ -100,6 +100,7 @@ def check_results(args, formats: dict) -> None:
                          "shown; leave it out")
 
 
+@ended_within(1.0)                      # seconds after Ctrl-C: there is nothing to save
 def main(argv=None) -> dict:
     args = parse_args(argv)
     device = pick_device(args.device)
@@ -112,7 +113,8 @@ def main(argv=None) -> dict:
     if not files:
         raise ValueError("no input: name files or folders behind the checkpoint")
     output = Path(args.output)
-    if any(path.resolve().parent == output.resolve() for path in files):
+    if any((output / name).resolve().parent == path.resolve().parent
+           for path, name in files.items()):
         raise ValueError(f"--output {output} holds the input, whose files (or labels) could be "
                          f"replaced; use another folder")
     check_writable(output)
@@ -137,4 +139,4 @@ def main(argv=None) -> dict:
 
 
 if __name__ == "__main__":
-    run_main(main, patience=1.0)
+    run_main(main)

@@ -36,7 +36,7 @@ from data.mesh import (
 from data.mesh_io import MESH_SUFFIXES, list_meshes
 from data.mesh_surfaces import SurfaceSpec, open_meshes
 from models.diffusion_net import DiffusionNet
-from models.downstream import DownstreamClassifier, SurfaceClassifier, face_logits
+from models.downstream import DownstreamClassifier, SurfaceClassifier, face_logits, share_of
 from models.mesh_texture import (
     FUSIONS,
     IntegratedDownstreamClassifier,
@@ -471,7 +471,7 @@ def train_one_epoch(run: Run, network, loader, criterion, ema: EMA | None, clip_
     for micro_batches in run.steps(loader):
         # The loss is the mean over all valid faces of the step, whatever the number of
         # micro-batches and processes; a triangle counts as its share of its polygon.
-        weight = sum(criterion.label_weight(batch["label"], batch["mask"], batch.get("share"))
+        weight = sum(criterion.label_weight(batch["label"], batch["mask"], **share_of(batch))
                      for batch in micro_batches)
         weight = all_reduce_sum(weight.to(run.device))
         for batch in micro_steps(network, micro_batches):
@@ -479,7 +479,7 @@ def train_one_epoch(run: Run, network, loader, criterion, ema: EMA | None, clip_
             with run.autocast():
                 logits = face_logits(network, batch)                # (B, N, F, C)
             loss, _ = criterion.sum_and_weight(logits, batch["label"], batch["mask"],
-                                               batch.get("share"))
+                                               **share_of(batch))
             run.backward(loss, weight=weight)
             run.totals.matrix.update(*face_predictions(logits, batch))
         run.update(clip_grad)

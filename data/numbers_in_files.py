@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 BOM = b"\xef\xbb\xbf"                              # what Windows editors put before UTF-8
+BLOCK = 1 << 23                                    # bytes of text that are parsed in one call
 NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
@@ -24,6 +25,10 @@ def plain_text(path: Path) -> bytes:
 
 def parse_numbers(text: bytes, dtype: type) -> tuple[np.ndarray, np.ndarray] | None:
     """The numbers of a text and how many each line has; of tokens like 7/1/3 the first. None: not all are numbers."""
+    parts = list(blocks(text, BLOCK)) if len(text) > 2 * BLOCK else []
+    if len(parts) > 1:                              # numpy does not listen to signals while it parses
+        parsed = [parse_numbers(part, dtype) for part in parts]
+        return None if None in parsed else tuple(map(np.concatenate, zip(*parsed, strict=True)))
     if not text.strip():
         return np.empty(0, dtype), np.zeros(text.count(b"\n"), np.int64)
     byte = np.frombuffer(text if text.endswith(b"\n") else text + b"\n", np.uint8)

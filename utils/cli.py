@@ -276,7 +276,7 @@ class Output(io.TextIOBase):
                 os.close(nowhere)
 
 
-def run_main(main: Callable[[], Any], patience: float | None = None) -> None:
+def run_main(main: Callable[[], Any]) -> None:
     """Call `main()` and turn what a user can cause and mend into one `error: ...` line on stderr.
 
     ValueError, OSError (a missing file, a full disk), FloatingPointError (the run diverged), memory used up: exit 2.
@@ -285,15 +285,11 @@ def run_main(main: Callable[[], Any], patience: float | None = None) -> None:
     SIGTERM and SIGHUP keep their effect. Everything else is a bug and keeps its traceback, exit 1; so do all errors
     where --debug is on the command line. What cannot be printed any more is dropped (see Output).
 
-    patience: Ctrl-C, SIGTERM and SIGHUP end the process after so many seconds also within a call that does not return
-    to Python (an attention over a whole mesh). For scripts without anything to save and without worker processes.
-
     One of several processes (torchrun's WORLD_SIZE) leaves at once, whatever happened: what libraries do at the end of
     Python can wait there for another process, which may be gone or wait for this one.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
-        with contextlib.nullcontext() if patience is None else _ended_within(patience):
-            return _run(main)
+        return _run(main)
     status = 1
     try:
         _run(main)
@@ -309,8 +305,13 @@ def run_main(main: Callable[[], Any], patience: float | None = None) -> None:
 
 
 @contextlib.contextmanager
-def _ended_within(seconds: float):
-    """Python's own handlers wait for the main thread; this one waits for them, no longer than `seconds`."""
+def ended_within(seconds: float):
+    """In the body, Ctrl-C, SIGTERM and SIGHUP end the process after so many seconds also where a call does not return
+    to Python, whose own handlers would wait for it (an attention over a whole mesh). For scripts that have nothing to
+    save and no worker processes; outside the main thread, where Python allows no handlers, it does nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     signals, wakeup = socket.socketpair()
     wakeup.setblocking(False)
     over = threading.Event()

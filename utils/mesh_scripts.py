@@ -24,7 +24,7 @@ from data.mesh_io import LABEL_KINDS, NAMED_KINDS, label_names, read_mesh
 from data.mesh_planes import plane_units, pooled
 from data.mesh_results import write_mesh_result
 from data.mesh_surfaces import open_meshes
-from models.downstream import DownstreamClassifier, SurfaceClassifier, face_logits, texture_of
+from models.downstream import DownstreamClassifier, SurfaceClassifier, face_logits, share_of, texture_of
 from utils.config import Config, Setting
 from utils.device import autocast
 from utils.distributed import all_reduce_sum, own_share
@@ -135,8 +135,8 @@ def mesh_probabilities(model: DownstreamClassifier, dataset: MeshDataset, device
                 current = [index, torch.zeros(dataset.num_faces[index], model.num_classes), 0.0, 0.0]
             current[1][face_index[b][mask[b]]] += probabilities[b][mask[b]]      # a mesh's items are consecutive
             if criterion is not None and dataset.items[items[done]][1] == 0:
-                total, weight = criterion.sum_and_weight(logits[b], batch["label"][b], batch["mask"][b],
-                                                         batch["share"][b] if "share" in batch else None)
+                share = {name: value[b] for name, value in share_of(batch).items()}
+                total, weight = criterion.sum_and_weight(logits[b], batch["label"][b], batch["mask"][b], **share)
                 current[2] += total.item()
                 current[3] += weight.item()
             done += 1
