@@ -307,6 +307,7 @@ def _check_range(label: np.ndarray, path: Path, num_classes: int | None, label_o
         wrong = wrong[wrong != num_classes]
     if len(wrong):
         hint += f"; if {' '.join(map(str, wrong[:5]))} means 'not labelled', ignore_labels: {wrong[:5].tolist()}"
+        hint += "" if label_offset else "; if files have numbers of their own, label_map"
     raise ValueError(f"{path}: unknown label {shown}; {hint}")
 
 

@@ -296,6 +296,16 @@ def test_list_meshes(tmp_path):
     assert [p.name for p in list_meshes(tmp_path, [".obj", ".off"])] == ["a2.OFF", "b.obj"]
     with pytest.raises(ValueError, match=r"no mesh in this folder \(looked for .stl\)"):
         list_meshes(tmp_path, [".stl"])
+    for name in ("sub/b.obj", "sub/deep/b.obj", "sub/.hidden/c.obj"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / name, "")
+    assert [str(p.relative_to(tmp_path / "sub")) for p in list_meshes(tmp_path / "sub", recursive=True)] == ["b.obj", "deep/b.obj"]
+    (tmp_path / "sub" / "b.obj").unlink()
+    with pytest.raises(ValueError, match="the folders in it have some: data.recursive=true reads them"):
+        list_meshes(tmp_path / "sub")
+    write(tmp_path / "sub" / "deep" / "b.off", "")
+    with pytest.raises(ValueError, match="deep: b.obj and b.off would share a label file"):
+        list_meshes(tmp_path / "sub", recursive=True)
 
 
 # --- labels ---------------------------------------------------------------------------------------------------------
