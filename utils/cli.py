@@ -317,12 +317,14 @@ def ended_within(seconds: float):
     over = threading.Event()
 
     def watch():
-        while number := signals.recv(1):                       # empty when the other end was closed
-            if number[0] in (signal.SIGINT, signal.SIGTERM, *hangup()) and not over.wait(seconds):
-                os.write(2, f"{_start_again()}\n".encode())
-                os._exit(128 + number[0])
+        with signals:
+            while number := signals.recv(1):                   # empty when the other end was closed
+                if number[0] in (signal.SIGINT, signal.SIGTERM, *hangup()) and not over.wait(seconds):
+                    os.write(2, f"{_start_again()}\n".encode())
+                    os._exit(128 + number[0])
 
-    threading.Thread(target=watch, daemon=True).start()
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
     previous = signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
     try:
         yield
@@ -330,6 +332,7 @@ def ended_within(seconds: float):
         over.set()
         signal.set_wakeup_fd(previous)
         wakeup.close()
+        watcher.join()
 
 
 def _start_again() -> str:
