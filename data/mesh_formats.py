@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 import trimesh
 
+from data.columns import BOM, blocks, parse_numbers, ply_columns
 from data.mesh_glb import glb_triangles
-from data.numbers_in_files import BOM, blocks, parse_numbers
-from data.ply import ply_columns
 
 PLY_CORNERS = ("vertex_indices", "vertex_index")
 logging.getLogger("trimesh").setLevel(logging.CRITICAL)      # it warns with tracebacks

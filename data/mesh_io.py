@@ -17,11 +17,10 @@ from typing import NamedTuple
 import numpy as np
 import trimesh
 
+from data.columns import parse_npy, parse_numbers, plain_text, ply_properties
 from data.label_map import LabelMap
 from data.mesh_formats import obj_names, read_glb, read_obj, read_off, read_ply, read_stl
 from data.mesh_polygons import triangulate
-from data.numbers_in_files import parse_npy, parse_numbers, plain_text
-from data.ply import ply_properties
 from utils.losses import IGNORE_INDEX
 
 READERS = {".obj": read_obj, ".ply": read_ply, ".off": read_off, ".stl": read_stl, ".glb": read_glb}

@@ -20,12 +20,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from data.columns import parse_numbers, ply_columns
 from data.images import opened, to_rgb
 from data.mesh import MeshDataset, cached_arrays, custom_collate_fn
 from data.mesh_formats import PLY_CORNERS, obj_text, plain_lines, text_name
 from data.mesh_io import read_mesh
-from data.numbers_in_files import parse_numbers
-from data.ply import ply_columns
 from utils.array_file import load_checked, save_checked
 from utils.files import replacing
 from utils.log import progress

@@ -29,8 +29,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from data.numbers_in_files import parse_npy
-from data.ply import ply_columns
+from data.columns import parse_npy, ply_columns
 from data.point_transforms import (
     MAX_GRID_INDEX,
     NORMAL_NEIGHBORS,

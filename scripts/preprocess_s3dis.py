@@ -21,7 +21,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.numbers_in_files import parse_numbers  # noqa: E402
+from data.columns import parse_numbers  # noqa: E402
 from data.point_classes import BENCHMARKS  # noqa: E402
 from data.point_transforms import estimate_normals, rotate  # noqa: E402
 from data.points import write_cloud  # noqa: E402
