@@ -37,7 +37,7 @@ from utils.seed import derived_seed
 
 LABEL_VERSION = 2                   # raise it when read_labels gives something else
 STATISTICS_ITEMS = 200              # items that feature_statistics looks at
-MOST_CLUSTERS = 1 << 15             # in one attention, whose time grows with their square: a minute of two cores
+MOST_CLUSTERS = 1 << 14             # in one attention, whose time grows with their square
 FACES_IN_MEMORY = 20_000_000        # prepared meshes beyond this are read again from the cache
 PADDING = {"features": 0.0, "embedding": 0.0, "centroid": 0.0, "area": 0.0, "label": IGNORE_INDEX, "mask": False,
            "face_index": -1, "polygon": -1, "share": 0.0, "descriptors": 0.0, "texture_sequences": 0.0,

@@ -620,7 +620,7 @@ MESHES = group(
     ("a GLB compressed by Draco", PREDICT, mesh_file(glb_of('{"extensionsRequired": ["KHR_draco_mesh_compression"]}'), ".glb"), "odd.glb: needs the extension KHR_draco_mesh_compression", "export it again, uncompressed"),
     ("a GLB whose parts hang in one another", PREDICT, mesh_file(glb_of('{"nodes": [{"children": [1]}, {"children": [0]}], "scenes": [{"nodes": [0]}]}'), ".glb"), "odd.glb: cannot be read as GLB", "node 0 hangs in two places"),
     ("meshes in folders of their own", DOWN, start(DOWN, lambda f: (f / "train").rename(f / "sets") and (f / "train").mkdir() or (f / "sets").rename(f / "train/sets")), "train: no mesh in this folder", "data.recursive=true reads them"),
-    ("more clusters than one attention takes", DOWN, start(DOWN, put(MESH, "v 0 0 0\nv 1 0 0\nv 0 1 0\n" + "f 1 2 3\n" * 32_769), "model.faces_per_cluster=1"), f"{MESH}: 32,769 clusters", "set training.clusters_per_batch"),
+    ("more clusters than one attention takes", DOWN, start(DOWN, put(MESH, "v 0 0 0\nv 1 0 0\nv 0 1 0\n" + "f 1 2 3\n" * 16_385), "model.faces_per_cluster=1"), f"{MESH}: 16,385 clusters", "set training.clusters_per_batch"),
     ("a suffix nobody knows", PREDICT, mesh_file("x", ".obi"), "odd.obi", "did you mean .obj?"),
     ("a folder that is called mesh.obj", PREDICT, predict(DOWN, folder_at("odd.obj"), "odd.obj"), "odd.obj: no mesh in this folder", "looked for"),
     ("a dangling link", PREDICT, predict(DOWN, link("odd.obj", "nowhere.obj"), "odd.obj"), "odd.obj", "no such file"),
