@@ -22,7 +22,7 @@ from pathlib import Path
 from evaluate import load
 from utils.checkpoint import check_writable
 from utils.checks import check_choice, printable
-from utils.cli import ArgumentParser, run_main
+from utils.cli import ArgumentParser, ended_within, run_main
 from utils.device import AMP_DTYPES, amp_settings, pick_device, slow_dtype
 from utils.log import progress
 
@@ -60,27 +60,27 @@ def pixel(text: str) -> tuple[int, int]:
     return int(column), int(row)
 
 
-def input_files(script, inputs, config) -> list[Path]:
-    """Files as given, folders as what the script can read in them (data.suffixes of the config
-    chooses, where there is such a key). ValueError where two would write the same result."""
+def input_files(script, inputs, config) -> dict[Path, str]:
+    """{file: name of its result}: files as given, folders as what the script can read in them
+    (data.suffixes and data.recursive of the config choose, where there are such keys). ValueError
+    where two would write the same result."""
     data = config.get("data", {})
-    suffixes = {"suffixes": data["suffixes"]} if "suffixes" in data else {}
-    files: list[Path] = []
+    options = {key: data[key] for key in ("suffixes", "recursive") if key in data}
+    names = {}
     for path in map(Path, inputs):
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such file or folder")
-        found = script.list_inputs(path, **suffixes) if path.is_dir() else [path]
+        found = script.list_inputs(path, **options) if path.is_dir() else [path]
         if not found:
             raise ValueError(f"{path}: nothing in this folder can be read by "
                              f"{script.__name__}.py; name another")
-        files += found
-    names = {}
-    for path in files:
-        name = result_name(path)
-        if names.setdefault(name, path) != path:
-            raise ValueError(f"{names[name]} and {path} would both write {name}.*; predict them "
-                             f"into two folders")
-    return list(names.values())
+        for file in found:
+            below = file.parent.relative_to(path) if path.is_dir() and file != path else Path()
+            name = str(below / result_name(file))
+            if names.setdefault(name, file) != file:
+                raise ValueError(f"{names[name]} and {file} would both write {name}.*; predict "
+                                 f"them into two folders")
+    return {file: name for name, file in names.items()}
 
 
 def result_name(path: Path) -> str:
@@ -109,6 +109,7 @@ def check_results(args, formats: dict) -> None:
                          "shown; leave it out")
 
 
+@ended_within(1.0)                      # seconds after Ctrl-C: there is nothing to save
 def main(argv=None) -> dict:
     args = parse_args(argv)
     device = pick_device(args.device)
@@ -123,16 +124,19 @@ def main(argv=None) -> dict:
     if not files:
         raise ValueError("no input: name files or folders behind the checkpoint")
     output = Path(args.output)
-    if any(path.resolve().parent == output.resolve() for path in files):
+    if any((output / name).resolve().parent == path.resolve().parent
+           for path, name in files.items()):
         raise ValueError(f"--output {output} holds the input, whose files (or labels) could be "
                          f"replaced; use another folder")
     check_writable(output)
     output.mkdir(parents=True, exist_ok=True)
     labels = {}
-    for path in progress(files, "predicting"):
-        tile = {} if args.tile is None else {"tile": args.tile}
+    tile = {} if args.tile is None else {"tile": args.tile}
+    for path in progress(list(files), "predicting"):
         prediction = script.predict(model, path, amp_dtype, **tile)
-        script.write_prediction(model, path, prediction, output / result_name(path), args)
+        stem = output / files[path]
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        script.write_prediction(model, path, prediction, stem, args)
         label = prediction["label"]
         for doubt in prediction.get("doubts", ()):
             print(f"WARNING: {printable(str(path))}: {doubt}", flush=True)

@@ -612,6 +612,11 @@ def mesh_file(content: str | bytes, suffix: str = ".obj"):
     return predict(DOWN, put(f"odd{suffix}", content), f"odd{suffix}")
 
 
+def glb_of(tree: str) -> bytes:
+    """A GLB with this JSON and nothing else."""
+    return struct.pack("<4s3I4s", b"glTF", 2, 20 + len(tree), len(tree), b"JSON") + tree.encode()
+
+
 def labelled(folder: Path) -> np.ndarray:
     """What predict.py wrote for `odd`."""
     return np.loadtxt(folder / "out" / "odd.txt", ndmin=1)
@@ -649,6 +654,10 @@ MESHES = group(
     ("an STL of random bytes", PREDICT, mesh_file(bytes(range(200)), ".stl"), "odd.stl", "cut short or damaged"),
     ("an STL of 4 billion triangles in 84 bytes", PREDICT, mesh_file(bytes(80) + b"\xff" * 4, ".stl"), "odd.stl", "cut short or damaged"),
     ("a GLB cut short", PREDICT, mesh_file(b"glTF\2\0\0\0\xff\xff\xff\x7f\x10\0\0\0JSON{}", ".glb"), "odd.glb: cannot be read as GLB", "cut short or damaged"),
+    ("a GLB compressed by Draco", PREDICT, mesh_file(glb_of('{"extensionsRequired": ["KHR_draco_mesh_compression"]}'), ".glb"), "odd.glb: needs the extension KHR_draco_mesh_compression", "export it again, uncompressed"),
+    ("a GLB whose parts hang in one another", PREDICT, mesh_file(glb_of('{"nodes": [{"children": [1]}, {"children": [0]}], "scenes": [{"nodes": [0]}]}'), ".glb"), "odd.glb: cannot be read as GLB", "node 0 hangs in two places"),
+    ("meshes in folders of their own", DOWN, start(DOWN, lambda f: (f / "train").rename(f / "sets") and (f / "train").mkdir() or (f / "sets").rename(f / "train/sets")), "train: no mesh in this folder", "data.recursive=true reads them"),
+    ("more clusters than one attention takes", DOWN, start(DOWN, put(MESH, "v 0 0 0\nv 1 0 0\nv 0 1 0\n" + "f 1 2 3\n" * 16_385), "model.faces_per_cluster=1"), f"{MESH}: 16,385 clusters", "set training.clusters_per_batch"),
     ("a suffix nobody knows", PREDICT, mesh_file("x", ".obi"), "odd.obi", "did you mean .obj?"),
     ("a folder that is called mesh.obj", PREDICT, predict(DOWN, folder_at("odd.obj"), "odd.obj"), "odd.obj: no mesh in this folder", "looked for"),
     ("a dangling link", PREDICT, predict(DOWN, link("odd.obj", "nowhere.obj"), "odd.obj"), "odd.obj", "no such file"),
@@ -698,6 +707,12 @@ LABEL_CASES = group(
     ("a folder in its place", DOWN, start(DOWN, folder_at(LABELS)), f"{MESH}: no labels", "looked in train"),
     ("labels in a folder that is not there", EVAL, evaluate(DOWN, None, "--data-dir", "test", "--label-dir", "labels"), "test/mesh_00.obj: no labels", "looked in labels"),
     ("not one face labelled", DOWN, start(DOWN, lambda f: [lines(str(p.relative_to(f)), lambda rows: ["-100" for _ in rows])(f) for p in f.glob("*/*.txt")]), ": not one face of 1 meshes is labelled", "ignore_labels"),
+    ("a property that the PLY has not", DOWN, start(DOWN, both(gone(MESH), put("train/mesh_00.ply", PLY + "0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n")), "data.label_field=quality"), "train/mesh_00.ply: no labels in it", "a face property quality"),
+    ("materials that nobody named", DOWN, start(DOWN, put("val/mesh_00.obj", QUAD + "usemtl roof\nf 1 2 3\n"), "data.label_kind=material"), "val/mesh_00.obj: material 'roof' (1 faces) is none of data.class_names: low, high, cap", "add it there"),
+    ("more materials than classes", DOWN, start(DOWN, put(MESH, QUAD + "usemtl roof\nf 1 2 3\n"), "data.label_kind=material", "data.class_names=[]"), "the meshes have 1 names (roof) and model.n_classes=3", "data.class_names"),
+    ("a label map of other classes", DOWN, start(DOWN, None, "data.label_map=0:0,1:1"), "data.label_map has 2 classes", "set model.n_classes to 2"),
+    ("a label that is not in the map", DOWN, start(DOWN, lines(LABELS, lambda rows: ["9", *rows[1:]]), "data.label_map=0:0,1:1,2:2"), f"{LABELS}: value 9 (1 times) not in the label map", "VALUE:ignore"),
+    ("scores in JSON", DOWN, start(DOWN, both(gone(LABELS), put("train/mesh_00.json", '{"scores": [1]}'))), "train/mesh_00.json: expected a list of numbers", '"labels"'),
     ("labels for a probe of too few classes", JEPA, start(JEPA, None, "probe.interval=1", "model.n_classes=2"), "unknown label 2", "known: 0..1"),
     ("a probe that knows no number of classes", JEPA, start(JEPA, None, "probe.interval=1", "model.n_classes=null"), "model.n_classes", "the probe has to know"),
     ("whole numbers as 1.0", DOWN, start(DOWN, lines(LABELS, lambda rows: [f"{row}.0" for row in rows])), "", "read as 1", lambda f, result: result["miou"] >= 0),

@@ -118,8 +118,10 @@ class MaskedCrossEntropyLoss(nn.Module):
     def forward(self, logits: Tensor, label: Tensor, mask: Tensor | None = None) -> Tensor:
         return _divide(*self.sum_and_weight(logits, label, mask))
 
-    def sum_and_weight(self, logits: Tensor, label: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """-> (sum of weighted element losses, sum of weights), two scalars whose quotient is forward's value."""
+    def sum_and_weight(self, logits: Tensor, label: Tensor, mask: Tensor | None = None,
+                       share: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """-> (sum of weighted element losses, sum of weights), two scalars whose quotient is forward's value. share, of
+        label's shape or None: as how much of one element each counts."""
         weights = self.class_weights
         if weights is not None and len(weights) != logits.shape[self.class_dim]:
             raise ValueError(f"{len(weights)} class weights for {logits.shape[self.class_dim]} classes; one per class")
@@ -134,13 +136,18 @@ class MaskedCrossEntropyLoss(nn.Module):
             nll = F.cross_entropy(logits, label, reduction="none")
             # 1 - p by expm1 keeps its digits near p = 1; the floor keeps the gradient finite there for gamma < 1.
             element = element_weight * (-torch.expm1(-nll)).clamp_min(1e-12) ** self.gamma * nll
+        if share is not None:
+            share = share.reshape(keep.shape)
+            element, element_weight = element * share, element_weight * share
         return element.sum(), element_weight.sum().to(element.dtype)
 
-    def label_weight(self, label: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The weight sum_and_weight will return for these labels (*) and mask (*): float32 scalar, no logits needed."""
+    def label_weight(self, label: Tensor, mask: Tensor | None = None, share: Tensor | None = None) -> Tensor:
+        """The weight sum_and_weight will return for these labels (*), mask and share: float32 scalar, no logits needed.
+        """
         weights = None if self.host_weights is None else self.host_weights.to(label.device)
         check_labels(label, self.num_classes, self.ignore_index, mask)
-        return self._element_weight(label.long(), counting(label, mask, self.ignore_index), weights).sum().float()
+        weight = self._element_weight(label.long(), counting(label, mask, self.ignore_index), weights)
+        return (weight if share is None else weight * share).sum().float()
 
     @staticmethod
     def _element_weight(label: Tensor, keep: Tensor, weights: Tensor | None) -> Tensor:
