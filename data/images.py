@@ -22,7 +22,6 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from data.masks import OUT_OF_RANGE as OUT_OF_RANGE
 from data.masks import MaskReader, examine_mask, to_label
 from data.masks import label_table as label_table
 from data.masks import label_to_file as label_to_file

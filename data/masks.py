@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from data.label_map import LabelMap
-from data.photos import ASSOCIATED, EXTRA_SAMPLES, _depth, _rawmode, opened
+from data.photos import ASSOCIATED, EXTRA_SAMPLES, depth_of, opened, rawmode_of
 from utils.checks import check_range
 from utils.fingerprint import digest
 from utils.losses import IGNORE_INDEX
@@ -96,28 +96,28 @@ def _is_lossy_webp(path):
     return True
 
 
-def load_mask(path: str | Path) -> tuple[Image.Image | None, str | None]:
-    """(image, problem) of a mask: an image of mode L or P, of whole numbers of more bits, or RGB, whose pixels are the
-    file's own numbers; or None and what is wrong with it. ValueError where it cannot be read."""
+def load_mask(path: str | Path) -> tuple[tuple[int, int], Image.Image | None, str | None]:
+    """((width, height), image, problem) of a mask: an image of mode L or P, of whole numbers of more bits, or RGB, with
+    the file's own numbers as pixels; or None and what is wrong with it. ValueError where it cannot be read."""
     with opened(path, "mask") as mask:
-        lossy = lossy_format(mask, path)
+        size, lossy = mask.size, lossy_format(mask, path)
         if lossy:
-            return None, (f"a {lossy} mask: this format changes the class ids at every edge; store masks as PNG, from "
-                          f"their source, not from this file")
-        rawmode, depth, mode = _rawmode(mask), _depth(mask), mask.mode
+            return size, None, (f"a {lossy} mask: this format changes the class ids at every edge; store masks as PNG, "
+                                f"from their source, not from this file")
+        rawmode, depth, mode = rawmode_of(mask), depth_of(mask), mask.mode
         associated = mask.format == "TIFF" and ASSOCIATED in mask.tag_v2.get(EXTRA_SAMPLES, ())
         mask.load()
     if mode in ("1", "L"):
-        return _as_stored(mask, rawmode), None
+        return size, _as_stored(mask, rawmode), None
     if mode == "P":
-        return mask, None
+        return size, mask, None
     if depth != "uint8":
-        return (mask, None) if mode.startswith("I") else (None, _depth_problem(mode))
+        return (size, mask, None) if mode.startswith("I") else (size, None, _depth_problem(mode))
     if mode in ("RGBA", "LA") and not associated and mask.getchannel("A").getextrema() == (255, 255):
         mask = mask.convert(mode.removesuffix("A"))
     if mask.mode in ("L", "RGB"):
-        return mask, None
-    return None, _color_problem(mode)
+        return size, mask, None
+    return size, None, _color_problem(mode)
 
 
 def _as_stored(mask, rawmode):
@@ -157,10 +157,8 @@ def examine_mask(path: str | Path) -> dict:
     """What the check of a data set has to know of a mask, in plain types, independent of all settings: mask_size; kind
     (ids, deep, colors), histogram {value: pixels}, colors {key: pixels}, palette {value: key} behind the values used;
     or mask_problem; digest: of the values."""
-    with opened(path, "mask") as mask:
-        size = list(mask.size)
-    image, problem = load_mask(path)
-    record = {"mask_size": size, "histogram": {}}
+    size, image, problem = load_mask(path)
+    record = {"mask_size": list(size), "histogram": {}}
     if problem is not None:
         return record | {"mask_problem": problem}
     values = np.asarray(image)
@@ -230,7 +228,7 @@ class MaskReader:
     def open(self, path: str | Path) -> Image.Image:
         """A mask as a loaded Pillow image (mode L or P) whose pixels `table` turns into labels. ValueError for others,
         and with a label map or in colours for pixels that are no class."""
-        image, problem = load_mask(path)
+        _, image, problem = load_mask(path)
         if problem is not None:
             raise ValueError(f"{path}: {problem}")
         if image.mode == "RGB":

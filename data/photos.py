@@ -168,7 +168,7 @@ def read_image(path: str | Path, exif: bool = False, photos: PhotoFormat = AS_ST
 
 def to_rgb(image: Image.Image, photos: PhotoFormat = AS_STORED) -> Image.Image:
     """An opened Pillow image, not loaded yet, in the mode RGB, see read_image."""
-    depth = _depth(image)
+    depth = depth_of(image)
     if depth == "uint8":
         return _rgb_of_bytes(image, photos.bands)
     has_alpha = image.mode in ALPHA_MODES                   # not an RGBX TIFF, of whose fourth band that is said
@@ -201,7 +201,7 @@ def _on_white(image):
 
 def byte_channels(image: Image.Image, needed: int = 3) -> list[Image.Image]:
     """The channels of an 8-bit image, the fourth one of an RGBX TIFF too where it is `needed`."""
-    if image.mode == "RGB" and _rawmode(image) == "RGBX" and needed > 3:
+    if image.mode == "RGB" and rawmode_of(image) == "RGBX" and needed > 3:
         _decode_as(image, "RGBA", "RGBA")
     image.load()
     if image.mode not in ("L", "LA", "RGB", "RGBA"):
@@ -236,7 +236,7 @@ def _alpha_kind(image, alpha):
     return "data" if (soft > 0).sum() >= SOFT_VALUES and soft.sum() > SOFT_SHARE * alpha.size else "transparency"
 
 
-def _rawmode(image):
+def rawmode_of(image):
     """How Pillow unpacks the file, such as "RGB;16L"; "" once it is loaded."""
     tile = getattr(image, "tile", None)
     if not tile:
@@ -252,7 +252,7 @@ def _decode_as(image, mode, rawmode):
                   for tile in image.tile]
 
 
-def _depth(image):
+def depth_of(image):
     """The type of the file's numbers, a key of RANGES or float32. CMYK counts as 8 bits."""
     if image.mode == "F":
         return "float32"
@@ -261,7 +261,7 @@ def _depth(image):
             signed = image.tag_v2.get(SAMPLE_FORMAT, (1,))[0] == 2
             return f"{'int' if signed else 'uint'}{image.tag_v2.get(BITS, (16,))[0]}"
         return "int32" if image.mode == "I" else "uint16"
-    rawmode = _rawmode(image)                               # of one band, without its bits, in a planar TIFF
+    rawmode = rawmode_of(image)                               # of one band, without its bits, in a planar TIFF
     deep = ";16" in rawmode or (rawmode and image.format == "TIFF" and max(image.tag_v2.get(BITS, (8,))) == 16)
     return "uint16" if deep and image.mode != "CMYK" else "uint8"
 
@@ -274,7 +274,7 @@ def deep_values(image: Image.Image, depth: str) -> np.ndarray:
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image)[..., None]
         return values.view(np.uint32) if depth == "uint32" else values
-    rawmode = _rawmode(image)
+    rawmode = rawmode_of(image)
     if image.format == "TIFF" and image.tag_v2.get(PLANAR, 1) == 2:
         raise ValueError("16-bit colours that lie band by band (planar), which Pillow reads wrongly; store them pixel "
                          "by pixel: gdal_translate -co INTERLEAVE=PIXEL IN OUT")
@@ -320,10 +320,10 @@ def _linear(values, low, high):
 def examine(image: Image.Image) -> dict:
     """What the check of a data set has to know of an opened image, whose pixels are all decoded: depth, bands, values
     ([lowest, highest] of each band, of files of more than 8 bits), alpha (see alpha_of)."""
-    depth = _depth(image)
+    depth = depth_of(image)
     if depth == "uint8":
         alpha = alpha_of(image)
-        if image.mode == "RGB" and _rawmode(image) == "RGBX":
+        if image.mode == "RGB" and rawmode_of(image) == "RGBX":
             bands = 4
         else:
             bands = len(image.getbands()) if image.mode in ("L", "LA", "RGB", "RGBA") else 1 if image.mode == "1" else 3
@@ -376,7 +376,7 @@ def band_doubt(alpha: str) -> str | None:
 def photo_doubts(path: str | Path, photos: PhotoFormat) -> list[str]:
     """What may be read wrongly in a single photograph, for a warning."""
     with opened(path) as image:
-        plain = _depth(image) == "uint8"
+        plain = depth_of(image) == "uint8"
         if plain and alpha_of(image) == "none" or photos.value_range is not None and photos.bands is not None:
             return []
         record = examine(image) if not plain else {"alpha": alpha_of(image)}

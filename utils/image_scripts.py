@@ -245,9 +245,9 @@ def attach(model: nn.Module, config: Config, class_names: list[str], palette: np
            backbone: FrozenBackbone | None = None) -> None:
     """Give a network what scoring and labelling need besides its weights, as attributes of these names.
 
-    palette (C, 3) uint8. masks: the section of config with ignore_label, label_map and what else
-    says how files are read. normalize: image
-    (B, 3, H, W) uint8 -> what the network takes. refine: see segment_image. backbone: a frozen one that `scores` runs.
+    palette (C, 3) uint8. masks: the section of config with ignore_label, label_map and what else says how files are
+    read. normalize: image (B, 3, H, W) uint8 -> what the network takes. refine: see segment_image. backbone: a frozen
+    one that `scores` runs.
     """
     model.config = config
     model.class_names = class_names
