@@ -38,6 +38,7 @@ from utils.config import Config
 from utils.distributed import all_reduce_sum
 from utils.image_scripts import (
     FREE_ON_RESUME,
+    PHOTO_RESULTS,
     add_backbone_flags,
     add_evaluation_flags,
     add_photo_flags,
@@ -69,8 +70,7 @@ from utils.weights import load_weights
 SCRIPT = Path(__file__).name
 AUX_WEIGHT = 0.4                        # of the auxiliary head's loss (mmsegmentation)
 SHOWN = {"mIoU": "miou", "Acc": "overall_accuracy", "mAcc": "mean_accuracy"}
-# For predict.py, default first.
-RESULTS = {"labels": ("png", "npy"), "picture": ("png", "none"), "html": False}
+RESULTS = PHOTO_RESULTS
 
 
 def make_parser() -> ArgumentParser:
