@@ -58,6 +58,7 @@ from utils.seed import derived_seed
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".jp2", ".j2k")
 PADDING = (124, 116, 104)                   # ImageNet's mean colour: about 0 once normalised
+WINDOWED = 1 << 22                          # pixels of a raster of which parts are read as parts
 LARGE = 1 << 25                             # pixels of a photograph that is scored without being an item
 CROP_TRIES = 10                             # for one that no class dominates (MMSegmentation's number)
 SCAN_VERSION = 3                            # raise it when _scan records something else
@@ -391,8 +392,11 @@ def read_part(path: str | Path, size: tuple[int, int], part: tuple[int, int, int
 
 
 def _part_of_raster(raster, size, part, photos):
-    """read_part of a raster, of which only what the filter of the part sees is read."""
+    """read_part of a raster; of one of more than WINDOWED pixels only what the filter of the part sees is read."""
     left, top, width, height = part
+    if raster.size[0] * raster.size[1] <= WINDOWED:         # Pillow's filter rounds by a hair otherwise elsewhere
+        whole = picture_of(raster_part(raster, photos, (0, 0, *raster.size)))
+        return take_part(whole, raster.size, size, part, Image.Resampling.BILINEAR)
     box, inside = [], []
     for start, length, whole, wanted in zip((left, top), (width, height), raster.size, size, strict=True):
         scale = whole / wanted

@@ -753,7 +753,7 @@ PHOTOS = group(
     ("a photograph of 0 bytes", UPER, start(UPER, put(IMAGE, "")), f"{IMAGE}: this image cannot be read", "cannot identify"),
     ("an HTML page that is called .png", M2F, start(M2F, put(IMAGE, HTML)), f"{IMAGE}: this image cannot be read", "cannot identify"),
     ("a git-LFS pointer that is called .png", UNET, start(UNET, put(IMAGE, LFS)), f"{IMAGE}: this image cannot be read", "cannot identify"),
-    ("a photograph of 10^10 pixels in 100 bytes", UNET, start(UNET, put(IMAGE, png_header(100_000, 100_000))), f"{IMAGE}: this image cannot be read", "decompression bomb"),
+    ("a photograph of 10^10 pixels in 100 bytes", UNET, start(UNET, put(IMAGE, png_header(100_000, 100_000))), f"{IMAGE}: this image cannot be read", "above the limit of 178956970"),
     ("a mask of 8 * 10^7 pixels that are not there", UNET, start(UNET, put(MASK, png_header(9_000, 9_000))), f"{MASK}: this mask cannot be read", "truncated"),
     ("floating-point pixels", UNET, start(UNET, both(gone(IMAGE), lambda f: Image.fromarray(np.zeros((64, 64), np.float32)).save(f / "images/train/picture_000.tif"))), "picture_000.tif", "convert them to 8 bits"),
     ("a mask of another size", UNET, start(UNET, picture(MASK, lambda m: m.resize((32, 64)))), f"{MASK}: 32x64 pixels", "a mask belongs to the photograph's own pixels"),
