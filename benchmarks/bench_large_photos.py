@@ -4,8 +4,8 @@
     python benchmarks/bench_large_photos.py --megapixels 1 16 --suffixes png
 
 A DeepLab v2 of 4 channels is trained for one step, and photographs are labelled at their own size in windows of 512
-pixels every 480: 19 classes in predict.py with --confidence, 150 in evaluate.py on 16 MP. Memory is the largest resident
-set of the whole process, of which Python, PyTorch and the network have what the row of 1 MP shows.
+pixels every 480: 19 classes in predict.py with --confidence, 150 in evaluate.py on 16 MP. Memory is the largest
+resident set of the whole process, of which Python, PyTorch and the network have what the row of 1 MP shows.
 """
 
 from __future__ import annotations
