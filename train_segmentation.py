@@ -495,17 +495,11 @@ def evaluation_view(config: Config) -> View:
                 TTA_SCALES if settings.tta else (1.0,), settings.tta)
 
 
-def normalization(config: Config) -> dict[str, list[float]]:
-    """mean and std, a number for each band; those of red, green and blue are repeated."""
-    bands = photo_format(config.dataset).channels
-    return {name: np.resize(values, bands).tolist()
-            for name, values in config.dataset.normalization.items()}
-
-
 def attach_settings(model: nn.Module, config: Config, class_names, palette: np.ndarray) -> None:
     """What evaluation needs besides the weights, and the memory order."""
     attach(model, config, class_names, palette, masks=config.dataset, view=evaluation_view(config),
-           normalize=build_normalizer(**normalization(config), order=memory_format(config)),
+           normalize=build_normalizer(**config.dataset.normalization, order=memory_format(config),
+                                      bands=photo_format(config.dataset).channels),
            refine=build_refine(config.postprocess))
     model.to(memory_format=memory_format(config))
 

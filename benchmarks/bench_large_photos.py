@@ -4,7 +4,7 @@
     python benchmarks/bench_large_photos.py --megapixels 1 16 --suffixes png
 
 A DeepLab v2 of 4 channels is trained for one step, and photographs are labelled at their own size in windows of 512
-pixels every 480: 19 classes in predict.py with --confidence, 150 in evaluate.py on 16 MP. Memory is the largest
+pixels side by side: 19 classes in predict.py with --confidence, 150 in evaluate.py on 16 MP. Memory is the largest
 resident set of the whole process, of which Python, PyTorch and the network have what the row of 1 MP shows.
 """
 
@@ -56,7 +56,7 @@ def train(folder: Path, num_classes: int) -> Path:
     config = {"dataset": {"root": str(folder), "num_classes": num_classes, "image_size": 512, "cache_dir": None},
               "model": {"name": "deeplab_v2", "n_blocks": [1, 1, 1, 1], "base_width": 4},
               "training": {"epochs": 1, "batch_size": 1, "num_workers": 0}, "logging": {"tensorboard": False},
-              "evaluation": {"mode": "slide", "size": 0, "stride": 480}}
+              "evaluation": {"mode": "slide", "size": 0, "stride": 512}}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     run([ROOT / "train_segmentation.py", folder / "config.yaml", "--device", "cpu", "--output-dir", folder / "run"])
     return folder / "run" / "model" / "model_last.pth"

@@ -235,8 +235,13 @@ def open_photo(path: str | Path, exif: bool = False, photos: PhotoFormat = AS_ST
         for top, bottom in strips(*upright):
             part = read(_box_before(turn, size, top, bottom))
             pixels[top:bottom] = pixels_of(part if turn is None else part.transpose(turn))
+            release(pixels)
+
+    def rows(top, bottom):
+        copy = np.array(pixels[top:bottom])
         release(pixels)
-    return Photo(upright, lambda top, bottom: pixels[top:bottom])
+        return copy
+    return Photo(upright, rows)
 
 
 def _box_before(turn, size, top, bottom):

@@ -234,9 +234,11 @@ class _View:
 
 
 def build_normalizer(mean: Sequence[float], std: Sequence[float],
-                     order: torch.memory_format = torch.contiguous_format) -> Callable[[Tensor], Tensor]:
-    """A function: image (B, 3, H, W) uint8 -> float32, (image / 255 - mean) / std, in this memory order."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
+                     order: torch.memory_format = torch.contiguous_format,
+                     bands: int = 3) -> Callable[[Tensor], Tensor]:
+    """A function: image (B, bands, H, W) uint8 -> float32, (image / 255 - mean) / std, in this memory order. mean, std:
+    one number a band; fewer are repeated."""
+    mean, std = (torch.tensor(np.resize(values, bands).tolist())[:, None, None] for values in (mean, std))
 
     def normalize(image: Tensor) -> Tensor:
         image = image.contiguous(memory_format=order)
