@@ -83,7 +83,8 @@ RESULTS = {**PHOTO_RESULTS, "pca": False, "explain": True}
 COMPARED = ("dataset", "model", "training", "optimizer", "loss")
 # Items of all processes together are compared as well.
 FREE_ON_RESUME = ("training.prune", "training.patience", "training.resume", "model.weights",
-                  "dataset.max_pixels", "dataset.cache_dir", "dataset.test_split", "training.batch_size")
+                  "dataset.max_pixels", "dataset.cache_dir", "dataset.test_split",
+                  "training.batch_size")
 
 DEFAULTS = {
     "dataset": {

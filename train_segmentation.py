@@ -371,8 +371,9 @@ def build_model(config: Config) -> nn.Module:
     bands = photo_format(config.dataset).channels
     C = config.dataset.num_classes
     if model.name == "unet":
-        encoder = ENCODERS[model.backbone]
-        return UNet(encoder() if bands == 3 else encoder(bands), C, model.dropout, model.freeze_encoder)
+        build = ENCODERS[model.backbone]
+        encoder = build() if bands == 3 else build(bands)
+        return UNet(encoder, C, model.dropout, model.freeze_encoder)
     return DeepLabClassifier(C, tuple(model.n_blocks), model.base_width, bands)
 
 
