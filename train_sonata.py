@@ -94,7 +94,10 @@ DEFAULTS = {
         # object (each cloud to radius 1).
         "scale": Setting(1.0, (float, str)),
         "center": True,                         # false, outdoors: the sensor stays at 0
+        # Also height (over the plane most points lie on) and shape (how the surface bends, in
+        # neighbourhoods of cells of shape_sizes metres): both from the coordinates.
         "features": ["coord", "color", "normal"],
+        "shape_sizes": [0.02, 0.04, 0.08],
         "missing_normal": Setting("estimate", (str,), ("estimate", "zeros", "error")),
         "missing_color": Setting("zeros", (str,), ("zeros", "error")),
         "test_grid_size": Setting(None, (float,)),          # S3DIS: 0.01
@@ -172,10 +175,11 @@ def check_config(config: Config) -> None:
 
 def point_spec(config: Config) -> PointSpec:
     data = config.data
-    # Checkpoints from before the last two keys existed lack them.
+    # Checkpoints from before the last three keys existed lack them.
     return PointSpec(data.grid_size, data.unit, tuple(data.features), data.missing_normal,
                      data.missing_color, data.test_grid_size, data.get("scale", 1.0),
-                     data.get("center", True))
+                     data.get("center", True),
+                     tuple(data.get("shape_sizes", DEFAULTS["data"]["shape_sizes"])))
 
 
 def build_augmentation(config: Config) -> PointAugmentation:
@@ -270,7 +274,7 @@ def open_encoder(config: Config) -> tuple[dict, dict | None]:
             arguments = with_decoder(arguments)
         entry = {"name": "PointTransformerV3", "file": str(path), "sha256": sha256_file(path),
                  "config": arguments}
-    channels = 3 * len(config.data.features)
+    channels = point_spec(config).num_channels
     if arguments.get("in_channels", channels) != channels:
         where = f" in {path}" if entry else " of model.encoder"
         raise ValueError(f"data.features={config.data.features} are {channels} channels, the "

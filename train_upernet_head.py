@@ -59,7 +59,7 @@ from utils.image_scripts import (
     tested_split,
     write_photo_label,
 )
-from utils.losses import MaskedCrossEntropyLoss
+from utils.losses import MaskedCrossEntropyLoss, class_weights
 from utils.params import describe_parameters, split_decay
 from utils.run import Run, add_run_flags, main_first
 from utils.schedule import build_scheduler
@@ -96,6 +96,9 @@ def make_parser() -> ArgumentParser:
     training.add_argument("--lr", type=float, default=1e-4)
     training.add_argument("--weight-decay", type=AtLeast(0, float), default=0.01)
     training.add_argument("--scheduler", choices=("poly", "cosine", "constant"), default="poly")
+    training.add_argument("--class-weights", metavar="NAME|W,W,...",
+                          help="of the loss: median_frequency, sqrt_median_frequency, or a number "
+                               "for each class, such as 1,0.5,2; default: all 1")
     training.add_argument("--clip-grad", type=AtLeast(0, float), default=0.0,
                           help="largest norm of the whole gradient; 0: none")
     training.add_argument("--log-interval", type=AtLeast(1), default=10, metavar="STEPS")
@@ -134,6 +137,7 @@ def check_config(config: Config) -> None:
     if config.data.image_size % multiple:
         raise ValueError(f"--image-size {config.data.image_size}: must be a multiple of {multiple} "
                          f"for {config.model.backbone} and --neck {config.model.neck}")
+    build_criterion(config, np.ones(config.data.num_classes))
 
 
 def build_model(config: Config, embed_dim: int, patch_size: int) -> UPerNetSegmenter:
@@ -148,19 +152,22 @@ def build_model(config: Config, embed_dim: int, patch_size: int) -> UPerNetSegme
     return UPerNetSegmenter(neck, head, FCNHead(embed_dim, C, dropout=model.dropout))
 
 
-def build_criterion(config: Config) -> MaskedCrossEntropyLoss:
-    """The mean over labelled pixels; mmsegmentation divides by all: sparse labels count less."""
-    return MaskedCrossEntropyLoss(class_dim=1)
+def build_criterion(config: Config, counts: np.ndarray) -> MaskedCrossEntropyLoss:
+    """The mean over labelled pixels; mmsegmentation divides by all: sparse labels count less.
+    counts (C,): training pixels of each class."""
+    weights = class_weights(config.training.class_weights, counts, "--class-weights")
+    return MaskedCrossEntropyLoss(weights, class_dim=1)
 
 
 def compute_loss(criterion: MaskedCrossEntropyLoss, outputs: dict, label: torch.Tensor,
                  labelled: torch.Tensor) -> dict:
-    """Terms and their weighted `total`; labelled: the labelled pixels of the step divide all."""
+    """Terms and their weighted `total`; labelled: the labelled pixels of the step, each with the
+    weight of its class, divide all."""
     terms = {}
     for name, logits in (("ce", outputs["logits"]), ("aux", outputs["aux_logits"])):
         logits = F.interpolate(logits.float(), label.shape[-2:], mode="bilinear")  # (B, C, S, S)
         loss_sum, _ = criterion.sum_and_weight(logits, label)       # over this micro-batch
-        terms[name] = loss_sum / labelled.clamp(min=1)
+        terms[name] = loss_sum / labelled.clamp(min=1e-6)
     return {**terms, "total": terms["ce"] + AUX_WEIGHT * terms["aux"]}
 
 
@@ -257,6 +264,7 @@ def main(argv=None) -> dict:
         if config.evaluation.validate:
             val_set = build_dataset(config, "val", num_workers=args.num_workers)
     run.messages += training_doubts(class_names, train_set, config.data)
+    criterion = build_criterion(config, train_set.class_counts).to(run.device)
     run.check_data(train=train_set, val=val_set)
     sampler = run.plan(len(train_set), config, batch_size=training.batch_size,
                        epochs=training.epochs, accumulate=training.accumulate,
@@ -282,8 +290,7 @@ def main(argv=None) -> dict:
     attach_backbone(model, backbone, config, class_names, palette)
     network = run.wrap(model)
 
-    # loss, optimiser, schedule
-    criterion = build_criterion(config).to(run.device)
+    # optimiser, schedule
     optimizer = build_optimizer(model, config)
     scheduler = build_lr_scheduler(optimizer, config, run.total_steps)
     run.track(config=config, class_names=class_names, palette=palette.tolist(),

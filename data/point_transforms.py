@@ -1,9 +1,10 @@
 """Point clouds, from raw points to voxels: augmentation, grid sampling, cropping, mixing, views of the precise test.
 
 A cloud is a dict of arrays with one row a point: coord (N, 3) float32 metres with z up, color (N, 3) float32 in 0..255,
-normal (N, 3) float32 of length 1, label (N,) int64, and whatever else must stay in step. Functions return a new dict
-and leave the given one alone; all that is random takes a numpy Generator. Recipe: Sonata (Wu et al. 2025) as released
-in Pointcept (MIT), with the exceptions named below; Mix3D: Nekrasov et al. 2021.
+normal (N, 3) float32 of length 1, label (N,) int64, height (N, 1) and shape (N, 4 S) float32, and whatever else must
+stay in step. Functions return a new dict and leave the given one alone; all that is random takes a numpy Generator.
+Recipe: Sonata (Wu et al. 2025) as released in Pointcept (MIT), with the exceptions named below; Mix3D: Nekrasov et al.
+2021.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ MAX_GRID_INDEX = 65534                  # the serialisation takes 16 bits an axi
 MAX_NOISE_CELLS = 50_000_000            # of an elastic distortion: 600 MB
 FNV_OFFSET, FNV_PRIME, SIGN_BIT = np.uint64(14695981039346656037), np.uint64(1099511628211), np.uint64(1 << 63)
 NORMAL_NEIGHBORS = 16
+SHAPE_CHANNELS = 4                      # numbers of local_shape for each of its sizes
+LAYER = 0.01                            # metres: height_over_plane looks for the fullest layer of this thickness
 EYE_HEIGHT = 1.5                        # metres above the lowest point: where a cloud is supposed to be seen from
 
 
@@ -68,7 +71,22 @@ def rotate(cloud: Cloud, degrees: float, axis: str = "z", center: Sequence[float
 
 
 def scale(cloud: Cloud, factor: float) -> Cloud:
-    return {**cloud, "coord": cloud["coord"] * np.float32(factor)}
+    """Coordinates, and heights over the plane where the cloud has them, times `factor`."""
+    return {name: values * np.float32(factor) if name in ("coord", "height") else values
+            for name, values in cloud.items()}
+
+
+def stretch(cloud: Cloud, factors: Sequence[float]) -> Cloud:
+    """x, y and z times a factor each (above 0), heights over the plane times that of z; normals stay upright on their
+    surface. The feature shape stays that of the cloud as it was."""
+    factors = np.asarray(factors, np.float32)
+    stretched = {**cloud, "coord": cloud["coord"] * factors}
+    if "height" in cloud:
+        stretched["height"] = cloud["height"] * factors[2]
+    if "normal" in cloud:
+        normal = cloud["normal"] / factors
+        stretched["normal"] = normal / np.linalg.norm(normal, axis=1, keepdims=True).clip(1e-12)
+    return stretched
 
 
 def flip(cloud: Cloud, x: bool, y: bool) -> Cloud:
@@ -198,9 +216,17 @@ def sphere_crop(cloud: Cloud, num_points: int, center: np.ndarray) -> Cloud:
 
 
 def stack_features(cloud: Cloud, names: Sequence[str]) -> np.ndarray:
-    """(N, C) float32 of the arrays `names` side by side; colours in 0..1."""
-    return np.concatenate([cloud[name] / np.float32(255) if name == "color" else cloud[name] for name in names],
-                          1).astype(np.float32)
+    """(N, C) float32 of the arrays `names` side by side; colours in 0..1, height in tenths of a metre: a network reads
+    the columns as they are, and should not have to enlarge any."""
+    columns = []
+    for name in names:
+        if name == "color":
+            columns.append(cloud[name] / np.float32(255))
+        elif name == "height":
+            columns.append(cloud[name] * np.float32(10))
+        else:
+            columns.append(cloud[name])
+    return np.concatenate(columns, 1).astype(np.float32)
 
 
 def mix_offsets(offset: torch.Tensor) -> torch.Tensor:
@@ -234,6 +260,58 @@ def estimate_normals(coord: np.ndarray) -> np.ndarray:
     return normal.astype(np.float32)
 
 
+def height_over_plane(coord: np.ndarray, layer: float = LAYER) -> np.ndarray:
+    """(N, 1) float32 metres over the plane that most points lie on (table, floor), which must be level: the median of
+    z in the fullest of all layers `layer` thick and the two beside it. Below it negative."""
+    z = coord[:, 2].astype(np.float64)
+    cell = np.floor((z - z.min()) / layer).astype(np.int64)
+    cells, count = np.unique(cell, return_counts=True)
+    beside = np.abs(cell - cells[count.argmax()]) <= 1
+    return (z - np.median(z[beside])).astype(np.float32)[:, None]
+
+
+def local_shape(coord: np.ndarray, sizes: Sequence[float]) -> np.ndarray:
+    """(N, 4 S) float32, how the surface around each point bends, in neighbourhoods of S sizes (metres): invariant to
+    turns about z, roughly in 0..1.
+
+    For a size the points are first averaged in cells that wide; a neighbourhood is the 16 cells nearest to a point, so
+    that it grows with the size (about 4 cells wide). Four numbers each: `thickness`, three times the root of the
+    smallest eigenvalue's share in the positions' covariance (Pauly et al. 2002; 0 on a plane, 1.7 where all directions
+    are alike); `bend`, how far the neighbours' mean lies behind the point along its normal, in standard deviations
+    of the neighbourhood times 3 (convex above 0, hollow below); the two largest standard deviations of the neighbours'
+    normals (0, 0 on a plane; one on a cylinder or an edge; both on a ball or a corner). Neighbourhoods of fewer than
+    four cells: zeros.
+    """
+    coord = coord.astype(np.float64)
+    return np.concatenate([_shape_at(coord, size) for size in sizes], 1).astype(np.float32)
+
+
+def _shape_at(coord, size):
+    voxels = voxelize(coord, size)
+    means = np.stack([np.bincount(voxels.inverse, axis) for axis in coord.T], 1) / voxels.count[:, None]
+    shape = np.zeros((len(coord), SHAPE_CHANNELS))
+    if len(means) < 4:
+        return shape
+    normal = estimate_normals(means).astype(np.float64)
+    _, index = cKDTree(means).query(coord, min(NORMAL_NEIGHBORS, len(means)))       # (N, k)
+    for begin in range(0, len(coord), 1 << 16):                                     # bounded memory
+        rows = slice(begin, begin + (1 << 16))
+        around, turned = means[index[rows]], normal[index[rows]]                    # (n, k, 3)
+        middle = around.mean(1)
+        around -= middle[:, None]
+        spread, axes = np.linalg.eigh(around.swapaxes(1, 2) @ around / around.shape[1])
+        total = spread.sum(1).clip(1e-12)
+        facing = axes[:, :, 0]
+        facing *= np.where((facing * turned[:, 0]).sum(1) < 0, -1, 1)[:, None]
+        turned *= np.where(turned @ facing[:, :, None] < 0, -1, 1)                 # whichever side each was turned to
+        turned -= turned.mean(1, keepdims=True)
+        bundle = np.linalg.eigvalsh(turned.swapaxes(1, 2) @ turned / turned.shape[1])
+        shape[rows, 0] = 3 * np.sqrt(spread[:, 0].clip(0) / total)
+        shape[rows, 1] = 3 * ((coord[rows] - middle) * facing).sum(1) / np.sqrt(total)
+        shape[rows, 2:] = np.sqrt(bundle[:, :0:-1].clip(0))
+    return shape
+
+
 # -- the training recipe -----------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -247,6 +325,7 @@ class PointAugmentation:
     rotation_xy: float = 180 / 64                   # about the middle of the cloud
     rotation_probability: float = 0.5               # of each of the three turns
     scale_range: tuple[float, float] = (0.9, 1.1)
+    stretch: float = 0.0                            # each axis, after the turns, times 1 -+ this at most
     flip_probability: float = 0.5                   # of x and of y
     jitter: float = 0.005
     jitter_clip: float = 0.02
@@ -271,6 +350,8 @@ class PointAugmentation:
         if self.dropout >= 1 or self.crop_share == 0 or self.crop_points == 0:
             raise ValueError(f"augmentation: dropout={self.dropout:g}, crop_share={self.crop_share}, "
                              f"crop_points={self.crop_points} would leave no point")
+        if self.stretch >= 1:
+            raise ValueError(f"augmentation.stretch={self.stretch:g}: expected a number below 1")
         if len(self.scale_range) != 2 or not 0 < self.scale_range[0] <= self.scale_range[1]:
             raise ValueError(f"augmentation.scale_range={list(self.scale_range)}: expected [lowest, highest], "
                              f"both above 0")
@@ -289,6 +370,8 @@ def augment(cloud: Cloud, settings: PointAugmentation, rng: np.random.Generator)
         if rng.random() < settings.rotation_probability:
             cloud = rotate(cloud, rng.uniform(-most, most), axis, (0, 0, 0) if axis == "z" else None)
     cloud = scale(cloud, rng.uniform(*settings.scale_range))
+    if settings.stretch:                                                            # 0 draws nothing, as before it
+        cloud = stretch(cloud, rng.uniform(1 - settings.stretch, 1 + settings.stretch, 3))
     cloud = flip(cloud, *(rng.random(2) < settings.flip_probability))
     if settings.jitter:
         cloud = jitter(cloud, settings.jitter, settings.jitter_clip, rng)

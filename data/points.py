@@ -21,6 +21,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ from data.mesh_io import parse_npy, ply_columns
 from data.point_transforms import (
     MAX_GRID_INDEX,
     NORMAL_NEIGHBORS,
+    SHAPE_CHANNELS,
     VIEWS,
     Cloud,
     PointAugmentation,
@@ -39,6 +41,8 @@ from data.point_transforms import (
     center_shift,
     estimate_normals,
     fragments,
+    height_over_plane,
+    local_shape,
     mix_offsets,
     representatives,
     stack_features,
@@ -67,6 +71,9 @@ PLAIN_COLUMNS = {3: (), 4: ("label",), 6: ("color",), 7: ("color", "label"), 9: 
                  10: ("color", "normal", "label")}      # of a .npy matrix, after x y z
 
 
+FEATURES = ("coord", "color", "normal", "height", "shape")   # the last two are computed from the coordinates
+
+
 @dataclass(frozen=True)
 class PointSpec:
     """How clouds become voxels: the same in training and prediction, from the config in the checkpoint.
@@ -83,10 +90,11 @@ class PointSpec:
     scale: float | str = 1.0                            # what metres are multiplied by before voxels are made: Utonia
                                                         # 0.5 indoors, 0.2 outdoors, "object": each cloud to radius 1
     center: bool = True                                 # false, outdoors: the sensor stays at 0
+    shape_sizes: tuple[float, ...] = (0.02, 0.04, 0.08)  # of the feature "shape": metres after unit, before scale
 
     def __post_init__(self) -> None:
         for name in self.features:
-            check_choice("data.features", name, ("coord", "color", "normal"))
+            check_choice("data.features", name, FEATURES)
         if not self.features or len(set(self.features)) < len(self.features):
             raise ValueError(f"data.features={list(self.features)}: expected one feature or more, each named once")
         check_choice("data.missing_normal", self.missing_normal, ("estimate", "zeros", "error"))
@@ -96,6 +104,14 @@ class PointSpec:
                 raise ValueError(f"data.{name}={value}: expected a number above 0")
         if self.scale != "object" and (isinstance(self.scale, bool | str) or not 0 < self.scale < float("inf")):
             raise ValueError(f"data.scale={self.scale}: expected a number above 0, or object")
+        if not self.shape_sizes or not all(size > 0 for size in self.shape_sizes):
+            raise ValueError(f"data.shape_sizes={list(self.shape_sizes)}: expected lengths above 0")
+
+    @property
+    def num_channels(self) -> int:
+        """Columns of `feat`: 3 each for coord, color and normal, 1 for height, 4 a size for shape."""
+        width = {"height": 1, "shape": SHAPE_CHANNELS * len(self.shape_sizes)}
+        return sum(width.get(name, 3) for name in self.features)
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -109,6 +125,8 @@ class PointCloud(NamedTuple):
     normal: np.ndarray | None
     label: np.ndarray | None
     warnings: tuple[str, ...] = ()
+    height: np.ndarray | None = None        # (N, 1) and (N, 4 S) float32, from `complete` where they are features
+    shape: np.ndarray | None = None
 
 
 def read_cloud(path: str | Path, label_field: str | None = None) -> PointCloud:
@@ -413,11 +431,12 @@ def _locate(root, entry, source):
 
 def complete(cloud: PointCloud, spec: PointSpec, path: str | Path = "cloud",
              cache_dir: str | Path | None = None) -> tuple[PointCloud, tuple[str, ...]]:
-    """Fill in missing colours and normals as the spec says; -> cloud, and what was missing, for a message.
+    """Fill in missing colours and normals as the spec says, and height and shape where they are features (height in
+    metres after unit); -> cloud, and what was missing, for a message.
 
-    Estimated normals, for which a length is a metre whatever the spec's scale, are kept in cache_dir. A cloud wider
-    than 500 m gets a warning. ValueError for one of more voxels along an axis than can be, and where the spec says
-    "error".
+    Estimated normals and shape, for which a length is a metre whatever the spec's scale, are kept in cache_dir. A cloud
+    wider than 500 m gets a warning. ValueError for one of more voxels along an axis than can be, and where the spec
+    says "error".
     """
     extent = np.ptp(cloud.coord, 0).max() * spec.unit
     wide = f"{path}: the cloud is {extent:.0f} m wide; is it in millimetres? Set data.unit=0.001"
@@ -435,23 +454,36 @@ def complete(cloud: PointCloud, spec: PointSpec, path: str | Path = "cloud",
             cloud = cloud._replace(normal=_cached_normals(cloud.coord * np.float32(spec.unit), cache_dir))
         else:
             cloud = cloud._replace(**{name: np.zeros_like(cloud.coord)})
+    if "height" in spec.features:
+        cloud = cloud._replace(height=height_over_plane(cloud.coord * np.float32(spec.unit)))
+    if "shape" in spec.features:
+        shape = partial(local_shape, sizes=spec.shape_sizes)
+        settings = bytes([NORMAL_NEIGHBORS]) + np.float64(spec.shape_sizes).tobytes()
+        width = SHAPE_CHANNELS * len(spec.shape_sizes)
+        coord = cloud.coord * np.float32(spec.unit)
+        cloud = cloud._replace(shape=_cached("shape", shape, coord, width, settings, cache_dir))
     return cloud, tuple(missing)
 
 
 def _cached_normals(coord, cache_dir):
+    return _cached("normals", estimate_normals, coord, 3, bytes([NORMAL_NEIGHBORS]), cache_dir)
+
+
+def _cached(name, compute, coord, width, settings, cache_dir):
+    """compute(coord), (N, width); kept in cache_dir (None: not at all) under a hash of coord and settings (bytes)."""
     if cache_dir is None:
-        return estimate_normals(coord)
-    key = hashlib.sha256(coord.tobytes() + bytes([NORMAL_NEIGHBORS])).hexdigest()[:32]
-    entry = Path(cache_dir) / f"normals_{key}.npy"
+        return compute(coord)
+    key = hashlib.sha256(coord.tobytes() + settings).hexdigest()[:32]
+    entry = Path(cache_dir) / f"{name}_{key}.npy"
     remove_leftovers_once(cache_dir)
     stored = load_checked(entry)
-    if stored is not None and stored.shape == coord.shape:
+    if stored is not None and stored.shape == (len(coord), width):
         return np.array(stored)
-    normal = estimate_normals(coord)                        # absent or damaged: estimated, and written over
+    values = compute(coord)                                 # absent or damaged: computed, and written over
     entry.parent.mkdir(parents=True, exist_ok=True)
     with replacing(entry) as file:
-        save_checked(file, normal)
-    return normal
+        save_checked(file, values)
+    return values
 
 
 @dataclass
@@ -562,13 +594,17 @@ def to_cloud(cloud: PointCloud, spec: PointSpec) -> Cloud:
 
     Scale "object": the centre of mass at 0 and the farthest point at distance 1 (a cloud on one spot stays there)."""
     arrays = {"coord": cloud.coord * np.float32(spec.unit)}
+    factor = 1.0 if spec.scale == "object" else spec.scale
     if spec.scale == "object":
         around = arrays["coord"] - arrays["coord"].mean(0, dtype=np.float64).astype(np.float32)
         radius = np.sqrt((around * around).sum(1).max())
         arrays["coord"] = around / radius if radius > 0 else around
+        factor = 1 / radius if radius > 0 else 1.0
     elif spec.scale != 1:
         arrays["coord"] = arrays["coord"] * np.float32(spec.scale)
-    arrays |= {name: getattr(cloud, name).astype(np.float32) for name in ("color", "normal") if name in spec.features}
+    arrays |= {name: getattr(cloud, name).astype(np.float32) for name in FEATURES[1:] if name in spec.features}
+    if "height" in arrays:
+        arrays["height"] = arrays["height"] * np.float32(factor)
     return arrays if cloud.label is None else {**arrays, "label": cloud.label}
 
 

@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from utils.losses import (
     MaskedCrossEntropyLoss,
     WeightedLoss,
     _lovasz_slope,
+    class_weights,
     lovasz_softmax_loss,
     soft_dice_loss,
 )
@@ -213,6 +215,18 @@ def test_label_weight_checks_labels():
 def test_bad_settings(kwargs, message):
     with pytest.raises(ValueError, match=message):
         MaskedCrossEntropyLoss(**kwargs)
+
+
+def test_class_weights_of_a_setting():
+    counts = np.array([100, 400, 25, 0])
+    for setting, expected in ((None, None), ([1, 2, 3, 4], [1, 2, 3, 4]), ("1,2,0.5,4", [1, 2, 0.5, 4]),
+                              ("median_frequency", [1.0, 0.25, 4.0, 1.0]), ("sqrt_median_frequency", [1.0, 0.5, 2.0, 1.0])):
+        assert class_weights(setting, counts) == expected
+    for setting, message in (("median", "weights=median: .*, median_frequency or sqrt"), ([1, 2], "weights: 2 numbers for 4 classes"),
+                             ("1,2", "weights: 2 numbers"), ([1, "two", 3, 4], "expected a number for each class"), ("1,,2,3", "a number for each"),
+                             ([[1], 2, 3, 4], "a number for each"), ([1, -1, 1, 1], "from 0"), ("1,nan,1,1", "from 0"), ([0, 0, 0, 0], "above 0")):
+        with pytest.raises(ValueError, match=message):
+            class_weights(setting, counts, "weights")
 
 
 def test_class_weights_must_fit_and_are_not_saved():

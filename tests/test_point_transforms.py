@@ -1,5 +1,7 @@
 """data/point_transforms.py: oracles by loops, invariants, edges. Parity with the official code: test_golden_points."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -45,6 +47,20 @@ def test_a_turn_about_z_keeps_vertical_normals_and_goes_counter_clockwise():
     turned = transforms.rotate(cloud, 90, "z", (0, 0, 0))
     np.testing.assert_allclose(turned["coord"], [[0, 1, 2]], atol=1e-6)
     np.testing.assert_allclose(turned["normal"], [[0, 0, 1]], atol=1e-7)
+
+
+def test_stretched_normals_stay_upright_on_their_surface(rng):
+    cloud = {"coord": np.float32([[1, 2, 3]]), "normal": np.float32([[0.6, 0, 0.8]]), "height": np.float32([[0.5]])}
+    stretched = transforms.stretch(cloud, (2, 1, 0.5))
+    np.testing.assert_array_equal(stretched["coord"], [[2, 2, 1.5]])
+    np.testing.assert_allclose(stretched["normal"], np.array([[0.3, 0, 1.6]]) / np.hypot(0.3, 1.6), rtol=1e-6)
+    assert stretched["height"] == 0.25
+    moved = transforms.augment(make_cloud(rng), replace(STILL, stretch=0.3), np.random.default_rng(1))["coord"]
+    factors = moved / transforms.augment(make_cloud(np.random.default_rng(0)), STILL, np.random.default_rng(1))["coord"]
+    np.testing.assert_allclose(factors, factors[:1].repeat(500, 0), rtol=1e-4)
+    assert np.ptp(factors[0]) > 0.02 and (np.abs(factors - 1) <= 0.3 + 1e-4).all()
+    with pytest.raises(ValueError, match="stretch"):
+        PointAugmentation(stretch=1.0)
 
 
 def test_elastic_distortion_is_smooth_and_bounded_by_its_magnitude(rng):
@@ -138,6 +154,46 @@ def test_normals_of_a_room_look_inside(rng):
     np.testing.assert_allclose(np.linalg.norm(normal, axis=1), 1, atol=1e-5)
     for rows, expected in ((slice(0, 4000), [0, 0, 1]), (slice(4000, 7000), [1, 0, 0]), (slice(7000, None), [0, 0, -1])):
         assert ((normal[rows] @ expected) > 0.99).mean() > 0.9                           # all but those at the edges
+
+
+def test_height_is_measured_from_the_fullest_layer():
+    z = [0.5] * 5 + [0.502] + [0.55, 0.7, 0.3]                      # a table at 0.5, things on it, one point below
+    coord = np.c_[np.arange(9), np.arange(9), z].astype(np.float32)
+    height = transforms.height_over_plane(coord)
+    assert height.shape == (9, 1) and height.dtype == np.float32
+    np.testing.assert_allclose(height[:, 0], np.array(z) - 0.5, atol=1e-6)
+    assert transforms.height_over_plane(coord[:1]) == 0
+    np.testing.assert_allclose(transforms.stack_features({"height": height}, ["height"]), 10 * height)     # decimetres
+    np.testing.assert_allclose(transforms.scale({"coord": coord, "height": height}, 2)["height"], 2 * height)
+
+
+def test_local_shape_of_four_points():
+    """Covariance of the corners of a cube's corner: 3/16 on the diagonal, -1/16 beside it; eigenvalues 1/16, 1/4, 1/4."""
+    coord = np.float32([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]])
+    shape = transforms.local_shape(coord, [0.5])
+    assert shape.shape == (4, 4) and shape.dtype == np.float32
+    np.testing.assert_allclose(shape[:, 0], 1, rtol=1e-5)                               # 3 sqrt((1/16) / (9/16))
+    np.testing.assert_allclose(shape[:, 1], [-3 ** 0.5] + [3 ** -0.5] * 3, rtol=1e-5)   # the origin lies behind
+    np.testing.assert_allclose(shape[:, 2:], 0, atol=1e-6)                              # all four have one normal
+    assert not transforms.local_shape(coord[:3], [0.5]).any()
+    assert not transforms.local_shape(np.tile(coord, (3, 1)), [10]).any()               # one cell
+
+
+def test_local_shape_tells_plane_cylinder_and_ball_apart(rng):
+    u, v = rng.uniform(-1, 1, (2, 20_000))
+    side = np.sqrt(1 - v ** 2)
+    surfaces = {"plane": np.c_[0.5 * u, v * 0, 0.5 * v],
+                "cylinder": np.c_[np.cos(np.pi * u / 3), np.sin(np.pi * u / 3), v],
+                "ball": np.c_[side * np.cos(np.pi * u), side * np.sin(np.pi * u), v]}
+    median = {name: np.median(transforms.local_shape(0.1 * points, [0.01]), 0) for name, points in surfaces.items()}
+    np.testing.assert_allclose(median["plane"], 0, atol=1e-6)
+    thickness, bend, first, second = median["cylinder"]
+    assert thickness > 0.05 and abs(bend) > 0.06 and first > 0.1 and second < 0.3 * first
+    thickness, bend, first, second = median["ball"]
+    assert thickness > 0.05 and abs(bend) > 0.06 and second > 0.7 * first > 0.07
+    ball = 0.1 * surfaces["ball"]
+    turned = transforms.rotate({"coord": ball.astype(np.float32)}, 90, "z", (0, 0, 0))["coord"]
+    np.testing.assert_allclose(np.median(transforms.local_shape(turned, [0.01]), 0), median["ball"], rtol=0.1)
 
 
 def test_normals_survive_tiny_clouds(rng):

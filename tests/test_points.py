@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from data import points
-from data.point_transforms import VIEWS, PointAugmentation
+from data.point_transforms import VIEWS, PointAugmentation, height_over_plane, local_shape
 from data.points import (
     PointDataset,
     PointSpec,
@@ -455,9 +455,28 @@ def test_normals_are_estimated_in_metres_whatever_the_scale(tmp_path):
     assert all(np.array_equal(normal[0], other) for other in normal[1:])
 
 
+def test_height_and_shape_are_features_on_request(tmp_path):
+    cloud = arrays()
+    np.savez(tmp_path / "cloud.npz", **cloud)
+    spec = PointSpec(0.05, unit=2.0, scale=0.5, features=("normal", "height", "shape"), shape_sizes=(0.1, 0.2))
+    dataset = PointDataset([tmp_path / "cloud.npz"], spec, 4, cache_dir=tmp_path / "cache")
+    made = dataset.cloud(0)
+    assert spec.num_channels == 12 and PointSpec().num_channels == 9
+    assert dataset[0]["feat"].shape == (len(dataset[0]["coord"]), 12)
+    double = cloud["coord"] * np.float32(2)                             # lengths are metres after unit, before scale
+    np.testing.assert_array_equal(made["shape"], local_shape(double, (0.1, 0.2)))
+    np.testing.assert_allclose(made["height"], 0.5 * height_over_plane(double), rtol=1e-6)
+    entry, = (tmp_path / "cache").glob("shape_*.npy")
+    with open(entry, "wb") as file:
+        save_checked(file, np.zeros_like(made["shape"]))               # what is kept is taken
+    assert not PointDataset([tmp_path / "cloud.npz"], spec, 4, cache_dir=tmp_path / "cache").cloud(0)["shape"].any()
+    assert PointDataset([tmp_path / "cloud.npz"], PointSpec(0.05), 4).cloud(0).keys() == {"coord", "color", "normal", "label"}
+
+
 def test_spec_refuses_nonsense():
     for change in ({"grid_size": 0}, {"features": ()}, {"features": ("coord", "coord")}, {"features": ("cord",)},
-                   {"missing_normal": "guess"}, {"unit": -1.0}, {"scale": 0}, {"scale": "objects"}, {"scale": True}):
+                   {"missing_normal": "guess"}, {"unit": -1.0}, {"scale": 0}, {"scale": "objects"}, {"scale": True},
+                   {"shape_sizes": ()}, {"shape_sizes": (0.1, 0)}):
         with pytest.raises(ValueError, match="data[.]"):
             PointSpec(**change)
 

@@ -60,7 +60,7 @@ def test_the_list_of_what_is_called_is_complete():
 # -- the method is not buried under the run -----------------------------------------------------------------------------
 
 MOST_LINES = {"train_upernet_head": 320, "train_m2f_head": 345, "train_jepa": 520, "train_sonata": 540, "train_segmentation": 600,
-              "train_downstream": 670, "train_prototype": 800}
+              "train_downstream": 670, "train_prototype": 620}
 
 
 def functions(path):
@@ -74,7 +74,7 @@ def test_a_script_is_read_in_one_sitting(script):
     for function in functions(path):
         length = function.end_lineno - function.lineno + 1
         assert length <= {"main": 70, "train_one_epoch": 25}.get(function.name, 70), f"{function.name} has {length} lines"
-        if function.name not in ("build_dataset", "evaluate"):         # whose parameters evaluate.py passes by position
+        if function.name != "build_dataset":                           # whose parameters evaluate.py passes by position
             assert len(function.args.args) <= 7, f"{function.name} has {len(function.args.args)} positional parameters"
 
 

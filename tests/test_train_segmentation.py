@@ -30,7 +30,7 @@ from utils.cli import StopRequested
 from utils.config import load_config
 from utils.image_inference import build_normalizer
 from utils.log import read_log
-from utils.losses import IGNORE_INDEX, WeightedLoss, class_weights, lovasz_softmax_loss, soft_dice_loss
+from utils.losses import IGNORE_INDEX, WeightedLoss, lovasz_softmax_loss, soft_dice_loss
 from utils.postprocess import build_refine
 from utils.training import build_loader
 
@@ -281,13 +281,6 @@ def test_losses_of_a_step_are_their_sums(root):
     assert terms["total"].item() == pytest.approx(whole.item(), rel=1e-5) and terms["dice"].item() == pytest.approx(parts["dice"].item())
     ignored = torch.full_like(label, IGNORE_INDEX)
     assert SCRIPT.compute_loss(criterion, logits, ignored, criterion.label_weight(ignored), 1.0)["total"].item() == 0
-
-
-def test_class_weights_follow_the_median():
-    counts = np.array([100, 400, 25, 0])
-    for name, expected in ((None, None), ([1, 2, 3, 4], [1, 2, 3, 4]), ("median_frequency", [1.0, 0.25, 4.0, 1.0]),
-                           ("sqrt_median_frequency", [1.0, 0.5, 2.0, 1.0])):
-        assert class_weights(name, counts) == expected
 
 
 def test_early_stopping_and_the_best_of_a_run(tmp_path, root, monkeypatch, capsys):

@@ -223,16 +223,23 @@ class WeightedLoss(nn.Module):
 
 def class_weights(weights: Sequence[float] | str | None, counts: np.ndarray,
                   what: str = "class_weights") -> list[float] | None:
-    """The weights of the setting `what` themselves, or made from the classes' elements in the training set, counts
-    (C,). median_frequency (Eigen and Fergus 2015, but over all elements): median share / share; sqrt_median_frequency:
-    its root. A class without elements gets 1. ValueError for another name, and for a list of another length."""
+    """The weights of the setting `what` themselves (a list, or text: 1,0.5,2), or made from the classes' elements in
+    the training set, counts (C,). median_frequency (Eigen and Fergus 2015, but over all elements): median share /
+    share; sqrt_median_frequency: its root. A class without elements gets 1. ValueError for another name, a list of
+    another length, weights that are not finite numbers >= 0, or all 0."""
     powers = {"median_frequency": 1.0, "sqrt_median_frequency": 0.5}
-    if isinstance(weights, str):
-        if weights not in powers:
-            raise ValueError(f"{what}={weights}: expected a list, null, {' or '.join(powers)}")
+    if isinstance(weights, str) and weights in powers:
         median = np.median(counts[counts > 0])
         share = np.where(counts > 0, counts, median)
         return ((median / share) ** powers[weights]).tolist()
-    if weights is not None and len(weights) != len(counts):
-        raise ValueError(f"{what}: {len(weights)} numbers for {len(counts)} classes; give one per class")
-    return weights
+    if weights is None:
+        return None
+    try:
+        numbers = [float(weight) for weight in (weights.split(",") if isinstance(weights, str) else weights)]
+    except (TypeError, ValueError):
+        raise ValueError(f"{what}={weights}: expected a number for each class, {' or '.join(powers)}") from None
+    if len(numbers) != len(counts):
+        raise ValueError(f"{what}: {len(numbers)} numbers for {len(counts)} classes; give one per class")
+    if not all(0 <= number < math.inf for number in numbers) or not any(numbers):
+        raise ValueError(f"{what}={weights}: expected finite numbers from 0, at least one of them above 0")
+    return numbers

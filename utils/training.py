@@ -122,7 +122,7 @@ class Totals:
 
     def load_state_dict(self, state: Mapping) -> None:
         """The first process carries on what all had; the number of processes may have changed. Files of earlier
-        versions, without `terms`, hold the sums beside the weight (or the number of steps)."""
+        versions, without `terms`, hold the sums beside the weight (or the number of steps); some have no `counts`."""
         self.reset()
         beside = {name: value for name, value in state.items() if name not in ("steps", "weight", "counts")}
         terms = state["terms"] if "terms" in state else beside
@@ -132,7 +132,7 @@ class Totals:
             wide = {"dtype": widest_dtype(device), "device": device}
             self.terms = {name: torch.tensor(float(value) if is_main() else 0.0, **wide)
                           for name, value in terms.items()}
-        if self.matrix is not None and is_main():
+        if self.matrix is not None and is_main() and "counts" in state:
             self.matrix.counts = state["counts"].to(self.device)
 
 
