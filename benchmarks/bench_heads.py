@@ -1,4 +1,4 @@
-"""Cost of the heads on a frozen backbone: parameters, the head alone, inference, a whole training step, memory.
+"""Cost of the heads on a frozen backbone, and of EoMT: parameters, the head alone, inference, a training step, memory.
 
     python benchmarks/bench_heads.py                                # ViT-S, 150 classes, 256 and 512 px
     python benchmarks/bench_heads.py --shapes 512x1 --heads m2f pmt --repeats 5
@@ -29,6 +29,7 @@ from benchmarks.bench_dinov3 import by_turns, patches_of_classes, peak_mib  # no
 from utils import image_scripts as photos  # noqa: E402
 from utils.cli import ArgumentParser, run_main  # noqa: E402
 from utils.device import describe, pick_device  # noqa: E402
+from utils.image_inference import build_normalizer  # noqa: E402
 from utils.losses import MaskedCrossEntropyLoss  # noqa: E402
 from utils.training import optimizer_step  # noqa: E402
 
@@ -40,6 +41,7 @@ HEADS = {
     "pyramid": ("train_upernet_head", ["--neck", "pyramid"], {}),
     "pmt": ("train_pmt_head", [], {"prefix": True}),
     "linear": ("train_linear_head", [], {}),
+    "eomt": ("train_eomt", [], {}),                         # trains the backbone
 }
 
 
@@ -86,12 +88,17 @@ def build(name: str, args: argparse.Namespace, size: int, batch: int) -> dict:
     config = script.config_of(script.parse_args([*flags, "--backbone", args.backbone, "--backbone-weights", "random",
                                                  "--image-size", str(size)]))
     device = pick_device(args.device)
-    taps = script.taps_of(config) if hasattr(script, "taps_of") else config.model.get("taps")
-    backbone, _ = photos.open_backbone(config.model, taps=taps, **options)
-    backbone.to(device)
-    torch.manual_seed(0)
-    model = script.build_model(config).to(device)
-    model.backbone = backbone
+    if name == "eomt":
+        model, entry, _ = script.open_network(config, SimpleNamespace(seed=0, deterministic=False))
+        backbone = normalize = build_normalizer(entry["mean"], entry["std"])
+    else:
+        taps = script.taps_of(config) if hasattr(script, "taps_of") else config.model.get("taps")
+        backbone, _ = photos.open_backbone(config.model, taps=taps, **options)
+        normalize = backbone.to(device).normalize
+        torch.manual_seed(0)
+        model = script.build_model(config)
+        model.backbone = backbone
+    model.to(device)
     has_criterion = hasattr(script, "build_criterion")
     criterion = script.build_criterion(config) if has_criterion else MaskedCrossEntropyLoss(class_dim=1)
     run = OneStep(model, script.build_optimizer(model, config), device)
@@ -103,8 +110,10 @@ def build(name: str, args: argparse.Namespace, size: int, batch: int) -> dict:
         script.train_one_epoch(run, model, backbone, [[data]], criterion.to(device),
                                config if masks else config.training.clip_grad)
 
-    image = backbone.normalize(data["image"].to(device))
-    features = [backbone(image)] if name == "linear" else [image, backbone(image)]
+    image = normalize(data["image"].to(device))
+    features = [image]
+    if name != "eomt":                                      # its head is not to be had alone: the whole network
+        features = [backbone(image)] if name == "linear" else [image, backbone(image)]
 
     @torch.no_grad()
     def head():
@@ -112,7 +121,7 @@ def build(name: str, args: argparse.Namespace, size: int, batch: int) -> dict:
 
     @torch.no_grad()
     def inference():
-        model.eval().scores(backbone.normalize(data["image"].to(device)))
+        model.eval().scores(normalize(data["image"].to(device)))
 
     return {"head": head, "step": step, "inference": inference,
             "parameters": sum(p.numel() for p in model.parameters())}

@@ -1,4 +1,4 @@
-"""The frozen image encoders: DINOv3 and DINOv2 vision transformers, for inference only.
+"""The image encoders: DINOv3 and DINOv2 vision transformers, frozen under a head or (models/eomt.py) trained with it.
 
 DINOv3 (Simeoni et al. 2025, arXiv 2508.10104): axial rotary positions (RoPE), LayerScale, storage ("register") tokens,
 an MLP or a SwiGLU as feed-forward. DINOv2 (Oquab et al. 2023, arXiv 2304.07193; registers: Darcet et al. 2024) differs
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.query_masks import attend
 from utils.checks import did_you_mean, nearest
 from utils.device import autocast
 
@@ -25,8 +26,9 @@ from utils.device import autocast
 class ViTConfig(NamedTuple):
     """Everything that tells one backbone from another.
 
-    ffn: "mlp", "swiglu" (w1, w2 apart) or "swiglu_fused" (w12). pos_grid None: rotary positions; a number: learned
-    ones for a grid of that side, resized bicubically by scale factor with pos_offset, or by size where it is 0.
+    ffn: "mlp", "swiglu" (w1, w2 apart) or "swiglu_fused" (w12). pos_grid None: rotary positions, and no bias of keys; a
+    number or (h, w): learned ones for a grid of that side or sides, resized bicubically by scale factor with
+    pos_offset, or by size where it is 0; pos_class: the class token has one too.
     taps: the blocks whose tokens the heads read (those of the DINOv3 adapter).
     """
 
@@ -41,7 +43,8 @@ class ViTConfig(NamedTuple):
     norm_eps: float = 1e-5
     qkv_bias: bool = True
     rope_base: float = 100.0
-    pos_grid: int | None = None
+    pos_grid: int | tuple[int, int] | None = None
+    pos_class: bool = True
     pos_offset: float = 0.0
     pos_antialias: bool = False
 
@@ -117,20 +120,26 @@ def rotate(qk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; `rope` (cos, sin) or None."""
+    """Multi-head self-attention; `rope` (cos, sin) or None; `allowed`: see attend. The key part of DINOv3's bias, zero,
+    gets no gradient."""
 
     def __init__(self, config: ViTConfig):
         super().__init__()
         self.num_heads = config.num_heads
+        self.key_bias = config.pos_grid is not None
         self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim, bias=config.qkv_bias)
         self.proj = nn.Linear(config.embed_dim, config.embed_dim)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))     # (B, N, 3, heads, D)
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, allowed: Tensor | None = None) -> Tensor:
+        bias = self.qkv.bias
+        if bias is not None and bias.requires_grad and not self.key_bias:
+            query, key, value = bias.chunk(3)
+            bias = torch.cat([query, key.detach(), value])
+        qkv = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1))      # (B, N, 3, heads, D)
         qk, v = qkv[:, :, :2], qkv[:, :, 2]
         q, k = (qk if rope is None else rotate(qk, *rope)).unbind(2)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))       # (B, heads, N, D), views
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(attend(q, k, v, allowed).transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):
@@ -179,8 +188,8 @@ class Block(nn.Module):
         self.mlp = (Mlp(dim, config.ffn_hidden) if config.ffn == "mlp"
                     else SwiGLU(dim, config.ffn_hidden, fused=config.ffn == "swiglu_fused"))
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
-        x = self.ls1(x, self.attn(self.norm1(x), rope))
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, allowed: Tensor | None = None) -> Tensor:
+        x = self.ls1(x, self.attn(self.norm1(x), rope, allowed))
         return self.ls2(x, self.mlp(self.norm2(x)))
 
 
@@ -213,7 +222,8 @@ class VisionTransformer(nn.Module):
         if config.pos_grid is None:
             self.rope_embed = RopePositions(config)
         else:
-            self.pos_embed = nn.Parameter(torch.empty(1, 1 + config.pos_grid ** 2, dim))
+            height, width = self._learned_grid()
+            self.pos_embed = nn.Parameter(torch.empty(1, config.pos_class + height * width, dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(dim, config.norm_eps)
         bound = 0.02 * math.sqrt(3)
@@ -250,6 +260,16 @@ class VisionTransformer(nn.Module):
 
     def _run(self, image: Tensor, wanted: list[int]) -> list[Tensor]:
         """All tokens (B, 1 + R + h w, C) after each of the wanted blocks."""
+        x, rope = self.embed(image)
+        kept = {}
+        for index, block in enumerate(self.blocks[:max(wanted) + 1]):
+            x = block(x, rope)
+            if index in wanted:
+                kept[index] = x
+        return [kept[index] for index in wanted]
+
+    def embed(self, image: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Tokens (B, 1 + R + h w, C) before the first block, and what the blocks rotate them by (None for DINOv2)."""
         if image.ndim != 4 or image.shape[1] != 3 or not image.is_floating_point():
             raise ValueError(f"image: expected normalised floats (B, 3, H, W), got {image.dtype} {tuple(image.shape)}")
         height, width = image.shape[-2:]
@@ -264,27 +284,33 @@ class VisionTransformer(nn.Module):
             rope = self.rope_embed(height, width, 1 + self.config.num_registers)
         else:
             position = self._position(height, width)
-            prefix, x = prefix + position[:, :1], x + position[:, 1:]                            # registers get none
+            if self.config.pos_class:
+                prefix, position = prefix + position[:, :1], position[:, 1:]
+            x = x + position                                                                     # registers get none
         if self.config.num_registers:
             prefix = torch.cat([prefix, getattr(self, self.registers)], 1)                       # (1, 1 + R, C)
-        x = torch.cat([prefix.expand(len(x), -1, -1), x.to(prefix.dtype)], 1)                    # (B, 1 + R + h w, C)
-        kept = {}
-        for index, block in enumerate(self.blocks[:max(wanted) + 1]):
-            x = block(x, rope)
-            if index in wanted:
-                kept[index] = x
-        return [kept[index] for index in wanted]
+        return torch.cat([prefix.expand(len(x), -1, -1), x.to(prefix.dtype)], 1), rope
+
+    def _learned_grid(self) -> tuple[int, int]:
+        grid = self.config.pos_grid
+        return (grid, grid) if isinstance(grid, int) else grid
 
     def _position(self, height: int, width: int) -> Tensor:
-        """The learned embedding for a grid: (1, 1 + h w, C), float32; unchanged for the grid it was learned for."""
-        side, offset = self.config.pos_grid, self.config.pos_offset
-        if (height, width) == (side, side):
+        """The learned embedding for a grid: (1, [1 +] h w, C), float32; unchanged for the grid it was learned for."""
+        learned, offset = self._learned_grid(), self.config.pos_offset
+        if (height, width) == learned:
             return self.pos_embed
-        grid = self.pos_embed[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)      # (1, C, side, side)
-        target = {"scale_factor": ((height + offset) / side, (width + offset) / side)} if offset else \
+        of_class, grid = self.pos_embed.tensor_split([int(self.config.pos_class)], 1)
+        target = {"scale_factor": ((height + offset) / learned[0], (width + offset) / learned[1])} if offset else \
             {"size": (height, width)}
-        grid = F.interpolate(grid, mode="bicubic", antialias=self.config.pos_antialias, **target)
-        return torch.cat([self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], 1)
+        return torch.cat([of_class, resize_positions(grid, learned, self.config.pos_antialias, **target)], 1)
+
+
+def resize_positions(position: Tensor, grid: tuple[int, int], antialias: bool, **target: Any) -> Tensor:
+    """Positions (1, h w, C) of the patches of a grid (h, w), resized bicubically to target's size or scale_factor
+    (see F.interpolate): (1, H W, C) float32."""
+    position = position.float().unflatten(1, grid).permute(0, 3, 1, 2)                           # (1, C, h, w)
+    return F.interpolate(position, mode="bicubic", antialias=antialias, **target).flatten(2).transpose(1, 2)
 
 
 class FrozenBackbone:

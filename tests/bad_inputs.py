@@ -415,7 +415,25 @@ def with_jepa(script: str, edit=None, *more: str):
     return make
 
 
-LINEAR, PMT = "train_linear_head.py", "train_pmt_head.py"
+def with_network(edit, *more: str):
+    """make() of a case that starts train_eomt.py from model.pth, a checkpoint of it, without a backbone's weights."""
+    def make(folder):
+        argv = [word for word in start(EOMT)(folder) if word not in ("--backbone-weights", "random")]
+        shutil.copy(checkpoint(EOMT), folder / "model.pth")
+        if edit is not None:
+            edit(folder)
+        return [*argv, "--network-weights", "model.pth", *more]
+    return make
+
+
+def as_differences(content: dict) -> None:
+    """The norms of a network as those of differences to one: around 0."""
+    for name, tensor in content["model"].items():
+        if "norm" in name and name.endswith("weight"):
+            tensor -= 1
+
+
+LINEAR, PMT, EOMT = "train_linear_head.py", "train_pmt_head.py", "train_eomt.py"
 DOWN, JEPA, SONATA, M2F, UPER = "train_downstream.py", "train_jepa.py", "train_sonata.py", "train_m2f_head.py", "train_upernet_head.py"
 UNET, PROTO, EVAL, PREDICT = "train_segmentation.py", "train_prototype.py", "evaluate.py", "predict.py"
 S3DIS, SCANNET, VOC, FREE = "scripts/preprocess_s3dis.py", "scripts/preprocess_scannet.py", "scripts/download_voc.py", "scripts/download_datasets.py"
@@ -502,6 +520,8 @@ SETTINGS = group(
     ("prototypes that classes cannot share", PROTO, start(PROTO, None, "model.prototype_shape=[7, 8, 1, 1]"), "prototype_shape", "class"),
     ("two phases for three", PROTO, start(PROTO, None, "training.steps=[1, 2]"), "training.steps", "three"),
     ("weights for other classes", UNET, start(UNET, None, "losses.class_weights=[1, 2]"), "losses.class_weights: 2 numbers", "give one per class"),
+    ("weights for other classes", PROTO, start(PROTO, None, "loss.class_weights=[1, 2]"), "loss.class_weights: 2 numbers", "give one per class"),
+    ("weights below 0", PROTO, start(PROTO, None, "loss.class_weights=[1, -2, 1]"), "loss.class_weights", "expected finite numbers from 0"),
     ("losses that are all off", UNET, start(UNET, None, "losses.ce=0"), "no loss with a weight above 0", "choose from ce, focal"),
     ("an argument the network does not have", SONATA, start(SONATA, None, "model.encoder.depth=3"), "depth", "did you mean"),
     ("heads that channels cannot share", SONATA, start(SONATA, None, "model.encoder.enc_num_head=[3, 2, 3]"), "enc_channels 16", "multiple of 3 heads"),
@@ -525,6 +545,7 @@ FLAGS = group(
     ("a seed beyond 64 bits", M2F, start(M2F, None, "--seed", "99999999999999999999999"), "seed", "expected an integer from 0"),
     ("a device that is none", SONATA, start(SONATA, None, "--device", "gpu"), "--device", "cuda"),
     ("a GPU that is not there", UPER, start(UPER, None, "--device", "cuda:9"), "--device", "cpu"),
+    ("clouds compiled", SONATA, start(SONATA, None, "--compile"), "--compile", "every size of cloud"),
     ("to test what was never trained", UNET, start(UNET, None, "--test-only"), "--test-only needs a checkpoint", "add --resume PATH or --resume auto"),
     ("to test an empty run folder", SONATA, start(SONATA, None, "--test-only", "--resume", "auto"), "--test-only needs a checkpoint", "there is no checkpoint in out/model"),
     ("to go on from a file that is not there", PROTO, start(PROTO, None, "--resume", "out/model/model_last.pth"), "out/model/model_last.pth", "Check the path"),
@@ -538,6 +559,8 @@ FLAGS = group(
     ("photographs without masks", UPER, without(UPER, "--mask-paths", "masks/train"), "--mask-paths", "belong together"),
     ("a pattern that finds nothing", M2F, start(M2F, None, "--image-paths", "pictures/*.jpg"), "--image-paths pictures/*.jpg", "no image file matches"),
     ("the value of unlabelled is a class", M2F, start(M2F, None, "--ignore-label", "1"), "--ignore-label 1", "--reduce-zero-label"),
+    ("a misspelt way to weigh classes", UPER, start(UPER, None, "--class-weights", "median"), "--class-weights=median", "median_frequency"),
+    ("weights for other classes", UPER, start(UPER, None, "--class-weights", "1,2"), "--class-weights: 2 numbers", "give one per class"),
     ("a learning rate of NaN", UPER, start(UPER, None, "--lr", "nan"), "--lr", "a number above 0"),
     ("a share of 90 % for validation", UPER, start(UPER, None, "--val-share", "0.9"), "--val-share", "from 0 to 0.5"),
     ("a cache of views that change", M2F, start(M2F, None, "--cache-features"), "--cache-features", "--augment windows"),
@@ -548,6 +571,13 @@ FLAGS = group(
     ("blocks that the backbone does not have", PMT, start(PMT, None, "--taps", "0", "4"), "--taps 0 4", "from 0 to 3"),
     ("blocks in another order", PMT, start(PMT, None, "--taps", "2", "0"), "--taps 2 0", "in their order"),
     ("heads that cannot share the width", M2F, start(M2F, None, "--hidden-dim", "30"), "--hidden-dim", "multiple"),
+    ("features of a backbone that is trained", EOMT, start(EOMT, None, "--augment", "windows", "--cache-features"), "--cache-features", "leave the flag out"),
+    ("a crop of no whole patches", EOMT, start(EOMT, None, "--image-size", "72"), "--image-size 72", "multiple of 16"),
+    ("more blocks with queries than there are", EOMT, start(EOMT, None, "--joint-blocks", "5"), "--joint-blocks 5", "has 4 blocks"),
+    ("more frozen blocks than there are", EOMT, start(EOMT, None, "--freeze-blocks", "5"), "--freeze-blocks 5", "has 4 blocks"),
+    ("warm-ups longer than the run", EOMT, start(EOMT, None, "--head-warmup", "0.6", "--encoder-warmup", "0.5"), "--encoder-warmup", "from 0 to 0.3"),
+    ("a layer decay that grows", EOMT, start(EOMT, None, "--layer-decay", "1.2"), "--layer-decay", "from 0.01 to 1"),
+    ("random weights under a trained network", EOMT, start(EOMT, None, "--network-weights", "model.pth"), "--backbone-weights random", "leave one of them out"),
     ("a phase whose turn it is not", PROTO, start(PROTO, None, "--phase", "2"), "--phase 2", "--resume"),
     ("a data set and a split at once", EVAL, evaluate(DOWN, None, "--split", "val", "--data-dir", "test"), "--split and --data-dir", "name one of them"),
     ("labels without data", EVAL, evaluate(DOWN, None, "--label-dir", "test"), "--label-dir", "labels of --data-dir"),
@@ -580,6 +610,11 @@ PLY = "ply\nformat ascii 1.0\nelement vertex 3\nproperty float x\nproperty float
 def mesh_file(content: str | bytes, suffix: str = ".obj"):
     """make() of a case: predict.py on one file `odd`."""
     return predict(DOWN, put(f"odd{suffix}", content), f"odd{suffix}")
+
+
+def glb_of(tree: str) -> bytes:
+    """A GLB with this JSON and nothing else."""
+    return struct.pack("<4s3I4s", b"glTF", 2, 20 + len(tree), len(tree), b"JSON") + tree.encode()
 
 
 def labelled(folder: Path) -> np.ndarray:
@@ -619,6 +654,10 @@ MESHES = group(
     ("an STL of random bytes", PREDICT, mesh_file(bytes(range(200)), ".stl"), "odd.stl", "cut short or damaged"),
     ("an STL of 4 billion triangles in 84 bytes", PREDICT, mesh_file(bytes(80) + b"\xff" * 4, ".stl"), "odd.stl", "cut short or damaged"),
     ("a GLB cut short", PREDICT, mesh_file(b"glTF\2\0\0\0\xff\xff\xff\x7f\x10\0\0\0JSON{}", ".glb"), "odd.glb: cannot be read as GLB", "cut short or damaged"),
+    ("a GLB compressed by Draco", PREDICT, mesh_file(glb_of('{"extensionsRequired": ["KHR_draco_mesh_compression"]}'), ".glb"), "odd.glb: needs the extension KHR_draco_mesh_compression", "export it again, uncompressed"),
+    ("a GLB whose parts hang in one another", PREDICT, mesh_file(glb_of('{"nodes": [{"children": [1]}, {"children": [0]}], "scenes": [{"nodes": [0]}]}'), ".glb"), "odd.glb: cannot be read as GLB", "node 0 hangs in two places"),
+    ("meshes in folders of their own", DOWN, start(DOWN, lambda f: (f / "train").rename(f / "sets") and (f / "train").mkdir() or (f / "sets").rename(f / "train/sets")), "train: no mesh in this folder", "data.recursive=true reads them"),
+    ("more clusters than one attention takes", DOWN, start(DOWN, put(MESH, "v 0 0 0\nv 1 0 0\nv 0 1 0\n" + "f 1 2 3\n" * 16_385), "model.faces_per_cluster=1"), f"{MESH}: 16,385 clusters", "set training.clusters_per_batch"),
     ("a suffix nobody knows", PREDICT, mesh_file("x", ".obi"), "odd.obi", "did you mean .obj?"),
     ("a folder that is called mesh.obj", PREDICT, predict(DOWN, folder_at("odd.obj"), "odd.obj"), "odd.obj: no mesh in this folder", "looked for"),
     ("a dangling link", PREDICT, predict(DOWN, link("odd.obj", "nowhere.obj"), "odd.obj"), "odd.obj", "no such file"),
@@ -668,6 +707,12 @@ LABEL_CASES = group(
     ("a folder in its place", DOWN, start(DOWN, folder_at(LABELS)), f"{MESH}: no labels", "looked in train"),
     ("labels in a folder that is not there", EVAL, evaluate(DOWN, None, "--data-dir", "test", "--label-dir", "labels"), "test/mesh_00.obj: no labels", "looked in labels"),
     ("not one face labelled", DOWN, start(DOWN, lambda f: [lines(str(p.relative_to(f)), lambda rows: ["-100" for _ in rows])(f) for p in f.glob("*/*.txt")]), ": not one face of 1 meshes is labelled", "ignore_labels"),
+    ("a property that the PLY has not", DOWN, start(DOWN, both(gone(MESH), put("train/mesh_00.ply", PLY + "0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n")), "data.label_field=quality"), "train/mesh_00.ply: no labels in it", "a face property quality"),
+    ("materials that nobody named", DOWN, start(DOWN, put("val/mesh_00.obj", QUAD + "usemtl roof\nf 1 2 3\n"), "data.label_kind=material"), "val/mesh_00.obj: material 'roof' (1 faces) is none of data.class_names: low, high, cap", "add it there"),
+    ("more materials than classes", DOWN, start(DOWN, put(MESH, QUAD + "usemtl roof\nf 1 2 3\n"), "data.label_kind=material", "data.class_names=[]"), "the meshes have 1 names (roof) and model.n_classes=3", "data.class_names"),
+    ("a label map of other classes", DOWN, start(DOWN, None, "data.label_map=0:0,1:1"), "data.label_map has 2 classes", "set model.n_classes to 2"),
+    ("a label that is not in the map", DOWN, start(DOWN, lines(LABELS, lambda rows: ["9", *rows[1:]]), "data.label_map=0:0,1:1,2:2"), f"{LABELS}: value 9 (1 times) not in the label map", "VALUE:ignore"),
+    ("scores in JSON", DOWN, start(DOWN, both(gone(LABELS), put("train/mesh_00.json", '{"scores": [1]}'))), "train/mesh_00.json: expected a list of numbers", '"labels"'),
     ("labels for a probe of too few classes", JEPA, start(JEPA, None, "probe.interval=1", "model.n_classes=2"), "unknown label 2", "known: 0..1"),
     ("a probe that knows no number of classes", JEPA, start(JEPA, None, "probe.interval=1", "model.n_classes=null"), "model.n_classes", "the probe has to know"),
     ("whole numbers as 1.0", DOWN, start(DOWN, lines(LABELS, lambda rows: [f"{row}.0" for row in rows])), "", "read as 1", lambda f, result: result["miou"] >= 0),
@@ -713,7 +758,22 @@ CLOUDS = group(
     ("text that is called .npz", SONATA, start(SONATA, put(CLOUD, HTML)), f"{CLOUD}: cannot be read", "cut short or damaged"),
     ("a pickle that is called .npz, a virus", SONATA, start(SONATA, lambda f: put(CLOUD, pickle_bomb())(f)), f"{CLOUD}: cannot be read", "cut short or damaged"),
     ("an array of Python objects, a virus", PREDICT, predict(SONATA, put("odd.npy", object_array()), "odd.npy"), "odd.npy: cannot be read", "damaged"),
-    ("a .pth file in place of a cloud", PREDICT, predict(SONATA, move("encoder.pth", "odd.pth"), "odd.pth"), "'.pth' is not a suffix known here", "use .npz .npy .ply"),
+    ("weights in place of a cloud", PREDICT, predict(SONATA, move("encoder.pth", "odd.pth"), "odd.pth"), "odd.pth: cannot be read", "a scene is expected, not weights"),
+    ("a scan of another format", PREDICT, predict(SONATA, put("odd.e57", "ASTM-E57"), "odd.e57"), "'.e57' is not a suffix known here", "use .npz .npy .ply .las"),
+    ("an empty split with files of another format", SONATA, start(SONATA, both(gone("val"), put("val/a.e57", ""))), "split 'val' is empty", "there are 1 .e57 files"),
+    ("text of words as a cloud", PREDICT, predict(SONATA, put("odd.txt", "chair\ntable\n"), "odd.txt"), "odd.txt: cannot be read", "not a row of numbers"),
+    ("text with a row too short", PREDICT, predict(SONATA, put("odd.xyz", "1 2 3\n4 5\n"), "odd.xyz"), "odd.xyz: cannot be read", "number of columns changed"),
+    ("five columns that nobody named", PREDICT, predict(SONATA, put("odd.txt", "1 2 3 4 5\n"), "odd.txt"), "odd.txt: cannot be read", "name others in data.columns"),
+    ("names for other columns", PREDICT, predict(SONATA, put("odd.txt", "1 2 3 4 5\n"), "odd.txt", "data.columns=[x, y, z, label]"), "odd.txt: cannot be read", "5 columns, but data.columns names 4"),
+    ("columns without z", SONATA, start(SONATA, None, "data.columns=[x, y, label]"), "data.columns", "expected x, y and z"),
+    ("a PCD without a body", PREDICT, predict(SONATA, put("odd.pcd", "VERSION 0.7\nFIELDS x y z\n"), "odd.pcd"), "odd.pcd: cannot be read", "no line DATA"),
+    ("a .bin of KITTI cut short", PREDICT, predict(SONATA, put("odd.bin", b"abcde"), "odd.bin"), "odd.bin: cannot be read", "no rows of 4 float32"),
+    ("a feature that no file has", SONATA, start(SONATA, None, "data.features=[coord, strength]", "model.encoder.in_channels=4"), "no field strength of data.features", "there are coord"),
+    ("a feature divided by 0", SONATA, start(SONATA, None, "data.features=[coord, strength/0]"), "data.features", "intensity/65535"),
+    ("weights for other classes", SONATA, start(SONATA, None, "training.class_weights=[1, 2]"), "training.class_weights: 2 numbers", "give one per class"),
+    ("steps that cannot be shared", SONATA, start(SONATA, None, "training.steps=7", "training.eval_epochs=2"), "training.steps=7 is no multiple", "training.eval_epochs=2"),
+    ("tiles of no size", PREDICT, predict(SONATA, None, "test", "--tile", "0"), "--tile 0", "above 0"),
+    ("a mesh in tiles", PREDICT, predict(DOWN, None, "test", "--tile", "50"), "--tile 50", "for point clouds alone"),
     ("a header of an array of 10^15 numbers", PREDICT, predict(SONATA, put("odd.npy", NPY_BOMB), "odd.npy"), "odd.npy", "cut short or damaged"),
     ("3 GB of zeros in a file of a kilobyte", PREDICT, predict(SONATA, squeezed("odd.npz"), "odd.npz"), "odd.npz: cannot be read (ValueError: 3,221,225,472 bytes of arrays in", "damaged"),
     ("no coordinates", SONATA, start(SONATA, array(CLOUD, coord=None)), f"{CLOUD}: expected numeric coordinates", "under one of the names coord"),
@@ -732,6 +792,13 @@ CLOUDS = group(
     ("a class of 10^30", SONATA, start(SONATA, array(CLOUD, segment=at(9, 1e30))), f"{CLOUD}: label 1e+30 of point 9", "not a whole number"),
     ("classes that count from 1", SONATA, start(SONATA, array(CLOUD, segment=lambda s: s + 1)), f"{CLOUD}: label 3 at", "set model.num_classes or data.ignore_labels"),
     ("255 for unlabelled", SONATA, start(SONATA, array(CLOUD, segment=at(9, 255))), f"{CLOUD}: label 255 at 1 of", "data.ignore_labels"),
+    ("NaN for a class", SONATA, start(SONATA, array(CLOUD, segment=at(9, np.nan))), f"{CLOUD}: label nan at 1 of", "set data.ignore_labels=[-1, nan]"),
+    ("a label map of too few classes", SONATA, start(SONATA, None, "data.label_map=0:0,1:1"), "data.label_map has 2 classes", "set one to the other"),
+    ("a label map without one of the labels", SONATA, start(SONATA, None, "data.label_map=0:0,1:1,7:2"), f"{CLOUD}: value 2", "not in the label map"),
+    ("a label map and an offset", SONATA, start(SONATA, None, "data.label_map=0:0,1:1,2:2", "data.label_offset=-1"), "data.label_offset and data.label_map", "leave one out"),
+    ("colours beyond the range that was named", SONATA, start(SONATA, None, "data.color_range=1"), f"{CLOUD}: colours from", "expected 0..1, as data.color_range says"),
+    ("normals that look nowhere", SONATA, start(SONATA, None, "data.normal_view=up"), "data.normal_view", "neighbours"),
+    ("a cloud 3,000 m wide that turns could make wider", SONATA, start(SONATA, array(CLOUD, coord=at(0, 3000.0))), f"{CLOUD}: augmentation can make the cloud", "set data.grid_size=0.0"),
     ("labels of a name nobody knows", SONATA, start(SONATA, lambda f: [array(f"{p.parent.name}/{p.name}", segment=None)(f) for p in f.glob("*/*.npz")]), "no labelled point in 3 clouds", "expected a field named segment"),
     ("no normals where they are asked for", SONATA, start(SONATA, array(CLOUD, normal=None), "data.missing_normal=error"), f"{CLOUD}: no normals", "data.missing_normal"),
     ("a cloud 10^8 m wide", SONATA, start(SONATA, array(CLOUD, coord=at(0, 1e8))), f"{CLOUD}: the cloud is 1", "larger data.grid_size"),
@@ -747,6 +814,8 @@ CLOUDS = group(
     ("all points in one place", PREDICT, cloud_file(coord=np.ones((50, 3)), color=np.zeros((50, 3), np.uint8)), "", "labelled, normals estimated", points_labelled(50)),
     ("neither colours nor normals", PREDICT, cloud_file(coord=random_points()), "", "labelled: colours black, normals estimated", points_labelled(40)),
     ("colours from 0 to 1", PREDICT, cloud_file(coord=random_points(), color=random_points()), "", "taken as 0..255, with a warning", points_labelled(40)),
+    ("colours from 0 to 1.0000001", PREDICT, cloud_file(coord=random_points(), color=random_points() + 1e-7), "", "taken as 0..255, with a warning", points_labelled(40)),
+    ("labels as text in a cloud to label", PREDICT, cloud_file(coord=random_points(), label=np.full(40, "tree")), "", "labelled: its own labels are not read", points_labelled(40)),
     ("map coordinates (5,000 km)", PREDICT, cloud_file(coord=random_points() + 5e6), "", "moved near 0", points_labelled(40)),
     ("normals of length 0 and NaN", PREDICT, cloud_file(coord=random_points(), normal=np.full((40, 3), np.nan)), "", "taken as no normal", points_labelled(40)),
     ("spaces and other alphabets in names", SONATA, start(SONATA, lambda f: [move(split, f"mein Stück 漢字/{split}")(f) for split in ("train", "val", "test")], "data.root=mein Stück 漢字", "data.class_names=[a, b, c]"), "", "trained", lambda f, result: result["miou"] >= 0),
@@ -835,6 +904,11 @@ WEIGHTS = group(
     ("weights of another network", DOWN, start(DOWN, put("weights.pth", tensors_on_disk({"fc.weight": torch.zeros(2, 2)})), "--pretrained_path", "weights.pth"), "weights.pth: no mesh encoder in this file", "Expected the tensors of a Nomeformer"),
     ("weights of another network", UNET, start(UNET, put("weights.pth", tensors_on_disk({"weight": torch.zeros(2, 2)})), "--pretrained_path", "weights.pth"), "weights.pth", "Is the file of this model"),
     ("a backbone of another size", M2F, start(M2F, None, "--backbone", "dinov3_vits16", "--backbone-weights", "backbone.pth"), "backbone.pth: holds dinov3_tiny, not dinov3_vits16", "Choose that backbone"),
+    ("a backbone in place of a network", EOMT, with_network(None, "--network-weights", "backbone.pth"), "backbone.pth: no EoMT", "a checkpoint of train_eomt.py"),
+    ("differences without their backbone", EOMT, with_network(entry("model.pth", as_differences)), "model.pth: holds differences", "--backbone-weights FILE"),
+    ("a whole network as differences", EOMT, with_network(None, "--backbone-weights", "backbone.pth"), "model.pth: holds a whole network", "leave --backbone-weights out"),
+    ("a network with other joint blocks", EOMT, with_network(None, "--joint-blocks", "3"), "model.pth: has queries in its last 2 blocks", "--joint-blocks 2"),
+    ("a network on another backbone", EOMT, with_network(None, "--backbone", "dinov3_vits16"), "model.pth", "Is it of this --backbone?"),
     ("a backbone with NaN in it", UPER, start(UPER, entry("backbone.pth", spoil), "--backbone-weights", "backbone.pth"), "backbone.pth", "not finite"),
     ("an encoder with NaN in it", SONATA, start(SONATA, entry("encoder.pth", lambda c: spoil(c["state_dict"])), "training.use_pretrained=true", "--pretrained_path", "encoder.pth"), "encoder.pth", "not finite"),
     ("a ResNet with NaN in it", UNET, start(UNET, spoilt_resnet, "--pretrained_path", "resnet.pth"), "resnet.pth", "is not finite"),

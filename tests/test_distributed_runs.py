@@ -42,7 +42,7 @@ BOARD = {"segmentation": "logging.tensorboard=true", "downstream": "logging.tens
          "sonata": "logging.tensorboard=true", "prototype": "logging.tensorboard=true"}
 ACCUMULATE = {"downstream": "training.accumulation_steps=", "sonata": "training.accumulation_steps=", "prototype": "training.accumulate=",
               "segmentation": "training.accumulate_grad_batches=", "m2f_head": "--accumulate=", "upernet_head": "--accumulate=",
-              "linear_head": "--accumulate=", "pmt_head": "--accumulate="}
+              "linear_head": "--accumulate=", "pmt_head": "--accumulate=", "eomt": "--accumulate="}
 WEIGHTS = 1e-3                                     # of the largest weight of a tensor, after 4 to 12 steps in float32
 HELD: dict[str, list[bool]] = {}                   # of each script: which equalities held, for the summary
 

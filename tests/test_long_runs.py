@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-import train_prototype
+from tests.tiny_heads import SMALL
 from tests.tiny_runs import NAMES, report, run_forked, tiny_run
+from utils.prototype_scripts import STAGES
 
 STEPS, EVERY, EPOCHS = 2000, 20, 40
 FIELDS = ("step", "memory", "handles", "threads", "files", "logged")
@@ -23,7 +24,7 @@ GROWTH = 0.02                           # of the memory: 10 MB, or 8 kB a step
 MORE = {"downstream": ["checkpointing.save_interval=0", "checkpointing.save_top_k=2"], "jepa": ["checkpointing.save_interval=0", "probe.interval=5"],
         "sonata": ["checkpointing.save_interval=0"], "segmentation": ["checkpointing.save_interval=0", "checkpointing.save_top_k=2"],
         "prototype": [f"training.steps=[{EVERY},{STEPS},{EVERY}]", f"evaluation.interval={STEPS // EPOCHS}"],        # all measured is its longest stage
-        **{name: ["--save-interval", "0", "--log-interval", "10"] for name in NAMES if name.endswith("_head")}}
+        **{name: ["--save-interval", "0", "--log-interval", "10"] for name in NAMES if f"train_{name}" in SMALL}}
 LOG = {"segmentation": ["logging.log_every_n_steps=10", "logging.tensorboard=true"],
        **{name: ["logging.log_interval=10", "logging.tensorboard=true"] for name in ("downstream", "jepa", "sonata", "prototype")}}
 
@@ -100,7 +101,7 @@ def test_nothing_grows(tmp_path, name, workers):
     (memory, later), (handles, more) = growth(rows, "memory", of=statistics.median), growth(rows, "handles")
     report(f"long run train_{name}.py{f', {workers} worker' * bool(workers)}: {STEPS} steps, memory {later / memory - 1:+.1%}, handles {more - handles:+d}")
     assert problems(rows) == []
-    kept = {path.name for path in (out / "model").iterdir()} - {f"{stage}.pth" for stage in train_prototype.STAGES}
+    kept = {path.name for path in (out / "model").iterdir()} - {f"{stage}.pth" for stage in STAGES}
     assert {"model_best.pth", "model_last.pth"} <= kept and len(kept) <= 4                          # and the 2 best where asked for
     assert not list(out.rglob("*tmp*")) and len(list((tmp_path / "temporary").iterdir())) <= workers    # the socket of a worker
     assert (out / "log" / "train.log").stat().st_size < 300 * (STEPS // 10) + 3000 * (EPOCHS + 10)

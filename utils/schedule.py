@@ -82,6 +82,29 @@ def build_scheduler(optimizer: Optimizer, name: str, total_steps: int, warmup_st
     return LambdaLR(optimizer, factor)
 
 
+def build_two_warmups(optimizer: Optimizer, is_encoder: Sequence[bool], total_steps: int, head_steps: int,
+                      encoder_steps: int, power: float = 0.9) -> LRScheduler:
+    """EoMT's schedule, two warm-ups and (1 - t/T)^power to 0, T the steps behind a group's warm-up.
+
+    is_encoder: of each of the optimiser's groups. A head warms up from 0 over head_steps; the encoder stays as it is
+    for head_steps, then warms up from 0 over encoder_steps. ValueError where no step is left behind them.
+    """
+    if head_steps < 0 or encoder_steps < 0 or head_steps + encoder_steps >= total_steps:
+        raise ValueError(f"warm-ups of {head_steps} and {encoder_steps} steps leave none of {total_steps}; shorten "
+                         f"them or train longer")
+
+    def factor_of(start: int, warmup: int):
+        def factor(step: int) -> float:
+            t = min(step, total_steps - 1) - start                   # no optimiser step follows the last .step()
+            if t < warmup:
+                return max(t, 0) / warmup
+            return (1 - (t - warmup) / (total_steps - start - warmup)) ** power if t >= 0 else 0.0
+        return factor
+
+    encoder, head = factor_of(head_steps, encoder_steps), factor_of(0, head_steps)
+    return LambdaLR(optimizer, [encoder if of_encoder else head for of_encoder in is_encoder])
+
+
 def _onecycle(optimizer: Optimizer, rates: list[float], total_steps: int, warmup_steps: int, pct_start: float,
               div_factor: float, final_div_factor: float, cycle_momentum: bool) -> OneCycleLR:
     if warmup_steps:
