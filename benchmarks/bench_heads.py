@@ -154,7 +154,7 @@ def main(argv=None):
                         by_turns({name: head[of] for name, head in heads.items()}, args.repeats, device).items()}
                    for of in MEASURED}
         for name, head in heads.items():
-            row = {"head": name, "shape": shape, "parameters": head["parameters"]}
+            row = {"name": name, "shape": shape, "parameters": head["parameters"]}
             for of, found in seconds.items():
                 row[of] = found[name]
                 row[f"{of}_ratio"] = found[name] / found[args.heads[0]]

@@ -19,7 +19,7 @@ def tiny(monkeypatch):
 def test_every_head_has_a_row(monkeypatch, capsys):
     monkeypatch.setattr(bench_heads, "peak_alone", lambda name, of, *_: {"head": 5.0, "inference": 10.0, "step": 20.0}[of])
     rows = bench_heads.main(["--backbone", "dinov3_tiny", "--shapes", "64x1", "--repeats", "1", "--heads", "pmt", "linear", "pyramid", "eomt"])
-    assert [row["head"] for row in rows] == ["pmt", "linear", "pyramid", "eomt"] and rows[0]["step_ratio"] == 1
+    assert [row["name"] for row in rows] == ["pmt", "linear", "pyramid", "eomt"] and rows[0]["step_ratio"] == 1
     assert all(0 < row["head"] and 0 < row["inference"] and 0 < row["step"] and row["step_mib"] == 20 for row in rows)
     assert rows[3]["parameters"] > sum(p.numel() for p in dinov3.VisionTransformer(TINY).parameters())
     assert rows[1]["parameters"] == 2 * 32 + 32 * 150 + 150 and "64x1 linear" in capsys.readouterr().out
