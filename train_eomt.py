@@ -188,10 +188,10 @@ def build_criterion(config: Config) -> SetCriterion:
                         ignore_in_mask_loss=config.training.ignore_in_mask_loss)
 
 
-def compute_loss(criterion: SetCriterion, outputs: dict, label: torch.Tensor,
-                 counts: torch.Tensor) -> dict:
-    """The weighted `total` of all outputs, and the last one's terms; counts (2,): of the step."""
-    losses = criterion.sums(outputs, label, counts)
+def compute_loss(criterion: SetCriterion, outputs: dict, label, counts, present=None) -> dict:
+    """The weighted `total` of all predictions, and the last one's terms; counts (2,): of the step;
+    present (B, C): the classes in each image, where they are known already."""
+    losses = criterion.sums(outputs, label, counts, present=present)
     return {"total": losses["total"], "class": losses["class_0"], "mask": losses["mask_0"],
             "dice": losses["dice_0"]}
 
@@ -245,14 +245,15 @@ def train_one_epoch(run: Run, network, normalize, loader, criterion, config: Con
         # micro-batches and processes.
         counts = sum(criterion.label_weights(batch["label"], config.model.num_queries)
                      for batch in micro_batches)
-        counts = all_reduce_sum(counts.to(run.device))
+        counts = all_reduce_sum(counts.to(run.device, non_blocking=True))
         shares = masks_of_step(run, config)
         for batch in micro_steps(network, micro_batches):
             image = normalize(batch["image"].to(run.device, non_blocking=True))    # (B, 3, S, S)
             label = batch["label"].to(run.device, non_blocking=True)
             with run.autocast():
                 outputs = network(image, shares)    # (B, Q, C + 1), (B, Q, S/4, S/4), ...
-            losses = compute_loss(criterion, outputs, label, counts)
+            present = criterion.present(batch["label"])
+            losses = compute_loss(criterion, outputs, label, counts, present)
             run.backward(losses["total"], losses)
         run.update(config.training.clip_grad)
 

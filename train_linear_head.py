@@ -10,9 +10,8 @@
     python train_linear_head.py --resume exp/linear_head/model/model_best.pth --test-only
 
 Simeoni et al. 2025 (DINOv3, table 3) measure their backbones by this head: start here, then see
-what the others add. Masks hold class ids, 255 is ignored. The backbone never changes and is not in
-the checkpoints. Every number logged and every deviation from the paper: docs/dinov3_heads.md. To
-make it yours, copy this file: docs/adapt.md.
+what the others add. Masks hold class ids, 255 is ignored. Checkpoints hold the head alone. Numbers
+logged, deviations from the paper: docs/dinov3_heads.md. To make it yours: docs/adapt.md.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from utils.checks import check_range
 from utils.cli import ArgumentParser, flags_config, flags_defaults, given_flags, run_main
 from utils.config import Config
 from utils.distributed import all_reduce_sum
-from utils.losses import MaskedCrossEntropyLoss
+from utils.losses import MaskedCrossEntropyLoss, class_weights
 from utils.params import describe_parameters, split_decay
 from utils.run import Run, add_run_flags
 from utils.seed import seed_everything
@@ -53,8 +52,8 @@ def make_parser() -> ArgumentParser:
                        help="patch tokens of the last block, or of the last four side by side")
     model.add_argument("--dropout", type=float, default=0.1, help="of whole channels")
     model.add_argument("--head-weights", metavar="FILE", help="start from the head of another run")
-    photos.add_training_flags(parser, epochs=32, batch_size=16, lr=1e-3, weight_decay=1e-3,
-                       scheduler="cosine")
+    photos.add_class_weights(photos.add_training_flags(
+        parser, epochs=32, batch_size=16, lr=1e-3, weight_decay=1e-3, scheduler="cosine"))
     photos.add_evaluation_flags(parser)
     add_run_flags(parser, SCRIPT)
     return parser
@@ -68,8 +67,7 @@ def parse_args(argv=None):
 
 
 def config_of(args) -> Config:
-    """The flags as a checked config: --lr of the group training is config.training.lr. Flags
-    outside of the groups are not stored."""
+    """The flags in groups, as a checked config: --lr of training is config.training.lr."""
     config = flags_config(make_parser(), args)
     check_config(config)
     return config
@@ -123,9 +121,9 @@ def taps_of(config: Config) -> range:
 
 def compute_loss(criterion: MaskedCrossEntropyLoss, logits: torch.Tensor, label: torch.Tensor,
                  labelled: torch.Tensor) -> dict:
-    """labelled: the labelled pixels of the step divide the sum over this micro-batch."""
+    """labelled: the labelled pixels of the step, each with the weight of its class, divide all."""
     loss_sum, _ = criterion.sum_and_weight(resize(logits.float(), label.shape[-2:]), label)
-    return {"total": loss_sum / labelled.clamp(min=1)}
+    return {"total": loss_sum / labelled.clamp(min=1e-6)}
 
 
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
@@ -143,7 +141,7 @@ def train_one_epoch(run: Run, network, backbone, loader, criterion, clip_grad: f
         # The loss is the mean over all labelled pixels of the step, whatever the number of
         # micro-batches and processes.
         labelled = sum(criterion.label_weight(batch["label"]) for batch in micro_batches)
-        labelled = all_reduce_sum(labelled.to(run.device))
+        labelled = all_reduce_sum(labelled.to(run.device, non_blocking=True))
         for batch in micro_steps(network, micro_batches):
             _, taps, label = photos.prepare(batch, backbone, run.device)
             with run.autocast():
@@ -189,6 +187,9 @@ def main(argv=None) -> dict:
 
     # data: every file is checked before the first step, and remembered
     class_names, palette, train_set, val_set = photos.open_data(run, config, build_dataset)
+    weight = class_weights(training.class_weights, train_set.class_counts, "--class-weights")
+    criterion = MaskedCrossEntropyLoss(weight, class_dim=1, num_classes=len(class_names))
+    criterion.to(run.device)
     sampler = run.plan(len(train_set), config, batch_size=training.batch_size,
                        epochs=training.epochs, accumulate=training.accumulate,
                        compare=("data", "model", "training"), free=photos.FREE_ON_RESUME)
@@ -204,8 +205,7 @@ def main(argv=None) -> dict:
     photos.attach_backbone(model, backbone, config, class_names, palette, size_multiple(config))
     network = run.wrap(model)
 
-    # loss, optimiser, schedule
-    criterion = MaskedCrossEntropyLoss(class_dim=1).to(run.device)
+    # optimiser, schedule
     optimizer = build_optimizer(model, config)
     scheduler = photos.build_schedule(optimizer, training, run.total_steps)
     run.track(config=config, class_names=class_names, palette=palette.tolist(),

@@ -122,10 +122,10 @@ def build_criterion(config: Config) -> SetCriterion:
                         ignore_in_mask_loss=config.training.ignore_in_mask_loss)
 
 
-def compute_loss(criterion: SetCriterion, outputs: dict, label: torch.Tensor,
-                 counts: torch.Tensor) -> dict:
-    """The weighted `total` of all layers, and the last layer's terms; counts (2,): of the step."""
-    losses = criterion.sums(outputs, label, counts)
+def compute_loss(criterion: SetCriterion, outputs: dict, label, counts, present=None) -> dict:
+    """The weighted `total` of all layers, and the last layer's terms; counts (2,): of the step;
+    present (B, C): the classes in each image, where they are known already."""
+    losses = criterion.sums(outputs, label, counts, present=present)
     return {"total": losses["total"], "class": losses["class_0"], "mask": losses["mask_0"],
             "dice": losses["dice_0"]}
 
@@ -146,12 +146,13 @@ def train_one_epoch(run: Run, network, backbone, loader, criterion, config: Conf
         # micro-batches and processes.
         counts = sum(criterion.label_weights(batch["label"], config.model.num_queries)
                      for batch in micro_batches)
-        counts = all_reduce_sum(counts.to(run.device))
+        counts = all_reduce_sum(counts.to(run.device, non_blocking=True))
         for batch in micro_steps(network, micro_batches):
             image, taps, label = photos.prepare(batch, backbone, run.device)
             with run.autocast():
                 outputs = network(image, taps)      # (B, Q, C + 1), (B, Q, S/4, S/4), ...
-            losses = compute_loss(criterion, outputs, label, counts)
+            present = criterion.present(batch["label"])
+            losses = compute_loss(criterion, outputs, label, counts, present)
             run.backward(losses["total"], losses)
         run.update(config.training.clip_grad)
 

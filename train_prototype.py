@@ -23,16 +23,13 @@ from __future__ import annotations
 import itertools
 import sys
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from data.image_splits import (
-    check_file_settings,
     checked_dataset,
-    class_info,
     folder_pairs,
     given_pairs,
     mask_suffixes,
@@ -41,43 +38,46 @@ from data.image_splits import (
 from data.images import Augmentation, SegmentationDataset, list_images
 from models.deeplab import DeepLabV2, MultiScale, freeze_batch_norm, load_deeplab_weights
 from models.ppnet import PPNet, parameter_groups, ppnet_from_state
-from utils.checkpoint import find_resume, save_checkpoint
-from utils.checks import check_positive
+from utils.checkpoint import find_resume
 from utils.cli import ArgumentParser, run_main
 from utils.config import Config, Required, Setting, load_config
-from utils.device import describe
 from utils.distributed import (
     EpochBatchSampler,
     all_reduce_sum,
     broadcast_buffers,
-    is_main,
+    main_first,
     world_size,
 )
 from utils.image_inference import TTA_SCALES, View, build_normalizer
 from utils.image_scripts import attach, evaluate_photos, photo_pictures
-from utils.losses import MaskedCrossEntropyLoss
+from utils.losses import MaskedCrossEntropyLoss, check_labels, class_weights
 from utils.metrics import headline, metrics_table
 from utils.prototype_losses import off_class_l1, prototype_divergence, resize_label
 from utils.prototype_scripts import (
     DATASETS,
+    PHASE,
+    SCANS,
+    Job,
+    Progress,
+    check_settings,
+    class_list,
     describe_prototypes,
     finish_prune,
     finish_push,
+    keep_resumed,
     label_with_distances,
+    log_evaluation,
     new_table,
     scan,
     write_explained,
     write_pages,
 )
-from utils.run import Run, add_run_flags, main_first
+from utils.run import Run, add_run_flags
 from utils.schedule import build_scheduler
-from utils.training import build_loader, check_same_run, micro_steps
+from utils.training import check_same_run, micro_steps
 from utils.weights import sha256_file
 
 SCRIPT = Path(__file__).name
-STAGES = ("warmup", "joint", "push", "finetune", "prune", "refinetune")
-PHASE = {"warmup": 0, "joint": 1, "push": 1, "finetune": 2, "prune": 2, "refinetune": 2}
-SCANS = ("push", "prune")               # passes over whole photographs; the others train
 SCAN_CHUNK = 200                        # photographs between two saves of a scan
 # For predict.py, default first.
 RESULTS = {"labels": ("png", "npy"), "picture": ("png", "none"), "html": False, "pca": False,
@@ -146,6 +146,7 @@ DEFAULTS = {
         "ce": Setting(1.0, (float,), low=0),
         "l1": Setting(1e-4, (float,), low=0),
         "kld": Setting(0.25, (float,), low=0),
+        "class_weights": Setting(None, (list, str)),    # of ce; or [sqrt_]median_frequency
         # published: off by one class
         "kld_labels": Setting("correct", (str,), ("correct", "published")),
     },
@@ -200,64 +201,9 @@ def read_config(args) -> Config:
 
 def check_config(config: Config) -> None:
     """Errors that need more than one key to see. Raises ValueError."""
-    dataset = config.dataset
-    model = config.model
-    training = config.training
-    for key in ("backbone_lr", "aspp_lr", "prototype_lr", "last_layer_lr", "finetune_lr", "power"):
-        check_positive(f"optimizer.{key}", config.optimizer[key])
-    shape = model.prototype_shape
-    if len(shape) != 4 or shape[2:] != [1, 1] or min(shape) < 1 or shape[0] % model.num_classes:
-        raise ValueError(f"model.prototype_shape={shape}: expected [P, D, 1, 1] with P a multiple "
-                         f"of model.num_classes={model.num_classes}")
-    known = {"cityscapes": 19, "pascal": 21}.get(dataset.name, model.num_classes)
-    if model.num_classes != known:
-        raise ValueError(f"model.num_classes={model.num_classes}: dataset.name={dataset.name} has "
-                         f"{known} classes")
-    check_file_settings(dataset, model.num_classes)
-    if dataset.name in DATASETS and (dataset.label_map or dataset.mask_suffix):
-        raise ValueError(f"dataset.label_map, mask_suffix: dataset.name={dataset.name} has its own "
-                         f"numbers and names; leave them out")
-    for key in ("steps", "train_last_layer"):
-        if len(training[key]) != 3:
-            raise ValueError(f"training.{key}={training[key]}: one value for each of the three "
-                             f"phases")
-    lengths = {f"training.steps[{i}]": steps for i, steps in enumerate(training.steps)}
-    lengths["evaluation.interval"] = config.evaluation.interval
-    for name, steps in lengths.items():
-        if not isinstance(steps, int) or steps < 0 or steps % training.accumulate:
-            raise ValueError(f"{name}={steps}: micro-steps, a multiple of training.accumulate="
-                             f"{training.accumulate}")
-    # what would otherwise fail after the push, or in the pruning
-    if not training.train_last_layer[2] and training.steps[2]:
-        raise ValueError("training.train_last_layer: fine-tuning trains nothing else, so the third "
-                         "must be true (or training.steps[2]=0)")
-    if training.prune_threshold > training.prune_neighbors:
-        raise ValueError(f"training.prune_threshold={training.prune_threshold}: at most "
-                         f"training.prune_neighbors={training.prune_neighbors}, or no prototype is "
-                         f"left")
-    if len(model.n_blocks) != 4 or min(model.n_blocks) < 1:
-        raise ValueError(f"model.n_blocks={model.n_blocks}: the number of blocks of four stages")
-    if not all(isinstance(scale, int | float) and 0 < scale <= 2 for scale in model.scales):
-        raise ValueError(f"model.scales={model.scales}: factors above 0, such as [0.5, 0.75]; [] "
-                         f"for one scale")
-    if len(dataset.mean) != 3 or len(dataset.std) != 3 or min(dataset.std) <= 0:
-        raise ValueError(f"dataset.mean={dataset.mean}, std={dataset.std}: red, green and blue, "
-                         f"std above 0")
-    for name, size in (("dataset.window_size", dataset.window_size),
-                       ("evaluation.squash", config.evaluation.squash)):
-        if size is None:
-            continue
-        if len(size) != 2 or not all(isinstance(side, int) and side >= 8 for side in size):
-            raise ValueError(f"{name}={size}: [height, width] in pixels")
-    side = max(dataset.window_size) * min([1, *model.scales])
-    if training.batch_size == 1 and side < 8 and not model.freeze_bn:
-        raise ValueError(f"training.batch_size=1 and dataset.window_size={dataset.window_size}: "
-                         f"batch norm cannot train on one cell; set one of them larger")
-    for name in ("window", "size"):
-        if config.evaluation.squash and config.evaluation[name]:
-            raise ValueError(f"evaluation.squash and evaluation.{name}: squashing is of whole "
-                             f"photographs; name one")
+    check_settings(config)
     build_augmentation(config).check()
+    build_criterion(config, np.ones(config.model.num_classes))
 
 
 def build_augmentation(config: Config) -> Augmentation:
@@ -267,15 +213,6 @@ def build_augmentation(config: Config) -> Augmentation:
     return Augmentation(tuple(data.scale_range), cat_max_ratio=1.0, flip=data.flip, brightness=0.0,
                         contrast=(1.0, 1.0), saturation=(1.0, 1.0), hue=0.0, scale_of="photo",
                         scale_step=data.scale_step)
-
-
-def class_list(config: Config) -> tuple[list[str], np.ndarray]:
-    """Class names and colours (C, 3) uint8."""
-    data = config.dataset
-    if data.name in DATASETS:
-        known = DATASETS[data.name]
-        return list(known.CLASS_NAMES), np.array(known.PALETTE, np.uint8)
-    return class_info(data.root, data.classes, config.model.num_classes, data.label_map)
 
 
 def build_dataset(config: Config, split: str, seed: int = 0, data_dir: str | None = None,
@@ -349,13 +286,19 @@ def set_train_mode(model: torch.nn.Module, name: str, config: Config) -> None:
         freeze_batch_norm(model)
 
 
+def build_criterion(config: Config, counts: np.ndarray) -> MaskedCrossEntropyLoss:
+    """counts (C,): training pixels of each class."""
+    return MaskedCrossEntropyLoss(class_weights(config.loss.class_weights, counts,
+                                                "loss.class_weights"))
+
+
 def compute_loss(criterion: MaskedCrossEntropyLoss, model: PPNet, outputs, label: torch.Tensor,
                  config: Config) -> dict:
     """This process's part of the terms of a micro-step and of their weighted `total`, a mean over
     the scales.
 
-    Cross entropy is over the labelled cells of each scale's own grid, the divergence over the pairs
-    of prototypes, both of all processes together.
+    Cross entropy is over the labelled cells of each scale's own grid, each with the weight of its
+    class, the divergence over the pairs of prototypes, both of all processes together.
     """
     scales = outputs if isinstance(outputs, list) else [outputs]
     published = config.loss.kld_labels == "published"
@@ -363,7 +306,8 @@ def compute_loss(criterion: MaskedCrossEntropyLoss, model: PPNet, outputs, label
     for logits, distances in scales:                            # (B, h, w, C), (B, P, h, w)
         cells = resize_label(label, logits.shape[1:3])          # (B, h, w)
         total, weight = criterion.sum_and_weight(logits.float(), cells)
-        terms["ce"] = terms["ce"] + total / all_reduce_sum(weight).clamp(min=1) / len(scales)
+        weight = all_reduce_sum(weight).clamp(min=1e-6)
+        terms["ce"] = terms["ce"] + total / weight / len(scales)
         total, pairs = prototype_divergence(distances, cells, model.class_identity, published)
         pairs = all_reduce_sum(pairs.float()).clamp(min=1)
         terms["kld"] = terms["kld"] + total / pairs / len(scales)
@@ -373,90 +317,6 @@ def compute_loss(criterion: MaskedCrossEntropyLoss, model: PPNet, outputs, label
 
 
 # -- the stages ------------------------------------------------------------------------------------
-
-@dataclass
-class Progress:
-    """How far the run is. stage: index into STAGES. done: micro-steps or photographs of the stage.
-    waited, best_in_stage: of early stopping."""
-
-    stage: int = 0
-    done: int = 0
-    waited: int = 0
-    best_in_stage: float = -1.0
-
-
-class Job:
-    """What the stages share: the run, the model, the data, and how far they are."""
-
-    def __init__(self, run: Run, config: Config, model: PPNet, datasets: tuple,
-                 sampler: EpochBatchSampler, lengths: dict[str, int]) -> None:
-        self.run = run
-        self.config = config
-        self.model = model
-        self.train_set, self.val_set, self.push_set = datasets
-        self.sampler = sampler
-        self.lengths = lengths
-        self.loader = build_loader(self.train_set, sampler, run.args.num_workers, run.device)
-        self.criterion = MaskedCrossEntropyLoss()
-        self.progress = Progress()
-        self.resumed = run.checkpoint           # until a stage has taken what it needs of it
-        if self.resumed is not None:
-            values = {name: self.resumed[name] for name in asdict(self.progress)}
-            self.progress = Progress(**values)
-            self.next_stage()                   # refuses a --phase that is not its turn
-
-    def next_stage(self) -> str | None:
-        """The stage to go on with, None where all are done, or all of --phase. ValueError for a
-        --phase whose turn has not come."""
-        phase = self.run.args.phase
-        left = [name for name in STAGES[self.progress.stage:] if self.lengths[name]]
-        if not left or (phase is not None and PHASE[left[0]] > phase):
-            return None
-        if phase is not None and PHASE[left[0]] < phase:
-            raise ValueError(f"--phase {phase}: the checkpoint is in {left[0]}, phase "
-                             f"{PHASE[left[0]]}; finish that first")
-        self.progress.stage = STAGES.index(left[0])
-        return left[0]
-
-    def save(self, score: float | None = None, finished: str | None = None) -> None:
-        """Write model_last.pth; model_best.pth where the score is the best of its kind of model;
-        and the end of the stage `finished` under its name."""
-        run = self.run
-        run.epoch = self.progress.stage
-        # In the middle of a training stage another number of processes is refused.
-        run.batch = self.progress.done if run.optimizer is not None else 0
-        run.entries |= {**asdict(self.progress), "prototypes": self.model.provenance}
-        snapshot = run.snapshot()               # in every process: it gathers what they have
-        if not is_main():
-            return
-        if score is not None and run.keeper.save_best_if(score, snapshot):
-            run.log.info(f"New best mIoU: {score:.4f}. Checkpoint saved.")
-        if finished is not None:                # before model_last, which passes on to the next
-            save_checkpoint(run.folder.model / f"{finished}.pth", **snapshot,
-                            best=run.keeper.state_dict())
-        run.keeper.save_last(snapshot)
-
-    def stop_if_asked(self, name: str) -> None:
-        self.run.stop_if_asked(f"in {name} after {self.progress.done} of {self.lengths[name]}")
-
-    def end_stage(self, name: str, result: dict) -> None:
-        """The next stage starts with an empty optimiser; save, and stop where that was asked."""
-        done = self.progress.done
-        self.progress = Progress(self.progress.stage + 1)
-        self.run.optimizer = self.run.scheduler = self.run.entries["table"] = None
-        self.save(result["metrics"]["miou"], finished=name)
-        if self.next_stage() is not None:
-            self.run.stop_if_asked(f"after {name}: {done} of {self.lengths[name]}")
-
-    def evaluate(self, train: dict | None, started: float) -> dict:
-        run = self.run
-        result = evaluate(self.model, self.val_set, run.device, run.amp_dtype,
-                          num_workers=run.args.num_workers, limit_batches=run.args.limit_batches,
-                          interpretability=False)
-        log_evaluation(run, self.progress, train, result, time.monotonic() - started)
-        run.numbers = headline(result)
-        return result
-
 
 def train_stage(job: Job, name: str) -> None:
     """Warm-up, joint training, fine-tuning or fine-tuning again, with an evaluation every
@@ -487,7 +347,7 @@ def train_stage(job: Job, name: str) -> None:
         if not finished:
             job.save()
             job.stop_if_asked(name)
-        result = job.evaluate(run.totals.means(), started)
+        result = evaluate_stage(job, run.totals.means(), started)
         ended = progress.done == length
         if name in ("finetune", "refinetune") and stops_early(progress, result, job.config):
             run.log.info(f"{name}: the accuracy has not risen for {job.config.training.patience} "
@@ -507,11 +367,13 @@ def train_until(job: Job, name: str, network, end: int) -> bool:
     batches = stage_batches(job, end)
     while group := list(itertools.islice(batches, accumulate)):
         for batch in micro_steps(network, group):
+            check_labels(batch["label"], job.config.model.num_classes)      # not on a GPU yet
             image = batch["image"].to(run.device, non_blocking=True)
             label = batch["label"].to(run.device, non_blocking=True)            # (B, H, W)
             with run.autocast():
                 outputs = network(job.model.normalize(image))
             losses = compute_loss(job.criterion, job.model, outputs, label, job.config)
+            count_cells(run, outputs, label)
             terms = {key: value / accumulate for key, value in losses.items()}
             run.backward(losses["total"] * (1 / accumulate), terms)
         run.update()
@@ -520,6 +382,13 @@ def train_until(job: Job, name: str, network, end: int) -> bool:
         if job.progress.done < end and run.stop_requested():
             return False
     return True
+
+
+def count_cells(run: Run, outputs, label: torch.Tensor) -> None:
+    """Training accuracy and mIoU are over the labelled cells of the finest grid, before the
+    update."""
+    logits, _ = outputs[-1] if isinstance(outputs, list) else outputs       # (B, h, w, C)
+    run.totals.matrix.update(logits.argmax(-1), resize_label(label, logits.shape[1:3]))
 
 
 def stage_batches(job: Job, end: int):
@@ -570,7 +439,7 @@ def scan_stage(job: Job, name: str) -> None:
     for line in lines:
         run.log.info(line)
     run.keeper.load_state_dict({"score": None, "epoch": None, "top": []})   # another kind of model
-    job.end_stage(name, job.evaluate(None, started))
+    job.end_stage(name, evaluate_stage(job, None, started))
 
 
 # -- evaluation ------------------------------------------------------------------------------------
@@ -581,39 +450,27 @@ def evaluation_view(config: Config) -> View:
                 TTA_SCALES if view.tta else (1.0,), view.tta)
 
 
-def evaluate(model, dataset, device=None, amp_dtype=None, batch_size=4, num_workers=0,
-             limit_batches=0, interpretability=None) -> dict:
-    """Score every labelled pixel once; used in training, by --test-only and by evaluate.py. See
-    evaluate_images.
-
-    interpretability None: as the config says; then `extra` holds what describes the prototypes, see
-    docs/prototype.md.
-    """
-    result = evaluate_photos(model, dataset, device, amp_dtype, batch_size, num_workers,
-                             limit_batches)
-    if interpretability is None:
-        interpretability = model.config.evaluation.interpretability
-    if interpretability:
-        result["extra"] = {"prototypes": describe_prototypes(model, dataset, limit_batches)}
+def evaluate_stage(job: Job, train: dict | None, started: float) -> dict:
+    """Score the validation split, and log that with the means of the training since the last
+    time."""
+    run = job.run
+    result = evaluate_photos(job.model, job.val_set, run.device, run.amp_dtype,
+                             num_workers=run.args.num_workers,
+                             limit_batches=run.args.limit_batches)
+    log_evaluation(run, job.progress, train, result, time.monotonic() - started)
+    run.numbers = headline(result)
     return result
 
 
-def log_evaluation(run: Run, place: Progress, train: dict | None, result: dict,
-                   seconds: float) -> None:
-    """An evaluation on the console and in log.jsonl; train None: after a push or pruning."""
-    name = STAGES[place.stage]
-    line = f"{name} (phase {PHASE[name]}), {place.done} steps:"
-    if train is not None:
-        line += (f" Train Loss: {train['total']:.4f} (ce {train['ce']:.4f}, kld "
-                 f"{train['kld']:.4f}, l1 {train['l1']:.1f})")
-        run.log.evaluation(place.stage, run.step, "train",
-                           {**train, "loss": train["total"], "stage_name": name})
-    val = result["metrics"]
-    run.log.evaluation(place.stage, run.step, "val",
-                       {**val, "loss": result["loss"], "stage_name": name})
-    run.log.info(f"{line}\n          Val mIoU: {val['miou']:.4f}, Val Acc: "
-                 f"{val['overall_accuracy']:.4f}, Val Loss: {result['loss']:.4f} (evaluation "
-                 f"{result['seconds']:.2f} s) ({seconds:.2f} s)")
+def evaluate(model, dataset, device=None, amp_dtype=None, batch_size=4, num_workers=0,
+             limit_batches=0) -> dict:
+    """evaluate_photos, which training calls too; `extra` holds what describes the prototypes, see
+    docs/prototype.md, unless evaluation.interpretability is false."""
+    result = evaluate_photos(model, dataset, device, amp_dtype, batch_size, num_workers,
+                             limit_batches)
+    if model.config.evaluation.interpretability:
+        result["extra"] = {"prototypes": describe_prototypes(model, dataset, limit_batches)}
+    return result
 
 
 # -- what evaluate.py and predict.py call besides --------------------------------------------------
@@ -670,24 +527,6 @@ def start_model(run: Run, config: Config) -> tuple[PPNet, dict]:
     return model, {"name": "DeepLabV2", "file": None, "sha256": None}
 
 
-def keep_resumed(run: Run) -> None:
-    """Make a checkpoint that was resumed from elsewhere what --resume auto goes on from."""
-    checkpoint = run.checkpoint
-    last = run.folder.model / "model_last.pth"
-    if run.resume_path in (None, last):
-        return
-    run.resume_path = last
-    if not is_main():
-        return
-    run.folder.create()
-    taken = {name: value for name, value in checkpoint.items() if name not in ("format", "best")}
-    end = run.folder.model / f"{STAGES[checkpoint['stage'] - 1]}.pth"
-    # Lost where a kill came right after model_best.pth.
-    if checkpoint["stage"] and not checkpoint["done"] and not end.is_file():
-        save_checkpoint(end, **taken, best=checkpoint["best"])
-    run.keeper.save_last(taken)
-
-
 def test_only(run: Run, config: Config) -> dict:
     """Score a checkpoint on the test split, or on validation where there is none; or write its
     pages."""
@@ -726,23 +565,6 @@ def check_resumed(run: Run, config: Config) -> None:
     check_same_run(run.checkpoint, config, steps, COMPARED, run.args.seed, FREE_ON_RESUME)
 
 
-def describe_stages(job: Job) -> list[str]:
-    """Lines for the log."""
-    model = job.model
-    training = job.config.training
-    images = training.batch_size * job.run.world
-    stages = [f"{name} {length:,} images" if name in SCANS else
-              f"{name} {length:,} steps = {length // training.accumulate:,} updates"
-              for name, length in job.lengths.items() if length]
-    return [f"{len(job.train_set)} training, {len(job.val_set)} validation and "
-            f"{len(job.push_set)} push images",
-            f"{sum(p.numel() for p in model.parameters()):,} parameters, "
-            f"{len(model.class_identity)} prototypes of {len(model.class_names)} classes; {images} "
-            f"images a micro-step, {images * training.accumulate} an update, on "
-            f"{describe(job.run.device)}, seed {job.run.args.seed}",
-            f"stages: {', '.join(stages)}"]
-
-
 def main(argv=None) -> dict:
     args = parse_args(argv)
     config = read_config(args)
@@ -771,14 +593,16 @@ def main(argv=None) -> dict:
     model, encoder_entry = start_model(run, config)
     attach_settings(model, config, class_names, palette)
     run.model = model.to(run.device)
-    job = Job(run, config, model, datasets, sampler, lengths)
+    criterion = build_criterion(config, train_set.class_counts).to(run.device)
+    job = Job(run, model, criterion, datasets, sampler, lengths)
     run.track(config=config, class_names=class_names, palette=palette.tolist(), optimizer=None,
-              scheduler=None, save_interval=0, encoder=encoder_entry, ema=None, table=None)
+              scheduler=None, save_interval=0, num_classes=len(class_names),
+              encoder=encoder_entry, ema=None, table=None)
     run.keeper.counted = "stage"
     with run.lock:
         keep_resumed(run)
 
-    with run.training(*describe_stages(job), log_interval=config.logging.log_interval,
+    with run.training(*job.describe(), log_interval=config.logging.log_interval,
                       tensorboard=config.logging.tensorboard):
         train_stage(job, "warmup")
         train_stage(job, "joint")

@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -35,7 +36,7 @@ from utils.checks import check_range
 from utils.cli import ArgumentParser, AtLeast, flags_config, flags_defaults, given_flags, run_main
 from utils.config import Config
 from utils.distributed import all_reduce_sum
-from utils.losses import MaskedCrossEntropyLoss
+from utils.losses import MaskedCrossEntropyLoss, class_weights
 from utils.params import describe_parameters, split_decay
 from utils.run import Run, add_run_flags
 from utils.seed import seed_everything
@@ -62,7 +63,7 @@ def make_parser() -> ArgumentParser:
     model.add_argument("--head-weights", metavar="FILE", help="start from the head of another run")
     model.add_argument("--gradient-checkpointing", action="store_true",
                        help="less memory, a third more time")
-    photos.add_training_flags(parser, lr=1e-4, weight_decay=0.01)
+    photos.add_class_weights(photos.add_training_flags(parser, lr=1e-4, weight_decay=0.01))
     photos.add_evaluation_flags(parser)
     add_run_flags(parser, SCRIPT)
     parser.add_argument("--resume-checkpoint", dest="resume", metavar="PATH|auto",
@@ -116,19 +117,22 @@ def build_model(config: Config) -> UPerNetSegmenter:
     return UPerNetSegmenter(neck, head, FCNHead(embed_dim, C, dropout=model.dropout))
 
 
-def build_criterion(config: Config) -> MaskedCrossEntropyLoss:
-    """The mean over labelled pixels; mmsegmentation divides by all: sparse labels count less."""
-    return MaskedCrossEntropyLoss(class_dim=1)
+def build_criterion(config: Config, counts: np.ndarray) -> MaskedCrossEntropyLoss:
+    """The mean over labelled pixels; mmsegmentation divides by all: sparse labels count less.
+    counts (C,): training pixels of each class."""
+    weights = class_weights(config.training.class_weights, counts, "--class-weights")
+    return MaskedCrossEntropyLoss(weights, class_dim=1, num_classes=config.data.num_classes)
 
 
 def compute_loss(criterion: MaskedCrossEntropyLoss, outputs: dict, label: torch.Tensor,
                  labelled: torch.Tensor) -> dict:
-    """Terms and their weighted `total`; labelled: the labelled pixels of the step divide all."""
+    """Terms and their weighted `total`; labelled: the labelled pixels of the step, each with the
+    weight of its class, divide all."""
     terms = {}
     for name, logits in (("ce", outputs["logits"]), ("aux", outputs["aux_logits"])):
         logits = F.interpolate(logits.float(), label.shape[-2:], mode="bilinear")  # (B, C, S, S)
         loss_sum, _ = criterion.sum_and_weight(logits, label)       # over this micro-batch
-        terms[name] = loss_sum / labelled.clamp(min=1)
+        terms[name] = loss_sum / labelled.clamp(min=1e-6)
     return {**terms, "total": terms["ce"] + AUX_WEIGHT * terms["aux"]}
 
 
@@ -147,7 +151,7 @@ def train_one_epoch(run: Run, network, backbone, loader, criterion, clip_grad: f
         # The loss is the mean over all labelled pixels of the step, whatever the number of
         # micro-batches and processes.
         labelled = sum(criterion.label_weight(batch["label"]) for batch in micro_batches)
-        labelled = all_reduce_sum(labelled.to(run.device))
+        labelled = all_reduce_sum(labelled.to(run.device, non_blocking=True))
         for batch in micro_steps(network, micro_batches):
             # (B, 3, S, S), four feature maps (B, D, S/16, S/16) of the backbone, (B, S, S)
             image, taps, label = photos.prepare(batch, backbone, run.device)
@@ -194,6 +198,7 @@ def main(argv=None) -> dict:
 
     # data: every file is checked before the first step, and remembered
     class_names, palette, train_set, val_set = photos.open_data(run, config, build_dataset)
+    criterion = build_criterion(config, train_set.class_counts).to(run.device)
     sampler = run.plan(len(train_set), config, batch_size=training.batch_size,
                        epochs=training.epochs, accumulate=training.accumulate,
                        compare=("data", "model", "training"), free=photos.FREE_ON_RESUME)
@@ -209,8 +214,7 @@ def main(argv=None) -> dict:
     photos.attach_backbone(model, backbone, config, class_names, palette, size_multiple(config))
     network = run.wrap(model)
 
-    # loss, optimiser, schedule
-    criterion = build_criterion(config).to(run.device)
+    # optimiser, schedule
     optimizer = build_optimizer(model, config)
     scheduler = photos.build_schedule(optimizer, training, run.total_steps, power=1.0)
     run.track(config=config, class_names=class_names, palette=palette.tolist(),

@@ -138,33 +138,38 @@ def push(model: PPNet, table: PushTable) -> PushReport:
 def cell_box(cell: Sequence[int], grid: Sequence[int], size: Sequence[int]) -> list[int]:
     """Pixels of a cell as [y0, x0, y1, x1], the ends outside, edges rounded outwards.
 
-    Not the receptive field, which is far larger. As published, where an edge on a whole pixel takes the next pixel in
-    too; different from upstream, boxes end where the image does.
+    Not the receptive field, which is far larger. As published, in double precision, where an edge on a whole pixel
+    takes the next pixel in too; different from upstream, boxes end where the image does.
     """
-    begin = [place * length // cells for place, cells, length in zip(cell, grid, size, strict=True)]
-    return begin + [min((place + 1) * length // cells + 1, length)
-                    for place, cells, length in zip(cell, grid, size, strict=True)]
+    sides = [length / cells for cells, length in zip(grid, size, strict=True)]
+    begin = [int(place * side) for place, side in zip(cell, sides, strict=True)]
+    return begin + [min(int(place * side + side) + 1, length)
+                    for place, side, length in zip(cell, sides, size, strict=True)]
 
 
 def patch_box(similarity: Tensor, cell: Sequence[int], own: Tensor) -> list[int]:
     """The part of the image that a prototype responds to around its cell, as [y0, x0, y1, x1], the ends outside.
 
     similarity (h, w) of one prototype, own (H, W) bool the pixels of its class. The map is resized to the image
-    (bicubic); from the cell the box grows, a row or column at a time, while that touches a pixel of the class in the
-    top 5 % of the whole map; 5 pixels are added at the end. As published, up to rounding.
+    (bicubic). From the cell's box, with the row and column behind its end, the box grows up, down, left and right in
+    turn, a row or column at a time, while that has a pixel of the class in the top 5 % of the whole map; a side without
+    one has grown for good. 5 pixels are added at the end. As published, up to rounding.
     """
     H, W = own.shape
-    y0, x0, y1, x1 = cell_box(cell, similarity.shape, own.shape)
+    top, left, bottom, right = cell_box(cell, similarity.shape, own.shape)      # the last two are in the box from here
     resized = F.interpolate(similarity[None, None].float(), (H, W), mode="bicubic")[0, 0].detach().cpu().numpy()
-    active = (resized > np.quantile(resized, 1 - TOP_SHARE)) & own.cpu().numpy()
-    before = None
-    while before != (y0, x0, y1, x1):
-        before = y0, x0, y1, x1
-        y0 -= y0 > 0 and bool(active[y0 - 1, x0:x1].any())
-        y1 += y1 < H and bool(active[y1, x0:x1].any())
-        x0 -= x0 > 0 and bool(active[y0:y1, x0 - 1].any())
-        x1 += x1 < W and bool(active[y0:y1, x1].any())
-    return [max(y0 - MARGIN, 0), max(x0 - MARGIN, 0), min(y1 + MARGIN, H), min(x1 + MARGIN, W)]
+    active = (resized >= np.quantile(resized, 1 - TOP_SHARE)) & own.cpu().numpy()
+    up = down = leftwards = rightwards = True
+    while up or down or leftwards or rightwards:
+        up = up and top > 0 and bool(active[top - 1, left:right + 1].any())
+        top -= up
+        down = down and bottom + 1 < H and bool(active[bottom + 1, left:right + 1].any())
+        bottom += down
+        leftwards = leftwards and left > 0 and bool(active[top:bottom + 1, left - 1].any())
+        left -= leftwards
+        rightwards = rightwards and right + 1 < W and bool(active[top:bottom + 1, right + 1].any())
+        right += rightwards
+    return [max(top - MARGIN, 0), max(left - MARGIN, 0), min(bottom + 1 + MARGIN, H), min(right + 1 + MARGIN, W)]
 
 
 def provenance(model: PPNet, table: PushTable, files: Sequence[str | Path]) -> list[dict]:
@@ -191,8 +196,9 @@ class NearestPatches(PatchTable):
     """The k nearest patches of each prototype, of any class, at most one per image, nearest first.
 
     distance (P, k) float32, image (P, k) and patch_class (P, k) int64, cell (P, k, 2); infinite and -1 where there
-    are fewer images. Cells whose middle pixel is ignored are left out. The class of a patch (its cell_box) is the
-    prototype's own where any of its pixels is, else that of most pixels, -1 where most are ignored.
+    are fewer images. Cells whose middle pixel is ignored are left out. The class of a patch (its cell_box without the
+    pixels added behind its ends, as published) is the prototype's own where any of its pixels is, else that of most
+    pixels, -1 where most are ignored.
     """
 
     FIELDS = ("distance", "image", "cell", "patch_class")
@@ -219,9 +225,11 @@ class NearestPatches(PatchTable):
         """Classes (P,) of the patches at cells `places`: label (H, W) on the CPU."""
         classes = class_identity.argmax(1).tolist()
         counted = torch.where(label == IGNORE_INDEX, -1, label) + 1
+        height, width = label.shape[0] / grid[0], label.shape[1] / grid[1]
         for p, place in enumerate(places):
-            y0, x0, y1, x1 = cell_box(divmod(place, grid[1]), grid, label.shape)
-            counts = counted[y0:y1, x0:x1].flatten().bincount(minlength=class_identity.shape[1] + 1)
+            y, x = divmod(place, grid[1])
+            patch = counted[int(y * height):int((y + 1) * height), int(x * width):int((x + 1) * width)]
+            counts = patch.flatten().bincount(minlength=class_identity.shape[1] + 1)
             if not counts[classes[p] + 1]:
                 classes[p] = int(counts.argmax()) - 1                  # ignored first: it wins ties, as published
         return torch.tensor(classes)

@@ -38,9 +38,9 @@ from data.images import check_pairs, read_image
 from data.mesh import Augmentation, MeshDataset, MeshSpec
 from data.mesh_io import Mesh, read_labels, read_mesh, write_glb, write_labels, write_ply
 from data.mesh_texture import read_mtl, read_pyramid, read_texture
+from data.point_files import find_clouds, read_classes, read_cloud, write_cloud
+from data.point_files import write_ply as write_cloud_ply
 from data.point_transforms import fragments, representatives, voxelize
-from data.points import find_clouds, read_classes, read_cloud, write_cloud
-from data.points import write_ply as write_cloud_ply
 from models.sparse_conv import SubMConv3d, neighbour_table
 from tests.tiny_clouds import tiny_cloud
 from tests.tiny_images import read_mask, tiny_picture
@@ -322,7 +322,7 @@ def check_mesh(path):
     F = len(mesh.faces)
     assert mesh.vertices.dtype == np.float64 and mesh.vertices.shape[1:] == (3,) and np.isfinite(mesh.vertices).all()
     assert mesh.faces.dtype == np.int64 and mesh.faces.shape == (F, 3) and F and in_range(mesh.faces, len(mesh.vertices))
-    assert mesh.label is None or mesh.label.dtype == np.int64 and mesh.label.shape == (F,)
+    assert mesh.slot.shape == (F, 3) and (mesh.properties is None or set(mesh.properties) == {"vertex", "face"})
     assert mesh.polygon is None or mesh.polygon.shape == (F,) and set(np.diff(mesh.polygon)) <= {0, 1} and mesh.polygon[0] == 0
     return mesh
 
@@ -437,6 +437,8 @@ def check_log(path):
     assert isinstance(read_log(path), list)
 
 
+PCD = b"FIELDS x y z label\nSIZE 4 4 4 4\nTYPE F F F F\nCOUNT 1 1 1 1\nPOINTS 2\nDATA "
+PCD_BODY = struct.pack("<II", 34, 32) + bytes([15]) + np.float32([1, 2, 3, 4]).tobytes() + bytes([15]) + np.float32([5, 6, 7, 8]).tobytes()
 CLOUD = {name: values[:9] for name, values in tiny_cloud(0, 20).items()}
 CHECKPOINT = {"script": "train_sonata.py", "config": {"a": [1, 2.5, None]}, "class_names": ["a", "b"], "palette": None,
               "model": {"weight": torch.arange(6.0).view(2, 3), "steps": torch.tensor(3)}, "epoch": 2, "step": 20}
@@ -464,6 +466,10 @@ READERS = [
     Reader("cloud.npz", check_cloud, [([npy(values) for values in CLOUD.values()], archive([f"{name}.npy" for name in CLOUD]))]),
     Reader("cloud.npy", check_cloud, plain(npy(np.arange(70.0).reshape(10, 7)), npy(CLOUD_ROWS))),
     Reader("cloud.ply", check_cloud, plain(CLOUD_PLY)),
+    Reader("cloud.txt", check_cloud, plain(b"// x y z label\n1 2 3 0\n4 5 6.5 1\n", b"3\n1,2,3\n4,5,-6e1\n7,8,9\n")),
+    Reader("cloud.pcd", check_cloud, plain(PCD + b"ascii\n1 2 3 1\n4 5 6 2\n", PCD + b"binary\n" + np.float32([1, 2, 3, 4] * 2).tobytes(),
+                                           PCD + b"binary_compressed\n" + PCD_BODY)),
+    Reader("cloud.bin", check_cloud, plain(np.float32([[1, 2, 3, 4]] * 3).tobytes())),
     Reader("coord.npy", check_cloud_folder, plain(npy(np.arange(12).reshape(4, 3)), npy(np.zeros((4, 3), ">f8")))),
     Reader("segment.npy", check_cloud_folder, plain(npy(np.array([1, 2, 3, -1])), npy(np.array([1.0, 2, 3, 4])))),
     Reader("classes.json", check_class_lists, plain('["floor", "wall"]', '{"classes": ["a", "b"], "ignore_index": [-1, 255], "palette": [[0, 1, 2], [3, 4, 255]]}')),
@@ -602,9 +608,16 @@ def test_made_meshes_come_back(tmp_path, examples, tally):
         path.write_bytes(ply_file(*made, data.draw, label) if suffix == "ply" else (obj_file if suffix == "obj" else off_file)(*made, data.draw))
         mesh = check_mesh(path)
         np.testing.assert_array_equal(mesh.vertices, vertices)
-        assert mesh.faces.tolist() == fans(polygons)
+        at = 0
+        for p in polygons:                                      # triangles that have every edge of the polygon once
+            slots = (mesh.slot[at:at + len(p) - 2] - mesh.slot[at:at + len(p) - 2].min()).tolist()
+            edges = Counter(tuple(ends) for a, b, c in slots for ends in ((a, b), (b, c), (c, a)))
+            assert all(edges[i, (i + 1) % len(p)] == 1 for i in range(len(p))) and sum(edges.values()) == 3 * len(p) - 6
+            assert mesh.faces[at:at + len(p) - 2].tolist() == [[p[i] for i in triangle] for triangle in slots]
+            at += len(p) - 2
         assert mesh.polygon is None and all(len(p) == 3 for p in polygons) or mesh.polygon.tolist() == of_each(range(len(polygons)), polygons)
-        assert mesh.label is None if label is None or suffix != "ply" else mesh.label.tolist() == of_each(label, polygons)
+        if label is not None and suffix == "ply":
+            assert mesh.properties["face"]["label"].tolist() == label
 
 
 @examples
@@ -628,7 +641,7 @@ def test_written_meshes_come_back(tmp_path, examples, tally):
         mesh = check_mesh(path)
         np.testing.assert_allclose(mesh.vertices[mesh.faces], corner, rtol=0, atol=0 if kind != "glb" else 1e-5)
         if kind == "ply":
-            assert mesh.label.tolist() == faces[:, 0].tolist()
+            assert mesh.properties["face"]["label"].tolist() == faces[:, 0].tolist()
         if kind == "stl":
             assert len(mesh.vertices) == len(np.unique(corner.reshape(-1, 3) + 0.0, axis=0))
 
@@ -647,12 +660,19 @@ def test_made_labels_come_to_the_right_faces(tmp_path, examples, tally):
         count = {"face": len(faces), "polygon": len(polygons), "vertex": len(vertices), "edge": len(edges)}[kind]
         label = data.draw(st.lists(st.integers(0, 3), min_size=count, max_size=count))
         write_labels(tmp_path / f"a{suffix}", np.array(label))
-        three = {"vertex": lambda f: [label[i] for i in f], "edge": lambda f: [label[edges[tuple(sorted(e))]] for e in zip(f, f[1:] + f[:1], strict=True)]}
-
-        def vote(values):                                       # of three different ones the smallest; 3 is unlabelled, so not it
-            return max(sorted(set(values)), key=values.count)
-
-        expected = label if kind == "face" else of_each(label, polygons) if kind == "polygon" else [vote(three[kind](f)) for f in faces]
+        votes = []                                              # of each polygon
+        for number, p in enumerate(polygons):
+            own = [i for i, polygon in enumerate(of_each(range(len(polygons)), polygons)) if polygon == number]
+            if kind == "polygon" or count == len(polygons) and kind == "face":
+                votes.append([label[number]])
+            elif kind == "face":
+                votes.append([label[i] for i in own])
+            elif kind == "vertex":
+                votes.append([label[i] for i in set(p)])
+            else:
+                votes.append([label[edges[tuple(sorted(e))]] for i in own for e in zip(faces[i], faces[i][1:] + faces[i][:1], strict=True)])
+        # of equally many the smallest; 3 is unlabelled, so not it
+        expected = of_each([max(sorted(set(values)), key=values.count) for values in votes], polygons)
         found = read_labels(tmp_path / f"a{suffix}", mesh, 3, ignore_labels=[3], kind=kind)
         assert found.tolist() == [IGNORE_INDEX if value == 3 else value for value in expected]
 

@@ -48,7 +48,7 @@ def points(script: str) -> dict[str, list[tuple]]:
     """Name of the moment -> the functions (owner, name) that are called then."""
     module = sys.modules[Path(script).stem]
     scored = {"train_jepa.py": [(jepa_scripts, "measure")],
-              "train_prototype.py": [(module, "evaluate"), (module, "finish_push"), (module, "finish_prune")]}
+              "train_prototype.py": [(module, "evaluate_photos"), (module, "finish_push"), (module, "finish_prune")]}
     return {"prepare": [(module, "build_dataset")],
             "step": [(torch.optim.AdamW, "step"), (torch.optim.Adam, "step")],
             "epoch": [(module, "train_until" if script == "train_prototype.py" else "train_one_epoch")],

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-import train_prototype
 from tests.tiny_heads import SMALL
 from tests.tiny_runs import NAMES, report, run_forked, tiny_run
+from utils.prototype_scripts import STAGES
 
 STEPS, EVERY, EPOCHS = 2000, 20, 40
 FIELDS = ("step", "memory", "handles", "threads", "files", "logged")
@@ -101,7 +101,7 @@ def test_nothing_grows(tmp_path, name, workers):
     (memory, later), (handles, more) = growth(rows, "memory", of=statistics.median), growth(rows, "handles")
     report(f"long run train_{name}.py{f', {workers} worker' * bool(workers)}: {STEPS} steps, memory {later / memory - 1:+.1%}, handles {more - handles:+d}")
     assert problems(rows) == []
-    kept = {path.name for path in (out / "model").iterdir()} - {f"{stage}.pth" for stage in train_prototype.STAGES}
+    kept = {path.name for path in (out / "model").iterdir()} - {f"{stage}.pth" for stage in STAGES}
     assert {"model_best.pth", "model_last.pth"} <= kept and len(kept) <= 4                          # and the 2 best where asked for
     assert not list(out.rglob("*tmp*")) and len(list((tmp_path / "temporary").iterdir())) <= workers    # the socket of a worker
     assert (out / "log" / "train.log").stat().st_size < 300 * (STEPS // 10) + 3000 * (EPOCHS + 10)

@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,8 @@ from utils.losses import (
     MaskedCrossEntropyLoss,
     WeightedLoss,
     _lovasz_slope,
+    check_labels,
+    class_weights,
     lovasz_softmax_loss,
     soft_dice_loss,
 )
@@ -215,6 +218,18 @@ def test_bad_settings(kwargs, message):
         MaskedCrossEntropyLoss(**kwargs)
 
 
+def test_class_weights_of_a_setting():
+    counts = np.array([100, 400, 25, 0])
+    for setting, expected in ((None, None), ([1, 2, 3, 4], [1, 2, 3, 4]), ("1,2,0.5,4", [1, 2, 0.5, 4]),
+                              ("median_frequency", [1.0, 0.25, 4.0, 1.0]), ("sqrt_median_frequency", [1.0, 0.5, 2.0, 1.0])):
+        assert class_weights(setting, counts) == expected
+    for setting, message in (("median", "weights=median: .*, median_frequency or sqrt"), ([1, 2], "weights: 2 numbers for 4 classes"),
+                             ("1,2", "weights: 2 numbers"), ([1, "two", 3, 4], "expected a number for each class"), ("1,,2,3", "a number for each"),
+                             ([[1], 2, 3, 4], "a number for each"), ([1, -1, 1, 1], "from 0"), ("1,nan,1,1", "from 0"), ([0, 0, 0, 0], "above 0")):
+        with pytest.raises(ValueError, match=message):
+            class_weights(setting, counts, "weights")
+
+
 def test_class_weights_must_fit_and_are_not_saved():
     loss = MaskedCrossEntropyLoss([1.0, 2.0])
     assert not loss.state_dict()
@@ -348,3 +363,16 @@ def test_weighted_loss_errors():
             WeightedLoss({"ce": factor})
     with pytest.raises(ValueError, match="no loss with a weight above 0"):
         WeightedLoss({"ce": 0.0})
+
+
+def test_a_training_loop_checks_labels_before_they_go_to_the_gpu():
+    """On a GPU a look at them would wait for it: label_weight looks on the loader's side, with the same words."""
+    label = torch.tensor([[0, 7, IGNORE_INDEX]])
+    with pytest.raises(ValueError) as late:
+        MaskedCrossEntropyLoss()(torch.zeros(1, 3, 4), label)
+    for criterion in (MaskedCrossEntropyLoss(num_classes=4), MaskedCrossEntropyLoss([1.0] * 4),
+                      WeightedLoss({"dice": 1.0}, class_dim=1, num_classes=4)):
+        with pytest.raises(ValueError) as early:
+            criterion.label_weight(label)
+        assert str(early.value) == str(late.value)
+    check_labels(label.to("meta"), 4)                                # a device whose values nobody can see

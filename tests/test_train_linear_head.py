@@ -76,3 +76,14 @@ def test_a_head_continues_with_other_classes(data, tmp_path, capsys):
     assert torch.allclose(first["batchnorm_layer.weight"], second["batchnorm_layer.weight"], atol=1e-6)
     with pytest.raises(ValueError, match="conv.weight|batchnorm_layer"):
         train(script, data, tmp_path / "wide", *more, "--layers", "4")
+
+
+def test_class_weights_of_the_training_set(data, tmp_path):
+    """Each pixel has the weight of its class, in the sum and in what divides it."""
+    losses = {}
+    for name, more in (("plain", []), ("ones", ["--class-weights", "1,1,1"]), ("named", ["--class-weights", "median_frequency"]),
+                       ("first", ["--class-weights", "1,0,0"]), ("tenth", ["--class-weights", "0.001,0,0"])):
+        train(script, data, tmp_path / name, "--limit-batches", "1", "--epochs", "1", *more)
+        losses[name] = read_log(tmp_path / name / "log" / "log.jsonl")[0]["loss"]
+    assert losses["plain"] == pytest.approx(losses["ones"], rel=1e-6) and losses["first"] == pytest.approx(losses["tenth"], rel=1e-5)
+    assert len({round(loss, 4) for loss in losses.values()}) == 3

@@ -3,6 +3,7 @@ exactly wherever it is stopped, and the pushed prototypes are patches of the pho
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,12 +22,15 @@ from data import cityscapes
 from models.prototype_push import NearestPatches, PushTable
 from tests.tiny_images import write_classes, write_pictures
 from tests.whole_runs import assert_equal, sigterm_in_call
+from utils import prototype_scripts
 from utils.checkpoint import load_checkpoint
 from utils.cli import StopRequested
 from utils.config import load_config
 from utils.config_file import write_yaml
 from utils.image_inference import build_normalizer
 from utils.log import read_log
+from utils.prototype_losses import resize_label
+from utils.prototype_scripts import STAGES
 from utils.seed import seed_everything
 from utils.training import Totals
 
@@ -169,7 +173,7 @@ def test_an_update_is_the_mean_of_its_micro_losses(config, tmp_path, monkeypatch
     monkeypatch.setattr(torch.optim.SGD, "step", lambda self, *a, **k: seen.append([p.grad.clone() for p in trained]))
     batches = 2 * [{"image": x[None], "label": y[None]} for x, y in zip(images, labels, strict=True)]
     run = script.Run(script.parse_args([str(config), "--device", "cpu", "--output-dir", str(tmp_path)]), "train_prototype.py", script.DEFAULTS)
-    model.normalize, run.model, run.log_interval, run.totals = normalize, model, 100, Totals()
+    model.normalize, run.model, run.log_interval, run.totals = normalize, model, 100, Totals(3)
     run.optimizer, run.scheduler = torch.optim.SGD(groups, lr=1.0), SimpleNamespace(step=lambda: None, get_last_lr=lambda: [0.0])
     monkeypatch.setattr(script, "stage_batches", lambda job, end: iter(batches))
     job = SimpleNamespace(run=run, config=settings, model=model, criterion=criterion, progress=script.Progress())
@@ -179,6 +183,60 @@ def test_an_update_is_the_mean_of_its_micro_losses(config, tmp_path, monkeypatch
     for gradients in zip(wanted, *seen, pooled, strict=True):
         assert all(torch.allclose(gradients[0], other, atol=1e-6) for other in gradients[1:3])
     assert not torch.allclose(wanted[-1], pooled[-1], atol=1e-4)
+
+
+def test_class_weights_of_the_cells(config):
+    """Cross entropy is a mean in which each cell has the weight of its class; the other terms do not change."""
+    torch.manual_seed(0)
+    settings = load_config(config, script.DEFAULTS, ["loss.class_weights=sqrt_median_frequency"])
+    model = script.build_model(settings).eval()
+    criterion = script.build_criterion(settings, np.array([100, 400, 25]))
+    label = torch.randint(0, 3, (2, 33, 33))
+    label[:, :20] = 2
+    logits, _ = outputs = model(torch.randn(2, 3, 33, 33))
+    terms = script.compute_loss(criterion, model, outputs, label, settings)
+    expected = F.cross_entropy(logits.flatten(0, 2), resize_label(label, logits.shape[1:3]).flatten(), torch.tensor([1.0, 0.5, 2.0]))
+    assert float(terms["ce"].detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    plain = script.compute_loss(script.MaskedCrossEntropyLoss(), model, outputs, label, settings)
+    assert float((plain["ce"] - terms["ce"]).detach()) != 0 and torch.equal(plain["kld"], terms["kld"]) and torch.equal(plain["l1"], terms["l1"])
+
+
+def test_training_accuracy_is_of_the_labelled_cells_of_every_micro_step(whole, data, monkeypatch, tmp_path):
+    """The logged numbers, from what the network said of each micro-batch; at several scales, from the largest grid."""
+    from sklearn.metrics import confusion_matrix
+
+    seen, original = [], script.compute_loss
+
+    def spy(criterion, model, outputs, label, config):
+        logits = outputs[-1][0]
+        seen.append((resize_label(label, logits.shape[1:3]).flatten(), logits.argmax(-1).flatten()))
+        return original(criterion, model, outputs, label, config)
+    monkeypatch.setattr(script, "compute_loss", spy)
+    train(whole[0], tmp_path / "run", "training.steps=[4,0,0]", "evaluation.interval=2", "training.prune=false", "model.scales=[0.5]", "--phase", 0)
+    records = [record for record in read_log(tmp_path / "run" / "log" / "log.jsonl") if record["split"] == "train"]
+    assert len(records) == 2 and len(seen) == 4
+    for record, micro in zip(records, (seen[:2], seen[2:]), strict=True):
+        label, pred = (torch.cat(parts) for parts in zip(*micro, strict=True))
+        matrix = confusion_matrix(label[label >= 0], pred[label >= 0], labels=range(3))
+        union = matrix.sum(0) + matrix.sum(1) - np.diag(matrix)
+        assert record["overall_accuracy"] == pytest.approx(np.diag(matrix).sum() / matrix.sum())
+        assert record["miou"] == pytest.approx((np.diag(matrix)[union > 0] / union[union > 0]).mean())
+    text = (tmp_path / "run" / "log" / "train.log").read_text()
+    assert f"Train mIoU: {records[-1]['miou']:.4f}, Train Acc: {records[-1]['overall_accuracy']:.4f}" in text
+
+
+def test_masks_of_one_class_are_refused(data, config, tmp_path):
+    root = tmp_path / "binary"
+    shutil.copytree(data, root, ignore=shutil.ignore_patterns("cache"))
+    for mask in root.glob("masks/*/*.png"):
+        Image.fromarray(np.where(np.asarray(Image.open(mask)) == 1, 255, 0).astype(np.uint8)).save(mask)
+    binary = [f"dataset.root={root}", "model.num_classes=2", "model.prototype_shape=[4,8,1,1]", "dataset.classes=null"]
+    (root / "classes.json").unlink()
+    with pytest.raises(ValueError, match="all labelled pixels of the training masks are class 0, .*label_map"):
+        train(config, tmp_path / "run", *binary)
+    assert not (tmp_path / "run").exists()
+    result = train(config, tmp_path / "run", *binary, "dataset.label_map=0:0,255:1", "training.steps=[2,0,0]", "evaluation.interval=2", "--phase", 0)
+    assert 0 <= result["miou"] < 1
 
 
 def test_loss_terms(config):
@@ -279,7 +337,7 @@ def test_phases_one_by_one_equal_the_whole_run(whole, tmp_path, monkeypatch):
         train(path, run, "--phase", 1)
     train(path, run, "--phase", 0)
     monkeypatch.setattr(script, "SCAN_CHUNK", 4)             # a save within a pass over the photographs
-    for owner, method, call, more in ((script, "save_checkpoint", 1, []), (PushTable, "update", 6, ["--resume", "auto"])):
+    for owner, method, call, more in ((prototype_scripts, "save_checkpoint", 1, []), (PushTable, "update", 6, ["--resume", "auto"])):
         with monkeypatch.context() as patch:                 # killed while it writes joint.pth, and behind that save
             original, calls = getattr(owner, method), []
 
@@ -292,10 +350,10 @@ def test_phases_one_by_one_equal_the_whole_run(whole, tmp_path, monkeypatch):
             with pytest.raises(KeyboardInterrupt):
                 train(path, run, "--phase", 1, *more)
     stopped = checkpoint(run)
-    assert (script.STAGES[stopped["stage"]], stopped["done"], len(calls)) == ("push", 4, 6)
+    assert (STAGES[stopped["stage"]], stopped["done"], len(calls)) == ("push", 4, 6)
     train(path, run, "--phase", 1, "--resume", "auto")
     train(path, run, "--phase", 2)
-    assert {f"{stage}.pth" for stage in script.STAGES} <= {file.name for file in (run / "model").iterdir()}
+    assert {f"{stage}.pth" for stage in STAGES} <= {file.name for file in (run / "model").iterdir()}
     assert_equal(checkpoint(undisturbed)["model"], checkpoint(run)["model"])
     log = (run / "log" / "log.jsonl").read_bytes()
     with pytest.raises(ValueError, match="in joint, phase 1"):
@@ -410,7 +468,7 @@ def test_learns_and_the_labels_matter(config, tmp_path):
 
 @pytest.mark.parametrize("changes, message", [
     (["model.prototype_shape=[13,8,1,1]"], "multiple of"), (["model.num_classes=19", "dataset.name=pascal", "model.prototype_shape=[19,8,1,1]"], "has 21 classes"),
-    (["training.steps=[3,12,6]"], r"training.steps\[0\]"), (["evaluation.interval=5"], "evaluation.interval"), (["training.steps=[6,12]"], "three phases"),
+    (["training.steps=[3,12,6]"], r"training.steps\[0\]"), (["loss.class_weights=[1,2]"], "loss.class_weights: 2 numbers for 3"), (["evaluation.interval=5"], "evaluation.interval"), (["training.steps=[6,12]"], "three phases"),
     (["model.n_blocks=[1,1,1]"], "n_blocks"), (["dataset.window_size=[4,4]"], "window_size"), (["optimizer.aspp_lr=0"], "aspp_lr"),
     (["model.weights=null"], "model.weights"), (["model.weights=missing.pth"], "missing.pth"), (["evaluation.squash=[513]"], "squash"),
     (["training.train_last_layer=[true,true,false]"], "the third must be true"), (["training.prune_threshold=4"], "at most training.prune_neighbors=3"),

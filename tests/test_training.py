@@ -60,6 +60,15 @@ def test_totals_read_what_earlier_versions_saved(state, means):
     assert {name: read[name] for name in means} == means and ("loss" in read) == ("loss" in means)
 
 
+def test_totals_that_counted_no_classes_start_to():
+    """A run of a version that did not count goes on with one that does: it counts from there."""
+    totals = Totals(2)
+    totals.load_state_dict({"terms": {"loss": 3.0}, "steps": 2})
+    totals.matrix.update(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]))
+    means = totals.means()
+    assert means["loss"] == 1.5 and means["overall_accuracy"] == pytest.approx(2 / 3)
+
+
 def test_totals_where_there_is_no_float64(monkeypatch):
     """As on MPS: float32 on the device, and no float64 is asked for."""
     zeros = torch.zeros

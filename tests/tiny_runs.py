@@ -15,7 +15,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,7 +52,7 @@ CONFIGS = {                                        # DATA stands for the folder 
                "augmentation": {"elastic": [[0.2, 0.05]]}, "checkpointing": {"save_interval": 1}, "logging": LOG},
     "segmentation": {"dataset": {"root": "DATA", "num_classes": 3, "image_size": 64},
                      "augmentations": {"scale_range": [0.8, 1.4], "color_jitter": {"brightness": 0.2}},
-                     "model": {"backbone": "resnet18", "dropout": 0.1}, "training": {"ema": 0.9},
+                     "model": {"backbone": "resnet18", "dropout": 0.1}, "training": {"ema": 0.9, "amp": False},
                      "checkpointing": {"save_interval": 1, "save_top_k": 1}, "logging": {"log_every_n_steps": 1, "tensorboard": False}},
     "prototype": {"dataset": {"root": "DATA", "window_size": [41, 49]},
                   "model": {"num_classes": 3, "prototype_shape": [12, 8, 1, 1], "weights": "random", "n_blocks": [1, 1, 1, 1],
@@ -238,6 +238,14 @@ def report(line: str) -> None:
         with open(path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
     print(line)
+
+
+def report_tests(request, line: str) -> Iterator[None]:
+    """The body of a module's fixture: `line` with the numbers of the module's tests that passed, and of all."""
+    before = request.session.testsfailed
+    yield
+    count = sum(item.module is request.module for item in request.session.items)
+    report(line.format(count - (request.session.testsfailed - before), count))
 
 
 if __name__ == "__main__":

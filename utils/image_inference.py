@@ -130,7 +130,8 @@ def build_normalizer(mean: Sequence[float], std: Sequence[float],
 
     def normalize(image: Tensor) -> Tensor:
         image = image.contiguous(memory_format=order)
-        return (image.float() / 255 - mean.to(image.device)) / std.to(image.device)
+        own_mean, own_std = (values.to(image.device, non_blocking=True) for values in (mean, std))
+        return (image.float() / 255 - own_mean) / own_std
     return normalize
 
 

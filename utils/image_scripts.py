@@ -25,12 +25,12 @@ from data.image_splits import (
     check_file_settings,
     checked_dataset,
     given_pairs,
-    label_map_of,
     read_classes,
     split_pairs,
     training_doubts,
 )
 from data.images import Augmentation, SegmentationDataset
+from data.label_map import label_map_of
 from data.photos import PhotoFormat, photo_doubts, photo_format, read_image
 from models.dinov3 import FrozenBackbone, backbone_name
 from models.dinov3_weights import load_backbone, restore_backbone
@@ -38,10 +38,11 @@ from utils.checks import check_positive, check_range
 from utils.cli import ArgumentParser, AtLeast
 from utils.config import Config
 from utils.device import autocast
-from utils.distributed import unwrap
+from utils.distributed import main_first, unwrap
 from utils.image_inference import TTA_SCALES, View, evaluate_images, pad_to_multiple, resized_shape, segment_image
+from utils.losses import class_weights
 from utils.metrics import headline, metrics_table
-from utils.run import Run, main_first
+from utils.run import Run
 from utils.schedule import build_scheduler
 
 FREE_ON_RESUME = ("training.batch_size", "training.log_interval", "training.save_interval", "model.backbone_weights",
@@ -110,6 +111,12 @@ def add_training_flags(parser: ArgumentParser, *, lr: float, weight_decay: float
     return training
 
 
+def add_class_weights(training: argparse._ArgumentGroup) -> None:
+    training.add_argument("--class-weights", metavar="NAME|W,W,...",
+                          help="of the loss: median_frequency, sqrt_median_frequency, or a number for each class, such "
+                               "as 1,0.5,2; default: all 1")
+
+
 def add_evaluation_flags(parser: ArgumentParser) -> None:
     """The groups `evaluation` and `paths`."""
     evaluation = parser.add_argument_group("evaluation")
@@ -134,6 +141,8 @@ def check_flags(config: Config) -> None:
     check_range("--val-share", data.val_share, 0, 0.5)
     check_range("--ignore-label", data.ignore_label, 0, 255)
     check_positive("--lr", config.training.lr)
+    if "class_weights" in config.training:
+        class_weights(config.training.class_weights, np.ones(data.num_classes), "--class-weights")
     data |= {key: data[key] or [] for key in ("mask_suffix", "value_range", "bands")}
     check_file_settings(data, data.num_classes)
     if not data.label_map and data.ignore_label < data.num_classes + data.reduce_zero_label:

@@ -76,22 +76,25 @@ class SetCriterion(nn.Module):
         targets (or pairs), and the sum of the weights of all queries' classes. Add them up over micro-batches and
         processes.
         """
-        count = self._present(label).sum(1)
+        count = self.present(label).sum(1)
         matched = count.clamp_max(num_queries)             # with more targets than queries some stay without
         weight = matched + self.no_object_weight * (num_queries - matched)
         return torch.stack([(matched if self.divide_by_pairs else count).sum(), weight.sum()]).float()
 
     def sums(self, outputs: Mapping, label: Tensor, normalizer: Tensor | None = None,
-             points: Sequence[Mapping] | None = None) -> dict[str, Tensor]:
+             points: Sequence[Mapping] | None = None, present: Tensor | None = None) -> dict[str, Tensor]:
         """-> "class_o", "mask_o", "dice_o" for each output o, 0 the last one of the decoder, and the weighted "total".
 
         Scalars; only the total has a gradient, once: it is worked out in the forward pass, so that no point is kept.
         normalizer: label_weights of the whole batch where this is a part of it; the losses of the parts then add up.
         points: for each output {"matcher": for each image (P, 2), "oversampled": (R, ., 2), "random": (R, ., 2)}
         instead of random ones, rows in the order of images and, within, of matched queries.
+        present: that of the labels, made before they went to the GPU; then all this waits for it once, for the costs of
+        all outputs together.
         """
         predictions = [outputs, *outputs.get("aux_outputs", ())]
-        present = self._present(label)
+        if present is None:
+            present = self.present(label)
         num_queries = outputs["pred_logits"].shape[1]
         if normalizer is None:
             normalizer = self.label_weights(label, num_queries)
@@ -117,7 +120,8 @@ class SetCriterion(nn.Module):
         present = present.cpu()
         found = [row.nonzero().flatten() for row in present]                       # class ids of each image, ascending
         width = max(len(ids) for ids in found)
-        classes = torch.stack([F.pad(ids, (0, width - len(ids)), value=-1) for ids in found]).to(label.device)  # (B, T)
+        classes = torch.stack([F.pad(ids, (0, width - len(ids)), value=-1) for ids in found])             # (B, T)
+        classes = classes.to(label.device, non_blocking=True)
         images_at_once = IMAGES_AT_ONCE.get(label.device.type, 8)
         costs = []
         for o, prediction in enumerate(predictions):
@@ -131,7 +135,7 @@ class SetCriterion(nn.Module):
         for cost, (_, b) in zip(costs, np.ndindex(len(predictions), len(found)), strict=True):
             query, target = hungarian(cost[:, :len(found[b])])
             rows.append(np.stack([np.full_like(query, b), query, found[b].numpy()[target]]))           # (3, pairs)
-        rows = torch.from_numpy(np.concatenate(rows, 1)).to(label.device)
+        rows = torch.from_numpy(np.concatenate(rows, 1)).to(label.device, non_blocking=True)
         return rows.view(3, len(predictions), -1)
 
     def _cost(self, prediction: Mapping, label: Tensor, classes: Tensor, points: Tensor, part: slice) -> Tensor:
@@ -141,8 +145,8 @@ class SetCriterion(nn.Module):
         return matching_cost(prediction["pred_logits"][part], logits, classes, sample_label(label, points, classes),
                              tuple(self.weights.values()), labelled)
 
-    def _present(self, label: Tensor) -> Tensor:
-        """Which classes occur in each image: label (B, H, W) -> (B, K) bool."""
+    def present(self, label: Tensor) -> Tensor:
+        """Which classes occur in each image: label (B, H, W) -> (B, K) bool, where label is."""
         check_labels(label, self.num_classes)
         ids = torch.where(label == IGNORE_INDEX, self.num_classes, label).flatten(1)
         present = torch.zeros(len(label), self.num_classes + 1, dtype=torch.bool, device=label.device)

@@ -1,5 +1,5 @@
-"""What train_prototype.py does with its prototypes: passes over whole photographs for push and pruning, what describes
-and shows them, and why a pixel has its class.
+"""What train_prototype.py needs besides its method: how far its stages are and what they save, passes over whole
+photographs for push and pruning, what describes and shows the prototypes, and why a pixel has its class.
 
 This module stands above data/ and models/; only scripts import it. model: a PPNet with the attributes that `attach` of
 utils/image_scripts.py gives it. P prototypes, C classes, h x w cells of the feature grid.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -18,22 +19,233 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from data import cityscapes, voc
-from data.image_splits import label_map_of
+from data.image_splits import check_file_settings, class_info
 from data.images import SegmentationDataset
+from data.label_map import label_map_of
 from data.photos import photo_format, read_image
 from data.prototype_results import explain_pixels, prototype_colors, write_gallery, write_prototype_prediction
 from models.ppnet import PPNet
 from models.prototype_push import NearestPatches, PushTable, patch_box, provenance, prune_keep, purity, push
-from utils.device import autocast
-from utils.distributed import all_gather, is_main, own_share
+from utils.checkpoint import save_checkpoint
+from utils.checks import check_positive
+from utils.config import Config
+from utils.device import autocast, describe
+from utils.distributed import EpochBatchSampler, all_gather, is_main, own_share
 from utils.image_scripts import label_photo
 from utils.log import progress
 from utils.prototype_metrics import PrototypeStatistics, noise_stability
 from utils.run import Run
 from utils.seed import seed_worker
+from utils.training import build_loader
 
 DATASETS = {"cityscapes": cityscapes, "pascal": voc}
+STAGES = ("warmup", "joint", "push", "finetune", "prune", "refinetune")
+PHASE = {"warmup": 0, "joint": 1, "push": 1, "finetune": 2, "prune": 2, "refinetune": 2}
+SCANS = ("push", "prune")               # passes over whole photographs; the others train
 
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+def class_list(config: Config) -> tuple[list[str], np.ndarray]:
+    """Class names and colours (C, 3) uint8."""
+    data = config.dataset
+    if data.name in DATASETS:
+        known = DATASETS[data.name]
+        return list(known.CLASS_NAMES), np.array(known.PALETTE, np.uint8)
+    return class_info(data.root, data.classes, config.model.num_classes, data.label_map)
+
+
+def check_settings(config: Config) -> None:
+    """Errors that need more than one key to see, but for the augmentation's. Raises ValueError."""
+    dataset = config.dataset
+    model = config.model
+    for key in ("backbone_lr", "aspp_lr", "prototype_lr", "last_layer_lr", "finetune_lr", "power"):
+        check_positive(f"optimizer.{key}", config.optimizer[key])
+    shape = model.prototype_shape
+    if len(shape) != 4 or shape[2:] != [1, 1] or min(shape) < 1 or shape[0] % model.num_classes:
+        raise ValueError(f"model.prototype_shape={shape}: expected [P, D, 1, 1] with P a multiple of "
+                         f"model.num_classes={model.num_classes}")
+    known = {"cityscapes": 19, "pascal": 21}.get(dataset.name, model.num_classes)
+    if model.num_classes != known:
+        raise ValueError(f"model.num_classes={model.num_classes}: dataset.name={dataset.name} has {known} classes")
+    check_file_settings(dataset, model.num_classes)
+    if dataset.name in DATASETS and (dataset.label_map or dataset.mask_suffix):
+        raise ValueError(f"dataset.label_map, mask_suffix: dataset.name={dataset.name} has its own numbers and names; "
+                         f"leave them out")
+    if len(model.n_blocks) != 4 or min(model.n_blocks) < 1:
+        raise ValueError(f"model.n_blocks={model.n_blocks}: the number of blocks of four stages")
+    if not all(isinstance(scale, int | float) and 0 < scale <= 2 for scale in model.scales):
+        raise ValueError(f"model.scales={model.scales}: factors above 0, such as [0.5, 0.75]; [] for one scale")
+    if len(dataset.mean) != 3 or len(dataset.std) != 3 or min(dataset.std) <= 0:
+        raise ValueError(f"dataset.mean={dataset.mean}, std={dataset.std}: red, green and blue, std above 0")
+    _check_stages(config)
+    _check_sizes(config)
+
+
+def _check_stages(config: Config) -> None:
+    training = config.training
+    for key in ("steps", "train_last_layer"):
+        if len(training[key]) != 3:
+            raise ValueError(f"training.{key}={training[key]}: one value for each of the three phases")
+    lengths = {f"training.steps[{i}]": steps for i, steps in enumerate(training.steps)}
+    lengths["evaluation.interval"] = config.evaluation.interval
+    for name, steps in lengths.items():
+        if not isinstance(steps, int) or steps < 0 or steps % training.accumulate:
+            raise ValueError(f"{name}={steps}: micro-steps, a multiple of training.accumulate={training.accumulate}")
+    # what would otherwise fail after the push, or in the pruning
+    if not training.train_last_layer[2] and training.steps[2]:
+        raise ValueError("training.train_last_layer: fine-tuning trains nothing else, so the third must be true (or "
+                         "training.steps[2]=0)")
+    if training.prune_threshold > training.prune_neighbors:
+        raise ValueError(f"training.prune_threshold={training.prune_threshold}: at most training.prune_neighbors="
+                         f"{training.prune_neighbors}, or no prototype is left")
+
+
+def _check_sizes(config: Config) -> None:
+    dataset = config.dataset
+    evaluation = config.evaluation
+    for name, size in (("dataset.window_size", dataset.window_size), ("evaluation.squash", evaluation.squash)):
+        if size is None:
+            continue
+        if len(size) != 2 or not all(isinstance(side, int) and side >= 8 for side in size):
+            raise ValueError(f"{name}={size}: [height, width] in pixels")
+    side = max(dataset.window_size) * min([1, *config.model.scales])
+    if config.training.batch_size == 1 and side < 8 and not config.model.freeze_bn:
+        raise ValueError(f"training.batch_size=1 and dataset.window_size={dataset.window_size}: batch norm cannot "
+                         f"train on one cell; set one of them larger")
+    for name in ("window", "size"):
+        if evaluation.squash and evaluation[name]:
+            raise ValueError(f"evaluation.squash and evaluation.{name}: squashing is of whole photographs; name one")
+
+
+# -- how far a run is --------------------------------------------------------------------------------------------------
+
+@dataclass
+class Progress:
+    """How far the run is. stage: index into STAGES. done: micro-steps or photographs of the stage. waited,
+    best_in_stage: of early stopping."""
+
+    stage: int = 0
+    done: int = 0
+    waited: int = 0
+    best_in_stage: float = -1.0
+
+
+class Job:
+    """What the stages share: the run, the model, the data, and how far they are.
+
+    datasets: of train, val and push. lengths: micro-steps or photographs of each stage. ValueError for a --phase whose
+    turn it is not in the resumed run.
+    """
+
+    def __init__(self, run: Run, model: PPNet, criterion: torch.nn.Module, datasets: tuple, sampler: EpochBatchSampler,
+                 lengths: dict[str, int]) -> None:
+        self.run = run
+        self.config = model.config
+        self.model = model
+        self.criterion = criterion
+        self.train_set, self.val_set, self.push_set = datasets
+        self.sampler = sampler
+        self.lengths = lengths
+        self.loader = build_loader(self.train_set, sampler, run.args.num_workers, run.device)
+        self.progress = Progress()
+        self.resumed = run.checkpoint           # until a stage has taken what it needs of it
+        if self.resumed is not None:
+            values = {name: self.resumed[name] for name in asdict(self.progress)}
+            self.progress = Progress(**values)
+            self.next_stage()                   # refuses a --phase that is not its turn
+
+    def next_stage(self) -> str | None:
+        """The stage to go on with, None where all are done, or all of --phase. ValueError for a --phase whose turn has
+        not come."""
+        phase = self.run.args.phase
+        left = [name for name in STAGES[self.progress.stage:] if self.lengths[name]]
+        if not left or (phase is not None and PHASE[left[0]] > phase):
+            return None
+        if phase is not None and PHASE[left[0]] < phase:
+            raise ValueError(f"--phase {phase}: the checkpoint is in {left[0]}, phase {PHASE[left[0]]}; finish that "
+                             f"first")
+        self.progress.stage = STAGES.index(left[0])
+        return left[0]
+
+    def save(self, score: float | None = None, finished: str | None = None) -> None:
+        """Write model_last.pth; model_best.pth where the score is the best of its kind of model; and the end of the
+        stage `finished` under its name."""
+        run = self.run
+        run.epoch = self.progress.stage
+        # In the middle of a training stage another number of processes is refused.
+        run.batch = self.progress.done if run.optimizer is not None else 0
+        run.entries |= {**asdict(self.progress), "prototypes": self.model.provenance}
+        snapshot = run.snapshot()               # in every process: it gathers what they have
+        if not is_main():
+            return
+        if score is not None and run.keeper.save_best_if(score, snapshot):
+            run.log.info(f"New best mIoU: {score:.4f}. Checkpoint saved.")
+        if finished is not None:                # before model_last, which passes on to the next
+            save_checkpoint(run.folder.model / f"{finished}.pth", **snapshot, best=run.keeper.state_dict())
+        run.keeper.save_last(snapshot)
+
+    def stop_if_asked(self, name: str) -> None:
+        self.run.stop_if_asked(f"in {name} after {self.progress.done} of {self.lengths[name]}")
+
+    def end_stage(self, name: str, result: dict) -> None:
+        """The next stage starts with an empty optimiser; save, and stop where that was asked."""
+        done = self.progress.done
+        self.progress = Progress(self.progress.stage + 1)
+        self.run.optimizer = self.run.scheduler = self.run.entries["table"] = None
+        self.save(result["metrics"]["miou"], finished=name)
+        if self.next_stage() is not None:
+            self.run.stop_if_asked(f"after {name}: {done} of {self.lengths[name]}")
+
+    def describe(self) -> list[str]:
+        """Lines for the log."""
+        training = self.config.training
+        images = training.batch_size * self.run.world
+        stages = [f"{name} {length:,} images" if name in SCANS else
+                  f"{name} {length:,} steps = {length // training.accumulate:,} updates"
+                  for name, length in self.lengths.items() if length]
+        return [f"{len(self.train_set)} training, {len(self.val_set)} validation and {len(self.push_set)} push images",
+                f"{sum(p.numel() for p in self.model.parameters()):,} parameters, {len(self.model.class_identity)} "
+                f"prototypes of {len(self.model.class_names)} classes; {images} images a micro-step, "
+                f"{images * training.accumulate} an update, on {describe(self.run.device)}, seed {self.run.args.seed}",
+                f"stages: {', '.join(stages)}"]
+
+
+def keep_resumed(run: Run) -> None:
+    """Make a checkpoint that was resumed from elsewhere what --resume auto goes on from."""
+    checkpoint = run.checkpoint
+    last = run.folder.model / "model_last.pth"
+    if run.resume_path in (None, last):
+        return
+    run.resume_path = last
+    if not is_main():
+        return
+    run.folder.create()
+    taken = {name: value for name, value in checkpoint.items() if name not in ("format", "best")}
+    end = run.folder.model / f"{STAGES[checkpoint['stage'] - 1]}.pth"
+    # Lost where a kill came right after model_best.pth.
+    if checkpoint["stage"] and not checkpoint["done"] and not end.is_file():
+        save_checkpoint(end, **taken, best=checkpoint["best"])
+    run.keeper.save_last(taken)
+
+
+def log_evaluation(run: Run, place: Progress, train: dict | None, result: dict, seconds: float) -> None:
+    """An evaluation on the console and in log.jsonl; train: means of the training since the last one, None after a push
+    or pruning."""
+    name = STAGES[place.stage]
+    line = f"{name} (phase {PHASE[name]}), {place.done} steps:"
+    if train is not None:
+        line += (f" Train Loss: {train['total']:.4f}, Train mIoU: {train['miou']:.4f}, Train Acc: "
+                 f"{train['overall_accuracy']:.4f} (ce {train['ce']:.4f}, kld {train['kld']:.4f}, l1 "
+                 f"{train['l1']:.1f})")
+        run.log.evaluation(place.stage, run.step, "train", {**train, "loss": train["total"], "stage_name": name})
+    val = result["metrics"]
+    run.log.evaluation(place.stage, run.step, "val", {**val, "loss": result["loss"], "stage_name": name})
+    run.log.info(f"{line}\n          Val mIoU: {val['miou']:.4f}, Val Acc: {val['overall_accuracy']:.4f}, Val Loss: "
+                 f"{result['loss']:.4f} (evaluation {result['seconds']:.2f} s) ({seconds:.2f} s)")
+
+
+# -- passes over whole photographs -------------------------------------------------------------------------------------
 
 def new_table(name: str, model: PPNet) -> PushTable | NearestPatches:
     """What the scan `name`, push or prune, fills."""
@@ -120,6 +332,8 @@ def finish_prune(model: PPNet, table: NearestPatches) -> list[str]:
                      f"predicted any more")
     return lines
 
+
+# -- what a trained network is, and why -------------------------------------------------------------------------------
 
 @torch.no_grad()
 def describe_prototypes(model: PPNet, dataset: SegmentationDataset, limit: int = 0) -> dict:

@@ -122,7 +122,7 @@ class Totals:
 
     def load_state_dict(self, state: Mapping) -> None:
         """The first process carries on what all had; the number of processes may have changed. Files of earlier
-        versions, without `terms`, hold the sums beside the weight (or the number of steps)."""
+        versions, without `terms`, hold the sums beside the weight (or the number of steps); some have no `counts`."""
         self.reset()
         beside = {name: value for name, value in state.items() if name not in ("steps", "weight", "counts")}
         terms = state["terms"] if "terms" in state else beside
@@ -132,7 +132,7 @@ class Totals:
             wide = {"dtype": widest_dtype(device), "device": device}
             self.terms = {name: torch.tensor(float(value) if is_main() else 0.0, **wide)
                           for name, value in terms.items()}
-        if self.matrix is not None and is_main():
+        if self.matrix is not None and is_main() and "counts" in state:
             self.matrix.counts = state["counts"].to(self.device)
 
 
@@ -184,8 +184,9 @@ def check_same_run(checkpoint: Mapping, config: Mapping, total_steps: int, secti
     if checkpoint["total_steps"] < total_steps and flag and config["model"].get("name") != "deeplab_v2":
         advice += f" from these weights, {flag} FILE"
     for section in sections:
+        stored = checkpoint["config"].get(section, {})
         for key, value in config[section].items():
-            before = checkpoint["config"].get(section, {}).get(key)
+            before = stored.get(key, value)                     # a setting that is newer than the checkpoint
             if before != value and f"{section}.{key}" not in except_keys:
                 raise ValueError(f"{section}.{key} is {value!r}, but {before!r} in the checkpoint; {advice}")
     if seed is not None and checkpoint["seed"] != seed:
