@@ -8,7 +8,8 @@ on, and a picture:
 meshes   OUT/NAME.txt (or .npy), one label per face in the order of the file; OUT/NAME.ply, coloured
          by class (.glb for Blender and viewers); --html adds a page to turn the result in
 clouds   OUT/NAME.npy (or .txt), one label per point in the order of the file; OUT/NAME.ply,
-         coloured by class
+         coloured by class; of a .las or .laz also OUT/NAME.las, classified; --tile 50 for millions
+         of points
 images   OUT/NAME.png (or .npy), one class id per pixel at the photograph's own size;
          OUT/NAME_overlay.png
 --pca adds a picture of the encoder's features. This file knows no method.
@@ -22,7 +23,7 @@ from evaluate import load
 from utils.checkpoint import check_writable
 from utils.checks import check_choice, printable
 from utils.cli import ArgumentParser, ended_within, run_main
-from utils.device import AMP_DTYPES, amp_settings, pick_device
+from utils.device import AMP_DTYPES, amp_settings, pick_device, slow_dtype
 from utils.log import progress
 
 
@@ -42,10 +43,13 @@ def parse_args(argv=None):
     parser.add_argument("--pca", action="store_true", help="also the encoder's features as colours")
     parser.add_argument("--explain", nargs="+", metavar="X,Y", default=[], type=pixel,
                         help="prototype networks: why the pixel in column X, row Y has its class")
+    parser.add_argument("--tile", type=float, metavar="METRES",
+                        help="clouds too large for the memory: label them in squares of this side")
     # run
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: the best there is")
     parser.add_argument("--amp-dtype", choices=tuple(AMP_DTYPES),
-                        help="default: bfloat16 on CUDA, else float32")
+                        help="default: bfloat16 on CUDA and, where the CPU computes in it, for "
+                             "what was trained so; else float32")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 
@@ -95,8 +99,13 @@ def check_results(args, formats: dict) -> None:
     if args.explain and not formats.get("explain"):
         raise ValueError("--explain needs a checkpoint of train_prototype.py; other networks have "
                          "no prototypes")
+    if args.tile is not None and not (formats.get("tile") and 0 < args.tile < float("inf")):
+        raise ValueError(f"--tile {args.tile:g}: the side of squares in metres, above 0, for point "
+                         f"clouds alone")
+    if args.pca and args.tile:
+        raise ValueError("--pca shows the features of a whole cloud; leave it or --tile out")
     if args.pca and not formats.get("pca", True):
-        raise ValueError("--pca: this network has no pre-trained encoder whose features could be "
+        raise ValueError("--pca: this network has no frozen encoder whose features could be "
                          "shown; leave it out")
 
 
@@ -104,9 +113,11 @@ def check_results(args, formats: dict) -> None:
 def main(argv=None) -> dict:
     args = parse_args(argv)
     device = pick_device(args.device)
-    amp_dtype, _ = amp_settings(device, args.amp_dtype)
     overrides = [text for text in args.inputs if "=" in text and not Path(text).exists()]
-    script, model, _ = load(args.checkpoint, overrides, device)
+    script, model, checkpoint = load(args.checkpoint, overrides, device)
+    amp_dtype, _ = amp_settings(device, args.amp_dtype or "native", checkpoint)
+    for line in slow_dtype(device, amp_dtype):
+        print(line, flush=True)
     check_results(args, script.RESULTS)
     files = input_files(script, [text for text in args.inputs if text not in overrides],
                         model.config)
@@ -120,8 +131,9 @@ def main(argv=None) -> dict:
     check_writable(output)
     output.mkdir(parents=True, exist_ok=True)
     labels = {}
+    tile = {} if args.tile is None else {"tile": args.tile}
     for path in progress(list(files), "predicting"):
-        prediction = script.predict(model, path, amp_dtype)
+        prediction = script.predict(model, path, amp_dtype, **tile)
         stem = output / files[path]
         stem.parent.mkdir(parents=True, exist_ok=True)
         script.write_prediction(model, path, prediction, stem, args)

@@ -54,7 +54,7 @@ from utils.checkpoint import EarlyStopping
 from utils.checks import check_choice, check_names, check_positive, check_range
 from utils.cli import ArgumentParser, run_main
 from utils.config import Config, Required, Setting, command_line_wins, load_config, not_needed_lines
-from utils.distributed import all_reduce_sum, unwrap
+from utils.distributed import all_reduce_sum, main_first, unwrap
 from utils.ema import EMA, averaged, load_averaged
 from utils.losses import MaskedCrossEntropyLoss
 from utils.mesh_scripts import (
@@ -73,7 +73,7 @@ from utils.mesh_scripts import (
 from utils.metrics import headline, metrics_table
 from utils.params import describe_parameters, layerwise_groups
 from utils.render import palette
-from utils.run import Run, add_run_flags, main_first
+from utils.run import Run, add_run_flags
 from utils.schedule import SCHEDULES, build_scheduler
 from utils.training import build_loader, check_same_run, micro_steps, to_device
 from utils.weights import load_weights, sha256_file
@@ -460,7 +460,8 @@ def build_criterion(config: Config) -> MaskedCrossEntropyLoss:
         share = torch.tensor(config.class_weights.class_percentages, dtype=torch.float32)
         weight = 1 / share
         weight = weight / weight.mean()
-    return MaskedCrossEntropyLoss(weight, label_smoothing=config.training.label_smoothing)
+    return MaskedCrossEntropyLoss(weight, label_smoothing=config.training.label_smoothing,
+                                  num_classes=config.model.n_classes)
 
 
 # -- one epoch, one evaluation ---------------------------------------------------------------------
@@ -473,7 +474,7 @@ def train_one_epoch(run: Run, network, loader, criterion, ema: EMA | None, clip_
         # micro-batches and processes; a triangle counts as its share of its polygon.
         weight = sum(criterion.label_weight(batch["label"], batch["mask"], **share_of(batch))
                      for batch in micro_batches)
-        weight = all_reduce_sum(weight.to(run.device))
+        weight = all_reduce_sum(weight.to(run.device, non_blocking=True))
         for batch in micro_steps(network, micro_batches):
             batch = to_device(batch, run.device)
             with run.autocast():

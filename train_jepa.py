@@ -40,12 +40,12 @@ from models.nomeformer import Nomeformer
 from utils.checks import check_positive
 from utils.cli import ArgumentParser, run_main
 from utils.config import Config, Required, Setting, command_line_wins, load_config
-from utils.distributed import all_reduce_sum, is_main, world_size
+from utils.distributed import all_reduce_sum, is_main, main_first, world_size
 from utils.jepa_scripts import Monitors, Probe, monitor_line
 from utils.mesh_scripts import LABEL_SETTINGS, check_labels, label_options, name_classes
 from utils.params import split_decay
 from utils.probe import METHODS
-from utils.run import Run, add_run_flags, main_first
+from utils.run import Run, add_run_flags
 from utils.schedule import SCHEDULES, build_scheduler
 from utils.seed import derived_seed
 from utils.training import build_loader, check_same_run, to_device

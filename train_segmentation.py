@@ -41,7 +41,8 @@ from utils.checkpoint import EarlyStopping
 from utils.checks import check_positive, check_range
 from utils.cli import ArgumentParser, given_flags, run_main
 from utils.config import Config, Required, Setting, command_line_wins, load_config
-from utils.distributed import all_reduce_sum, broadcast_buffers
+from utils.device import AMP_DTYPES
+from utils.distributed import all_reduce_sum, broadcast_buffers, main_first
 from utils.ema import EMA, averaged, load_averaged
 from utils.image_inference import TTA_SCALES, View, build_normalizer
 from utils.image_scripts import (
@@ -55,7 +56,7 @@ from utils.losses import WeightedLoss, class_weights, lovasz_softmax_loss, soft_
 from utils.metrics import headline, metrics_table
 from utils.params import describe_parameters, split_decay
 from utils.postprocess import build_refine
-from utils.run import Run, add_run_flags, main_first
+from utils.run import Run, add_run_flags
 from utils.schedule import SCHEDULES, build_scheduler
 from utils.training import build_loader, check_same_run, micro_steps
 
@@ -148,8 +149,8 @@ DEFAULTS = {
         "batch_size": Setting(8, (int,), low=1),        # images per process and micro-step
         "accumulate_grad_batches": Setting(1, (int,), low=1),       # micro-steps per optimiser step
         "num_workers": Setting(4, (int,), low=0),       # loader processes; 0: in the main process
-        # true: bfloat16 on CUDA
-        "amp": Setting(True, (bool, str), (True, False, "bfloat16", "float16", "float32")),
+        # true: bfloat16 where the device computes in it, a CPU with AVX512-BF16 or AMX, too
+        "amp": Setting(True, (bool, str), (True, False, *AMP_DTYPES)),
         "seed": 0,
         "deterministic": False,
         "gradient_clip_val": Setting(0.0, (float,), low=0),     # largest gradient norm; 0: none
@@ -240,10 +241,7 @@ def read_config(args, argv) -> Config:
     args.seed = training.seed
     args.deterministic = training.deterministic
     args.num_workers = training.num_workers
-    if isinstance(training.amp, str):
-        args.amp_dtype = training.amp
-    elif not training.amp:
-        args.amp_dtype = "float32"
+    args.amp_dtype = {True: "native", False: "float32"}.get(training.amp, training.amp)
     return config
 
 
@@ -393,7 +391,7 @@ def build_criterion(config: Config, counts: np.ndarray) -> WeightedLoss:
     weights = class_weights(losses.class_weights, counts, "losses.class_weights")
     terms = {name: losses[name] for name in WeightedLoss.NAMES}
     return WeightedLoss(terms, weights, label_smoothing=losses.label_smoothing, class_dim=1,
-                        gamma=losses.gamma)
+                        gamma=losses.gamma, num_classes=config.dataset.num_classes)
 
 
 def compute_loss(criterion: WeightedLoss, logits, label, weight, share: float) -> dict:
@@ -446,8 +444,8 @@ def train_one_epoch(run: Run, network, loader, criterion, ema: EMA | None, clip_
     for micro_batches in run.steps(loader):
         # Means are over all labelled pixels of the step, whatever the number of micro-batches and
         # processes.
-        labels = [batch["label"].to(run.device, non_blocking=True) for batch in micro_batches]
-        weight = all_reduce_sum(sum(criterion.label_weight(label) for label in labels))
+        weight = sum(criterion.label_weight(batch["label"]) for batch in micro_batches)
+        weight = all_reduce_sum(weight.to(run.device, non_blocking=True))
         share = 1 / (run.world * len(micro_batches))
         for batch in micro_steps(network, micro_batches):
             image = batch["image"].to(run.device, non_blocking=True)

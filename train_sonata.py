@@ -27,17 +27,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data.label_map import label_map_of
 from data.point_classes import BENCHMARKS
+from data.point_files import ClassList, find_clouds, list_clouds, read_classes
 from data.point_transforms import PointAugmentation
-from data.points import (
-    ClassList,
-    PointDataset,
-    PointSpec,
-    collate_points,
-    find_clouds,
-    list_clouds,
-    read_classes,
-)
+from data.point_values import check_label_settings
+from data.points import PointDataset, PointSpec, collate_points, spec_of
 from models.point_networks import data_warning, describe_network
 from models.point_transformer import MODES, SonataSegmenter, build_segmenter, with_decoder
 from models.sonata_weights import guess_config, load_sonata, read_linear_head, read_sonata
@@ -45,30 +40,35 @@ from utils.checks import check_names, check_positive
 from utils.cli import ArgumentParser, run_main
 from utils.config import Config, Required, Setting, command_line_wins, load_config
 from utils.device import trim_memory
-from utils.distributed import all_reduce_sum
-from utils.losses import MaskedCrossEntropyLoss, lovasz_softmax_loss
+from utils.distributed import all_reduce_sum, main_first
+from utils.losses import MaskedCrossEntropyLoss, class_weights, lovasz_softmax_loss
 from utils.metrics import headline, metrics_table
 from utils.params import describe_parameters
 from utils.point_scripts import (
     OFFICIAL,
     cloud_pictures,
+    describe_data,
+    describe_steps,
     evaluate_clouds,
+    items_of_piece,
     label_cloud_file,
     write_cloud_label,
 )
 from utils.render import palette
-from utils.run import Run, add_run_flags, main_first
+from utils.run import Run, add_run_flags
 from utils.schedule import build_scheduler
 from utils.training import build_loader, check_same_run, micro_steps, to_device
 from utils.weights import load_weights, sha256_file
 
 SCRIPT = Path(__file__).name
 # For predict.py, default first.
-RESULTS = {"labels": ("npy", "txt"), "picture": ("ply", "none"), "html": False}
+RESULTS = {"labels": ("npy", "txt"), "picture": ("ply", "none"), "html": False, "tile": True}
 SHOWN = {"mIoU": "official_miou", "mIoU of present classes": "miou", "mAcc": "official_accuracy",
          "Acc": "overall_accuracy"}
+CLASS_WEIGHTS = "training.class_weights"
 COMPARED = ("data", "model", "training", "optimizer", "scheduler", "augmentation")
-FREE_ON_RESUME = ("training.resume", "training.use_pretrained")         # steps are compared as well
+# steps are compared as well
+FREE_ON_RESUME = ("training.resume", "training.use_pretrained", "data.normal_view")
 
 DEFAULTS = {
     "paths": {
@@ -86,8 +86,14 @@ DEFAULTS = {
         "test": Setting(None, (str, list)),     # of --test-only and evaluate.py; None: val
         "benchmark": Setting(None, (str,), tuple(BENCHMARKS)),  # class names and label file; or:
         "label_field": Setting(None, (str,)),
+        # Of matrices, text and .bin files without names: [x, y, z, r, g, b, label]; _ skips one.
+        "columns": [],
         "class_names": [],                      # else from root/classes.json
-        "ignore_labels": [-1],                  # besides those in root/classes.json
+        # besides those in root/classes.json; nan: NaN means unlabelled
+        "ignore_labels": Setting([-1], (list,), items=(int, str)),
+        "label_map": Setting(None, (str, dict)),            # 2:0,5:1,7:ignore, or a file
+        # Added to the files' labels: -1 where they count from 1.
+        "label_offset": Setting(None, (int,)),
         "grid_size": 0.02,                      # metres
         "unit": 1.0,                            # metres of one length unit of the files
         # What metres are multiplied by before voxels are made. Utonia: 0.5 indoors, 0.2 outdoors,
@@ -95,10 +101,15 @@ DEFAULTS = {
         "scale": Setting(1.0, (float, str)),
         "center": True,                         # false, outdoors: the sensor stays at 0
         # Also height (over the plane most points lie on) and shape (how the surface bends, in
-        # neighbourhoods of cells of shape_sizes metres): both from the coordinates.
+        # neighbourhoods of cells of shape_sizes metres): both from the coordinates. Or any field
+        # of the files by its name, divided by a number: intensity/65535.
         "features": ["coord", "color", "normal"],
         "shape_sizes": [0.02, 0.04, 0.08],
         "missing_normal": Setting("estimate", (str,), ("estimate", "zeros", "error")),
+        # Estimated normals look to: inside | above | neighbours | [x, y, z], the scanner's place.
+        # null: inside, or neighbours where the ground would look down (aerial clouds)
+        "normal_view": Setting(None, (str, list), items=(float,)),
+        "color_range": Setting(None, (float, list), items=(float,)),    # 255, 1, 65535 or [-1, 1]
         "missing_color": Setting("zeros", (str,), ("zeros", "error")),
         "test_grid_size": Setting(None, (float,)),          # S3DIS: 0.01
     },
@@ -110,11 +121,14 @@ DEFAULTS = {
     },
     "training": {
         "epochs": Setting(800, (int,), low=1),              # passes over the training clouds
+        "steps": Setting(None, (int,), low=1),              # optimiser steps, in place of epochs
         "eval_epochs": Setting(100, (int,), low=1),         # pieces, each ending with a validation
         "batch_size": Setting(24, (int,), low=1),           # clouds of all processes together
         # Lovasz and Mix3D see one micro-batch: not the big batch
         "accumulation_steps": Setting(1, (int,), low=1),
         "clip_grad": Setting(3.0, (float,), low=0),
+        # Of cross entropy: one number per class, or [sqrt_]median_frequency.
+        "class_weights": Setting(None, (list, str)),
         # false: a random encoder, in lin, dec and lora a frozen one
         "use_pretrained": Setting(None, (bool,)),
         "resume": False,                                    # the same as --resume auto
@@ -135,6 +149,8 @@ DEFAULTS = {
     "evaluation": {
         "interval": Setting(1, (int,), low=1),
         "precise": True,                # 13 views in --test-only, evaluate.py, predict.py
+        # Most passes of each view; more points of a voxel share them. null: one for each
+        "max_fragments": Setting(None, (int,), low=1),
     },
     "checkpointing": {"save_interval": Setting(10, (int,), low=0)},
     "logging": {"log_interval": Setting(10, (int,), low=1), "tensorboard": True},
@@ -162,10 +178,13 @@ def check_config(config: Config) -> None:
         check_positive(f"optimizer.{key}", config.optimizer[key])
     point_spec(config)
     build_augmentation(config)
-    if training.epochs % training.eval_epochs:
-        raise ValueError(f"training.epochs={training.epochs} is no multiple of "
-                         f"training.eval_epochs={training.eval_epochs}, the pieces that end with a "
-                         f"validation")
+    check_label_settings(config.data, config.model.num_classes)
+    for key in ("epochs", "steps"):
+        wanted = key == "steps" or training.steps is None
+        if wanted and (training[key] or 0) % training.eval_epochs:
+            raise ValueError(f"training.{key}={training[key]} is no multiple of "
+                             f"training.eval_epochs={training.eval_epochs}, the pieces that end "
+                             f"with a validation")
     names = check_names("data.class_names", class_names(config))
     if len(names) != config.model.num_classes:
         raise ValueError(f"{len(names)} class names for model.num_classes="
@@ -174,12 +193,7 @@ def check_config(config: Config) -> None:
 
 
 def point_spec(config: Config) -> PointSpec:
-    data = config.data
-    # Checkpoints from before the last three keys existed lack them.
-    return PointSpec(data.grid_size, data.unit, tuple(data.features), data.missing_normal,
-                     data.missing_color, data.test_grid_size, data.get("scale", 1.0),
-                     data.get("center", True),
-                     tuple(data.get("shape_sizes", DEFAULTS["data"]["shape_sizes"])))
+    return spec_of(config.data)
 
 
 def build_augmentation(config: Config) -> PointAugmentation:
@@ -196,6 +210,9 @@ def class_names(config: Config) -> list[str]:
         return list(data.class_names)
     if data.benchmark:
         return list(BENCHMARKS[data.benchmark].names)
+    mapped = label_map_of(data)
+    if mapped is not None and mapped.names is not None:
+        return list(mapped.names)
     listed = class_list(config)
     if listed is None:
         return [f"class {c}" for c in range(config.model.num_classes)]
@@ -233,12 +250,13 @@ def build_dataset(config: Config, split: str, seed: int = 0, data_dir: str | Non
     if field is None and data.benchmark:
         field = BENCHMARKS[data.benchmark].field
     listed = class_list(config)
-    ignored = sorted({*data.ignore_labels, *(listed.ignore_labels if listed else ())})
+    ignored = sorted({*data.ignore_labels, *(listed.ignore_labels if listed else ())}, key=str)
     train = split == "train" and data_dir is None
-    passes = config.training.epochs // config.training.eval_epochs if train else 1
+    num_items = items_of_piece(config.training, len(files)) if train else None
     return PointDataset(files, point_spec(config), config.model.num_classes,
                         build_augmentation(config) if train else None, field, tuple(ignored),
-                        config.paths.cache_dir, seed, passes, f"{split} clouds")
+                        config.paths.cache_dir, seed, num_items, f"{split} clouds",
+                        data.get("label_offset") or 0, label_map_of(data))
 
 
 def build_model(config: Config, encoder_config: dict) -> SonataSegmenter:
@@ -360,7 +378,7 @@ def train_one_epoch(run: Run, network, loader, criterion, clip_grad: float) -> N
     # After each step: counts, logs, on Ctrl-C saves and stops.
     for micro_batches in run.steps(loader):
         weight = sum(criterion.label_weight(batch["label"]) for batch in micro_batches)
-        weight = all_reduce_sum(weight.to(run.device))
+        weight = all_reduce_sum(weight.to(run.device, non_blocking=True))
         share = 1 / (run.world * len(micro_batches))
         for batch in micro_steps(network, micro_batches):
             batch = to_device(batch, run.device)
@@ -446,24 +464,11 @@ def read_config(args) -> Config:
     return config
 
 
-def describe_data(train_set: PointDataset, val_set: PointDataset) -> list[str]:
-    """Lines for the log."""
-    lines = [*train_set.messages, *val_set.messages]
-    if both := {*train_set.files} & {*val_set.files}:
-        lines.append(f"WARNING: {len(both)} of {len(val_set.files)} validation clouds are in "
-                     f"training too, such as {min(both)}: their score says nothing about new "
-                     f"clouds")
-    for name in ("color", "normal"):
-        if share := getattr(train_set.augmentation, f"drop_{name}"):
-            lines.append(f"augmentation.drop_{name}: {100 * share:g} % of the training items lose "
-                         f"all {name}s, so that the network learns to do without")
-    lines.append(f"{len(train_set.files)} training and {len(val_set.files)} validation clouds, "
-                 f"{sum(train_set.num_points):,} and {sum(val_set.num_points):,} points")
-    return lines
-
-
 def main(argv=None) -> dict:
     args = parse_args(argv)
+    if args.compile:
+        raise ValueError("--compile: every size of cloud would be compiled again, which takes "
+                         "longer than it saves; leave it out")
     config = read_config(args)
     training = config.training
     command_line_wins(config, args, "paths.checkpoint_dir", "paths.log_dir")
@@ -479,6 +484,8 @@ def main(argv=None) -> dict:
     # data: rank 0 fills the cache of estimated normals, the others read it
     with main_first():
         train_set = build_dataset(config, "train", args.seed)
+        if isinstance(train_set.spec.normal_view, str):
+            config.data.normal_view = train_set.spec.normal_view    # chosen once, for all clouds
         val_set = build_dataset(config, "val")
     run.check_data(train=train_set, val=val_set)
     sampler = run.plan(len(train_set), config, batch_size=training.batch_size // run.world,
@@ -494,7 +501,9 @@ def main(argv=None) -> dict:
     left_out = model.frozen_names() if encoder_entry["file"] else ()
 
     # loss, optimiser, schedule
-    criterion = MaskedCrossEntropyLoss().to(run.device)
+    weights = class_weights(training.class_weights, train_set.class_counts, CLASS_WEIGHTS)
+    criterion = MaskedCrossEntropyLoss(weights, num_classes=config.model.num_classes)
+    criterion.to(run.device)
     optimizer = torch.optim.AdamW(parameter_groups(model, config),
                                   weight_decay=config.optimizer.weight_decay)
     scheduler = build_scheduler(optimizer, "onecycle", run.total_steps, **config.scheduler)
@@ -505,7 +514,8 @@ def main(argv=None) -> dict:
 
     collate = partial(collate_points, mix_probability=config.augmentation.mix_probability)
     loader = build_loader(train_set, sampler, args.num_workers, run.device, collate)
-    lines = (*describe_data(train_set, val_set),
+    lines = (*describe_data(train_set, val_set, model.class_names),
+             *describe_steps(training, train_set, run.total_steps),
              f"mode {config.model.mode}: {describe_parameters(model)}; {run.description}")
     with run.training(*lines, log_interval=config.logging.log_interval,
                       tensorboard=config.logging.tensorboard):

@@ -14,11 +14,13 @@ import time
 from pathlib import Path
 
 import numpy as np
-from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data.label_map import label_map_of  # noqa: E402
+from data.point_files import find_clouds  # noqa: E402
 from data.point_transforms import stack_features  # noqa: E402
-from data.points import PointDataset, find_clouds, placed  # noqa: E402
+from data.points import PointDataset, placed  # noqa: E402
 from train_sonata import DEFAULTS, class_names, point_spec  # noqa: E402
 from utils.cli import ArgumentParser, run_main  # noqa: E402
 from utils.config import load_config  # noqa: E402
@@ -32,6 +34,7 @@ def parse_args(argv=None):
     parser.add_argument("--split", choices=("val", "test"), default="val")
     parser.add_argument("--points", type=int, default=150_000, help="training points, drawn at random")
     parser.add_argument("--clouds", type=int, help="the first this many training clouds of a random order; default all")
+    parser.add_argument("--forest", action="store_true", help="a random forest instead")
     parser.add_argument("--balanced", action="store_true", help="each class weighs the same in training")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -43,7 +46,7 @@ def points_of(config, split: str, voxels: bool, chosen=slice(None)) -> tuple[np.
     data = config.data
     dataset = PointDataset(np.array(find_clouds(data.root, data[split]))[chosen], point_spec(config),
                            config.model.num_classes, None, data.label_field, tuple(data.ignore_labels),
-                           config.paths.cache_dir, description=f"{split} clouds")
+                           config.paths.cache_dir, description=f"{split} clouds", label_map=label_map_of(data))
     features, label = [], []
     for index in range(len(dataset.files)):
         if voxels:
@@ -66,7 +69,8 @@ def main(argv=None) -> dict:
     clouds = np.sort(rng.permutation(count)[:args.clouds])
     features, label = points_of(config, "train", True, clouds)
     chosen = rng.permutation(len(label))[:args.points]
-    model = HistGradientBoostingClassifier(random_state=args.seed, class_weight="balanced" if args.balanced else None)
+    kind = RandomForestClassifier if args.forest else HistGradientBoostingClassifier
+    model = kind(random_state=args.seed, class_weight="balanced" if args.balanced else None)
     model.fit(features[chosen], label[chosen])
     test_features, test_label = points_of(config, args.split, False)
     pred = model.predict(test_features)

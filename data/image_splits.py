@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from data.images import Augmentation, PairSummary, SegmentationDataset, check_pairs, find_files, list_images, pair_files
-from data.label_map import LabelMap, read_label_map
+from data.label_map import label_map_of, read_label_map
 from data.masks import MaskReader
 from data.photos import photo_format
 from utils.checks import check_names
@@ -104,11 +104,6 @@ def check_file_settings(data: Mapping, num_classes: int) -> None:
 def mask_suffixes(data: Mapping) -> list[str]:
     given = data.get("mask_suffix") or []
     return [given] if isinstance(given, str) else list(given)
-
-
-def label_map_of(data: Mapping) -> LabelMap | None:
-    """The label map of a section of the settings."""
-    return read_label_map(data["label_map"]) if data.get("label_map") else None
 
 
 def mask_reader(data: Mapping, num_classes: int, table: np.ndarray | None = None) -> MaskReader:

@@ -123,6 +123,11 @@ def read_label_map(given: str | Mapping | Path) -> LabelMap:
     return _checked(_pairs(text) if content is None else content, "label map")
 
 
+def label_map_of(data: Mapping) -> LabelMap | None:
+    """The label map of a section of the settings."""
+    return read_label_map(data["label_map"]) if data.get("label_map") else None
+
+
 def _file_content(path):
     if path.suffix.lower() == ".json" and path.is_file() and path.stat().st_size < 1_000_000:
         try:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.points import write_ply
+from data.point_files import write_ply
 
 GREY = np.array([[200, 200, 200]], np.uint8)            # of points without a label
 SUPERSAMPLE = 2
@@ -17,15 +17,17 @@ SUPERSAMPLE = 2
 
 def write_point_result(stem: Path, prediction: Mapping, colors: Mapping[str, np.ndarray], labels: str = "npy",
                        picture: str = "ply") -> list[Path]:
-    """Write STEM.npy (int16) or STEM.txt, one label a point in file order, and for each ending in colors ("" for the
-    classes, "_pca" ...) the cloud as STEM + ending .ply unless picture is "none". Returns the paths.
+    """Write STEM.npy (int16, or int32 for larger numbers) or STEM.txt, one label a point in file order, and for each
+    ending in colors ("" for the classes, "_pca" ...) the cloud as STEM + ending .ply unless picture is "none". Returns
+    the paths.
 
     prediction: label (R,) and coord (R, 3); colors {ending: (R, 3) uint8}.
     """
     with tempfile.TemporaryDirectory(prefix=".writing_", dir=stem.parent) as folder:     # whole files, or none
         written = [Path(folder, f"{stem.name}.{labels}")]                        # not with_suffix: names may have dots
         if labels == "npy":
-            np.save(written[0], prediction["label"].astype(np.int16))
+            large = np.abs(prediction["label"]).max(initial=0) > np.iinfo(np.int16).max
+            np.save(written[0], prediction["label"].astype(np.int32 if large else np.int16))
         else:
             np.savetxt(written[0], prediction["label"], fmt="%d")
         for ending, color in colors.items() if picture == "ply" else ():

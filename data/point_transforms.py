@@ -20,17 +20,17 @@ import torch.nn.functional as F
 from scipy.ndimage import uniform_filter1d
 from scipy.spatial import cKDTree
 
+from data.point_normals import NORMAL_NEIGHBORS, estimate_normals
 from utils.checks import check_range
 
 Cloud = dict[str, np.ndarray]
 
 MAX_GRID_INDEX = 65534                  # the serialisation takes 16 bits an axis
-MAX_NOISE_CELLS = 50_000_000            # of an elastic distortion: 600 MB
+MAX_NOISE_CELLS = 50_000_000            # of an elastic distortion: 600 MB; a wider cloud gets larger cells,
+COARSE_NOISE_CELLS = 2_000_000          # no more than these
 FNV_OFFSET, FNV_PRIME, SIGN_BIT = np.uint64(14695981039346656037), np.uint64(1099511628211), np.uint64(1 << 63)
-NORMAL_NEIGHBORS = 16
 SHAPE_CHANNELS = 4                      # numbers of local_shape for each of its sizes
 LAYER = 0.01                            # metres: height_over_plane looks for the fullest layer of this thickness
-EYE_HEIGHT = 1.5                        # metres above the lowest point: where a cloud is supposed to be seen from
 
 
 def take(cloud: Cloud, index: np.ndarray) -> Cloud:
@@ -103,16 +103,13 @@ def jitter(cloud: Cloud, sigma: float, clip: float, rng: np.random.Generator) ->
 
 def elastic_distortion(cloud: Cloud, granularity: float, magnitude: float, rng: np.random.Generator) -> Cloud:
     """Move points by a smooth random field (Simard et al. 2003, in 3D): normal noise on a grid of cells `granularity`
-    wide, blurred twice by a box of three cells, read trilinearly, times `magnitude` metres. Normals stay as they are.
-
-    Raises ValueError where the cloud is so wide that the grid would not fit in memory.
+    wide (noise_cell says how much wider in large clouds), blurred twice by a box of three cells, read trilinearly,
+    times `magnitude` metres. Normals stay as they are.
     """
     coord = cloud["coord"]
     low, high = bounds(coord)
-    size = np.array([int(side // granularity) + 3 for side in high - low])
-    if math.prod(size.tolist()) > MAX_NOISE_CELLS:
-        raise ValueError(f"a cloud {(high - low).max():.6g} m wide is too large for elastic distortion; are the "
-                         f"coordinates in millimetres? Set data.unit")
+    granularity = noise_cell(high - low, granularity)
+    size = _noise_cells(high - low, granularity)
     noise = rng.standard_normal((*size, 3), np.float32)                             # (X, Y, Z, 3)
     for axis in (0, 1, 2) * 2:
         noise = uniform_filter1d(noise, 3, axis, mode="constant")
@@ -121,6 +118,19 @@ def elastic_distortion(cloud: Cloud, granularity: float, magnitude: float, rng: 
     field = torch.from_numpy(noise).permute(3, 0, 1, 2)[None]                       # (1, 3, X, Y, Z)
     moved = F.grid_sample(field, place, align_corners=True)[0, :, 0, 0].T.numpy()   # (N, 3)
     return {**cloud, "coord": coord + np.float32(magnitude) * moved}
+
+
+def _noise_cells(sides, granularity):
+    return np.array([int(side // granularity) + 3 for side in sides])
+
+
+def noise_cell(sides: Sequence[float], granularity: float) -> float:
+    """The cells' width in an elastic distortion of a cloud with these sides: granularity, or as much more as its grid
+    needs to fit in memory."""
+    if math.prod(_noise_cells(sides, granularity).tolist()) > MAX_NOISE_CELLS:
+        while math.prod(_noise_cells(sides, granularity).tolist()) > COARSE_NOISE_CELLS:
+            granularity *= 1.1
+    return granularity
 
 
 # -- colour ------------------------------------------------------------------------------------------------------------
@@ -197,11 +207,29 @@ def representatives(voxels: Voxels, rng: np.random.Generator) -> np.ndarray:
     return voxels.order[voxels.start + rng.integers(0, voxels.count)]
 
 
-def fragments(voxels: Voxels) -> Iterator[np.ndarray]:
+def fragments(voxels: Voxels, most: int | None = None) -> Iterator[np.ndarray]:
     """F times (V,) points, F the largest count: fragment f takes point f modulo count of every voxel, so that every
-    point occurs and every fragment fills all voxels. One at a time: of a dense scan there are thousands."""
-    for turn in range(voxels.count.max(initial=0)):
-        yield voxels.order[voxels.start + turn % voxels.count]
+    point occurs and every fragment fills all voxels. One at a time: of a dense scan there are thousands. most: no more
+    fragments than these, of the first points of every voxel."""
+    count = voxels.count if most is None else np.minimum(voxels.count, most)
+    for turn in range(count.max(initial=0)):
+        yield voxels.order[voxels.start + turn % count]
+
+
+def distinct(cloud: Cloud) -> tuple[np.ndarray, np.ndarray]:
+    """Points equal in all arrays, bit by bit, as one: index (K,) of the first of each, ascending, and inverse (N,), the
+    place of every point in it."""
+    everything = np.arange(len(cloud["coord"]))
+    columns = np.concatenate([values.astype(np.float32) for values in cloud.values()], 1).view(np.uint32)
+    hashed = np.full(len(columns), FNV_OFFSET)
+    for column in columns.T:
+        hashed = hashed * FNV_PRIME ^ column
+    _, index, inverse = np.unique(hashed, return_index=True, return_inverse=True)
+    if len(index) == len(columns) or (columns[index[inverse]] != columns).any():        # two points, one hash
+        return everything, everything
+    rank = np.empty_like(index)
+    rank[index.argsort()] = np.arange(len(index))
+    return np.sort(index), rank[inverse]
 
 
 def sphere_crop(cloud: Cloud, num_points: int, center: np.ndarray) -> Cloud:
@@ -235,29 +263,6 @@ def mix_offsets(offset: torch.Tensor) -> torch.Tensor:
     Grid coordinates stay as they are (as officially): a mixed scene may hold two points of one voxel.
     """
     return torch.cat([offset[1:-1:2], offset[-1:]])
-
-
-def estimate_normals(coord: np.ndarray) -> np.ndarray:
-    """(N, 3) float32 unit normals: the direction in which a point's 16 nearest points vary least (PCA; Hoppe et al.
-    1992), turned to a viewpoint 1.5 m above the lowest point, in the middle: floors and tables look up, ceilings down,
-    walls into the room. Fewer than three points, or all on one spot: straight up."""
-    coord = coord.astype(np.float64)
-    low, high = coord.min(0), coord.max(0)
-    viewpoint = [*(low + high)[:2] / 2, low[2] + EYE_HEIGHT]
-    if len(coord) < 3:
-        return np.tile(np.float32([0, 0, 1]), (len(coord), 1))
-    _, index = cKDTree(coord).query(coord, min(NORMAL_NEIGHBORS, len(coord)))       # (N, k)
-    normal = np.empty_like(coord)
-    for begin in range(0, len(coord), 1 << 17):                                     # bounded memory
-        rows = slice(begin, begin + (1 << 17))
-        around = coord[index[rows]]                                                 # (n, k, 3)
-        around -= around.mean(1, keepdims=True)
-        normal[rows] = np.linalg.eigh(around.swapaxes(1, 2) @ around)[1][:, :, 0]
-        flat = np.abs(around).max((1, 2)) == 0
-        normal[rows][flat] = (0, 0, 1)
-    away = ((np.asarray(viewpoint) - coord) * normal).sum(1) < 0
-    normal[away] *= -1
-    return normal.astype(np.float32)
 
 
 def height_over_plane(coord: np.ndarray, layer: float = LAYER) -> np.ndarray:
@@ -389,6 +394,20 @@ def augment(cloud: Cloud, settings: PointAugmentation, rng: np.random.Generator)
         if name in cloud and probability and rng.random() < probability:        # 0 draws nothing: runs stay as they are
             cloud = {**cloud, name: np.zeros_like(cloud[name])}
     return cloud
+
+
+def largest_sides(sides: Sequence[float], settings: PointAugmentation) -> np.ndarray:
+    """(3,) metres: how wide `augment` can make a cloud with these sides, x and y alike, noise at its usual size."""
+    x, y, z = map(float, sides)
+    turns = settings.rotation_probability > 0
+    flat = math.hypot(x, y) if turns and settings.rotation_z else max(x, y)
+    tilt = math.sin(math.radians(min(settings.rotation_xy, 90))) if turns else 0.0
+    high = z + 2 * tilt * flat
+    noise = settings.jitter_clip if settings.jitter else 0.0
+    if settings.elastic_probability:
+        noise += sum(magnitude for _, magnitude in settings.elastic)
+    grown = settings.scale_range[1] * (1 + settings.stretch)
+    return np.array([flat + tilt * high, flat + tilt * high, high]) * grown + 2 * noise
 
 
 def training_sample(cloud: Cloud, grid_size: float, settings: PointAugmentation, rng: np.random.Generator,

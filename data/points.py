@@ -1,4 +1,4 @@
-"""Labelled point clouds as batches of voxels: reading, checking, data sets for training and validation, precise test.
+"""Labelled point clouds as batches of voxels: data sets for training and validation, precise test.
 
 One cloud goes this way:
     read_cloud (points in file order) -> missing normals estimated, missing colours zero: `PointDataset.cloud`
@@ -12,66 +12,66 @@ ends of the scenes. S scenes, N voxels, R raw points.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import shutil
-import tempfile
-import zipfile
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from data.columns import parse_npy, ply_columns
+from data.label_map import LabelMap
+from data.point_files import PointCloud, label_names, read_cloud
+from data.point_formats import check_columns
+from data.point_normals import (
+    MOST_BELOW,
+    NORMAL_NEIGHBORS,
+    NORMAL_VIEWS,
+    describe_view,
+    estimate_normals,
+    share_below,
+)
 from data.point_transforms import (
     MAX_GRID_INDEX,
-    NORMAL_NEIGHBORS,
     SHAPE_CHANNELS,
     VIEWS,
     Cloud,
     PointAugmentation,
     apply_view,
+    bounds,
     center_shift,
-    estimate_normals,
+    distinct,
     fragments,
     height_over_plane,
+    largest_sides,
     local_shape,
     mix_offsets,
+    noise_cell,
     representatives,
     stack_features,
     take,
     training_sample,
     voxelize,
 )
+from data.point_values import to_labels
 from utils.array_file import load_checked, save_checked
-from utils.checks import check_choice, check_names, did_you_mean, nearest
+from utils.checks import check_choice, did_you_mean, nearest
 from utils.files import remove_leftovers_once, replacing
 from utils.fingerprint import digest, fingerprint
 from utils.log import progress
 from utils.losses import IGNORE_INDEX
 from utils.seed import derived_seed
 
-CLOUD_SUFFIXES = (".npz", ".npy", ".ply")
 POINTS_IN_MEMORY = 30_000_000               # about 1.2 GB; clouds beyond this are read again for every item
-FAR = 10_000                                # metres; float64 coordinates beyond this are moved before rounding
-BOMB_SIZE, BOMB_RATIO = 1 << 30, 100        # more than a GiB out of less than a hundredth of it is no cloud
-LARGEST = 1e15                              # float32 still squares it, int64 still counts its voxels
+FEW_VOXELS, CROWDED = 100, 10               # a cloud of fewer voxels, with more points in each, is in other units
 WIDEST = 500.0                              # metres; a wider cloud is probably in millimetres or centimetres
-FIELDS = {"coord": ("coord", "coords", "xyz", "points", "pos"), "color": ("color", "colors", "rgb"),
-          "normal": ("normal", "normals"), "label": ("segment", "label", "labels", "class", "semantic")}
-COLUMNS = {"coord": ("x", "y", "z"), "color": ("red", "green", "blue"), "normal": ("nx", "ny", "nz")}
-PLAIN_COLUMNS = {3: (), 4: ("label",), 6: ("color",), 7: ("color", "label"), 9: ("color", "normal"),
-                 10: ("color", "normal", "label")}      # of a .npy matrix, after x y z
 
 
-FEATURES = ("coord", "color", "normal", "height", "shape")   # the last two are computed from the coordinates
+# The last two are computed from the coordinates. Other features are fields of the files: intensity, intensity/65535.
+FEATURES = ("coord", "color", "normal", "height", "shape")
 
 
 @dataclass(frozen=True)
@@ -90,12 +90,16 @@ class PointSpec:
     scale: float | str = 1.0                            # what metres are multiplied by before voxels are made: Utonia
                                                         # 0.5 indoors, 0.2 outdoors, "object": each cloud to radius 1
     center: bool = True                                 # false, outdoors: the sensor stays at 0
+    color_range: tuple[float, float] | None = None      # of the files: black and white; None: 0..1 or 0..255
+    normal_view: str | tuple[float, float, float] | None = None     # of point_normals, a viewpoint in the files' units;
+                                                        # None: inside, or where the ground would look down, neighbours
     shape_sizes: tuple[float, ...] = (0.02, 0.04, 0.08)  # of the feature "shape": metres after unit, before scale
+    columns: tuple[str, ...] = ()                       # of files that do not name their columns
 
     def __post_init__(self) -> None:
-        for name in self.features:
-            check_choice("data.features", name, FEATURES)
-        if not self.features or len(set(self.features)) < len(self.features):
+        check_columns(self.columns)
+        names = [_name_and_scale(feature)[0] for feature in self.features]
+        if not names or len(set(names)) < len(names):
             raise ValueError(f"data.features={list(self.features)}: expected one feature or more, each named once")
         check_choice("data.missing_normal", self.missing_normal, ("estimate", "zeros", "error"))
         check_choice("data.missing_color", self.missing_color, ("zeros", "error"))
@@ -106,325 +110,52 @@ class PointSpec:
             raise ValueError(f"data.scale={self.scale}: expected a number above 0, or object")
         if not self.shape_sizes or not all(size > 0 for size in self.shape_sizes):
             raise ValueError(f"data.shape_sizes={list(self.shape_sizes)}: expected lengths above 0")
+        if (colors := self.color_range) is not None and not (len(colors) == 2 and colors[0] < colors[1]):
+            raise ValueError(f"data.color_range={list(colors)}: expected the highest colour, or [lowest, highest]")
+        if isinstance(self.normal_view, str):
+            check_choice("data.normal_view", self.normal_view, NORMAL_VIEWS)
+        elif self.normal_view is not None and len(self.normal_view) != 3:
+            raise ValueError(f"data.normal_view={list(self.normal_view)}: expected {' | '.join(NORMAL_VIEWS)} or "
+                             f"[x, y, z]")
 
     @property
     def num_channels(self) -> int:
-        """Columns of `feat`: 3 each for coord, color and normal, 1 for height, 4 a size for shape."""
-        width = {"height": 1, "shape": SHAPE_CHANNELS * len(self.shape_sizes)}
-        return sum(width.get(name, 3) for name in self.features)
+        """Columns of `feat`: 3 each for coord, color and normal, 4 a size for shape, 1 for all others."""
+        width = {**dict.fromkeys(FEATURES, 3), "height": 1, "shape": SHAPE_CHANNELS * len(self.shape_sizes)}
+        return sum(width.get(name, 1) for name in self.features)
+
+    @property
+    def fields(self) -> dict[str, tuple[str, float]]:
+        """{feature: (field of the files, what its numbers are divided by)} of the features that are such fields."""
+        return {feature: _name_and_scale(feature) for feature in self.features if feature not in FEATURES}
+
+    def read(self, path: str | Path, label_field: str | None = None, labels: bool = True) -> PointCloud:
+        """read_cloud with all that the features need."""
+        return read_cloud(path, label_field, labels, self.color_range, self.columns,
+                          [field for field, _ in self.fields.values()])
 
 
-# -- reading -----------------------------------------------------------------------------------------------------------
-
-class PointCloud(NamedTuple):
-    """A cloud as its file has it, points in file order: coord (N, 3) float32; color (N, 3) uint8 or float32 in 0..255,
-    normal (N, 3) float32 and label (N,) int64 (raw values), each None where the file has none; warnings."""
-
-    coord: np.ndarray
-    color: np.ndarray | None
-    normal: np.ndarray | None
-    label: np.ndarray | None
-    warnings: tuple[str, ...] = ()
-    height: np.ndarray | None = None        # (N, 1) and (N, 4 S) float32, from `complete` where they are features
-    shape: np.ndarray | None = None
-
-
-def read_cloud(path: str | Path, label_field: str | None = None) -> PointCloud:
-    """Read a cloud: a folder of .npy files (Pointcept's layout), .npz with the same names, .npy (a matrix x y z [r g b]
-    [nx ny nz] [label], or a structured array) or .ply (vertex properties).
-
-    label_field: the name of the labels, e.g. "segment200"; an absent one means no labels. None: the first of segment,
-    label, labels, class, semantic, else segment20. Colours that never exceed 1 are taken as 0..1 and multiplied by 255,
-    and map coordinates (beyond 10 km) are moved near 0, or in float32 left, all with a warning. FileNotFoundError, and
-    ValueError for an unknown suffix, a damaged file, no point, wrong shapes, NaN or infinite coordinates, colours
-    outside 0..255 and labels that are not whole numbers.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such cloud; check the path")
-    if not path.is_dir() and path.suffix.lower() not in CLOUD_SUFFIXES:
-        raise ValueError(f"{path}: '{path.suffix}' is not a suffix known here, use {' '.join(CLOUD_SUFFIXES)} or a "
-                         f"folder with coord.npy")
+def _name_and_scale(feature: str) -> tuple[str, float]:
+    """"intensity/65535" -> ("intensity", 65535.0)."""
+    name, slash, divisor = feature.partition("/")
     try:
-        raw = _read_fields(path, label_field)
-    except (ValueError, KeyError, IndexError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        if str(error).startswith(f"{path}: "):              # told already, by the reader of PLY files
-            raise
-        raise ValueError(f"{path}: cannot be read ({type(error).__name__}: {error}); is it cut short or damaged?"
-                         ) from error
-    coord = raw.get("coord")
-    if coord is None or coord.ndim != 2 or coord.shape[1] != 3 or not len(coord) or coord.dtype.kind not in "fiu":
-        got = "none" if coord is None else f"{coord.dtype} {coord.shape}"
-        raise ValueError(f"{path}: expected numeric coordinates (N, 3) of at least one point under one of the names "
-                         f"{', '.join(FIELDS['coord'])}; got {got}")
-    for name in ("color", "normal", "label"):
-        value = raw.get(name)
-        if value is None:
-            continue
-        raw[name] = value = value.reshape(-1) if name == "label" else value
-        if value.dtype.kind not in "biuf":
-            raise ValueError(f"{path}: {name} of type {value.dtype}; numbers are expected")
-        if value.shape != ((len(coord),) if name == "label" else (len(coord), 3)):
-            raise ValueError(f"{path}: {name} of shape {value.shape} for {len(coord)} points; one row a point, in the "
-                             f"order of the coordinates")
-    with np.errstate(over="ignore"):                                       # in float16, where LARGEST is infinity
-        finite = ((coord > -LARGEST) & (coord < LARGEST)).all(1)
-    if not finite.all():
-        raise ValueError(f"{path}: {(~finite).sum()} of {len(coord)} points have a NaN or infinite coordinate, or one "
-                         f"beyond {LARGEST:g}, the first is point {finite.argmin()}; remove them")
-    warnings: list[str] = []
-    if (farthest := np.abs(coord).max()) > FAR:                            # float32 rounds these to centimetres
-        if coord.dtype == np.float32:
-            warnings.append(f"{path}: float32 coordinates up to {farthest:.0f} are rounded to "
-                            f"{np.spacing(farthest):g}; export them in float64, or with an offset")
-        else:
-            origin = np.floor(coord.min(0))
-            warnings.append(f"{path}: coordinates up to {farthest:.0f}; moved by {(-origin).tolist()}")
-            coord = coord - origin
-    coord = coord.astype(np.float32)
-    color = _as_color(raw.get("color"), path, warnings)
-    normal, label = raw.get("normal"), raw.get("label")
-    return PointCloud(coord, color, None if normal is None else _as_unit(normal),
-                      None if label is None else _as_integers(label, path), tuple(warnings))
+        divisor = float(divisor) if slash else 1.0
+    except ValueError:
+        divisor = 0.0
+    near = [] if name in FEATURES else nearest(name, FEATURES)              # no field is called that
+    if not name.isidentifier() or not 0 < divisor < float("inf") or (slash and name in FEATURES) or near:
+        raise ValueError(f"data.features: {feature!r}: expected one of {', '.join(FEATURES)}, or a field of the files, "
+                         f"such as intensity or intensity/65535{did_you_mean(near)}")
+    return name, divisor
 
 
-def _read_fields(path, label_field):
-    """{"coord": ..., "color": ..., "normal": ..., "label": ...} as far as the file has them."""
-    if path.is_dir():
-        return _named({file.stem: file for file in path.glob("*.npy")}, _read_npy, label_field)
-    if path.suffix.lower() == ".npz":
-        with zipfile.ZipFile(path) as file:
-            if any(entry.compress_size > path.stat().st_size for entry in file.infolist()):
-                raise ValueError("an entry that is larger than the file")      # zipfile would take the memory for it
-            packed, unpacked = (sum(getattr(info, name) for info in file.infolist())
-                                for name in ("compress_size", "file_size"))
-            if unpacked > max(BOMB_SIZE, BOMB_RATIO * packed):
-                raise ValueError(f"{unpacked:,} bytes of arrays in {packed:,} bytes of file")
-            return _named({name.removesuffix(".npy"): name for name in file.namelist()},
-                          lambda name: parse_npy(file.read(name)), label_field)
-    if path.suffix.lower() == ".ply":
-        return _from_columns(read_ply_vertices(path), label_field)
-    array = _read_npy(path)
-    if array.dtype.names:
-        return _from_columns({name: array[name] for name in array.dtype.names}, label_field)
-    if array.ndim != 2 or array.shape[1] not in PLAIN_COLUMNS:
-        raise ValueError(f"a matrix of shape {array.shape}; columns are x y z [r g b] [nx ny nz] [label]")
-    raw = {"coord": array[:, :3]}
-    begin = 3
-    for name in PLAIN_COLUMNS[array.shape[1]]:
-        width = 1 if name == "label" else 3
-        raw[name], begin = array[:, begin:begin + width], begin + width
-    return raw
-
-
-def _read_npy(path):
-    return parse_npy(np.memmap(path, np.uint8, "r"))
-
-
-def _label_names(label_field):
-    return (label_field,) if label_field else (*FIELDS["label"], "segment20")
-
-
-def _named(keys, read, label_field):
-    names = {**FIELDS, "label": _label_names(label_field)}
-    found = {field: next((name for name in names[field] if name in keys), None) for field in names}
-    return {field: read(keys[name]) for field, name in found.items() if name is not None}
-
-
-def _from_columns(columns, label_field):
-    raw = {name: np.stack([columns[column] for column in triple], 1) for name, triple in COLUMNS.items()
-           if all(column in columns for column in triple)}
-    name = next((name for name in _label_names(label_field) if name in columns), None)
-    return raw if name is None else {**raw, "label": columns[name]}
-
-
-def read_ply_vertices(path: str | Path) -> dict[str, np.ndarray]:
-    """The vertex properties of a PLY file (ASCII or binary), {name: (N,)}. ValueError where it is damaged or none."""
-    columns = ply_columns(Path(path))[0].get("vertex")
-    if columns is None:
-        raise ValueError(f"{path}: cannot be read, a PLY file without vertices; is it damaged?")
-    return {name: values for name, (values, lengths) in columns.items() if lengths is None}
-
-
-def write_ply(path: str | Path, coord: np.ndarray, color: np.ndarray, label: np.ndarray | None = None) -> None:
-    """A binary PLY cloud: coord (N, 3), color (N, 3) in 0..255, label (N,) written as int property `label`."""
-    fields = [(axis, "<f4") for axis in COLUMNS["coord"]] + [(name, "u1") for name in COLUMNS["color"]]
-    rows = np.empty(len(coord), fields + ([] if label is None else [("label", "<i4")]))
-    for axis, name in enumerate(COLUMNS["coord"]):
-        rows[name] = coord[:, axis]
-    for channel, name in enumerate(COLUMNS["color"]):
-        rows[name] = np.clip(color[:, channel], 0, 255)
-    if label is not None:
-        rows["label"] = label
-    types = {"<f4": "float", "|u1": "uchar", "<i4": "int"}
-    lines = ["ply", "format binary_little_endian 1.0", f"element vertex {len(coord)}",
-             *(f"property {types[rows.dtype[name].str]} {name}" for name in rows.dtype.names), "end_header\n"]
-    Path(path).write_bytes("\n".join(lines).encode() + rows.tobytes())
-
-
-def write_cloud(folder: str | Path, **arrays: np.ndarray) -> None:
-    """One .npy file an array in `folder`, which appears only when it is complete; ValueError where it exists."""
-    folder = Path(folder)
-    if folder.exists():
-        raise ValueError(f"{folder} exists; remove it to write it again")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
-    try:
-        for name, values in arrays.items():
-            np.save(temporary / f"{name}.npy", values)
-        temporary.chmod(0o755)
-        temporary.rename(folder)
-    except BaseException:                                   # Ctrl-C too: leave nothing half written
-        shutil.rmtree(temporary)
-        raise
-
-
-def _as_color(color, path, warnings):
-    if color is None or color.dtype == np.uint8:
-        return color
-    with np.errstate(over="ignore"):                        # told below
-        color = color.astype(np.float32)
-    if not (color.min() >= 0 and color.max() <= 255):       # NaN too
-        raise ValueError(f"{path}: colours from {color.min():g} to {color.max():g}; expected 0..255 (or 0..1)")
-    if 0 < color.max() <= 1:
-        warnings.append(f"{path}: no colour above 1, taken as 0..1 instead of 0..255")
-        color = color * np.float32(255)
-    return color
-
-
-def _as_unit(normal):
-    """Unit normals, 0 for those that are 0, NaN or beyond all sizes."""
-    with np.errstate(over="ignore"):
-        normal = normal.astype(np.float32)
-        length = np.linalg.norm(normal, axis=1, keepdims=True)
-    usable = np.isfinite(length) & (length > 0)
-    return np.where(usable, normal / np.where(usable, length, 1), np.float32(0))
-
-
-def _as_integers(label, path):
-    if label.dtype.kind == "f":
-        wrong = ~((np.abs(label) < 2 ** 53) & (label == np.floor(label)))               # NaN too
-        if wrong.any():
-            raise ValueError(f"{path}: label {label[wrong.argmax()]} of point {wrong.argmax()} ({wrong.sum()} in all) "
-                             f"is not a whole number")
-    return label.astype(np.int64)
-
-
-def to_labels(label: np.ndarray, num_classes: int, ignore_labels: Sequence[int], path: str | Path) -> np.ndarray:
-    """Labels of a file as they are in memory: ignore_labels become IGNORE_INDEX. ValueError where another is outside
-    0..num_classes - 1: it names the file, the value and the count."""
-    label = np.where(np.isin(label, list(ignore_labels)), IGNORE_INDEX, label)
-    wrong = label[(label != IGNORE_INDEX) & ((label < 0) | (label >= num_classes))]
-    if len(wrong):
-        values, counts = np.unique(wrong, return_counts=True)
-        raise ValueError(f"{path}: label {values[0]} at {counts[0]} of {len(label)} points"
-                         f"{f' (and {len(values) - 1} more such values)' if len(values) > 1 else ''}, expected 0.."
-                         f"{num_classes - 1} or {', '.join(map(str, ignore_labels))} (ignored); set "
-                         f"model.num_classes or data.ignore_labels")
-    return label
-
-
-# -- finding files -----------------------------------------------------------------------------------------------------
-
-class ClassList(NamedTuple):
-    """names; ignore_labels: values of files that mean nothing; palette (C, 3) uint8 or None."""
-
-    names: list[str]
-    ignore_labels: tuple[int, ...]
-    palette: np.ndarray | None
-
-
-def read_classes(path: str | Path) -> ClassList:
-    """Read classes.json (or that file in the folder `path`): a list of names, or {"classes": names, "ignore_index": -1,
-    "palette": [[r, g, b], ...]}. -1 is always ignored. ValueError for anything else."""
-    path = Path(path)
-    path = path / "classes.json" if path.is_dir() else path
-    try:
-        value = json.loads(path.read_text())
-        value = {"classes": value} if isinstance(value, list) else value
-        names, ignored, palette = value["classes"], value.get("ignore_index"), value.get("palette")
-        if not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
-            raise ValueError("the class names must be texts, each once")
-        if not isinstance(ignored, list):
-            ignored = [] if ignored is None else [ignored]
-        ignored = {-1, *map(int, ignored)}
-        if palette is not None:
-            palette = np.array(palette).reshape(len(names), 3)
-            if palette.dtype.kind not in "iu" or palette.min() < 0 or palette.max() > 255:
-                raise ValueError("the colours of the palette must be whole numbers from 0 to 255")
-            palette = palette.astype(np.uint8)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-        raise ValueError(f'{path}: expected a list of class names or {{"classes": [...], "ignore_index": -1}}; '
-                         f"{type(error).__name__}: {error}") from error
-    check_names(f"{path}", names)
-    return ClassList(list(names), tuple(sorted(ignored)), palette)
-
-
-def is_cloud(path: Path) -> bool:
-    """Whether path is a folder with coord.npy or a file with a known suffix; hidden ones are not."""
-    if path.name.startswith("."):
-        return False
-    return (path / "coord.npy").is_file() if path.is_dir() else path.suffix.lower() in CLOUD_SUFFIXES
-
-
-def list_clouds(folder: str | Path) -> list[Path]:
-    """The clouds of a folder, or the folder itself where it is one (Pointcept's layout). FileNotFoundError, and
-    ValueError where there are none."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder")
-    files = [folder] if is_cloud(folder) else sorted(path for path in folder.iterdir() if is_cloud(path))
-    if not files:
-        raise ValueError(f"{folder}: no clouds in this folder")
-    return files
-
-
-def find_clouds(root: str | Path, split: str | Sequence[str]) -> list[Path]:
-    """Sorted clouds of a split of the data set in folder `root`. A split (or each of several: ["Area_1", "Area_2"]) is
-    a folder of clouds under root (train, Area_5 ...), a key of root/splits.json {split: [names]}, or a .json file
-    (under root or anywhere) that lists clouds by their path under root, suffixes optional. Raises FileNotFoundError
-    where there is no root, ValueError where a split is unknown, empty or names a missing cloud.
-    """
-    root = Path(root)
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such folder; set data.root")
-    listed = root / "splits.json"
-    listed = _read_json(listed, dict, '{"train": [names], ...}') if listed.is_file() else {}
-    found = []
-    for name in [split] if isinstance(split, str) else split:
-        file = next((file for file in (root / name, Path(name)) if name.endswith(".json") and file.is_file()), None)
-        if file is not None:
-            clouds = [_locate(root, entry, file) for entry in _read_json(file, list, "a list of clouds")]
-        elif name in listed:
-            clouds = [_locate(root, entry, root / "splits.json") for entry in listed[name]]
-        elif (root / name).is_dir():
-            clouds = [path for path in (root / name).iterdir() if is_cloud(path)]
-        else:
-            known = sorted({*listed, *(path.name for path in root.iterdir() if path.is_dir() and not is_cloud(path))})
-            raise ValueError(f"{root}: no split {name!r}; there are {', '.join(known) or 'none'}"
-                             f"{did_you_mean(nearest(name, known))}")
-        if not clouds:
-            raise ValueError(f"{root}: split {name!r} is empty; clouds are {' '.join(CLOUD_SUFFIXES)} files or folders "
-                             f"with coord.npy")
-        found += clouds
-    return sorted(found)
-
-
-def _read_json(path, kind, expected):
-    try:
-        value = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(value, kind):
-        raise ValueError(f"{path}: expected {expected}, got a {type(value).__name__}")
-    return value
-
-
-def _locate(root, entry, source):
-    for suffix in ("", *CLOUD_SUFFIXES):
-        if is_cloud(path := root / f"{entry}{suffix}") and path.exists():
-            return path
-    raise ValueError(f"{source} names {entry}, but there is no such cloud under {root}")
+def spec_of(data: Mapping) -> PointSpec:
+    """The spec of a section of the settings; keys that an old checkpoint lacks have their defaults. color_range may be
+    one number, white. ValueErrors as for PointSpec."""
+    values = {field.name: data[field.name] for field in fields(PointSpec) if field.name in data}
+    if isinstance(values.get("color_range"), float):
+        values["color_range"] = (0.0, values["color_range"])
+    return PointSpec(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 # -- data sets ---------------------------------------------------------------------------------------------------------
@@ -435,23 +166,30 @@ def complete(cloud: PointCloud, spec: PointSpec, path: str | Path = "cloud",
     metres after unit); -> cloud, and what was missing, for a message.
 
     Estimated normals and shape, for which a length is a metre whatever the spec's scale, are kept in cache_dir. A cloud
-    wider than 500 m gets a warning. ValueError for one of more voxels along an axis than can be, and where the spec
-    says "error".
+    wider than 500 m, or as small as a few voxels, gets a warning. ValueError for one of more voxels along an axis than
+    can be, and where the spec says "error".
     """
-    extent = np.ptp(cloud.coord, 0).max() * spec.unit
+    sides = np.ptp(cloud.coord, 0) * spec.unit
+    extent = sides.max()
     wide = f"{path}: the cloud is {extent:.0f} m wide; is it in millimetres? Set data.unit=0.001"
-    if spec.scale != "object" and extent * spec.scale > MAX_GRID_INDEX * spec.grid_size:
+    largest = max(view.factor for view in VIEWS)            # of the precise test
+    if spec.scale != "object" and extent * spec.scale * largest > MAX_GRID_INDEX * spec.grid_size:
         raise ValueError(f"{wide}, or a larger data.grid_size: {MAX_GRID_INDEX + 1} voxels of {spec.grid_size:g} m fit "
                          f"along an axis")
     if extent > WIDEST:
         cloud = cloud._replace(warnings=(*cloud.warnings, wide))
+    voxels = 0 if spec.scale == "object" else np.prod(sides * spec.scale // spec.grid_size + 1)     # at most
+    if 0 < voxels <= FEW_VOXELS and len(cloud.coord) > CROWDED * voxels:
+        small = (f"{path}: {len(cloud.coord)} points, {extent:.3g} m wide, fill at most {voxels:.0f} voxels of "
+                 f"{spec.grid_size:g} m; set data.unit or a smaller data.grid_size")
+        cloud = cloud._replace(warnings=(*cloud.warnings, small))
     missing = [name for name in ("color", "normal") if name in spec.features and getattr(cloud, name) is None]
     for name in missing:
         way = spec.missing_color if name == "color" else spec.missing_normal
         if way == "error":
             raise ValueError(f"{path}: no {name}s; set data.missing_{name} or take {name} out of data.features")
         if way == "estimate":
-            cloud = cloud._replace(normal=_cached_normals(cloud.coord * np.float32(spec.unit), cache_dir))
+            cloud = _with_normals(cloud, spec, cache_dir)
         else:
             cloud = cloud._replace(**{name: np.zeros_like(cloud.coord)})
     if "height" in spec.features:
@@ -465,8 +203,23 @@ def complete(cloud: PointCloud, spec: PointSpec, path: str | Path = "cloud",
     return cloud, tuple(missing)
 
 
-def _cached_normals(coord, cache_dir):
-    return _cached("normals", estimate_normals, coord, 3, bytes([NORMAL_NEIGHBORS]), cache_dir)
+def _with_normals(cloud, spec, cache_dir):
+    coord = cloud.coord * np.float32(spec.unit)
+    view = spec.normal_view or "inside"
+    if not isinstance(view, str):                           # where the cloud was moved, the viewpoint moves with it
+        moved = 0 if cloud.exact is None else cloud.exact[0] - cloud.coord[0]
+        point = tuple(((np.array(view) - moved) * spec.unit).tolist())
+        return cloud._replace(normal=_cached_normals(coord, cache_dir, point), normal_view=view)
+    normal = _cached_normals(coord, cache_dir, view)
+    if spec.normal_view is None and share_below(coord, normal) > MOST_BELOW:
+        view = "neighbours"
+        normal = _cached_normals(coord, cache_dir, view)
+    return cloud._replace(normal=normal, normal_view=view)
+
+
+def _cached_normals(coord, cache_dir, view="inside"):
+    settings = bytes([NORMAL_NEIGHBORS]) + (b"" if view == "inside" else repr(view).encode())
+    return _cached("normals", partial(estimate_normals, view=view), coord, 3, settings, cache_dir)
 
 
 def _cached(name, compute, coord, width, settings, cache_dir):
@@ -492,8 +245,9 @@ class PointDataset(Dataset):
 
     files: clouds in a fixed order. num_classes None, or a cloud without labels: all IGNORE_INDEX. Item of a training
     set (augmentation given): a random sample of cloud item modulo len(files), with `mix_draw`, the batch's coin for
-    Mix3D; an epoch visits every cloud `repeat` times. Item of an evaluation set: one point of every voxel (always the
-    same), `inverse` (R,) int64 from raw points to voxels and `raw_label` (R,) int64.
+    Mix3D; an epoch has num_items items (None: each file once). Item of an evaluation set: one point of every voxel
+    (always the same), `inverse` (R,) int64 from raw points to voxels and `raw_label` (R,) int64. label_map: which
+    number in the files is which class.
     Randomness depends on (seed, epoch, item) alone: not on workers, batch size or what ran before.
     All clouds are read and checked at construction, so that wrong data is found before training; `messages` says what
     is doubtful. Raises ValueError where the labels are out of range or no point of the whole set is labelled.
@@ -504,11 +258,13 @@ class PointDataset(Dataset):
     num_classes: int | None = None
     augmentation: PointAugmentation | None = None
     label_field: str | None = None
-    ignore_labels: Sequence[int] = (-1,)
+    ignore_labels: Sequence[int | str] = (-1,)
     cache_dir: str | Path | None = None
     seed: int = 0
-    repeat: int = 1
+    num_items: int | None = None
     description: str = "reading clouds"
+    label_offset: int = 0                   # added to the files' labels: -1 where they count from 1
+    label_map: LabelMap | None = None
 
     def __post_init__(self) -> None:
         self.epoch = 0
@@ -519,10 +275,15 @@ class PointDataset(Dataset):
         self._digests: list[int] = []
         missing: dict[str, list[Path]] = {"color": [], "normal": [], "label": []}
         warnings: list[str] = []
+        views: list[str | None] = []
+        sides: list[np.ndarray] = []
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             read = progress(pool.map(self._read, self.files), self.description, len(self.files))
             for index, (cloud, lacking) in enumerate(read):
                 warnings += cloud.warnings
+                views.append(cloud.normal_view)
+                if self.augmentation is not None:
+                    sides.append(self._sides(cloud, self.files[index]))
                 self.num_points.append(len(cloud.coord))
                 self._digests.append(digest(cloud.label))
                 for name in lacking:
@@ -537,26 +298,69 @@ class PointDataset(Dataset):
         self.messages = warnings[:5]
         if len(warnings) > 5:
             self.messages.append(f"... and {len(warnings) - 5} more such lines")
+        for granularity, _ in self.augmentation.elastic if sides else ():
+            cell = max(noise_cell(side, granularity) for side in sides)
+            if cell > granularity and self.augmentation.elastic_probability:
+                self.messages.append(f"augmentation.elastic: to fit in memory, noise of {granularity:g} m gets cells "
+                                     f"of up to {cell:.2g} m in clouds as wide as these; augmentation.elastic=[] turns "
+                                     f"it off")
+        self._share_view(views)
         self._report(missing)
+
+    def _sides(self, cloud, path):
+        """(3,) the largest extent that augmentation can give a cloud. ValueError where it has more voxels along an axis
+        than can be: now, not in the middle of a run."""
+        low, high = bounds(cloud.coord)
+        sides = np.full(3, 2.0) if self.spec.scale == "object" else (high - low) * self.spec.unit * self.spec.scale
+        sides = largest_sides(sides, self.augmentation)
+        if sides.max() > MAX_GRID_INDEX * self.spec.grid_size:
+            cure = 1.02 * sides.max() / MAX_GRID_INDEX
+            raise ValueError(f"{path}: augmentation can make the cloud {sides.max():.0f} m wide, more than "
+                             f"{MAX_GRID_INDEX + 1} voxels of {self.spec.grid_size:g} m along an axis; set "
+                             f"data.grid_size={cure:.3g} or larger, or cut the cloud into tiles")
+        return sides
+
+    def _share_view(self, views):
+        """Estimated normals of all clouds are turned as those of most: a network should see them in one way only."""
+        found = [view for view in views if view]
+        if self.spec.normal_view is not None or not found:
+            return
+        most = max(NORMAL_VIEWS, key=found.count)
+        if most == "neighbours" or len(set(found)) > 1:
+            self.messages.append(f"data.normal_view={most}: seen from inside, more than {100 * MOST_BELOW:g} % of the "
+                                 f"ground looks down in {found.count('neighbours')} of {len(found)} clouds")
+            self.spec = replace(self.spec, normal_view=most)
+        for index, view in enumerate(views):
+            if view not in (None, most) and index in self._kept:
+                self._kept[index] = self._read(self.files[index])[0]
 
     def _report(self, missing):
         worse = "; expect worse results from weights that always had them, such as sonata.pth"
         ways = {"color": "black" + worse, "label": "nothing to learn or to score",
-                "normal": "estimated from neighbours" if self.spec.missing_normal == "estimate" else "zero" + worse}
+                "normal": "zero" + worse}
+        if self.spec.missing_normal == "estimate":
+            ways["normal"] = f"estimated from neighbours, {describe_view(self.spec.normal_view or 'inside')}"
         for name, files in missing.items():
             if files:
                 self.messages.append(f"{len(files)} of {len(self.files)} clouds have no {name}s ({ways[name]}), the "
                                      f"first is {files[0]}")
         if self.num_classes and not self.class_counts.any():
             raise ValueError(f"no labelled point in {len(self.files)} clouds, the first is {self.files[0]}; expected a "
-                             f"field named {' or '.join(_label_names(self.label_field))}")
+                             f"field named {' or '.join(label_names(self.label_field))}")
 
     def _read(self, path):
-        cloud = read_cloud(path, self.label_field)
+        cloud = self.spec.read(path, self.label_field, bool(self.num_classes))
         label = np.full(len(cloud.coord), IGNORE_INDEX, np.int64)
         if self.num_classes and cloud.label is not None:
-            label = to_labels(cloud.label, self.num_classes, self.ignore_labels, path)
-        return complete(cloud._replace(label=label), self.spec, path, self.cache_dir)
+            label = to_labels(cloud.label, self.num_classes, self.ignore_labels, path, self.label_offset,
+                              self.label_map)
+        cloud, missing = complete(cloud._replace(label=label), self.spec, path, self.cache_dir)
+        return cloud._replace(exact=None), missing
+
+    def ignored_classes(self) -> list[int]:
+        """Classes whose numbers in the files are all ignored: no point can have them."""
+        known = self.num_classes if self.label_map is None else 0           # every class of a map has a number
+        return [c for c in range(known or 0) if c - self.label_offset in self.ignore_labels]
 
     def fingerprint(self) -> dict:
         """Names, numbers of points and digests of the labels of the files, see utils.fingerprint."""
@@ -567,7 +371,7 @@ class PointDataset(Dataset):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.files) * self.repeat
+        return self.num_items or len(self.files)
 
     def cloud(self, index: int) -> Cloud:
         """coord, color and normal (as far as features), label of files[index]: all raw points, in metres x scale."""
@@ -603,6 +407,8 @@ def to_cloud(cloud: PointCloud, spec: PointSpec) -> Cloud:
     elif spec.scale != 1:
         arrays["coord"] = arrays["coord"] * np.float32(spec.scale)
     arrays |= {name: getattr(cloud, name).astype(np.float32) for name in FEATURES[1:] if name in spec.features}
+    arrays |= {feature: (cloud.extra[field] / np.float32(divisor)).astype(np.float32)[:, None]
+               for feature, (field, divisor) in spec.fields.items()}
     if "height" in arrays:
         arrays["height"] = arrays["height"] * np.float32(factor)
     return arrays if cloud.label is None else {**arrays, "label": cloud.label}
@@ -651,34 +457,61 @@ class PreciseTest:
         pred = test.prediction()                    # (R,) int64, raw points
 
     A batch is one fragment: coord, grid_coord, feat, offset, and index (V,), the points it is made of. Every point is
-    in at least one fragment of every view. With spec.test_grid_size the cloud is first thinned to one point a voxel of
-    that size, and the prediction mapped back.
+    in at least one fragment of every view. Points that are equal in everything are one point. With spec.test_grid_size
+    the cloud is first thinned to one point a voxel of that size, and the prediction mapped back.
+
+    max_fragments: no more fragments a view than these. The points of a voxel beyond them pass through no fragment; each
+    gets the votes of a point of its voxel, as `others` (K,) and the places `other_places` (K,) of those in index.
     """
 
-    def __init__(self, cloud: Cloud, spec: PointSpec, num_classes: int) -> None:
+    def __init__(self, cloud: Cloud, spec: PointSpec, num_classes: int, max_fragments: int | None = None) -> None:
         self.spec = spec
+        self.max_fragments = max_fragments
         self.cloud = placed({name: values for name, values in cloud.items() if name != "label"}, spec, z=True)
         self.inverse = None
         if spec.test_grid_size is not None:
             voxels = voxelize(self.cloud["coord"], spec.test_grid_size)
             self.cloud = take(self.cloud, representatives(voxels, np.random.default_rng(0)))
             self.inverse = torch.from_numpy(voxels.inverse)
+        else:
+            index, inverse = distinct(self.cloud)
+            if len(index) < len(inverse):
+                self.cloud, self.inverse = take(self.cloud, index), torch.from_numpy(inverse)
         self.votes = torch.zeros(len(self.cloud["coord"]), num_classes)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         for view in VIEWS:
             seen = apply_view(self.cloud, view)
             voxels = voxelize(seen["coord"], self.spec.grid_size)
-            for index in fragments(voxels):
+            beyond, turn = self._beyond(voxels)
+            for f, index in enumerate(fragments(voxels, self.max_fragments)):
                 fragment = placed({**take(seen, index), "grid_coord": voxels.grid_coord}, self.spec, z=False)
+                others = beyond[turn == f]
                 yield {**to_tensors(fragment, self.spec), "offset": torch.tensor([len(index)]),
-                       "index": torch.from_numpy(index)}
+                       "index": torch.from_numpy(index), "others": torch.from_numpy(others),
+                       "other_places": torch.from_numpy(voxels.inverse[others])}
+
+    def _beyond(self, voxels):
+        """Points that no fragment takes, and the fragment whose votes each gets."""
+        if self.max_fragments is None:
+            return np.empty(0, np.int64), np.empty(0, np.int64)
+        rank = np.empty(len(voxels.order), np.int64)                    # of a point in its voxel
+        rank[voxels.order] = np.arange(len(rank)) - voxels.start[voxels.inverse[voxels.order]]
+        beyond = np.flatnonzero(rank >= self.max_fragments)
+        return beyond, rank[beyond] % self.max_fragments
+
+    def count_passes(self) -> int:
+        """How many batches there are: the points of the fullest voxel, or max_fragments, of every view."""
+        fullest = [voxelize(apply_view(self.cloud, view)["coord"], self.spec.grid_size).count.max() for view in VIEWS]
+        return int(sum(min(count, self.max_fragments or count) for count in fullest))
 
     def add(self, batch: dict[str, torch.Tensor], logits: torch.Tensor) -> None:
         """Add the class probabilities of a fragment to its points."""
         if self.votes.device != logits.device:
             self.votes = self.votes.to(logits.device)
-        self.votes[batch["index"].to(logits.device)] += logits.float().softmax(1)   # no point twice in a fragment
+        votes = logits.float().softmax(1)
+        self.votes[batch["index"].to(logits.device)] += votes                       # no point twice in a fragment
+        self.votes[batch["others"].to(logits.device)] += votes[batch["other_places"].to(logits.device)]
 
     def prediction(self) -> torch.Tensor:
         """(R,) int64 on the CPU: the class with the largest sum of probabilities, for every raw point."""

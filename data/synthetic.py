@@ -2,9 +2,11 @@
 
     python -m data.synthetic mesh datasets/figures --num-train 40 --num-val 10 --num-test 10 --seed 0
     python -m data.synthetic points datasets/rooms --num-train 40 --num-val 10 --num-test 10 --points 20000
+    python -m data.synthetic terrain datasets/terrain --num-train 4 --num-val 2 --num-test 2 --points 60000
     python -m data.synthetic image datasets/demo_images --num-train 40 --num-val 8 --num-test 8 --size 160 120
 
-Points: rooms with furniture, in data/synthetic_points.py. Images: streets, in data/synthetic_images.py.
+Points: rooms with furniture, and aerial terrain, in data/synthetic_points.py. Images: streets, in
+data/synthetic_images.py.
 
 Meshes: jointed figures (bipeds, quadrupeds, centaurs, hexapods ...) with random proportions, poses, orientations and
 tessellations. Each is ONE closed connected surface of genus 0: an implicit field around a skeleton of tapered capsules,
@@ -25,7 +27,7 @@ from scipy import sparse
 from scipy.spatial.transform import Rotation
 
 from data.synthetic_images import make_image_set
-from data.synthetic_points import make_point_set
+from data.synthetic_points import make_point_set, make_terrain_set
 from utils.cli import ArgumentParser, run_main
 
 MESH_CLASSES = ["torso", "neck", "head", "upper arm", "lower arm", "upper leg", "lower leg", "tail"]
@@ -359,8 +361,9 @@ def make_mesh_set(folder: str | Path, num_train: int, num_val: int, num_test: in
 
 def parse_args(argv=None):
     parser = ArgumentParser(prog="python -m data.synthetic", description=__doc__)
-    parser.add_argument("kind", choices=["mesh", "points", "image"],
+    parser.add_argument("kind", choices=["mesh", "points", "terrain", "image"],
                         help="mesh: jointed figures, OBJ files with one label a face; points: rooms, a label a point; "
+                             "terrain: aerial tiles of 60 m; "
                              "image: streets, a label a pixel")
     parser.add_argument("folder", help="where to write; existing files of the same names are replaced")
     parser.add_argument("--num-train", type=int, default=40)
@@ -368,7 +371,7 @@ def parse_args(argv=None):
     parser.add_argument("--num-test", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--faces", type=int, nargs=2, default=(600, 1500), metavar=("MIN", "MAX"), help="of a mesh")
-    parser.add_argument("--points", type=int, default=20_000, help="of a room")
+    parser.add_argument("--points", type=int, default=20_000, help="of a room or a tile")
     parser.add_argument("--size", type=int, nargs=2, default=(160, 120), metavar=("W", "H"), help="of an image")
     return parser.parse_args(argv)
 
@@ -377,11 +380,13 @@ def main(argv=None) -> list[str]:
     args = parse_args(argv)
     if args.kind == "points":
         names = make_point_set(args.folder, args.num_train, args.num_val, args.num_test, args.seed, args.points)
+    elif args.kind == "terrain":
+        names = make_terrain_set(args.folder, args.num_train, args.num_val, args.num_test, args.seed, args.points)
     elif args.kind == "image":
         names = make_image_set(args.folder, args.num_train, args.num_val, args.num_test, args.seed, tuple(args.size))
     else:
         names = make_mesh_set(args.folder, args.num_train, args.num_val, args.num_test, args.seed, tuple(args.faces))
-    what = {"mesh": "figures", "points": "rooms", "image": "streets"}[args.kind]
+    what = {"mesh": "figures", "points": "rooms", "terrain": "tiles", "image": "streets"}[args.kind]
     print(f"{args.num_train} + {args.num_val} + {args.num_test} {what} in {args.folder}; classes: {', '.join(names)}")
     return names
 

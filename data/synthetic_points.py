@@ -1,4 +1,5 @@
-"""Made-up rooms as labelled point clouds: walls, floor and furniture of random sizes, places and colours.
+"""Made-up labelled point clouds: rooms with walls, floor and furniture of random sizes, places and colours; and, below,
+aerial laser scans of terrain with houses, trees, cars and wires.
 
 A room is a list of surfaces (sides of boxes, mantles and lids of cylinders); points are drawn evenly over their area,
 as a scanner would see them: no undersides, a few millimetres of noise. Colours are drawn per piece of furniture from
@@ -202,21 +203,191 @@ def _sample(rows, num_points, rng):
                 (normal @ turn.T).astype(np.float32), label[which])
 
 
+# -- aerial terrain ----------------------------------------------------------------------------------------------------
+
+TERRAIN_CLASSES = ["ground", "vegetation", "building", "car", "wire"]
+TERRAIN_CODES = [2, 5, 6, 64, 14]           # the same in LAS files: ASPRS, and 64, which it leaves to users
+GROUND, VEGETATION, BUILDING, CAR, WIRE = range(len(TERRAIN_CLASSES))
+TERRAIN_PALETTE = [[170, 150, 110], [60, 150, 60], [200, 80, 70], [60, 100, 220], [240, 200, 40]]
+BRIGHTNESS = (900, 700, 1100, 1000, 600)    # mean intensity of each class, far apart compared with neither street nor
+BRIGHTNESS_SPREAD = 300                     # its normal spread
+ORIGIN = (448_000.0, 5_411_000.0, 310.0)    # of map coordinates: metres east, north and up
+
+
+class Terrain(NamedTuple):
+    """coord (N, 3) float64 map coordinates in metres; intensity (N,) uint16; return_number, number_of_returns (N,)
+    uint8; label (N,) int64 of TERRAIN_CLASSES."""
+
+    coord: np.ndarray
+    intensity: np.ndarray
+    return_number: np.ndarray
+    number_of_returns: np.ndarray
+    label: np.ndarray
+
+
+def make_terrain(rng: np.random.Generator, num_points: int, size: float = 60.0) -> Terrain:
+    """An aerial laser scan of `size` metres square: hills, a street with cars, houses and sheds, trees and hedges,
+    wires over all. Each pulse comes straight down and hits what is highest, or goes through a crown, and then has two
+    returns. Roofs may be flat and as large as a yard; hedges and sheds are as large as cars: surroundings tell them
+    apart. Raises ValueError for no points."""
+    if num_points < 1:
+        raise ValueError(f"num_points={num_points}: expected 1 or more")
+    wires = num_points // 100
+    x, y = rng.uniform(0, size, (2, num_points - wires))
+    ground = _hills(rng, size)
+    z = ground(x, y) + rng.normal(0, 0.03, len(x))
+    label = np.full(len(x), GROUND)
+    returns = np.ones((2, len(x)), np.uint8)                                # number of this return, and of all
+    middle = rng.uniform(0.35, 0.65) * size                                 # of the street, which runs along x
+    street = np.abs(y - middle) < 4
+    area = size ** 2 / 3600
+    taken: list[tuple] = []
+
+    def place(radius):
+        spot = (*rng.uniform(0, size, 2), radius)
+        free = all(np.hypot(spot[0] - a, spot[1] - b) > radius + c for a, b, c in taken)
+        if not free or abs(spot[1] - middle) < 5 + radius:
+            return None
+        taken.append(spot)
+        return spot
+
+    for _ in range(round(16 * area)):
+        _house(rng, place(rng.choice([3.0, 7.0, 9.0])), x, y, z, ground, label)
+    for _ in range(round(8 * area)):
+        spot = (rng.uniform(0, size), middle + rng.choice([-3.0, 3.0]) + rng.normal(0, 0.3), 0)
+        _car(rng, spot, rng.normal(0, 0.05) + (rng.random() < 0.15) * np.pi / 2, x, y, z, ground, label)
+    for _ in range(round(90 * area)):
+        _plant(rng, place(rng.uniform(0.8, 3.5)), x, y, z, ground, label, returns)
+    coord = np.concatenate([np.stack([x, y, z], 1), _wires(rng, wires, size, ground)])
+    label = np.concatenate([label, np.full(wires, WIRE)])
+    returns = np.concatenate([returns, np.ones((2, wires), np.uint8)], 1)
+    intensity = np.array(BRIGHTNESS)[label] + rng.normal(0, BRIGHTNESS_SPREAD, num_points)
+    intensity[:len(x)] -= 350 * (street & (label[:len(x)] == GROUND))
+    intensity = np.clip(intensity / returns[1], 1, 65535).astype(np.uint16)
+    order = rng.permutation(num_points)
+    return Terrain((coord + ORIGIN)[order], intensity[order], returns[0][order], returns[1][order], label[order])
+
+
+def _hills(rng, size):
+    """z (...) of x, y: a few waves and a slope, several metres over the tile."""
+    direction, phase = rng.uniform(0, 2 * np.pi, (2, 4))
+    length, amplitude = rng.uniform(0.4, 1.5, 4) * size, rng.uniform(0.5, 2.0, 4)
+    slope = rng.uniform(-0.08, 0.08, 2)
+
+    def height(x, y):
+        waves = [a * np.sin(2 * np.pi * (np.cos(d) * x + np.sin(d) * y) / wide + p)
+                 for a, d, wide, p in zip(amplitude, direction, length, phase, strict=True)]
+        return sum(waves) + slope[0] * x + slope[1] * y
+    return height
+
+
+def _local(spot, yaw, x, y):
+    """Coordinates along and across a thing at `spot` that is turned by yaw."""
+    dx, dy = x - spot[0], y - spot[1]
+    return np.cos(yaw) * dx + np.sin(yaw) * dy, np.cos(yaw) * dy - np.sin(yaw) * dx
+
+
+def _house(rng, spot, x, y, z, ground, label):
+    """A house with a gable or a flat roof, or a shed, and a few points on its walls."""
+    if spot is None:
+        return
+    along, across = _local(spot, rng.uniform(0, np.pi), x, y)
+    long, wide = spot[2] * rng.uniform(0.7, 0.8), spot[2] * rng.uniform(0.45, 0.6)          # half lengths
+    eaves = ground(*spot[:2]) + (rng.uniform(2.0, 2.6) if spot[2] < 4 else rng.uniform(2.8, 6.5))
+    pitch = 0.0 if spot[2] < 4 or rng.random() < 0.4 else rng.uniform(0.4, 0.9)
+    inside = (np.abs(along) < long) & (np.abs(across) < wide)
+    roof = eaves + pitch * (wide - np.abs(across)) + rng.normal(0, 0.03, len(x))
+    wall = inside & ((np.abs(along) > long - 0.15) | (np.abs(across) > wide - 0.15)) & (rng.random(len(x)) < 0.5)
+    z[inside] = roof[inside]
+    z[wall] = rng.uniform(ground(*spot[:2]), eaves, wall.sum())
+    label[inside] = BUILDING
+
+
+def _car(rng, spot, yaw, x, y, z, ground, label):
+    along, across = _local(spot, yaw, x, y)
+    long, wide, high = rng.uniform(1.9, 2.5), rng.uniform(0.8, 1.0), rng.uniform(1.4, 1.9)
+    inside = (np.abs(along) < long) & (np.abs(across) < wide) & (label == GROUND)
+    body = np.where(np.abs(along + 0.15 * long) < 0.6 * long, high, 0.6 * high)                 # cabin, bonnet and boot
+    z[inside] = (ground(x, y) + body + rng.normal(0, 0.03, len(x)))[inside]
+    label[inside] = CAR
+
+
+def _plant(rng, spot, x, y, z, ground, label, returns):
+    """A tree, through whose crown a third of the pulses goes, or a hedge."""
+    if spot is None:
+        return
+    base = ground(*spot[:2])
+    if spot[2] < 1.6:                                                       # as large as a car
+        along, across = _local(spot, rng.uniform(0, np.pi), x, y)
+        long, wide, high = rng.uniform(1.5, 2.8), rng.uniform(0.6, 1.1), rng.uniform(1.0, 2.0)
+        inside = (np.abs(along) < long) & (np.abs(across) < wide) & (label == GROUND)
+        z[inside] = base + high * rng.uniform(0.75, 1.0, inside.sum())
+        label[inside] = VEGETATION
+        return
+    away = ((x - spot[0]) ** 2 + (y - spot[1]) ** 2) / spot[2] ** 2
+    crown, lowest = rng.uniform(3.0, 8.0), rng.uniform(1.0, 3.0)
+    inside = (away < 1) & (label == GROUND)
+    hit = inside & (rng.random(len(x)) < 0.67)
+    depth = rng.beta(1, 2.5, len(x))                                                        # most near the top
+    top = base + lowest + crown * (0.5 + 0.5 * np.sqrt(np.clip(1 - away, 0, 1)))
+    z[hit] = (top - depth * crown * np.sqrt(np.clip(1 - away, 0, 1)))[hit]
+    label[hit] = VEGETATION
+    returns[1][inside] = 2
+    returns[0][inside & ~hit] = 2
+
+
+def _wires(rng, count, size, ground):
+    """(count, 3) points on three sagging wires across the tile."""
+    begin, end = rng.uniform(0, size, (2, 2))
+    axis = rng.integers(2)
+    begin[axis], end[axis] = 0, size
+    beside = np.array([end[1] - begin[1], begin[0] - end[0]]) / np.hypot(*(end - begin))
+    part = rng.random(count)
+    lane = rng.integers(0, 3, count)
+    flat = begin + part[:, None] * (end - begin) + (1.2 * (lane - 1))[:, None] * beside
+    sag = rng.uniform(3, 8) * part * (1 - part)
+    high = (1 - part) * ground(*begin) + part * ground(*end) + rng.uniform(9, 12) - sag
+    high += rng.normal(0, 0.02, count) + 0.5 * (lane == 1)
+    inside = np.clip(flat, 0, size)
+    return np.column_stack([inside, high])
+
+
+def make_terrain_set(folder: str | Path, num_train: int, num_val: int, num_test: int, seed: int = 0,
+                     num_points: int = 60_000) -> list[str]:
+    """Write folder/{train,val,test}/tile_000.npz (coord, intensity, return_number, number_of_returns, and
+    classification with TERRAIN_CODES, as LAS files have it) and folder/classes.json. The same seed writes the same
+    bytes. Returns the class names."""
+    def tile(rng):
+        terrain = make_terrain(rng, num_points)
+        return {**terrain._asdict(), "label": None, "classification": np.array(TERRAIN_CODES, np.uint8)[terrain.label]}
+
+    classes = {"classes": TERRAIN_CLASSES, "palette": TERRAIN_PALETTE}
+    return _write_set(folder, {"train": num_train, "val": num_val, "test": num_test}, seed, "tile", tile, classes)
+
+
+def _write_set(folder, splits, seed, name, make, classes):
+    folder = Path(folder)
+    for number, (split, count) in enumerate(splits.items()):
+        if count < 0:
+            raise ValueError(f"num_{split}={count}: the number of {name}s cannot be negative")
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            arrays = make(np.random.default_rng([seed, number, i]))
+            np.savez(folder / split / f"{name}_{i:03d}.npz", **{key: value for key, value in arrays.items()
+                                                                if value is not None})
+    (folder / "classes.json").write_text(json.dumps(classes, indent=1) + "\n")
+    return list(classes["classes"])
+
+
 def make_point_set(folder: str | Path, num_train: int, num_val: int, num_test: int, seed: int = 0,
                    num_points: int = 20_000) -> list[str]:
     """Write folder/{train,val,test}/room_000.npz (coord, color, normal, segment int64 with -1 = nothing) and
     folder/classes.json. The same seed writes the same bytes; a split does not change with the size of another. Existing
     files of the same names are replaced. Returns the class names."""
-    folder = Path(folder)
-    for number, (split, count) in enumerate({"train": num_train, "val": num_val, "test": num_test}.items()):
-        if count < 0:
-            raise ValueError(f"num_{split}={count}: the number of rooms cannot be negative")
-        (folder / split).mkdir(parents=True, exist_ok=True)
-        for i in range(count):
-            room = make_room(np.random.default_rng([seed, number, i]), num_points)
-            segment = np.where(room.label == IGNORE_INDEX, -1, room.label)
-            np.savez(folder / split / f"room_{i:03d}.npz", coord=room.coord, color=room.color, normal=room.normal,
-                     segment=segment)
+    def room(rng):
+        made = make_room(rng, num_points)
+        return {"coord": made.coord, "color": made.color, "normal": made.normal,
+                "segment": np.where(made.label == IGNORE_INDEX, -1, made.label)}
+
     classes = {"classes": POINT_CLASSES, "palette": POINT_PALETTE, "ignore_index": -1}
-    (folder / "classes.json").write_text(json.dumps(classes, indent=1) + "\n")
-    return list(POINT_CLASSES)
+    return _write_set(folder, {"train": num_train, "val": num_val, "test": num_test}, seed, "room", room, classes)

@@ -23,8 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.columns import parse_numbers  # noqa: E402
 from data.point_classes import BENCHMARKS  # noqa: E402
-from data.point_transforms import estimate_normals, rotate  # noqa: E402
-from data.points import write_cloud  # noqa: E402
+from data.point_files import write_cloud  # noqa: E402
+from data.point_normals import estimate_normals  # noqa: E402
+from data.point_transforms import rotate  # noqa: E402
 from utils.checkpoint import check_writable  # noqa: E402
 from utils.cli import ArgumentParser, run_main  # noqa: E402
 from utils.log import progress  # noqa: E402

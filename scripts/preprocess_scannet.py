@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.mesh_io import read_mesh  # noqa: E402
 from data.point_classes import BENCHMARKS  # noqa: E402
-from data.points import COLUMNS, read_ply_vertices, write_cloud  # noqa: E402
+from data.point_files import COLUMNS, read_ply_vertices, write_cloud  # noqa: E402
 from utils.checkpoint import check_writable  # noqa: E402
 from utils.cli import ArgumentParser, run_main  # noqa: E402
 from utils.log import progress  # noqa: E402

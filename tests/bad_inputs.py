@@ -25,6 +25,7 @@ import torch
 import yaml
 from PIL import Image
 
+from models.pmt import PMTSegmenter
 from models.resnet import ENCODERS
 from tests import tiny_clouds, tiny_meshes
 from tests.tiny_heads import SMALL, write_backbone
@@ -105,8 +106,7 @@ HEAD = ["--image-paths", "images/train", "--mask-paths", "masks/train", "--num-c
 START = {"train_downstream.py": (mesh_base, ["config.yaml", *RUN]), "train_jepa.py": (mesh_base, ["jepa.yaml", *RUN]),
          "train_sonata.py": (cloud_base, ["config.yaml", *RUN]), "train_segmentation.py": (image_base, ["config.yaml", *RUN]),
          "train_prototype.py": (image_base, ["prototype.yaml", *RUN]),
-         "train_m2f_head.py": (image_base, [*HEAD, *SMALL["train_m2f_head"], *RUN]),
-         "train_upernet_head.py": (image_base, [*HEAD, *SMALL["train_upernet_head"], *RUN])}
+         **{f"{name}.py": (image_base, [*HEAD, *SMALL[name], *RUN]) for name in SMALL}}
 
 
 @cache
@@ -289,6 +289,12 @@ def tensors_on_disk(value, **options) -> bytes:
     return stream.getvalue()
 
 
+def decoder() -> bytes:
+    """A file as PMT's authors release them, of four queries."""
+    state = PMTSegmenter(32, 2, 16, 3, num_queries=4).state_dict()
+    return tensors_on_disk({"state_dict": {f"network.{name}": tensor for name, tensor in state.items()}})
+
+
 NPY_BOMB = (header := b"\x93NUMPY\1\0v\0{'descr': '<i8', 'fortran_order': False, 'shape': (1000000000000000,), }") + b" " * (127 - len(header)) + b"\n"
 HTML = "<!DOCTYPE html><html><head><title>Access denied</title></head></html>"
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
@@ -409,6 +415,25 @@ def with_jepa(script: str, edit=None, *more: str):
     return make
 
 
+def with_network(edit, *more: str):
+    """make() of a case that starts train_eomt.py from model.pth, a checkpoint of it, without a backbone's weights."""
+    def make(folder):
+        argv = [word for word in start(EOMT)(folder) if word not in ("--backbone-weights", "random")]
+        shutil.copy(checkpoint(EOMT), folder / "model.pth")
+        if edit is not None:
+            edit(folder)
+        return [*argv, "--network-weights", "model.pth", *more]
+    return make
+
+
+def as_differences(content: dict) -> None:
+    """The norms of a network as those of differences to one: around 0."""
+    for name, tensor in content["model"].items():
+        if "norm" in name and name.endswith("weight"):
+            tensor -= 1
+
+
+LINEAR, PMT, EOMT = "train_linear_head.py", "train_pmt_head.py", "train_eomt.py"
 DOWN, JEPA, SONATA, M2F, UPER = "train_downstream.py", "train_jepa.py", "train_sonata.py", "train_m2f_head.py", "train_upernet_head.py"
 UNET, PROTO, EVAL, PREDICT = "train_segmentation.py", "train_prototype.py", "evaluate.py", "predict.py"
 S3DIS, SCANNET, VOC, FREE = "scripts/preprocess_s3dis.py", "scripts/preprocess_scannet.py", "scripts/download_voc.py", "scripts/download_datasets.py"
@@ -520,6 +545,7 @@ FLAGS = group(
     ("a seed beyond 64 bits", M2F, start(M2F, None, "--seed", "99999999999999999999999"), "seed", "expected an integer from 0"),
     ("a device that is none", SONATA, start(SONATA, None, "--device", "gpu"), "--device", "cuda"),
     ("a GPU that is not there", UPER, start(UPER, None, "--device", "cuda:9"), "--device", "cpu"),
+    ("clouds compiled", SONATA, start(SONATA, None, "--compile"), "--compile", "every size of cloud"),
     ("to test what was never trained", UNET, start(UNET, None, "--test-only"), "--test-only needs a checkpoint", "add --resume PATH or --resume auto"),
     ("to test an empty run folder", SONATA, start(SONATA, None, "--test-only", "--resume", "auto"), "--test-only needs a checkpoint", "there is no checkpoint in out/model"),
     ("to go on from a file that is not there", PROTO, start(PROTO, None, "--resume", "out/model/model_last.pth"), "out/model/model_last.pth", "Check the path"),
@@ -540,7 +566,18 @@ FLAGS = group(
     ("a cache of views that change", M2F, start(M2F, None, "--cache-features"), "--cache-features", "--augment windows"),
     ("a stride of 0", M2F, start(M2F, None, "--eval-stride", "0"), "--eval-stride 0", "a stride from 1"),
     ("a crop that is too small", M2F, start(M2F, None, "--image-size", "32"), "--image-size", "from 64"),
+    ("a crop that patches do not fill", LINEAR, start(LINEAR, None, "--image-size", "72"), "--image-size 72", "must be a multiple of 16"),
+    ("a number of blocks that is no choice", LINEAR, start(LINEAR, None, "--layers", "2"), "--layers", "choose from"),
+    ("blocks that the backbone does not have", PMT, start(PMT, None, "--taps", "0", "4"), "--taps 0 4", "from 0 to 3"),
+    ("blocks in another order", PMT, start(PMT, None, "--taps", "2", "0"), "--taps 2 0", "in their order"),
     ("heads that cannot share the width", M2F, start(M2F, None, "--hidden-dim", "30"), "--hidden-dim", "multiple"),
+    ("features of a backbone that is trained", EOMT, start(EOMT, None, "--augment", "windows", "--cache-features"), "--cache-features", "leave the flag out"),
+    ("a crop of no whole patches", EOMT, start(EOMT, None, "--image-size", "72"), "--image-size 72", "multiple of 16"),
+    ("more blocks with queries than there are", EOMT, start(EOMT, None, "--joint-blocks", "5"), "--joint-blocks 5", "has 4 blocks"),
+    ("more frozen blocks than there are", EOMT, start(EOMT, None, "--freeze-blocks", "5"), "--freeze-blocks 5", "has 4 blocks"),
+    ("warm-ups longer than the run", EOMT, start(EOMT, None, "--head-warmup", "0.6", "--encoder-warmup", "0.5"), "--encoder-warmup", "from 0 to 0.3"),
+    ("a layer decay that grows", EOMT, start(EOMT, None, "--layer-decay", "1.2"), "--layer-decay", "from 0.01 to 1"),
+    ("random weights under a trained network", EOMT, start(EOMT, None, "--network-weights", "model.pth"), "--backbone-weights random", "leave one of them out"),
     ("a phase whose turn it is not", PROTO, start(PROTO, None, "--phase", "2"), "--phase 2", "--resume"),
     ("a data set and a split at once", EVAL, evaluate(DOWN, None, "--split", "val", "--data-dir", "test"), "--split and --data-dir", "name one of them"),
     ("labels without data", EVAL, evaluate(DOWN, None, "--label-dir", "test"), "--label-dir", "labels of --data-dir"),
@@ -721,7 +758,22 @@ CLOUDS = group(
     ("text that is called .npz", SONATA, start(SONATA, put(CLOUD, HTML)), f"{CLOUD}: cannot be read", "cut short or damaged"),
     ("a pickle that is called .npz, a virus", SONATA, start(SONATA, lambda f: put(CLOUD, pickle_bomb())(f)), f"{CLOUD}: cannot be read", "cut short or damaged"),
     ("an array of Python objects, a virus", PREDICT, predict(SONATA, put("odd.npy", object_array()), "odd.npy"), "odd.npy: cannot be read", "damaged"),
-    ("a .pth file in place of a cloud", PREDICT, predict(SONATA, move("encoder.pth", "odd.pth"), "odd.pth"), "'.pth' is not a suffix known here", "use .npz .npy .ply"),
+    ("weights in place of a cloud", PREDICT, predict(SONATA, move("encoder.pth", "odd.pth"), "odd.pth"), "odd.pth: cannot be read", "a scene is expected, not weights"),
+    ("a scan of another format", PREDICT, predict(SONATA, put("odd.e57", "ASTM-E57"), "odd.e57"), "'.e57' is not a suffix known here", "use .npz .npy .ply .las"),
+    ("an empty split with files of another format", SONATA, start(SONATA, both(gone("val"), put("val/a.e57", ""))), "split 'val' is empty", "there are 1 .e57 files"),
+    ("text of words as a cloud", PREDICT, predict(SONATA, put("odd.txt", "chair\ntable\n"), "odd.txt"), "odd.txt: cannot be read", "not a row of numbers"),
+    ("text with a row too short", PREDICT, predict(SONATA, put("odd.xyz", "1 2 3\n4 5\n"), "odd.xyz"), "odd.xyz: cannot be read", "number of columns changed"),
+    ("five columns that nobody named", PREDICT, predict(SONATA, put("odd.txt", "1 2 3 4 5\n"), "odd.txt"), "odd.txt: cannot be read", "name others in data.columns"),
+    ("names for other columns", PREDICT, predict(SONATA, put("odd.txt", "1 2 3 4 5\n"), "odd.txt", "data.columns=[x, y, z, label]"), "odd.txt: cannot be read", "5 columns, but data.columns names 4"),
+    ("columns without z", SONATA, start(SONATA, None, "data.columns=[x, y, label]"), "data.columns", "expected x, y and z"),
+    ("a PCD without a body", PREDICT, predict(SONATA, put("odd.pcd", "VERSION 0.7\nFIELDS x y z\n"), "odd.pcd"), "odd.pcd: cannot be read", "no line DATA"),
+    ("a .bin of KITTI cut short", PREDICT, predict(SONATA, put("odd.bin", b"abcde"), "odd.bin"), "odd.bin: cannot be read", "no rows of 4 float32"),
+    ("a feature that no file has", SONATA, start(SONATA, None, "data.features=[coord, strength]", "model.encoder.in_channels=4"), "no field strength of data.features", "there are coord"),
+    ("a feature divided by 0", SONATA, start(SONATA, None, "data.features=[coord, strength/0]"), "data.features", "intensity/65535"),
+    ("weights for other classes", SONATA, start(SONATA, None, "training.class_weights=[1, 2]"), "training.class_weights: 2 numbers", "give one per class"),
+    ("steps that cannot be shared", SONATA, start(SONATA, None, "training.steps=7", "training.eval_epochs=2"), "training.steps=7 is no multiple", "training.eval_epochs=2"),
+    ("tiles of no size", PREDICT, predict(SONATA, None, "test", "--tile", "0"), "--tile 0", "above 0"),
+    ("a mesh in tiles", PREDICT, predict(DOWN, None, "test", "--tile", "50"), "--tile 50", "for point clouds alone"),
     ("a header of an array of 10^15 numbers", PREDICT, predict(SONATA, put("odd.npy", NPY_BOMB), "odd.npy"), "odd.npy", "cut short or damaged"),
     ("3 GB of zeros in a file of a kilobyte", PREDICT, predict(SONATA, squeezed("odd.npz"), "odd.npz"), "odd.npz: cannot be read (ValueError: 3,221,225,472 bytes of arrays in", "damaged"),
     ("no coordinates", SONATA, start(SONATA, array(CLOUD, coord=None)), f"{CLOUD}: expected numeric coordinates", "under one of the names coord"),
@@ -740,6 +792,13 @@ CLOUDS = group(
     ("a class of 10^30", SONATA, start(SONATA, array(CLOUD, segment=at(9, 1e30))), f"{CLOUD}: label 1e+30 of point 9", "not a whole number"),
     ("classes that count from 1", SONATA, start(SONATA, array(CLOUD, segment=lambda s: s + 1)), f"{CLOUD}: label 3 at", "set model.num_classes or data.ignore_labels"),
     ("255 for unlabelled", SONATA, start(SONATA, array(CLOUD, segment=at(9, 255))), f"{CLOUD}: label 255 at 1 of", "data.ignore_labels"),
+    ("NaN for a class", SONATA, start(SONATA, array(CLOUD, segment=at(9, np.nan))), f"{CLOUD}: label nan at 1 of", "set data.ignore_labels=[-1, nan]"),
+    ("a label map of too few classes", SONATA, start(SONATA, None, "data.label_map=0:0,1:1"), "data.label_map has 2 classes", "set one to the other"),
+    ("a label map without one of the labels", SONATA, start(SONATA, None, "data.label_map=0:0,1:1,7:2"), f"{CLOUD}: value 2", "not in the label map"),
+    ("a label map and an offset", SONATA, start(SONATA, None, "data.label_map=0:0,1:1,2:2", "data.label_offset=-1"), "data.label_offset and data.label_map", "leave one out"),
+    ("colours beyond the range that was named", SONATA, start(SONATA, None, "data.color_range=1"), f"{CLOUD}: colours from", "expected 0..1, as data.color_range says"),
+    ("normals that look nowhere", SONATA, start(SONATA, None, "data.normal_view=up"), "data.normal_view", "neighbours"),
+    ("a cloud 3,000 m wide that turns could make wider", SONATA, start(SONATA, array(CLOUD, coord=at(0, 3000.0))), f"{CLOUD}: augmentation can make the cloud", "set data.grid_size=0.0"),
     ("labels of a name nobody knows", SONATA, start(SONATA, lambda f: [array(f"{p.parent.name}/{p.name}", segment=None)(f) for p in f.glob("*/*.npz")]), "no labelled point in 3 clouds", "expected a field named segment"),
     ("no normals where they are asked for", SONATA, start(SONATA, array(CLOUD, normal=None), "data.missing_normal=error"), f"{CLOUD}: no normals", "data.missing_normal"),
     ("a cloud 10^8 m wide", SONATA, start(SONATA, array(CLOUD, coord=at(0, 1e8))), f"{CLOUD}: the cloud is 1", "larger data.grid_size"),
@@ -755,6 +814,8 @@ CLOUDS = group(
     ("all points in one place", PREDICT, cloud_file(coord=np.ones((50, 3)), color=np.zeros((50, 3), np.uint8)), "", "labelled, normals estimated", points_labelled(50)),
     ("neither colours nor normals", PREDICT, cloud_file(coord=random_points()), "", "labelled: colours black, normals estimated", points_labelled(40)),
     ("colours from 0 to 1", PREDICT, cloud_file(coord=random_points(), color=random_points()), "", "taken as 0..255, with a warning", points_labelled(40)),
+    ("colours from 0 to 1.0000001", PREDICT, cloud_file(coord=random_points(), color=random_points() + 1e-7), "", "taken as 0..255, with a warning", points_labelled(40)),
+    ("labels as text in a cloud to label", PREDICT, cloud_file(coord=random_points(), label=np.full(40, "tree")), "", "labelled: its own labels are not read", points_labelled(40)),
     ("map coordinates (5,000 km)", PREDICT, cloud_file(coord=random_points() + 5e6), "", "moved near 0", points_labelled(40)),
     ("normals of length 0 and NaN", PREDICT, cloud_file(coord=random_points(), normal=np.full((40, 3), np.nan)), "", "taken as no normal", points_labelled(40)),
     ("spaces and other alphabets in names", SONATA, start(SONATA, lambda f: [move(split, f"mein Stück 漢字/{split}")(f) for split in ("train", "val", "test")], "data.root=mein Stück 漢字", "data.class_names=[a, b, c]"), "", "trained", lambda f, result: result["miou"] >= 0),
@@ -830,6 +891,9 @@ WEIGHTS = group(
                                  ("a pickle with a virus", lambda f: put("weights.pth", pickle_bomb())(f), "objects can run code"))),
     ("no such file of weights", DOWN, start(DOWN, None, "--pretrained_path", "encoder.pth"), "encoder.pth: no such file", "Check the path"),
     ("a folder as weights", M2F, start(M2F, folder_at("weights.pth"), "--head-weights", "weights.pth"), "weights.pth: is a folder", "Name a file in it"),
+    ("a backbone as a decoder", PMT, start(PMT, None, "--head-weights", "backbone.pth"), "backbone.pth: no PMT decoder", "it holds"),
+    ("a decoder trained on other blocks", PMT, start(PMT, put("weights.pth", decoder()), "--head-weights", "weights.pth", "--taps", "0", "3"), "weights.pth: trained on the blocks 0 1 2 3", "set --taps to these"),
+    ("a decoder of other queries", PMT, start(PMT, put("weights.pth", decoder()), "--head-weights", "weights.pth"), "weights.pth: has 4 queries, not 8", "set --num-queries 4"),
     ("weights of 0 bytes", PROTO, start(PROTO, put("weights.pth", ""), "--pretrained_path", "weights.pth"), "weights.pth", "Fetch it again"),
     ("weights cut short", SONATA, start(SONATA, both(cut("encoder.pth")), "training.use_pretrained=true", "--pretrained_path", "encoder.pth"), "encoder.pth: truncated or damaged", "Fetch it again"),
     ("weights with a flipped bit", SONATA, start(SONATA, flipped("encoder.pth"), "training.use_pretrained=true", "--pretrained_path", "encoder.pth"), "encoder.pth: damaged", "Fetch it again"),
@@ -840,6 +904,11 @@ WEIGHTS = group(
     ("weights of another network", DOWN, start(DOWN, put("weights.pth", tensors_on_disk({"fc.weight": torch.zeros(2, 2)})), "--pretrained_path", "weights.pth"), "weights.pth: no mesh encoder in this file", "Expected the tensors of a Nomeformer"),
     ("weights of another network", UNET, start(UNET, put("weights.pth", tensors_on_disk({"weight": torch.zeros(2, 2)})), "--pretrained_path", "weights.pth"), "weights.pth", "Is the file of this model"),
     ("a backbone of another size", M2F, start(M2F, None, "--backbone", "dinov3_vits16", "--backbone-weights", "backbone.pth"), "backbone.pth: holds dinov3_tiny, not dinov3_vits16", "Choose that backbone"),
+    ("a backbone in place of a network", EOMT, with_network(None, "--network-weights", "backbone.pth"), "backbone.pth: no EoMT", "a checkpoint of train_eomt.py"),
+    ("differences without their backbone", EOMT, with_network(entry("model.pth", as_differences)), "model.pth: holds differences", "--backbone-weights FILE"),
+    ("a whole network as differences", EOMT, with_network(None, "--backbone-weights", "backbone.pth"), "model.pth: holds a whole network", "leave --backbone-weights out"),
+    ("a network with other joint blocks", EOMT, with_network(None, "--joint-blocks", "3"), "model.pth: has queries in its last 2 blocks", "--joint-blocks 2"),
+    ("a network on another backbone", EOMT, with_network(None, "--backbone", "dinov3_vits16"), "model.pth", "Is it of this --backbone?"),
     ("a backbone with NaN in it", UPER, start(UPER, entry("backbone.pth", spoil), "--backbone-weights", "backbone.pth"), "backbone.pth", "not finite"),
     ("an encoder with NaN in it", SONATA, start(SONATA, entry("encoder.pth", lambda c: spoil(c["state_dict"])), "training.use_pretrained=true", "--pretrained_path", "encoder.pth"), "encoder.pth", "not finite"),
     ("a ResNet with NaN in it", UNET, start(UNET, spoilt_resnet, "--pretrained_path", "resnet.pth"), "resnet.pth", "is not finite"),

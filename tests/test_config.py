@@ -108,6 +108,15 @@ def test_a_tuple_default_is_a_list(tmp_path):
     assert "grid[1][0]: expected an integer, got 'x'" in message(tmp_path, "grid: [[3], [x]]", defaults=defaults)
 
 
+def test_items_of_other_types_than_the_defaults(tmp_path):
+    defaults = {"ignore": Setting([-1], (list,), items=(int, str)), "range": Setting(None, (float, list), items=(float,))}
+    config = load(tmp_path, "ignore: [255, nan]\nrange: [-1, 1]", defaults=defaults)
+    assert config.ignore == [255, "nan"] and config.range == [-1.0, 1.0] and type(config.range[0]) is float
+    assert load(tmp_path, defaults=defaults).ignore == [-1]
+    assert "ignore[0]: expected an integer or text, got 0.5" in message(tmp_path, "ignore: [0.5]", defaults=defaults)
+    assert "range[0]: expected a number, got 'a'" in message(tmp_path, "range: [a, 1]", defaults=defaults)
+
+
 def test_items_of_a_mixed_list_are_free_or_numbers(tmp_path):
     assert load(tmp_path, "k: [z, 3]", defaults={"k": [1, "a"]}).k == ["z", 3]
     assert load(tmp_path, "k: [3, 4]", defaults={"k": [1, 0.5]}).k == [3.0, 4.0]

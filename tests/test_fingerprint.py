@@ -9,7 +9,8 @@ from data.images import list_images
 from data.mesh import MeshDataset, MeshSpec
 from data.mesh_io import list_meshes
 from data.mesh_surfaces import SurfaceSpec, open_meshes
-from data.points import PointDataset, PointSpec, list_clouds
+from data.point_files import list_clouds
+from data.points import PointDataset, PointSpec
 from tests.tiny_clouds import write_clouds
 from tests.tiny_images import write_pictures
 from tests.tiny_meshes import write_set

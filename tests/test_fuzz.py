@@ -38,9 +38,9 @@ from data.images import check_pairs, read_image
 from data.mesh import Augmentation, MeshDataset, MeshSpec
 from data.mesh_io import Mesh, read_labels, read_mesh, write_glb, write_labels, write_ply
 from data.mesh_texture import read_mtl, read_pyramid, read_texture
+from data.point_files import find_clouds, read_classes, read_cloud, write_cloud
+from data.point_files import write_ply as write_cloud_ply
 from data.point_transforms import fragments, representatives, voxelize
-from data.points import find_clouds, read_classes, read_cloud, write_cloud
-from data.points import write_ply as write_cloud_ply
 from models.sparse_conv import SubMConv3d, neighbour_table
 from tests.tiny_clouds import tiny_cloud
 from tests.tiny_images import read_mask, tiny_picture
@@ -437,6 +437,8 @@ def check_log(path):
     assert isinstance(read_log(path), list)
 
 
+PCD = b"FIELDS x y z label\nSIZE 4 4 4 4\nTYPE F F F F\nCOUNT 1 1 1 1\nPOINTS 2\nDATA "
+PCD_BODY = struct.pack("<II", 34, 32) + bytes([15]) + np.float32([1, 2, 3, 4]).tobytes() + bytes([15]) + np.float32([5, 6, 7, 8]).tobytes()
 CLOUD = {name: values[:9] for name, values in tiny_cloud(0, 20).items()}
 CHECKPOINT = {"script": "train_sonata.py", "config": {"a": [1, 2.5, None]}, "class_names": ["a", "b"], "palette": None,
               "model": {"weight": torch.arange(6.0).view(2, 3), "steps": torch.tensor(3)}, "epoch": 2, "step": 20}
@@ -464,6 +466,10 @@ READERS = [
     Reader("cloud.npz", check_cloud, [([npy(values) for values in CLOUD.values()], archive([f"{name}.npy" for name in CLOUD]))]),
     Reader("cloud.npy", check_cloud, plain(npy(np.arange(70.0).reshape(10, 7)), npy(CLOUD_ROWS))),
     Reader("cloud.ply", check_cloud, plain(CLOUD_PLY)),
+    Reader("cloud.txt", check_cloud, plain(b"// x y z label\n1 2 3 0\n4 5 6.5 1\n", b"3\n1,2,3\n4,5,-6e1\n7,8,9\n")),
+    Reader("cloud.pcd", check_cloud, plain(PCD + b"ascii\n1 2 3 1\n4 5 6 2\n", PCD + b"binary\n" + np.float32([1, 2, 3, 4] * 2).tobytes(),
+                                           PCD + b"binary_compressed\n" + PCD_BODY)),
+    Reader("cloud.bin", check_cloud, plain(np.float32([[1, 2, 3, 4]] * 3).tobytes())),
     Reader("coord.npy", check_cloud_folder, plain(npy(np.arange(12).reshape(4, 3)), npy(np.zeros((4, 3), ">f8")))),
     Reader("segment.npy", check_cloud_folder, plain(npy(np.array([1, 2, 3, -1])), npy(np.array([1.0, 2, 3, 4])))),
     Reader("classes.json", check_class_lists, plain('["floor", "wall"]', '{"classes": ["a", "b"], "ignore_index": [-1, 255], "palette": [[0, 1, 2], [3, 4, 255]]}')),

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from data import point_transforms as transforms
-from data.points import PointCloud, PointSpec, PreciseTest, collate_points, to_cloud
+from data.point_files import PointCloud
+from data.points import PointSpec, PreciseTest, collate_points, to_cloud
 
 GOLDEN = Path(__file__).parent / "golden" / "sonata"
 

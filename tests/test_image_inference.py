@@ -41,6 +41,13 @@ def test_windows_cover_everything_and_stay_inside(length, window, stride):
     assert all(b - a <= stride for a, b in zip(starts[:-1], starts[1:], strict=True))
 
 
+@pytest.mark.parametrize("length, expected", [(24, [0]), (17, [0]), (25, [0, 1]), (48, [0, 24]), (49, [0, 12, 25]), (76, [0, 17, 34, 52])])
+def test_evenly_spread_windows_are_as_few_as_cover_the_image(length, expected):
+    assert window_starts(length, 24, None) == expected
+    scores = slide(as_float, torch.rand(3, 24, length), 24, None)
+    assert scores.shape == (3, 24, length) and scores.isfinite().all()                     # every pixel was seen
+
+
 def test_slide_averages_overlaps():
     image = torch.rand(3, 11, 14)
     calls = []

@@ -188,6 +188,14 @@ def test_metrics_equal_scikit_learn():
     assert absent_as_zero(m["iou"]) == pytest.approx(m["miou"] * 6 / 7)
 
 
+def test_an_ignored_class_is_in_no_mean_even_where_it_is_predicted():
+    matrix = np.array([[0, 0, 0], [1, 8, 1], [0, 2, 8]])                         # class 0: never labelled, once predicted
+    m = segmentation_metrics(matrix, ignored=[0])
+    assert np.isnan(m["iou"][0]) and np.isnan(m["f1"][0]) and np.isnan(m["accuracy"][0])
+    assert m["iou"][1:].tolist() == [8 / 12, 8 / 11] and m["miou"] == pytest.approx((8 / 12 + 8 / 11) / 2)
+    assert m["overall_accuracy"] == 16 / 20 and segmentation_metrics(matrix)["miou"] == pytest.approx(m["miou"] * 2 / 3)
+
+
 def test_nothing_to_score():
     with warnings.catch_warnings():
         warnings.simplefilter("error")

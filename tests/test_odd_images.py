@@ -11,6 +11,7 @@ from PIL import Image
 
 import evaluate
 import predict
+import train_eomt
 import train_m2f_head
 import train_prototype
 import train_segmentation
@@ -429,7 +430,8 @@ def images_pages(tmp_path, data):
 
 # -- whole runs --------------------------------------------------------------------------------------------------------
 
-SCRIPTS = {"segmentation": train_segmentation, "prototype": train_prototype, "upernet_head": train_upernet_head, "m2f_head": train_m2f_head}
+SCRIPTS = {"segmentation": train_segmentation, "prototype": train_prototype, "upernet_head": train_upernet_head, "m2f_head": train_m2f_head,
+           "eomt": train_eomt}
 
 
 @pytest.fixture(params=SCRIPTS)
@@ -456,7 +458,7 @@ def write_set(root, values=(0, 1, 2), suffix=""):
 
 
 def train(script, root, out, num_classes=3, **settings):
-    if "head" in script:
+    if f"train_{script}" in SMALL:
         more = [word for key, value in settings.items() for word in
                 (f"--{key.replace('_', '-')}", *(map(str, value) if isinstance(value, list) else [str(value)]))]
         return SCRIPTS[script].main([

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data.point_files import read_ply_vertices
 from data.point_results import example_clouds, render_points, write_point_result
-from data.points import read_ply_vertices
 from utils.losses import IGNORE_INDEX
 
 PALETTE = np.array([[10, 20, 200], [200, 30, 10]], np.uint8)

@@ -1,4 +1,4 @@
-"""data/points.py: every format gives the same cloud, every defect is one clear line, scores belong to raw points."""
+"""data/point_files.py, data/points.py: every format gives the same cloud, every defect is one clear line."""
 
 import io
 import json
@@ -11,19 +11,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from data import points
+from data.label_map import read_label_map
+from data.point_files import find_clouds, read_classes, read_cloud, write_cloud, write_ply
 from data.point_transforms import VIEWS, PointAugmentation, height_over_plane, local_shape
-from data.points import (
-    PointDataset,
-    PointSpec,
-    PreciseTest,
-    collate_points,
-    find_clouds,
-    read_classes,
-    read_cloud,
-    to_labels,
-    write_cloud,
-    write_ply,
-)
+from data.point_values import to_labels
+from data.points import PointDataset, PointSpec, PreciseTest, collate_points
 from utils.array_file import save_checked
 from utils.files import replacing
 from utils.losses import IGNORE_INDEX
@@ -213,9 +205,9 @@ def test_an_archive_that_announces_more_than_it_holds(tmp_path):
 def test_unknown_paths_and_suffixes(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such cloud"):
         read_cloud(tmp_path / "nothing.npz")
-    (tmp_path / "a.las").write_bytes(b"")
-    with pytest.raises(ValueError, match="'.las'.*[.]npz"):
-        read_cloud(tmp_path / "a.las")
+    (tmp_path / "a.e57").write_bytes(b"")
+    with pytest.raises(ValueError, match="'.e57'.*[.]npz.*[.]laz"):
+        read_cloud(tmp_path / "a.e57")
     np.save(tmp_path / "a.npy", np.zeros((4, 5)))
     with pytest.raises(ValueError, match="columns are x y z"):
         read_cloud(tmp_path / "a.npy")
@@ -282,7 +274,7 @@ def test_read_classes(tmp_path):
 
 def test_items_depend_on_seed_epoch_and_item_only(files):
     def items(workers=0, epoch=0, seed=0, memory=True):
-        dataset = PointDataset(files, PLAIN, 4, PointAugmentation(), seed=seed, repeat=2)
+        dataset = PointDataset(files, PLAIN, 4, PointAugmentation(), seed=seed, num_items=2 * len(files))
         if not memory:
             dataset._kept.clear()
         dataset.set_epoch(epoch)
@@ -313,7 +305,7 @@ def test_layout_of_a_batch(files):
 
 
 def test_mix3d_follows_the_first_items_coin(files):
-    dataset = PointDataset(files, PLAIN, 4, PointAugmentation(), repeat=50)
+    dataset = PointDataset(files, PLAIN, 4, PointAugmentation(), num_items=50 * len(files))
     samples = [dataset[i] for i in range(200)]
     assert 0.7 < np.mean([sample["mix_draw"] < 0.8 for sample in samples]) < 0.9
     mixed = next(i for i, sample in enumerate(samples) if sample["mix_draw"] < 0.8)
@@ -481,6 +473,102 @@ def test_spec_refuses_nonsense():
             PointSpec(**change)
 
 
+# -- names, values that nobody needs, extents -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("names", [("r", "g", "b"), ("R", "G", "B"), ("Red", "Green", "Blue"), ("diffuse_red", "diffuse_green", "diffuse_blue")])
+@pytest.mark.parametrize("suffix", [".ply", ".npy"])
+def test_colours_under_other_names(tmp_path, names, suffix):
+    cloud = arrays()
+    path = write_format(tmp_path / "cloud", cloud, "structured" if suffix == ".npy" else "binary_little_endian")
+    if suffix == ".npy":
+        rows = np.load(path)
+        rows.dtype.names = [dict(zip(("red", "green", "blue"), names, strict=True)).get(name, name) for name in rows.dtype.names]
+        np.save(path, rows)
+    else:
+        header, body = path.read_bytes().split(b"end_header\n", 1)
+        for old, new in zip(("red", "green", "blue"), names, strict=True):
+            header = header.replace(f"uchar {old}\n".encode(), f"uchar {new}\n".encode())
+        path.write_bytes(header + b"end_header\n" + body)
+    np.testing.assert_array_equal(read_cloud(path).color, cloud["color"])
+
+
+@pytest.mark.parametrize("label", [np.full(300, np.nan), np.full(300, 0.5), np.zeros((300, 2), int), np.full(300, "tree"), np.zeros(7), np.full(300, 1e30)])
+def test_labels_that_nobody_needs_may_be_anything(tmp_path, label):
+    cloud = arrays()
+    path = save(tmp_path / "a.npz", {**cloud, "segment": label})
+    read = read_cloud(path, labels=False)
+    assert read.label is None and (read.coord == cloud["coord"]).all()
+    assert len(PointDataset([path], PLAIN)[0]["inverse"]) == 300                         # no classes: nothing to score
+    with pytest.raises(ValueError, match="label"):
+        PointDataset([path], PLAIN, 4)
+    if label.ndim == 1 and len(label) == 300 and label.dtype.kind == "f":
+        np.save(tmp_path / "b.npy", np.c_[cloud["coord"], label])
+        assert read_cloud(tmp_path / "b.npy", labels=False).label is None
+
+
+def test_nan_label_map_and_offset_reach_the_data_set(tmp_path):
+    cloud = arrays()
+    files = [save(tmp_path / "a.npz", {**cloud, "segment": np.where(cloud["segment"] < 0, np.nan, cloud["segment"] + 1.0)})]
+    dataset = PointDataset(files, PLAIN, 4, ignore_labels=("nan",), label_offset=-1)
+    expected = np.where(cloud["segment"] < 0, IGNORE_INDEX, cloud["segment"])
+    assert (dataset.cloud(0)["label"] == expected).all() and dataset.ignored_classes() == []
+    dataset = PointDataset(files, PLAIN, 2, ignore_labels=("nan",), label_map=read_label_map("1:0,2:1,3:1,4:ignore"))
+    assert (dataset.cloud(0)["label"] == np.array([0, 1, 1, IGNORE_INDEX, IGNORE_INDEX])[cloud["segment"]]).all()
+    with pytest.raises(ValueError, match=r"a.npz: label nan at \d+ of 300 points"):
+        PointDataset(files, PLAIN, 5)
+    for offset, ignored, classes in ((0, (0, -1), [0]), (0, (3, 1), [1, 3]), (-1, (1, 0), [0]), (0, (255, "nan"), [])):
+        dataset = PointDataset(files, PLAIN, 5, ignore_labels=(*ignored, "nan"), label_offset=offset)
+        assert dataset.ignored_classes() == classes
+
+
+def test_ignored_classes_of_classes_json_may_be_nan(tmp_path):
+    for text in ('{"classes": ["a"], "ignore_index": NaN}', '{"classes": ["a"], "ignore_index": ["nan", 7]}'):
+        (tmp_path / "classes.json").write_text(text)
+        assert "nan" in read_classes(tmp_path).ignore_labels
+
+
+def test_the_own_coordinates_of_a_file_are_kept_where_float32_does_not_hold_them(tmp_path):
+    cloud = arrays()
+    assert read_cloud(save(tmp_path / "a.npz", cloud)).exact is None
+    assert read_cloud(save(tmp_path / "a.npz", {**cloud, "coord": cloud["coord"].astype(np.float64)})).exact is None
+    for shift in ([5e5, 5.4e6, 300.0], [0.0, 0.0, 1e-9], [2 ** 26 + 1.0, 0, 0]):
+        far = cloud["coord"].astype(np.float64) + shift
+        read = read_cloud(save(tmp_path / "a.npz", {**cloud, "coord": far}))
+        assert read.exact.dtype == np.float64 and (read.exact == far).all()
+        assert PointDataset([tmp_path / "a.npz"], PLAIN, 4)._kept[0].exact is None       # only results need them
+        write_ply(tmp_path / "out.ply", read.exact, cloud["color"], cloud["segment"])
+        again = read_cloud(tmp_path / "out.ply")
+        assert (again.exact == far).all() and (again.label == cloud["segment"]).all() and (again.color == cloud["color"]).all()
+
+
+@pytest.mark.parametrize("width, height", [(60, 6), (178, 30), (300, 6)])
+def test_outdoor_sweeps_are_trained_with_the_defaults(tmp_path, width, height):
+    cloud = arrays()
+    file = save(tmp_path / "a.npz", {**cloud, "coord": cloud["coord"] / 2 * np.float32([width, width, height])})
+    dataset = PointDataset([file], PointSpec(), 4, PointAugmentation())
+    assert len(dataset[0]["coord"]) > 150
+    told = [line for line in dataset.messages if "augmentation.elastic: to fit in memory, noise of 0.2 m gets cells" in line]
+    assert len(told) == (width > 100)
+    assert PointDataset([file], PointSpec(), 4).messages == []
+    assert PointDataset([file], PointSpec(), 4, PointAugmentation(elastic=())).messages == []
+
+
+def test_what_augmentation_can_make_too_wide_is_refused_at_once(tmp_path):
+    """1,200 m are 60,000 voxels of 2 cm, turned and enlarged too many; in the thirteen views those of the test alone."""
+    cloud = arrays()
+    file = save(tmp_path / "a.npz", {**cloud, "coord": cloud["coord"] * np.float32([600, 600, 2])})
+    assert PointDataset([file], PointSpec(), 4)[0]["grid_coord"].max() > 59_000
+    with pytest.raises(ValueError, match=r"a.npz: augmentation can make the cloud \d+ m wide.*data.grid_size=0.0\d+ or larger") as error:
+        PointDataset([file], PointSpec(), 4, PointAugmentation())
+    grid = float(re.search(r"data.grid_size=([\d.]+)", str(error.value))[1])             # the cure is one
+    PointDataset([file], PointSpec(grid), 4, PointAugmentation())
+    dataset = PointDataset([file], PointSpec(grid), 4, PointAugmentation(elastic=()), repeat=20)
+    assert 50_000 < max(dataset[i]["grid_coord"].max() for i in range(20)) < 65535
+    wide = save(tmp_path / "b.npz", {**cloud, "coord": cloud["coord"] * 640})            # x 1.05 are 67,200
+    with pytest.raises(ValueError, match="larger data.grid_size"):
+        PointDataset([wide], PointSpec(), 4)
+
+
 # -- the precise test --------------------------------------------------------------------------------------------------
 
 def test_every_raw_point_gets_votes_from_every_view(files):
@@ -524,3 +612,55 @@ def test_memory_limit_changes_nothing_but_the_speed(files, monkeypatch):
     dataset = PointDataset(files, PLAIN, 4)
     assert list(dataset._kept) == [0]
     assert all(torch.equal(expected[name], dataset[2][name]) for name in ("feat", "label", "inverse"))
+
+
+def dense(n=40):
+    """n different points in one voxel, n equal ones in another, one alone."""
+    rng = np.random.default_rng(0)
+    coord = np.concatenate([rng.uniform(0.01, 0.02, (n, 3)), np.full((n, 3), 1.02), [[2.02, 0.02, 0.02]]])
+    return {"coord": coord.astype(np.float32), "color": np.repeat(np.float32([[255] * 3, [0] * 3, [0] * 3]), [n, n, 1], 0)}
+
+
+FEW = PointSpec(0.05, features=("coord", "color"), center=False)
+
+
+def vote(test):
+    """Logits that say whether a point is white; -> number of batches."""
+    batches = list(test)
+    for batch in batches:
+        test.add(batch, torch.stack([1 - batch["feat"][:, 3], batch["feat"][:, 3]], 1) * 4)
+    return len(batches)
+
+
+def test_equal_points_share_their_passes():
+    cloud = dense()
+    test = PreciseTest(cloud, FEW, 2)
+    assert len(test.votes) == 42 and test.count_passes() == vote(test) == 13 * 40
+    assert len(test.prediction()) == 81 and test.prediction()[40:].tolist() == [0] * 41 and test.prediction()[:40].sum() == 40
+    other = {**cloud, "color": np.arange(243, dtype=np.float32).reshape(81, 3)}          # equal in place alone
+    assert len(PreciseTest(other, FEW, 2).votes) == 81
+    returns = {"coord": np.zeros((500, 3), np.float32), "color": np.zeros((500, 3), np.float32)}
+    test = PreciseTest(returns, FEW, 2)
+    assert vote(test) == 13 and test.prediction().shape == (500,)
+
+
+@pytest.mark.parametrize("most", [1, 3, 7, 100])
+def test_bounded_passes_still_label_every_point(most):
+    cloud = dense()
+    test = PreciseTest(cloud, FEW, 2, most)
+    assert test.count_passes() == vote(test) == 13 * min(40, most)
+    assert (test.votes.sum(1) > 12.99).all() and test.prediction().tolist() == [1] * 40 + [0] * 41
+    full = PreciseTest(cloud, FEW, 2)
+    vote(full)
+    if most == 100:
+        assert torch.equal(test.votes, full.votes)
+    seen = {index for batch in PreciseTest(cloud, FEW, 2, most) for index in batch["index"].tolist()}
+    assert len(seen) == min(40, most) + 2                                                # those that passed; the others got votes
+
+
+def test_points_beyond_the_bound_get_the_votes_of_one_fragment():
+    spec = PointSpec(0.5, features=("coord",), center=False)
+    test = PreciseTest({"coord": np.linspace(0.1, 0.2, 5, dtype=np.float32)[:, None].repeat(3, 1)}, spec, 2, 2)
+    batches = [batch for batch, _ in zip(test, range(2), strict=False)]
+    assert [batch["index"].tolist() for batch in batches] == [[0], [1]]
+    assert [batch["others"].tolist() for batch in batches] == [[2, 4], [3]] and batches[0]["other_places"].tolist() == [0, 0]

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from data.point_classes import BENCHMARKS
-from data.points import PointDataset, PointSpec, find_clouds, read_cloud
+from data.point_files import find_clouds, read_cloud
+from data.points import PointDataset, PointSpec
 from scripts import preprocess_s3dis, preprocess_scannet
 
 ROOT = Path(__file__).resolve().parents[1]

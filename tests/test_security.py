@@ -26,7 +26,8 @@ from data.feature_cache import CachedTaps
 from data.mesh import cached_arrays
 from data.mesh_io import read_labels, read_mesh
 from data.mesh_texture import _stored_texels
-from data.points import _cached_normals, find_clouds, read_cloud
+from data.point_files import find_clouds, read_cloud
+from data.points import _cached_normals
 from tests.bad_inputs import Bomb, image_base, object_array
 from tests.tiny_images import shrink_unet
 from utils import download

@@ -7,10 +7,28 @@ import numpy as np
 import pytest
 from sklearn.tree import DecisionTreeClassifier
 
+from data.point_files import find_clouds, read_classes
 from data.point_transforms import voxelize
-from data.points import PointDataset, PointSpec, find_clouds, read_classes
+from data.points import PointDataset, PointSpec
 from data.synthetic import main
-from data.synthetic_points import FLOOR, IGNORE_INDEX, POINT_CLASSES, TABLE, WALL, make_point_set, make_room
+from data.synthetic_points import (
+    BUILDING,
+    FLOOR,
+    GROUND,
+    IGNORE_INDEX,
+    ORIGIN,
+    POINT_CLASSES,
+    TABLE,
+    TERRAIN_CLASSES,
+    TERRAIN_CODES,
+    VEGETATION,
+    WALL,
+    WIRE,
+    make_point_set,
+    make_room,
+    make_terrain,
+    make_terrain_set,
+)
 
 
 def digests(folder):
@@ -78,3 +96,36 @@ def test_wrong_numbers_are_refused(tmp_path):
         make_room(np.random.default_rng(0), 0)
     with pytest.raises(ValueError, match="num_val=-1"):
         make_point_set(tmp_path, 1, -1, 0, num_points=10)
+
+
+# -- terrain -----------------------------------------------------------------------------------------------------------
+
+def test_terrain_is_an_aerial_scan():
+    terrain = make_terrain(np.random.default_rng(0), 40_000)
+    local = terrain.coord - ORIGIN
+    assert terrain.coord.dtype == np.float64 and (local[:, :2] >= -1e-6).all() and (local[:, :2] <= 60 + 1e-6).all()
+    share = np.bincount(terrain.label, minlength=5) / 40_000
+    assert (share > 0.003).all() and share[GROUND] > 0.5 and share[WIRE] == 0.01
+    assert (terrain.label[terrain.return_number == 2] == GROUND).mean() > 0.9   # what is seen through a crown
+    assert {*zip(terrain.return_number.tolist(), terrain.number_of_returns.tolist(), strict=True)} == {(1, 1), (1, 2), (2, 2)}
+    assert (terrain.number_of_returns[terrain.label == BUILDING] == 1).all() and (terrain.number_of_returns[terrain.label == VEGETATION] == 2).any()
+    ground = local[terrain.label == GROUND]
+    assert np.ptp(ground[:, 2]) > 2                                             # hills: height alone tells nothing
+    tree = DecisionTreeClassifier(max_depth=12, random_state=0)
+    alone = np.column_stack([local[:, 2], terrain.intensity, terrain.return_number, terrain.number_of_returns])
+    other = make_terrain(np.random.default_rng(1), 40_000)
+    seen = np.column_stack([(other.coord - ORIGIN)[:, 2], other.intensity, other.return_number, other.number_of_returns])
+    pred = tree.fit(alone, terrain.label).predict(seen)
+    recall = [(pred[other.label == c] == c).mean() for c in range(5)]
+    assert np.mean(recall) < 0.6                                                # surroundings are needed
+
+
+def test_terrain_sets_are_repeatable_and_readable(tmp_path):
+    for folder in ("a", "b"):
+        make_terrain_set(tmp_path / folder, 1, 1, 0, seed=3, num_points=900)
+    assert digests(tmp_path / "a") == digests(tmp_path / "b") and len(digests(tmp_path / "a")) == 3
+    assert main(["terrain", str(tmp_path / "c"), "--num-train", "1", "--num-val", "0", "--num-test", "0", "--points", "900"]) == TERRAIN_CLASSES
+    with np.load(tmp_path / "a" / "train" / "tile_000.npz") as tile:
+        assert {*np.unique(tile["classification"])} <= {*TERRAIN_CODES} and tile["coord"].shape == (900, 3) and tile["intensity"].dtype == np.uint16
+    with pytest.raises(ValueError, match="num_points=0"):
+        make_terrain(np.random.default_rng(0), 0)

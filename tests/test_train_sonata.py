@@ -3,6 +3,7 @@ resumes exactly, scores raw points, and every reader has the same numbers."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ import torch
 import evaluate
 import predict
 import train_sonata as SCRIPT
-from data.points import VIEWS, PreciseTest, read_cloud, read_ply_vertices
+from data.point_files import read_cloud, read_ply_vertices, write_ply
+from data.points import VIEWS, PreciseTest
 from models.point_transformer import build_segmenter
 from tests.tiny_clouds import (
     ENCODER,
@@ -390,7 +392,7 @@ def test_scores_pool_the_points_of_all_clouds(tmp_path, monkeypatch, network):
     (write_classes(tmp_path) / "val").mkdir()
     for c, count in enumerate((100, 300)):
         np.savez(tmp_path / "val" / f"{c}.npz", **{**tiny_cloud(c, count), "segment": np.full(count, c)})
-    monkeypatch.setattr(point_scripts, "label_cloud", lambda model, cloud, *_: (torch.zeros(len(cloud["label"]), dtype=torch.int64), None, None))
+    monkeypatch.setattr(point_scripts, "label_cloud", lambda model, cloud, *_, **__: (torch.zeros(len(cloud["label"]), dtype=torch.int64), None, None))
     model = network(tmp_path, tmp_path, data={"test": "val"}, evaluation={"precise": True})
     with pytest.raises(ValueError, match="data.test names no clouds"):
         SCRIPT.build_dataset(network(tmp_path, tmp_path).config, "test")
@@ -419,6 +421,33 @@ def test_absent_classes_count_as_0_in_the_official_mean(root, tmp_path, monkeypa
     assert "Val mIoU: 0.7500, Val mIoU of present classes: 1.0000" in capsys.readouterr().out
     score(last(tmp_path / "out"), tmp_path / "scores")
     assert f"{SCRIPT.OFFICIAL}: overall accuracy 100.00, mIoU 75.00, mean F1 75.00, mean accuracy 75.00" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ignored", [0, 2])
+def test_an_ignored_class_is_in_no_mean_whatever_its_number(tmp_path, monkeypatch, network, capsys, ignored):
+    """Two classes are labelled; of the perfect predictions one point more is called by the ignored class."""
+    folder = write_classes(tmp_path)
+    write_clouds(folder / "val", 2)
+    model = network(folder, tmp_path, data={"ignore_labels": [-1, ignored]}, model={"mode": "lin"})
+    dataset = SCRIPT.build_dataset(model.config, "val")
+
+    def nearly(model, cloud, precise, index, sample):
+        label = sample["raw_label"].clone()
+        label[label == IGNORE_INDEX] = ignored
+        label[torch.where(sample["raw_label"] >= 0)[0][0]] = ignored
+        return label, torch.ones(len(label)), torch.zeros(len(sample["label"]), 3)
+
+    monkeypatch.setattr(point_scripts, "label_cloud", nearly)
+    result = SCRIPT.evaluate(model, dataset)
+    official, iou = result["tables"][SCRIPT.OFFICIAL], result["metrics"]["iou"]
+    kept = [c for c in range(3) if c != ignored]
+    assert np.isnan(iou[ignored]) and 0.9 < official["miou"] == result["metrics"]["miou"] == iou[kept].mean() < 1
+    assert official["mean_accuracy"] == result["metrics"]["mean_accuracy"] < 1
+    assert result["metrics"]["overall_accuracy"] < 1                                     # the wrong points are still wrong
+    config = write_config(tmp_path / "c.yaml", folder, data={"train": "val", "ignore_labels": [-1, ignored]}, training=ONE_STEP)
+    assert train(config, tmp_path / "out")["best"] == official["miou"]
+    name = ("floor", "box", "ball")[ignored]
+    assert f"class {ignored} ({name}) is ignored: not learnt, and in no mean" in capsys.readouterr().out
 
 
 def test_two_evaluations_are_the_same_and_leave_the_random_state_alone(root, tmp_path, network):
@@ -482,6 +511,107 @@ def test_predict_every_format(whole, tmp_path):
     assert len(list(out.iterdir())) == 12                                                # and nothing half written
 
 
+def label_files(whole, folder, out, *more):
+    args = [str(last(whole[1])), str(folder), "--output", str(out), "--device", "cpu", "evaluation.precise=false", *more]
+    return {Path(path).name: label for path, label in predict.main(args).items()}
+
+
+def test_predict_reads_no_labels(whole, tmp_path, capsys):
+    """A file whose own label column is NaN, text, fractional, two columns, or anything else, is labelled like one without."""
+    cloud = tiny_cloud(3, 200)
+    del cloud["segment"]
+    columns = {"nan": np.full(200, np.nan), "text": np.array(["tree", "car"] * 100), "soft": np.full(200, 0.4), "pairs": np.zeros((200, 2), int),
+               "short": np.zeros(7, int), "far": np.full(200, 999)}
+    folder = tmp_path / "in"
+    folder.mkdir()
+    np.savez(folder / "none.npz", **cloud)
+    for name, label in columns.items():
+        np.savez(folder / f"{name}.npz", **cloud, label=label)
+    names = ["x", "y", "z", "red", "green", "blue", "nx", "ny", "nz", "class"]
+    rows = np.zeros(200, [(name, "<f8") for name in names])
+    for name, column in zip(names, np.c_[cloud["coord"], cloud["color"], cloud["normal"], np.full(200, np.nan)].T, strict=True):
+        rows[name] = column
+    header = "".join(f"property double {name}\n" for name in names)
+    (folder / "scan.ply").write_bytes(f"ply\nformat binary_little_endian 1.0\nelement vertex 200\n{header}end_header\n".encode() + rows.tobytes())
+    labels = label_files(whole, folder, tmp_path / "out")
+    assert len(labels) == 8 and all((label == labels["none.npz"]).all() for label in labels.values())
+
+
+@pytest.mark.parametrize("kind", ["ply", "npy"])
+def test_results_lie_on_map_coordinates(whole, tmp_path, kind):
+    cloud = tiny_cloud(4, 150)
+    near, far = cloud["coord"].astype(np.float64), cloud["coord"].astype(np.float64) + [627458.123456, 4842478.654321, 141.000001]
+    (tmp_path / "in").mkdir()
+    if kind == "ply":
+        write_ply(tmp_path / "in" / "near.ply", near, cloud["color"])
+        write_ply(tmp_path / "in" / "far.ply", far, cloud["color"])
+    else:
+        for name, coord in (("near", near), ("far", far)):
+            np.save(tmp_path / "in" / f"{name}.npy", np.c_[coord, cloud["color"]])
+    labels = label_files(whole, tmp_path / "in", tmp_path / "out", "--pca", "data.missing_normal=zeros")
+    assert (labels[f"far.{kind}"] == labels[f"near.{kind}"]).mean() > 0.95              # only rounding differs
+    for name, coord, number in (("near", near, np.float32), ("far", far, np.float64), ("far_pca", far, np.float64)):
+        vertices = read_ply_vertices(tmp_path / "out" / f"{name}.ply")
+        assert all((vertices[axis] == coord[:, i]).all() and vertices[axis].dtype == number for i, axis in enumerate("xyz"))
+
+
+def test_labels_are_written_in_the_numbers_of_the_label_files(tmp_path):
+    """Classes that count from 1, and codes of a label map: read, scored, and written back."""
+    for name, values, setting in (("offset", {0: 1, 1: 2, 2: 3}, {"label_offset": -1}),
+                                  ("map", {0: 2, 1: 600, 2: 70000}, {"label_map": "2:0,600:1,70000:2,9:ignore"})):
+        (tmp_path / name).mkdir()
+        data = write_classes(tmp_path / name)
+        for split, seed in (("train", 0), ("val", 9)):
+            (data / split).mkdir()
+            cloud = tiny_cloud(seed)
+            segment = np.array([values.get(c, -1) for c in cloud["segment"]])
+            np.savez(data / split / "a.npz", **{**cloud, "segment": segment})
+        config = write_config(tmp_path / f"{name}.yaml", data, data=setting, training={**ONE_STEP, "batch_size": 1})
+        result = train(config, tmp_path / name / "out")
+        labels = label_files((config, tmp_path / name / "out"), data / "val", tmp_path / name / "pred")
+        stored, vertices = np.load(tmp_path / name / "pred" / "a.npy"), read_ply_vertices(tmp_path / name / "pred" / "a.ply")
+        assert (stored == np.array([values[c] for c in labels["a.npz"].tolist()])).all() and (vertices["label"] == stored).all()
+        assert stored.dtype == (np.int16 if name == "offset" else np.int32)
+        correct = (stored == segment)[segment != -1].mean()
+        assert 0 < correct == result["overall_accuracy"] == score(last(tmp_path / name / "out"), tmp_path / "scores")["overall_accuracy"]
+
+
+def test_passes_are_announced_and_bounded(whole, tmp_path, capsys):
+    cloud = tiny_cloud(3, 30)
+    coord = np.concatenate([cloud["coord"], np.full((50, 3), 0.501), 0.61 + np.random.default_rng(0).random((9, 3)) * 0.01])
+    (tmp_path / "in").mkdir()
+    np.savez(tmp_path / "in" / "a.npz", coord=coord)
+    found = {}
+    for most in ("null", 2):
+        args = ["evaluation.precise=true", f"evaluation.max_fragments={most}", "data.missing_normal=zeros"]
+        found[most] = label_files(whole, tmp_path / "in", tmp_path / f"out{most}", *args)["a.npz"]
+        printed = capsys.readouterr().out
+        passes = int(re.search(r"a.npz: (\d+) passes through the network for the precise test .evaluation.max_fragments=", printed)[1])
+        assert 13 * 7 < passes < 13 * 15 if most == "null" else passes == 26             # the 50 equal points have one
+        assert len(found[most]) == 89
+    assert (found["null"] == found[2]).mean() > 0.8
+
+
+def test_the_view_of_the_training_clouds_is_that_of_all(tmp_path, capsys):
+    """Hilly training clouds without normals: neighbours decide, also in the flat validation cloud, and later in predict.py."""
+    data = write_classes(tmp_path)
+    rng = np.random.default_rng(0)
+    for split, height in (("train", 6.0), ("val", 0.0)):
+        (data / split).mkdir()
+        x, y = rng.uniform(0, 40, (2, 1500))
+        z = height * np.sin(x / 6) * np.cos(y / 7)
+        np.savez(data / split / "a.npz", coord=np.stack([x, y, z], 1), segment=rng.integers(0, 3, 1500))
+    config = write_config(tmp_path / "c.yaml", data, data={"grid_size": 1.0}, training={**ONE_STEP, "batch_size": 1})
+    train(config, tmp_path / "out")
+    assert "data.normal_view=neighbours: seen from inside, more than 2 % of the ground looks down in 1 of 1 clouds" in capsys.readouterr().out
+    assert load_checkpoint(last(tmp_path / "out"))["config"]["data"]["normal_view"] == "neighbours"
+    train(config, tmp_path / "out", "--resume", "auto")                                  # the config still says null
+    label_files((config, tmp_path / "out"), data / "val", tmp_path / "pred")
+    assert "a.npz: no normals in the file; estimated, the ground turned up and neighbours to one side" in capsys.readouterr().out
+    label_files((config, tmp_path / "out"), data / "val", tmp_path / "pred", "data.normal_view=[20,20,90]")
+    assert "a.npz: no normals in the file; estimated, turned to 20 20 90" in capsys.readouterr().out
+
+
 def test_predict_one_scene_folder_as_text(whole, tmp_path):
     clouds = write_every_format(tmp_path / "in")
     labels = predict.main([str(last(whole[1])), str(tmp_path / "in" / "scene0001_00"), "--output", str(tmp_path / "out"), "--device", "cpu",
@@ -521,6 +651,15 @@ def test_predict_one_scene_folder_as_text(whole, tmp_path):
     (["--limit-batches", "-1"], "--limit-batches"),
     (["--num-workers", "-1"], "--num-workers"),
     (["scheduler.pct_start=2"], "pct_start"),
+    (["data.normal_view=up"], "data.normal_view"),
+    (["data.normal_view=[1,2]"], "data.normal_view=.1.0, 2.0.: expected"),
+    (["data.color_range=[1,0]"], "data.color_range=.1.0, 0.0.: expected the highest colour"),
+    (["data.color_range=0"], "data.color_range=.0.0, 0.0."),
+    (["data.ignore_labels=[none]"], "data.ignore_labels: 'none'; expected integers, and nan"),
+    (["data.ignore_labels=[0.5]"], "data.ignore_labels.0.: expected an integer or text"),
+    (["data.label_map=1:0,2:1"], "data.label_map has 2 classes and model.num_classes=3"),
+    (["data.label_map=1:0,2:1,3:2", "data.label_offset=-1"], "leave one out"),
+    (["evaluation.max_fragments=0"], "evaluation.max_fragments"),
 ])
 def test_user_errors_name_the_place(root, tmp_path, more, message, capsys):
     with refused(capsys, message):

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import yaml
 
-from data.points import write_cloud, write_ply
+from data.point_files import write_cloud, write_ply
 from models.point_transformer import build_point_transformer
 
 COLORS = np.array([[150, 140, 120], [40, 60, 200], [220, 60, 40]])

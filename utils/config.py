@@ -26,12 +26,13 @@ TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: 
 
 class Setting(NamedTuple):
     """A setting of several types, of fixed choices (for a list: of its items), or null: a None default allows null.
-    low: the smallest number allowed."""
+    low: the smallest number allowed. items: the types of a list's items, where they are not those of the default's."""
 
     default: Any
     types: type | tuple[type, ...]
     choices: tuple | None = None
     low: float | None = None
+    items: tuple[type, ...] = ()
 
 
 class Required(NamedTuple):
@@ -227,7 +228,9 @@ def _checked(value: Any, spec: Any, what: str) -> Any:
         hint = "; put it in quotes to make it text" if str in types and isinstance(value, bool | int | float) else ""
         hint += " (YAML reads no, off as false and yes, on as true)" if hint and isinstance(value, bool) else ""
         raise ValueError(f"{what}: expected {' or '.join(names)}, got {show(value)}{hint}")
-    if isinstance(value, list) and isinstance(default, list | tuple) and default:
+    if isinstance(value, list) and getattr(spec, "items", ()):
+        value = [_checked(item, Required(spec.items), f"{what}[{index}]") for index, item in enumerate(value)]
+    elif isinstance(value, list) and isinstance(default, list | tuple) and default:
         kinds = {type(item) for item in default}
         if len(kinds) == 1 or kinds == {int, float}:
             example = default[0] if len(kinds) == 1 else 0.0

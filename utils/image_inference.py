@@ -37,13 +37,13 @@ class View(NamedTuple):
     """How a photograph is shown to the network.
 
     size: its short side is resized to that, or all of it until it covers (height, width), None leaves it; window and
-    stride of the sliding window in pixels, window None: the whole image at once; scales multiply size; flip adds the
-    mirrored image of each scale.
+    stride of the sliding window in pixels, window None: the whole image at once, stride None: as few windows as cover
+    the image, evenly spread; scales multiply size; flip adds the mirrored image of each scale.
     """
 
     size: int | tuple[int, int] | None
     window: int | None
-    stride: int
+    stride: int | None
     scales: Sequence[float] = (1.0,)
     flip: bool = False
 
@@ -57,10 +57,14 @@ def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
     return F.pad(image, (0, -width % multiple, 0, -height % multiple))
 
 
-def window_starts(length: int, window: int, stride: int) -> list[int]:
-    """First pixels of windows that cover 0..length-1: every `stride`, the last one moved back inside."""
+def window_starts(length: int, window: int, stride: int | None) -> list[int]:
+    """First pixels of windows that cover 0..length-1: every `stride`, the last one moved back inside; None: as few
+    windows as there can be, evenly spread (EoMT, PMT)."""
     if window >= length:
         return [0]
+    if stride is None:
+        gaps = -(-length // window) - 1
+        return [j * (length - window) // gaps for j in range(gaps + 1)]
     return [*range(0, length - window, stride), length - window]
 
 
@@ -93,14 +97,14 @@ def resize_rows(scores: Tensor, shape: tuple[int, int], begin: int, end: int) ->
     return torch.lerp(part[:, upper - first], part[:, lower - first], share)
 
 
-def slide(score: Callable[[Tensor], Tensor], image: Tensor, window: int | None, stride: int,
+def slide(score: Callable[[Tensor], Tensor], image: Tensor, window: int | None, stride: int | None,
           batch_size: int = 1) -> Tensor:
     """Scores (C, H, W) float32 of one image (3, H, W): the mean over all windows that see a pixel.
 
     Windows are window x window, or as large as the image where that is smaller; batch_size of them go through at once.
     ValueError for a stride that would leave pixels out.
     """
-    if window is not None and not 1 <= stride <= window:
+    if window is not None and stride is not None and not 1 <= stride <= window:
         raise ValueError(f"a sliding window of {window} pixels needs a stride from 1 to {window}, got {stride}")
     height, width = image.shape[1:]
     tall, wide = min(window or height, height), min(window or width, width)
@@ -126,7 +130,8 @@ def build_normalizer(mean: Sequence[float], std: Sequence[float],
 
     def normalize(image: Tensor) -> Tensor:
         image = image.contiguous(memory_format=order)
-        return (image.float() / 255 - mean.to(image.device)) / std.to(image.device)
+        own_mean, own_std = (values.to(image.device, non_blocking=True) for values in (mean, std))
+        return (image.float() / 255 - own_mean) / own_std
     return normalize
 
 

@@ -27,11 +27,10 @@ from data.mesh_surfaces import open_meshes
 from models.downstream import DownstreamClassifier, SurfaceClassifier, face_logits, share_of, texture_of
 from utils.config import Config, Setting
 from utils.device import autocast
-from utils.distributed import all_reduce_sum, own_share
+from utils.distributed import all_reduce_sum, main_first, own_share
 from utils.log import progress
 from utils.metrics import ConfusionMatrix, miou_of_labels, segmentation_metrics
 from utils.render import label_colors, pca_colors, render_mesh
-from utils.run import main_first
 from utils.seed import seed_worker
 from utils.training import to_device
 

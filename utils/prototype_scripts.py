@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from data import cityscapes, voc
-from data.image_splits import check_file_settings, class_info, label_map_of
+from data.image_splits import check_file_settings, class_info
 from data.images import SegmentationDataset
+from data.label_map import label_map_of
 from data.photos import photo_format, read_image
 from data.prototype_results import explain_pixels, prototype_colors, write_gallery, write_prototype_prediction
 from models.ppnet import PPNet

@@ -165,7 +165,8 @@ def restore_rng(checkpoint: Mapping | None, seed: int, step: int) -> None:
 
 # The flag that starts a new run from the weights of a checkpoint.
 FROM_WEIGHTS = {"train_segmentation.py": "--pretrained_path", "train_upernet_head.py": "--head-weights",
-                "train_m2f_head.py": "--head-weights"}
+                "train_m2f_head.py": "--head-weights", "train_linear_head.py": "--head-weights",
+                "train_pmt_head.py": "--head-weights", "train_eomt.py": "--network-weights"}
 
 
 def check_same_run(checkpoint: Mapping, config: Mapping, total_steps: int, sections: Sequence[str],

@@ -8,6 +8,7 @@ the only allow-list, for numpy's numbers where asked for, puts readers of our ow
 import contextlib
 import hashlib
 import re
+import threading
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -20,13 +21,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+ONE_READER = threading.Lock()                      # torch's allow-list is the same for all threads
 DOS_FOLDER = 0x10                                  # bit of a zip entry's external attributes
 
 
 def read_weights(path: str | Path, numpy_scalars: bool = False) -> dict[str, Any]:
     """Somebody else's weights: a .safetensors file, or anything torch.save wrote (also the format before torch 1.6).
 
-    Returns the dict in the file as it is, on the CPU; with numpy_scalars, numpy's numbers in it become Python's.
+    Returns the dict in the file as it is, on the CPU; with numpy_scalars, numpy's numbers in it become Python's, and
+    its arrays stay arrays.
     FileNotFoundError or IsADirectoryError where there is no file; ValueError, in one line, where it is truncated or
     damaged, holds Python objects beyond tensors and plain types, or holds no dict.
     """
@@ -58,7 +61,7 @@ def read_torch_file(path: str | Path, advice: str, map_location: Any = "cpu", ol
         raise ValueError(f"{path}: truncated, or not written by torch.save ({path.stat().st_size} bytes). {advice}")
     try:
         allowed = torch.serialization.safe_globals(NUMPY_NAMES) if numpy_scalars else contextlib.nullcontext()
-        with allowed, warnings.catch_warnings(action="ignore"):         # of pickle protocols: it loads, or fails below
+        with ONE_READER, allowed, warnings.catch_warnings(action="ignore"):     # of pickle protocols: it loads or fails
             return torch.load(path, map_location=map_location, weights_only=True)
     except torch.OutOfMemoryError:
         raise
@@ -90,8 +93,26 @@ def _numpy_number(dtype: _NumpyDtype, data: bytes) -> bool | int | float:
     return value.item()
 
 
+class _NumpyArray:
+    """Stands in for numpy.ndarray in a pickle, and is one when asked (numpy.asarray); of plain numbers, copied."""
+
+    def __setstate__(self, state: tuple) -> None:
+        _, self.shape, dtype, by_column, data = state
+        self.array = np.frombuffer(data, np.dtype(dtype.name)).reshape(self.shape, order="F" if by_column else "C")
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return np.array(self.array, dtype)
+
+
+def _numpy_array(*_) -> _NumpyArray:
+    """Stands in for numpy's own `_reconstruct`, whose arguments are always the same; the content comes afterwards."""
+    return _NumpyArray()
+
+
 NUMPY_NAMES = [(_NumpyDtype, "numpy.dtype"), (_numpy_number, "numpy.core.multiarray.scalar"),
-               (_numpy_number, "numpy._core.multiarray.scalar")]
+               (_numpy_number, "numpy._core.multiarray.scalar"), (_NumpyArray, "numpy.ndarray"),
+               (_numpy_array, "numpy.core.multiarray._reconstruct"),
+               (_numpy_array, "numpy._core.multiarray._reconstruct")]
 
 
 def _first_bytes(path: Path) -> bytes:
