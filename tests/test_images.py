@@ -258,7 +258,7 @@ def test_a_set_without_labels_is_refused(tmp_path):
 def test_what_was_read_is_remembered_until_a_file_changes(tmp_path, monkeypatch):
     pairs, scanned = [make_pair(tmp_path, name) for name in "ab"], []
     original = images._scan
-    monkeypatch.setattr(images, "_scan", lambda pair: scanned.append(pair) or original(pair))
+    monkeypatch.setattr(images, "_scan", lambda pair, **more: scanned.append(pair) or original(pair, **more))
     first = check_pairs(pairs, 3, cache_dir=tmp_path / "cache")
     again = check_pairs(pairs, 3, cache_dir=tmp_path / "cache")
     assert len(scanned) == 2 and (first.sizes == again.sizes).all() and (first.class_counts == again.class_counts).all()

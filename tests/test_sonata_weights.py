@@ -373,7 +373,7 @@ class Call:
 
 
 @pytest.mark.parametrize("value", [
-    np.str_("text"), np.datetime64("2020-01-01"), np.ones(2), np.float64, np.array([(1,)], [("a", "i4")])[0],
+    np.str_("text"), np.datetime64("2020-01-01"), np.array(["text"]), np.array([None]), np.float64, np.array([(1,)], [("a", "i4")])[0],
     Call(np.dtype, "O"), Call(eval, "open('hacked', 'w')"), Call(exec, "open('hacked', 'w')"),
     Call(np.float64(1).__reduce__()[0], np.dtype("O"), pickle.dumps(Call(eval, "open('hacked', 'w')"))),
     Call(np.float64(1).__reduce__()[0], np.dtype("f8"), b"123"), Call(np.float64(1).__reduce__()[0], None, b"")])
