@@ -83,7 +83,8 @@ SHOWN = {"Acc": "overall_accuracy", "F1": "mean_f1", "mIoU": "miou",
          "Acc by area": "area_overall_accuracy", "mIoU by area": "area_miou"}
 MONITORS = {"mean_f1": "F1", "miou": "mIoU", "overall_accuracy": "accuracy"}
 # For predict.py, default first.
-RESULTS = {"labels": ("txt", "npy"), "picture": ("ply", "glb", "none"), "html": True}
+RESULTS = {"labels": ("txt", "npy"), "picture": ("ply", "glb", "none"), "html": True,
+           "recursive": True}
 COMPARED = ("model", "training", "optimizer", "scheduler", "class_weights", "augmentation")
 # Steps are compared as well.
 FREE_ON_RESUME = ("training.batch_size", "training.resume", "training.cache_features")

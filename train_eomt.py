@@ -51,7 +51,7 @@ RECIPES = {"dinov3": {"lr": 2e-4, "head_warmup": 0.1, "encoder_warmup": 0.15},
            "dinov2": {"lr": 1e-4, "head_warmup": 0.0125, "encoder_warmup": 0.025}}
 SHOWN = {"mIoU": "miou", "Acc": "overall_accuracy", "mAcc": "mean_accuracy"}
 # For predict.py, default first.
-RESULTS = {"labels": ("png", "npy"), "picture": ("png", "none"), "html": False, "pca": False}
+RESULTS = {**photos.PHOTO_RESULTS, "pca": False}
 
 
 def make_parser() -> ArgumentParser:
@@ -241,8 +241,7 @@ def train_one_epoch(run: Run, network, normalize, loader, criterion, config: Con
     network.train()
     # After each step: counts, logs, on Ctrl-C saves and stops.
     for micro_batches in run.steps(loader):
-        # Numbers of masks and of queries are those of the step, whatever the number of
-        # micro-batches and processes.
+        # Numbers of masks and of queries are those of the step.
         counts = sum(criterion.label_weights(batch["label"], config.model.num_queries)
                      for batch in micro_batches)
         counts = all_reduce_sum(counts.to(run.device, non_blocking=True))

@@ -45,7 +45,7 @@ from utils.weights import load_weights
 SCRIPT = Path(__file__).name
 SHOWN = {"mIoU": "miou", "Acc": "overall_accuracy", "mAcc": "mean_accuracy"}
 # For predict.py, default first.
-RESULTS = {"labels": ("png", "npy"), "picture": ("png", "none"), "html": False}
+RESULTS = photos.PHOTO_RESULTS
 
 
 def make_parser() -> ArgumentParser:

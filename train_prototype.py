@@ -49,7 +49,7 @@ from utils.distributed import (
     world_size,
 )
 from utils.image_inference import TTA_SCALES, View, build_normalizer
-from utils.image_scripts import attach, evaluate_photos, photo_pictures
+from utils.image_scripts import PHOTO_RESULTS, attach, evaluate_photos, photo_pictures
 from utils.losses import MaskedCrossEntropyLoss, check_labels, class_weights
 from utils.metrics import headline, metrics_table
 from utils.prototype_losses import off_class_l1, prototype_divergence, resize_label
@@ -79,13 +79,11 @@ from utils.weights import sha256_file
 
 SCRIPT = Path(__file__).name
 SCAN_CHUNK = 200                        # photographs between two saves of a scan
-# For predict.py, default first.
-RESULTS = {"labels": ("png", "npy"), "picture": ("png", "none"), "html": False, "pca": False,
-           "explain": True}
+RESULTS = {**PHOTO_RESULTS, "pca": False, "explain": True}
 COMPARED = ("dataset", "model", "training", "optimizer", "loss")
 # Items of all processes together are compared as well.
-FREE_ON_RESUME = ("training.prune", "training.patience", "training.resume", "model.weights",
-                  "dataset.cache_dir", "dataset.test_split", "training.batch_size")
+FREE_ON_RESUME = ("model.weights", "dataset.max_pixels", "dataset.cache_dir", "dataset.test_split",
+                  "training.prune", "training.patience", "training.resume", "training.batch_size")
 
 DEFAULTS = {
     "dataset": {
@@ -109,6 +107,7 @@ DEFAULTS = {
         "mask_suffix": Setting([], (list, str)),    # folder: masks are NAME_mask
         "value_range": Setting(None, (list,)),      # black and white of images of more than 8 bits
         "bands": Setting(None, (list,)),        # the three to see, from 1; None: the first
+        "max_pixels": Setting(None, (int, float), low=1),   # larger images are refused; None: 179e6
         "cache_dir": Setting(".cache/images", (str, type(None))),   # what the check of files found
     },
     "model": {

@@ -34,6 +34,7 @@ from data.image_splits import (
     training_doubts,
 )
 from data.images import Augmentation, SegmentationDataset, list_images
+from data.photos import photo_format
 from models.deeplab import DeepLabClassifier, load_deeplab_weights
 from models.resnet import ENCODERS, FILES, URL, load_resnet_weights
 from models.unet import UNet, is_unet, load_unet_weights, read_unet_weights
@@ -46,6 +47,7 @@ from utils.distributed import all_reduce_sum, broadcast_buffers, main_first
 from utils.ema import EMA, averaged, load_averaged
 from utils.image_inference import TTA_SCALES, View, build_normalizer
 from utils.image_scripts import (
+    PHOTO_RESULTS,
     attach,
     evaluate_photos,
     label_photo,
@@ -62,8 +64,7 @@ from utils.training import build_loader, check_same_run, micro_steps
 
 SCRIPT = Path(__file__).name
 SHOWN = {"mIoU": "miou", "Acc": "overall_accuracy", "Dice": "mean_f1", "FWIoU": "fw_iou"}
-# For predict.py, default first.
-RESULTS = {"labels": ("png", "npy"), "picture": ("png", "none"), "html": False, "pca": False}
+RESULTS = {**PHOTO_RESULTS, "pca": False}
 # Names in the config -> in the result of an evaluation.
 MONITORS = {"val/mIoU": "miou", "val/loss": "loss", "val/accuracy": "overall_accuracy",
             "val/FWIoU": "fw_iou", "val/Dice": "mean_f1", "val/mAcc": "mean_accuracy"}
@@ -72,8 +73,9 @@ MODES = ("max", "min")
 SET_LOSSES = {"dice": soft_dice_loss, "lovasz": lovasz_softmax_loss}
 COMPARED = ("dataset", "augmentations", "model", "optimizer", "scheduler", "losses", "training")
 # Steps are compared as well.
-FREE_ON_RESUME = ("dataset.test_split", "dataset.classes", "dataset.cache_dir", "model.weights",
-                  "model.pretrained", "training.batch_size", "training.num_workers",
+FREE_ON_RESUME = ("dataset.test_split", "dataset.classes", "dataset.max_pixels",
+                  "dataset.cache_dir", "model.weights", "model.pretrained",
+                  "training.batch_size", "training.num_workers",
                   "training.amp", "training.resume")
 
 DEFAULTS = {
@@ -92,7 +94,8 @@ DEFAULTS = {
         "label_map": Setting(None, (str, dict)),    # 0:0,255:1,4:ignore, or a file; None: class ids
         "mask_suffix": Setting([], (list, str)),    # masks' names have it behind the images': _mask
         "value_range": Setting(None, (list,)),      # black and white of images of more than 8 bits
-        "bands": Setting(None, (list,)),        # the three to see, from 1; None: the first
+        "bands": Setting(None, (list,)),        # those to see, any number, from 1; None: 1, 2, 3
+        "max_pixels": Setting(None, (int, float), low=1),   # larger images are refused; None: 179e6
         "cache_dir": Setting(".cache/images", (str, type(None))),   # what the check of files found
     },
     "augmentations": {
@@ -254,7 +257,7 @@ def check_config(config: Config) -> None:
     epochs = config.training.epochs
     check_range("model.dropout", config.model.dropout, 0, 1)
     check_positive("optimizer.lr", config.optimizer.lr)
-    check_file_settings(data, data.num_classes)
+    check_file_settings(data, data.num_classes, any_bands=True)
     if not data.label_map and data.ignore_label < data.num_classes + data.reduce_zero_label:
         raise ValueError(f"dataset.ignore_label={data.ignore_label} is one of the "
                          f"{data.num_classes} classes in the masks; for masks that mean unlabelled "
@@ -268,10 +271,15 @@ def check_config(config: Config) -> None:
         if not whole or not 1 <= len(sides) <= 2:
             raise ValueError(f"{name}={size}: expected [height, width] or one number, pixels, at "
                              f"least 16")
+    bands = photo_format(data).channels
     for name, values in data.normalization.items():
-        if len(values) != 3 or (name == "std" and min(values) <= 0):
+        if len(values) not in (3, bands) or (name == "std" and min(values) <= 0):
             raise ValueError(f"dataset.normalization.{name}={values}: one number per channel, red, "
-                             f"green and blue")
+                             f"green and blue, or one for each of {bands} bands")
+    jitter = config.augmentations.color_jitter
+    if bands != 3 and (jitter.saturation or jitter.hue):
+        raise ValueError(f"augmentations.color_jitter: saturation and hue are of three colours, "
+                         f"dataset.bands names {bands}; leave them at 0")
     stopping = config.training.early_stopping
     for place, metric, mode in (
             ("checkpointing", config.checkpointing.monitor, config.checkpointing.mode),
@@ -356,12 +364,15 @@ def build_dataset(config: Config, split: str, seed: int = 0, data_dir: str | Non
 
 
 def build_model(config: Config) -> nn.Module:
-    """A network without its weights: image (B, 3, H, W) normalised -> logits (B, C, H, W)."""
+    """A network without its weights: image (B, bands, H, W) normalised -> logits (B, C, H, W)."""
     model = config.model
+    bands = photo_format(config.dataset).channels
     C = config.dataset.num_classes
     if model.name == "unet":
-        return UNet(ENCODERS[model.backbone](), C, model.dropout, model.freeze_encoder)
-    return DeepLabClassifier(C, tuple(model.n_blocks), model.base_width)
+        build = ENCODERS[model.backbone]
+        encoder = build() if bands == 3 else build(bands)
+        return UNet(encoder, C, model.dropout, model.freeze_encoder)
+    return DeepLabClassifier(C, tuple(model.n_blocks), model.base_width, bands)
 
 
 def load_pretrained(model: nn.Module, config: Config) -> str:
@@ -486,8 +497,8 @@ def evaluation_view(config: Config) -> View:
 def attach_settings(model: nn.Module, config: Config, class_names, palette: np.ndarray) -> None:
     """What evaluation needs besides the weights, and the memory order."""
     attach(model, config, class_names, palette, masks=config.dataset, view=evaluation_view(config),
-           normalize=build_normalizer(**config.dataset.normalization,
-                                      order=memory_format(config)),
+           normalize=build_normalizer(**config.dataset.normalization, order=memory_format(config),
+                                      bands=photo_format(config.dataset).channels),
            refine=build_refine(config.postprocess))
     model.to(memory_format=memory_format(config))
 

@@ -46,8 +46,7 @@ from utils.weights import load_weights
 SCRIPT = Path(__file__).name
 AUX_WEIGHT = 0.4                        # of the auxiliary head's loss (mmsegmentation)
 SHOWN = {"mIoU": "miou", "Acc": "overall_accuracy", "mAcc": "mean_accuracy"}
-# For predict.py, default first.
-RESULTS = {"labels": ("png", "npy"), "picture": ("png", "none"), "html": False}
+RESULTS = photos.PHOTO_RESULTS
 
 
 def make_parser() -> ArgumentParser:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from data.mesh_io import write_glb, write_labels, write_ply
+from utils.files import move_results
 from utils.render import viewer_html
 
 
@@ -35,4 +36,4 @@ def write_mesh_result(stem: Path, prediction: Mapping, colors: Mapping[str, np.n
             if html:
                 written.append(Path(folder, f"{stem.name}{ending}.html"))
                 written[-1].write_text(viewer_html(vertices, faces, color), encoding="utf-8")
-        return [path.replace(stem.parent / path.name) for path in written]
+        return move_results(written, stem.parent)

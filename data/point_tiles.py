@@ -35,11 +35,14 @@ def split_tiles(coord: np.ndarray, side: float) -> tuple[int, Iterator[tuple[np.
     def tiles():
         for tile in np.flatnonzero(count):
             x, y = divmod(int(tile), int(shape[1]))
-            around = [order[end[cell] - count[cell]:end[cell]] for cell in _cells_around(x, y, *shape)]
-            index = np.sort(np.concatenate(around))
+            cells = _cells_around(x, y, *shape)
+            index = np.concatenate([order[end[cell] - count[cell]:end[cell]] for cell in cells]).astype(np.int64)
+            own = np.repeat(np.array(cells) == tile, count[cells])
             place = (coord[index, :2] - low) / side - (x, y)                            # of the square: 0..1
-            near = ((place >= -MARGIN) & (place <= 1 + MARGIN)).all(1)
-            yield index[near].astype(np.int64), (place[near].astype(np.int64) == 0).all(1) & (place[near] >= 0).all(1)
+            near = own | ((place >= -MARGIN) & (place <= 1 + MARGIN)).all(1)
+            index, own = index[near], own[near]
+            rank = index.argsort()
+            yield index[rank], own[rank]
 
     return int((count > 0).sum()), tiles()
 

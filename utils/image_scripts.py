@@ -31,7 +31,7 @@ from data.image_splits import (
 )
 from data.images import Augmentation, SegmentationDataset
 from data.label_map import label_map_of
-from data.photos import PhotoFormat, photo_doubts, photo_format, read_image
+from data.photos import open_photo, photo_doubts, photo_format
 from models.dinov3 import FrozenBackbone, backbone_name
 from models.dinov3_weights import load_backbone, restore_backbone
 from utils.checks import check_positive, check_range
@@ -39,7 +39,15 @@ from utils.cli import ArgumentParser, AtLeast
 from utils.config import Config
 from utils.device import autocast
 from utils.distributed import main_first, unwrap
-from utils.image_inference import TTA_SCALES, View, evaluate_images, pad_to_multiple, resized_shape, segment_image
+from utils.image_inference import (
+    TTA_SCALES,
+    View,
+    evaluate_images,
+    pad_to_multiple,
+    photo_rows,
+    resized_shape,
+    segment_image,
+)
 from utils.losses import class_weights
 from utils.metrics import headline, metrics_table
 from utils.run import Run
@@ -47,7 +55,12 @@ from utils.schedule import build_scheduler
 
 FREE_ON_RESUME = ("training.batch_size", "training.log_interval", "training.save_interval", "model.backbone_weights",
                   "data.val_image_paths", "data.val_mask_paths", "data.test_image_paths", "data.test_mask_paths",
-                  "data.classes", "data.cache_dir", "data.cache_features")                  # steps are compared as well
+                  "data.classes", "data.max_pixels", "data.cache_dir",
+                  "data.cache_features")                                                    # steps are compared as well
+
+# For predict.py, default first.
+PHOTO_RESULTS = {"labels": ("auto", "png", "npy", "tif"), "picture": ("auto", "png", "tif", "none"), "html": False,
+                 "confidence": True, "recursive": True}
 
 
 # -- flags -------------------------------------------------------------------------------------------------------------
@@ -75,6 +88,8 @@ def add_photo_flags(parser: ArgumentParser) -> None:
                       help="LOW HIGH: black and white of images of more than 8 bits; default: the range of their type")
     data.add_argument("--bands", nargs="+", type=int, metavar="N",
                       help="the three that the network sees, from 1; default: the first three")
+    data.add_argument("--max-pixels", type=AtLeast(1), metavar="N",
+                      help="images of more are refused; default: 178956970, which small files cannot claim by mistake")
     data.add_argument("--image-size", type=AtLeast(64), default=512, help="side of a training crop, a multiple of 32")
     data.add_argument("--augment", choices=("crops", "windows"), default="crops",
                       help="crops: random scale, crop, flip, colours; windows: fixed views, every pixel once an epoch")
@@ -305,7 +320,8 @@ def cache_features(dataset: SegmentationDataset, backbone: FrozenBackbone, devic
 
 def reading_key(dataset: SegmentationDataset) -> str:
     """What cached features depend on besides the files: how they are read, "" where nothing is set."""
-    photos = "" if dataset.photos == PhotoFormat() else f" {dataset.photos}"
+    limits, bands, _ = dataset.photos
+    photos = "" if limits is None and bands is None else f" PhotoFormat(value_range={limits}, bands={bands})"
     return f"{photos}{dataset.masks.key()}{' colours' if dataset.masks.as_colors else ''}"
 
 
@@ -338,14 +354,15 @@ def attach(model: nn.Module, config: Config, class_names: list[str], palette: np
            backbone: FrozenBackbone | None = None) -> None:
     """Give a network what scoring and labelling need besides its weights, as attributes of these names.
 
-    palette (C, 3) uint8. masks: the section of config with ignore_label, label_map and what else
-    says how files are read. normalize: image
-    (B, 3, H, W) uint8 -> what the network takes. refine: see segment_image. backbone: a frozen one that `scores` runs.
+    palette (C, 3) uint8. masks: the section of config with ignore_label, label_map and what else says how files are
+    read. normalize: image (B, 3, H, W) uint8 -> what the network takes. refine: see segment_image. backbone: a frozen
+    one that `scores` runs.
     """
     model.config = config
     model.class_names = class_names
     model.palette = palette
     model.masks = masks
+    model.max_pixels = masks.get("max_pixels")
     model.view = view
     model.normalize = normalize
     model.multiple = multiple
@@ -384,15 +401,15 @@ def evaluate_photos(model: nn.Module, dataset: SegmentationDataset, device: torc
 
 
 def label_photo(model: nn.Module, path: str | Path, amp_dtype: torch.dtype | None = None) -> dict:
-    """Label a photograph: label (H, W) int64 and confidence (H, W) at its own size (as displayed: an EXIF orientation
-    is applied), the photograph itself, and doubts, warnings of what may be read wrongly."""
+    """Label a photograph: label (H, W) and confidence (H, W), see segment_image, at its own size (as displayed: an EXIF
+    orientation is applied), photo, the photograph itself as a data.photos.Photo, and doubts, warnings of what may be
+    read wrongly. Files of more than model.max_pixels are refused."""
     device = next(model.parameters()).device
-    photos = photo_format(model.masks)
-    photo = read_image(path, exif=True, photos=photos)
-    image = torch.from_numpy(np.array(photo)).permute(2, 0, 1).to(device)                   # (3, H, W) uint8
-    result = segment_image(score_function(model, device, amp_dtype), model.normalize, image, model.view,
-                           refine=model.refine)
-    return {"label": result["label"].cpu().numpy(), "confidence": result["confidence"].cpu().numpy(), "photo": photo,
+    photos = photo_format(model.masks)._replace(max_pixels=model.max_pixels)
+    photo = open_photo(path, exif=True, photos=photos)
+    result = segment_image(score_function(model, device, amp_dtype), model.normalize, photo_rows(photo, device),
+                           model.view, refine=model.refine)
+    return {"label": result["label"], "confidence": result["confidence"], "photo": photo,
             "doubts": photo_doubts(path, photos)}
 
 
@@ -402,7 +419,7 @@ def write_photo_label(model: nn.Module, path: Path, prediction: dict, stem: Path
     features = patch_size = None
     if options.pca:
         device = next(model.parameters()).device
-        photo = prediction["photo"]
+        photo = prediction["photo"].image()
         height, width = resized_shape(photo.height, photo.width, model.view.size)  # not larger than the network sees it
         image = torch.from_numpy(np.array(photo.resize((width, height)))).permute(2, 0, 1)[None].to(device)
         image = pad_to_multiple(model.normalize(image), model.backbone.multiple)
@@ -410,7 +427,7 @@ def write_photo_label(model: nn.Module, path: Path, prediction: dict, stem: Path
         patch_size = model.backbone.patch_size
     return write_image_result(stem, prediction, model.palette, options.labels, options.picture,
                               model.masks.ignore_label, model.masks.reduce_zero_label, features, patch_size,
-                              label_map_of(model.masks))
+                              label_map_of(model.masks), options.confidence)
 
 
 def photo_pictures(model: nn.Module, dataset: SegmentationDataset, index: int, pred: np.ndarray):
