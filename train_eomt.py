@@ -232,7 +232,7 @@ def masks_of_step(run: Run, config: Config) -> list[torch.Tensor | None]:
     """What EoMT takes as `shares`: for each joint block the share of queries with a mask."""
     periods = annealing_periods(config.model.joint_blocks, has_rotary(config.model.backbone))
     shares = [mask_probability(run.step / run.total_steps, *period) for period in periods]
-    return [torch.tensor(share, device=run.device) if share else None for share in shares]
+    return [torch.full((), share, device=run.device) if share else None for share in shares]
 
 
 # -- one epoch -------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ pytestmark = pytest.mark.slow
 EPOCHS = 3
 # name: (graphs of the network at most, the last step at which one may be made: 1, the second shape). I-JEPA's masks decide about sizes
 # (`nonzero`), which cut its network into pieces; one of the sizes first changes later.
-GRAPHS = {"downstream": (1, 1), "jepa": (5, 3), "m2f_head": (1, 1), "upernet_head": (1, 1), "segmentation": (1, 1), "prototype": (1, None)}
+GRAPHS = {"downstream": (1, 1), "jepa": (5, 3), "m2f_head": (1, 1), "upernet_head": (1, 1), "segmentation": (1, 1), "prototype": (1, None),
+          "eomt": (1, None)}
 
 
 def watch(into: Path, backend: str = "aot_eager"):
@@ -56,7 +57,7 @@ def test_a_compiled_run(name, tmp_path):
     found = compiled(run, tmp_path / "out")
     graphs, last = GRAPHS[name]
     assert found["at"].count(0) <= graphs, found
-    if last is not None:                                   # each stage of train_prototype.py trains other parameters
+    if last is not None:                                   # prototype: each stage trains other parameters; EoMT: masks go out by block
         assert max(found["at"]) <= last, found             # the second shape makes sizes variable; later ones compile nothing
     plain, own = (last_checkpoint(tmp_path / folder)["model"] for folder in ("plain", "out"))
     assert plain.keys() == own.keys()                      # no _orig_mod

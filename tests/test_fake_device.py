@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiny_heads import SMALL
 from tests.tiny_runs import NAMES, ROOT, report_tests, run_forked, tiny_run
 
 pytestmark = [pytest.mark.slow,
@@ -186,8 +187,11 @@ def test_every_script_on_the_device(name, kind, trained, tmp_path):
 # How often the host waits for the device from one optimiser step to the next, where nothing is logged. Mask2Former: the matching costs,
 # once. I-JEPA: how many clusters are visible and hidden. Prototypes: how many a class has. Sonata: sizes of pooled and sorted clouds
 # of each resolution, and the classes of Lovasz's loss.
-WAITS = {"downstream": 0, "jepa": 2, "m2f_head": 1, "upernet_head": 0, "sonata": 14, "segmentation": 0, "prototype": 1}
-QUIET = {"segmentation": ["logging.log_every_n_steps=1000"], "m2f_head": ["--log-interval", "1000"], "upernet_head": ["--log-interval", "1000"]}
+# PMT and EoMT: as Mask2Former, and the former's shares of masked queries.
+WAITS = {"downstream": 0, "jepa": 2, "m2f_head": 1, "upernet_head": 0, "linear_head": 0, "pmt_head": 2, "eomt": 1, "sonata": 14, "segmentation": 0,
+         "prototype": 1}
+QUIET = {"segmentation": ["logging.log_every_n_steps=1000"],
+         **{name: ["--log-interval", "1000"] for name in NAMES if f"train_{name}" in SMALL}}
 
 
 @pytest.mark.parametrize("more", [[], ["--deterministic"]], ids=["default", "deterministic"])
