@@ -26,7 +26,7 @@ import torch
 from utils.checkpoint import check_writable, load_checkpoint
 from utils.cli import ArgumentParser, AtLeast, run_main
 from utils.config import override_config
-from utils.device import AMP_DTYPES, amp_settings, describe, environment
+from utils.device import AMP_DTYPES, amp_settings, describe, environment, slow_dtype
 from utils.distributed import cleanup, is_main, join
 from utils.log import read_log
 from utils.metrics import metrics_table, single_numbers
@@ -56,7 +56,8 @@ def parse_args(argv=None):
     parser.add_argument("--output-dir", help="default: the folder `evaluation` of the run")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: the best there is")
     parser.add_argument("--amp-dtype", choices=tuple(AMP_DTYPES),
-                        help="default: bfloat16 on CUDA, else float32")
+                        help="default: bfloat16 on CUDA and, where the CPU computes in it, for "
+                             "what was trained so; else float32")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 
@@ -151,8 +152,11 @@ def main(argv=None) -> dict:
         raise ValueError("--label-dir names the labels of --data-dir; the labels of a split are "
                          "named in the config")
     device, _, _ = join(args.device)
-    amp_dtype, _ = amp_settings(device, args.amp_dtype)
     script, model, checkpoint = load(args.checkpoint, args.overrides, device)
+    amp_dtype, _ = amp_settings(device, args.amp_dtype or "native", checkpoint)
+    if is_main():
+        for line in slow_dtype(device, amp_dtype):
+            print(line, flush=True)
     split = args.split or ("test" if script.has_test_split(model.config) else "val")
     run_folder = Path(args.checkpoint).resolve().parent.parent
     output = Path(args.output_dir) if args.output_dir else run_folder / "evaluation"

@@ -36,7 +36,7 @@ from data.mesh import (
 from data.mesh_io import MESH_SUFFIXES, list_meshes
 from data.mesh_surfaces import SurfaceSpec, open_meshes
 from models.diffusion_net import DiffusionNet
-from models.downstream import DownstreamClassifier, SurfaceClassifier, face_logits
+from models.downstream import DownstreamClassifier, SurfaceClassifier, face_logits, share_of
 from models.mesh_texture import (
     FUSIONS,
     IntegratedDownstreamClassifier,
@@ -54,20 +54,26 @@ from utils.checkpoint import EarlyStopping
 from utils.checks import check_choice, check_names, check_positive, check_range
 from utils.cli import ArgumentParser, run_main
 from utils.config import Config, Required, Setting, command_line_wins, load_config, not_needed_lines
-from utils.distributed import all_reduce_sum, unwrap
+from utils.distributed import all_reduce_sum, main_first, unwrap
 from utils.ema import EMA, averaged, load_averaged
 from utils.losses import MaskedCrossEntropyLoss
 from utils.mesh_scripts import (
+    LABEL_SETTINGS,
     cache_embeddings,
+    check_labels,
+    class_names,
     evaluate_meshes,
+    face_predictions,
     label_mesh,
+    label_options,
     mesh_pictures,
+    name_classes,
     write_mesh_label,
 )
 from utils.metrics import headline, metrics_table
 from utils.params import describe_parameters, layerwise_groups
 from utils.render import palette
-from utils.run import Run, add_run_flags, main_first
+from utils.run import Run, add_run_flags
 from utils.schedule import SCHEDULES, build_scheduler
 from utils.training import build_loader, check_same_run, micro_steps, to_device
 from utils.weights import load_weights, sha256_file
@@ -77,7 +83,8 @@ SHOWN = {"Acc": "overall_accuracy", "F1": "mean_f1", "mIoU": "miou",
          "Acc by area": "area_overall_accuracy", "mIoU by area": "area_miou"}
 MONITORS = {"mean_f1": "F1", "miou": "mIoU", "overall_accuracy": "accuracy"}
 # For predict.py, default first.
-RESULTS = {"labels": ("txt", "npy"), "picture": ("ply", "glb", "none"), "html": True}
+RESULTS = {"labels": ("txt", "npy"), "picture": ("ply", "glb", "none"), "html": True,
+           "recursive": True}
 COMPARED = ("model", "training", "optimizer", "scheduler", "class_weights", "augmentation")
 # Steps are compared as well.
 FREE_ON_RESUME = ("training.batch_size", "training.resume", "training.cache_features")
@@ -114,9 +121,7 @@ DEFAULTS = {
         "repeat": [],                       # patterns of training meshes, so many times an epoch:
         "repeat_times": Setting(4, (int,), low=1),
         "class_names": [],
-        "label_offset": 0,                  # added to the files' values: -1 where they count from 1
-        "ignore_labels": [],                # the files' values for "not labelled", such as 255
-        "label_kind": Setting("auto", (str,), ("auto", "face", "polygon", "vertex", "edge")),
+        **LABEL_SETTINGS,                   # recursive, up, label_map ...: utils/mesh_scripts.py
     },
     "model": {
         "n_classes": Required((int,), low=1),
@@ -235,6 +240,7 @@ def check_config(config: Config) -> None:
                          "are; give one of them")
     build_augmentation(config)
     check_encoder(config)
+    check_labels(config)
     spec = mesh_spec(config)
     spec.check_feature_dim(config.model.feature_dim)
     if "ground" in spec.features and config.augmentation.mode == "so3":
@@ -284,7 +290,8 @@ def check_encoder(config: Config) -> None:
 def mesh_spec(config: Config) -> MeshSpec | SurfaceSpec:
     model = config.model
     if model.encoder == "diffusion_net":
-        return SurfaceSpec(tuple(model.features), model.num_eigenpairs, model.hks_scale)
+        return SurfaceSpec(tuple(model.features), model.num_eigenpairs, model.hks_scale,
+                           up=config.data.up)
     features = list(model.features)
     for name, wanted in (("normal", model.include_normals),
                          ("ground", model.additional_geometrical_features)):
@@ -293,7 +300,7 @@ def mesh_spec(config: Config) -> MeshSpec | SurfaceSpec:
         if wanted:
             features.append(name)
     return MeshSpec(tuple(features), model.faces_per_cluster, model.n_clusters, model.clustering,
-                    config.training.clusters_per_batch, model.unit)
+                    config.training.clusters_per_batch, model.unit, up=config.data.up)
 
 
 def build_augmentation(config: Config) -> Augmentation:
@@ -301,19 +308,17 @@ def build_augmentation(config: Config) -> Augmentation:
                            for key, value in config.augmentation.items()})
 
 
-def class_names(config: Config) -> list[str]:
-    return list(config.data.class_names) or [f"class {c}" for c in range(config.model.n_classes)]
-
-
-def split_files(config: Config, split: str) -> tuple[list[Path], str]:
-    """Mesh files and label folder of train | val | test."""
+def split_files(config: Config, split: str) -> tuple[list[Path], str, str]:
+    """Mesh files, their folder, and the label folder, of train | val | test."""
     paths = config.paths
     data = config.data
     for name, mesh_dir, label_dir in (("val", paths.val_mesh_dir, paths.val_label_dir),
                                       ("test", paths.test_mesh_dir, paths.test_label_dir)):
         if split == name and mesh_dir is not None:
-            return list_meshes(mesh_dir, data.suffixes), label_dir or mesh_dir
-    files, held_out = hold_out(list_meshes(paths.mesh_dir, data.suffixes), data.test_split)
+            files = list_meshes(mesh_dir, data.suffixes, data.recursive)
+            return files, mesh_dir, label_dir or mesh_dir
+    files, held_out = hold_out(list_meshes(paths.mesh_dir, data.suffixes, data.recursive),
+                               data.test_split)
     if split == "test":
         if not held_out:
             raise ValueError("there is no test split: set paths.test_mesh_dir (and "
@@ -323,7 +328,7 @@ def split_files(config: Config, split: str) -> tuple[list[Path], str]:
         files = split_meshes(files, data.val_split)[0 if split == "train" else 1]
     if split == "train":
         files = repeated(files, data.repeat, data.repeat_times)
-    return files, paths.label_dir or paths.mesh_dir
+    return files, paths.mesh_dir, paths.label_dir or paths.mesh_dir
 
 
 def build_dataset(config: Config, split: str, seed: int = 0, data_dir: str | None = None,
@@ -331,19 +336,18 @@ def build_dataset(config: Config, split: str, seed: int = 0, data_dir: str | Non
     """split train | val | test, or the meshes of `data_dir`. All but "train" give every face
     exactly once a view."""
     if data_dir is not None:
-        files = list_meshes(data_dir, config.data.suffixes)
-        label_dir = label_dir or data_dir
+        files = list_meshes(data_dir, config.data.suffixes, config.data.recursive)
+        root, label_dir = data_dir, label_dir or data_dir
     else:
-        files, label_dir = split_files(config, split)
-    ignore = list(config.data.ignore_labels)
+        files, root, label_dir = split_files(config, split)
+    labels = label_options(config)
     if config.training.ignore_index is not None:
-        ignore.append(config.training.ignore_index)
-    return open_meshes(files, label_dir, mesh_spec(config), texture_samples(config),
-                       num_classes=config.model.n_classes, augmentation=build_augmentation(config),
+        labels["ignore_labels"] = [*labels["ignore_labels"], config.training.ignore_index]
+    return open_meshes(files, label_dir, mesh_spec(config), texture_samples(config), root=root,
+                       augmentation=build_augmentation(config),
                        views=0 if split == "train" else config.evaluation.views,
-                       label_offset=config.data.label_offset, ignore_labels=ignore,
-                       label_kind=config.data.label_kind, cache_dir=config.paths.cache_dir,
-                       seed=seed, description=f"{split} meshes")
+                       cache_dir=config.paths.cache_dir, seed=seed,
+                       description=f"{split} meshes", **labels)
 
 
 def texture_samples(config: Config) -> int | None:
@@ -457,7 +461,8 @@ def build_criterion(config: Config) -> MaskedCrossEntropyLoss:
         share = torch.tensor(config.class_weights.class_percentages, dtype=torch.float32)
         weight = 1 / share
         weight = weight / weight.mean()
-    return MaskedCrossEntropyLoss(weight, label_smoothing=config.training.label_smoothing)
+    return MaskedCrossEntropyLoss(weight, label_smoothing=config.training.label_smoothing,
+                                  num_classes=config.model.n_classes)
 
 
 # -- one epoch, one evaluation ---------------------------------------------------------------------
@@ -467,17 +472,18 @@ def train_one_epoch(run: Run, network, loader, criterion, ema: EMA | None, clip_
     # After each step: counts, logs, on Ctrl-C saves and stops.
     for micro_batches in run.steps(loader):
         # The loss is the mean over all valid faces of the step, whatever the number of
-        # micro-batches and processes.
-        weight = sum(criterion.label_weight(batch["label"], batch["mask"])
+        # micro-batches and processes; a triangle counts as its share of its polygon.
+        weight = sum(criterion.label_weight(batch["label"], batch["mask"], **share_of(batch))
                      for batch in micro_batches)
-        weight = all_reduce_sum(weight.to(run.device))
+        weight = all_reduce_sum(weight.to(run.device, non_blocking=True))
         for batch in micro_steps(network, micro_batches):
             batch = to_device(batch, run.device)
             with run.autocast():
                 logits = face_logits(network, batch)                # (B, N, F, C)
-            loss, _ = criterion.sum_and_weight(logits, batch["label"], batch["mask"])
+            loss, _ = criterion.sum_and_weight(logits, batch["label"], batch["mask"],
+                                               **share_of(batch))
             run.backward(loss, weight=weight)
-            run.totals.matrix.update(logits.argmax(-1), batch["label"])
+            run.totals.matrix.update(*face_predictions(logits, batch))
         run.update(clip_grad)
         if ema is not None:
             ema.update(network)
@@ -574,15 +580,15 @@ def test_only(run: Run, config: Config) -> dict:
 
 def describe_data(train_set: MeshDataset, val_set: MeshDataset) -> list[str]:
     """Lines for the log."""
-    faces = [sum(dataset.num_faces) for dataset in (train_set, val_set)]
+    faces = [sum(dataset.num_polygons) for dataset in (train_set, val_set)]
     line = (f"{len(train_set.files)} training and {len(val_set.files)} validation meshes, "
             f"{faces[0]:,} and {faces[1]:,} faces")
-    for name, dataset, count in zip(("training", "validation"), (train_set, val_set), faces,
-                                    strict=True):
+    for name, dataset in (("training", train_set), ("validation", val_set)):
         if hasattr(dataset, "num_colored"):
-            line += (f", {dataset.num_colored / count:.1%} of the {name} faces have a texture or a "
+            share = dataset.num_colored / sum(dataset.num_faces)
+            line += (f", {share:.1%} of the {name} faces have a texture or a "
                      f"colour")
-    notes = [note for dataset in (train_set, val_set) for note in getattr(dataset, "notes", ())]
+    notes = [note for dataset in (train_set, val_set) for note in dataset.notes]
     if len(notes) > 10:
         notes[10:] = [f"... and {len(notes) - 10} more such lines"]
     return [*notes, line]
@@ -597,6 +603,7 @@ def main(argv=None) -> dict:
         args.resume = "auto"
     command_line_wins(config, args, "paths.checkpoint_dir", "paths.log_dir")
     run = Run(args, SCRIPT, DEFAULTS, config.paths.checkpoint_dir, config.paths.log_dir)
+    name_classes(config, split_files(config, "train")[0])
     if args.test_only:
         return test_only(run, config)
     run.messages += not_needed_lines(config, NOT_NEEDED)

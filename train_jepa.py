@@ -40,11 +40,12 @@ from models.nomeformer import Nomeformer
 from utils.checks import check_positive
 from utils.cli import ArgumentParser, run_main
 from utils.config import Config, Required, Setting, command_line_wins, load_config
-from utils.distributed import all_reduce_sum, is_main, world_size
+from utils.distributed import all_reduce_sum, is_main, main_first, world_size
 from utils.jepa_scripts import Monitors, Probe, monitor_line
+from utils.mesh_scripts import LABEL_SETTINGS, check_labels, label_options, name_classes
 from utils.params import split_decay
 from utils.probe import METHODS
-from utils.run import Run, add_run_flags, main_first
+from utils.run import Run, add_run_flags
 from utils.schedule import SCHEDULES, build_scheduler
 from utils.seed import derived_seed
 from utils.training import build_loader, check_same_run, to_device
@@ -68,9 +69,8 @@ DEFAULTS = {
     },
     "data": {
         "val_split": [],                # as in train_downstream.py; [] and no probe: no validation
-        "label_offset": 0,
-        "ignore_labels": [],
-        "label_kind": Setting("auto", (str,), ("auto", "face", "polygon", "vertex", "edge")),
+        "class_names": [],              # only with label_kind material or group
+        **LABEL_SETTINGS,               # recursive, up, label_map ...: utils/mesh_scripts.py
     },
     "model": {
         "n_classes": Setting(None, (int,), low=2),      # only for the probe
@@ -181,6 +181,8 @@ def check_config(config: Config) -> None:
     if config.probe.interval and not config.model.n_classes:
         raise ValueError("probe.interval is set, but model.n_classes is not; the probe has to know "
                          "how many there are")
+    if config.probe.interval:
+        check_labels(config)
     mask_spec(config)
     if config.masking.whole_share and not config.loss.delta:
         raise ValueError("masking.whole_share shows meshes without a target, which teach nothing "
@@ -191,7 +193,8 @@ def check_config(config: Config) -> None:
 def mesh_spec(config: Config) -> MeshSpec:
     model = config.model
     return MeshSpec(tuple(model.features), model.faces_per_cluster, model.n_clusters,
-                    model.clustering, config.training.clusters_per_batch, model.unit)
+                    model.clustering, config.training.clusters_per_batch, model.unit,
+                    up=config.data.up)
 
 
 def build_augmentation(config: Config) -> Augmentation:
@@ -212,9 +215,10 @@ def mask_spec(config: Config) -> MaskSpec:
 def split_files(config: Config) -> tuple[list[Path], list[Path]]:
     """Training and validation meshes: two folders, or mesh_dir divided by data.val_split, or no
     validation."""
-    files = list_meshes(config.paths.mesh_dir)
+    recursive = config.data.recursive
+    files = list_meshes(config.paths.mesh_dir, recursive=recursive)
     if config.paths.val_mesh_dir is not None:
-        return files, list_meshes(config.paths.val_mesh_dir)
+        return files, list_meshes(config.paths.val_mesh_dir, recursive=recursive)
     if not config.data.val_split and not config.probe.interval:
         return files, []
     return split_meshes(files, config.data.val_split)
@@ -222,21 +226,20 @@ def split_files(config: Config) -> tuple[list[Path], list[Path]]:
 
 def build_dataset(config: Config, files: list[Path], seed: int = 0, **more) -> MeshDataset:
     """Training meshes, without labels unless `more` has a label_dir."""
-    data = config.data
     settings = {"label_dir": None, "augmentation": build_augmentation(config), **more}
-    return MeshDataset(files, spec=mesh_spec(config), num_classes=config.model.n_classes,
-                       label_offset=data.label_offset, ignore_labels=data.ignore_labels,
-                       label_kind=data.label_kind, cache_dir=config.paths.cache_dir, seed=seed,
-                       **settings)
+    return MeshDataset(files, spec=mesh_spec(config), cache_dir=config.paths.cache_dir, seed=seed,
+                       **label_options(config), **settings)
 
 
-def fixed_dataset(config: Config, files: list[Path], label_dir: str | None) -> MeshDataset:
+def fixed_dataset(config: Config, files: list[Path], label_dir: str | None,
+                  root: str | None = None) -> MeshDataset:
     """For monitors and probe: every mesh turned its own way, always the same, every face once, and
     not changed otherwise. As they lie in their files, all figures may stand upright, and position
     alone would tell a head from a foot."""
     settings = config.augmentation
     turned = Augmentation(settings.mode, tuple(settings.rotation_range), recluster=True)
-    return build_dataset(config, files, label_dir=label_dir, augmentation=turned, every_part=True)
+    return build_dataset(config, files, label_dir=label_dir, root=root, augmentation=turned,
+                         every_part=True)
 
 
 def random_encoder(config: Config, seed: int, trained: Nomeformer | None = None) -> Nomeformer:
@@ -330,8 +333,10 @@ def build_probe(config: Config, train_files: list[Path], val_files: list[Path],
     if paths.val_mesh_dir is not None:
         val_label_dir = paths.val_label_dir or paths.val_mesh_dir
     every = -(-sum(num_faces) // config.probe.max_faces)
-    return Probe(config, fixed_dataset(config, train_files[::every], label_dir),
-                 fixed_dataset(config, val_files, val_label_dir))
+    name_classes(config, train_files)
+    val_root = paths.val_mesh_dir or paths.mesh_dir
+    return Probe(config, fixed_dataset(config, train_files[::every], label_dir, paths.mesh_dir),
+                 fixed_dataset(config, val_files, val_label_dir, val_root))
 
 
 # -- checkpoints -----------------------------------------------------------------------------------

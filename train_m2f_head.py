@@ -19,62 +19,39 @@ Every number logged and every deviation from the papers: docs/dinov3_heads.md.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
-from data.image_splits import read_classes, training_doubts
+from data.image_splits import read_classes
 from data.images import list_images
-from models.dinov3 import FrozenBackbone
+from models.dinov3 import BACKBONES
 from models.dinov3_adapter import DINOv3_Adapter
 from models.dinov3_weights import load_head, read_released_head
 from models.mask2former import Mask2FormerHead, Mask2FormerSegmenter
+from utils import image_scripts as photos
 from utils.cli import ArgumentParser, AtLeast, flags_config, flags_defaults, given_flags, run_main
 from utils.config import Config
 from utils.distributed import all_reduce_sum
-from utils.image_scripts import (
-    FREE_ON_RESUME,
-    add_backbone_flags,
-    add_evaluation_flags,
-    add_photo_flags,
-    attach,
-    build_dataset,
-    cache_features,
-    check_flags,
-    describe_data,
-    evaluate_photos,
-    evaluation_view,
-    has_test_photos,
-    label_photo,
-    open_backbone,
-    photo_pictures,
-    prepare,
-    score_split,
-    tested_config,
-    tested_split,
-    write_photo_label,
-)
 from utils.mask_losses import SetCriterion
 from utils.params import describe_parameters, split_decay
-from utils.run import Run, add_run_flags, main_first
-from utils.schedule import build_scheduler
+from utils.run import Run, add_run_flags
 from utils.seed import seed_everything
 from utils.training import build_loader, micro_steps
 from utils.weights import load_weights
 
 SCRIPT = Path(__file__).name
 SHOWN = {"mIoU": "miou", "Acc": "overall_accuracy", "mAcc": "mean_accuracy"}
-# For predict.py, default first.
-RESULTS = {"labels": ("png", "npy"), "picture": ("png", "none"), "html": False}
+RESULTS = photos.PHOTO_RESULTS
 
 
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
-    add_photo_flags(parser)
+    photos.add_photo_flags(parser)
     model = parser.add_argument_group("model")
-    add_backbone_flags(model)
+    photos.add_backbone_flags(model)
     model.add_argument("--hidden-dim", type=int, help="default: 256, for the 7B 2048")
     model.add_argument("--ffn-dim", type=AtLeast(1), default=4096)
     model.add_argument("--num-queries", type=AtLeast(1), default=100)
@@ -82,25 +59,12 @@ def make_parser() -> ArgumentParser:
                        help="start from a released head, or score it (--test-only)")
     model.add_argument("--gradient-checkpointing", action="store_true",
                        help="less memory, a third more time")
-    training = parser.add_argument_group("training")
-    training.add_argument("--epochs", type=AtLeast(1), default=100)
-    training.add_argument("--warmup-epochs", type=AtLeast(0, float), default=1.0)
-    training.add_argument("--batch-size", type=AtLeast(1), default=8,
-                          help="images per process and micro-step")
-    training.add_argument("--accumulate", type=AtLeast(1), default=1, metavar="N",
-                          help="micro-steps per optimiser step")
-    training.add_argument("--lr", type=float, default=1e-4)
-    training.add_argument("--weight-decay", type=AtLeast(0, float), default=0.05)
-    training.add_argument("--scheduler", choices=("poly", "cosine", "constant"), default="poly")
-    training.add_argument("--clip-grad", type=AtLeast(0, float), default=0.01,
-                          help="largest norm of the whole gradient; 0: none")
+    training = photos.add_training_flags(parser, lr=1e-4, weight_decay=0.05, clip_grad=0.01)
     training.add_argument("--num-points", type=AtLeast(1), default=12544,
                           help="points a mask is compared at")
     training.add_argument("--ignore-in-mask-loss", action="store_true",
                           help="points on ignored pixels do not count (original: background)")
-    training.add_argument("--log-interval", type=AtLeast(1), default=10, metavar="STEPS")
-    training.add_argument("--save-interval", type=AtLeast(0), default=10, metavar="EPOCHS")
-    add_evaluation_flags(parser)
+    photos.add_evaluation_flags(parser)
     add_run_flags(parser, SCRIPT)
     parser.add_argument("--resume-checkpoint", dest="resume", metavar="PATH|auto",
                         help="the same as --resume")
@@ -126,20 +90,25 @@ def config_of(args) -> Config:
 def check_config(config: Config) -> None:
     """Errors that can be seen in the flags alone. Raises ValueError."""
     model = config.model
-    check_flags(config)
+    photos.check_flags(config)
     if model.hidden_dim is None:
         model.hidden_dim = 2048 if model.backbone == "dinov3_vit7b16" else 256
     if model.hidden_dim < 32 or model.hidden_dim % 32:
         raise ValueError(f"--hidden-dim {model.hidden_dim}: must be a multiple of 32")
-    multiple = 224 if model.backbone.startswith("dinov2") else 32
-    if config.data.image_size % multiple:
-        raise ValueError(f"--image-size {config.data.image_size}: must be a multiple of {multiple} "
-                         f"for {model.backbone} and the adapter")
+    if config.data.image_size % size_multiple(config):
+        raise ValueError(f"--image-size {config.data.image_size}: must be a multiple of "
+                         f"{size_multiple(config)} for {model.backbone} and the adapter")
 
 
-def build_model(config: Config, embed_dim: int, patch_size: int) -> Mask2FormerSegmenter:
+def size_multiple(config: Config) -> int:
+    """The sides of an image are padded to a multiple of this."""
+    return math.lcm(BACKBONES[config.model.backbone].patch_size, 32)
+
+
+def build_model(config: Config) -> Mask2FormerSegmenter:
     model = config.model
-    adapter = DINOv3_Adapter(embed_dim, patch_size,
+    embed_dim = BACKBONES[model.backbone].embed_dim
+    adapter = DINOv3_Adapter(embed_dim, BACKBONES[model.backbone].patch_size,
                              gradient_checkpointing=model.gradient_checkpointing)
     head = Mask2FormerHead(embed_dim, config.data.num_classes, model.hidden_dim, model.num_queries,
                            ffn_dim=model.ffn_dim,
@@ -152,10 +121,10 @@ def build_criterion(config: Config) -> SetCriterion:
                         ignore_in_mask_loss=config.training.ignore_in_mask_loss)
 
 
-def compute_loss(criterion: SetCriterion, outputs: dict, label: torch.Tensor,
-                 counts: torch.Tensor) -> dict:
-    """The weighted `total` of all layers, and the last layer's terms; counts (2,): of the step."""
-    losses = criterion.sums(outputs, label, counts)
+def compute_loss(criterion: SetCriterion, outputs: dict, label, counts, present=None) -> dict:
+    """The weighted `total` of all layers, and the last layer's terms; counts (2,): of the step;
+    present (B, C): the classes in each image, where they are known already."""
+    losses = criterion.sums(outputs, label, counts, present=present)
     return {"total": losses["total"], "class": losses["class_0"], "mask": losses["mask_0"],
             "dice": losses["dice_0"]}
 
@@ -164,12 +133,6 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     """AdamW; no decay for norms, biases and embeddings. The backbone is not part of the model."""
     groups = split_decay(model.named_parameters(), config.training.weight_decay)
     return torch.optim.AdamW(groups, config.training.lr)
-
-
-def build_lr_scheduler(optimizer: torch.optim.Optimizer, config: Config, total_steps: int):
-    training = config.training
-    warmup = min(round(training.warmup_epochs * total_steps / training.epochs), total_steps - 1)
-    return build_scheduler(optimizer, training.scheduler, total_steps, warmup, min_lr=0.0)
 
 
 # -- one epoch -------------------------------------------------------------------------------------
@@ -182,70 +145,57 @@ def train_one_epoch(run: Run, network, backbone, loader, criterion, config: Conf
         # micro-batches and processes.
         counts = sum(criterion.label_weights(batch["label"], config.model.num_queries)
                      for batch in micro_batches)
-        counts = all_reduce_sum(counts.to(run.device))
+        counts = all_reduce_sum(counts.to(run.device, non_blocking=True))
         for batch in micro_steps(network, micro_batches):
-            image, taps, label = prepare(batch, backbone, run.device)
+            image, taps, label = photos.prepare(batch, backbone, run.device)
             with run.autocast():
                 outputs = network(image, taps)      # (B, Q, C + 1), (B, Q, S/4, S/4), ...
-            losses = compute_loss(criterion, outputs, label, counts)
+            present = criterion.present(batch["label"])
+            losses = compute_loss(criterion, outputs, label, counts, present)
             run.backward(losses["total"], losses)
         run.update(config.training.clip_grad)
 
 
 # -- what evaluate.py and predict.py call (docs/adapt.md lists it) ---------------------------------
 
-evaluate = evaluate_photos
-predict = label_photo
-write_prediction = write_photo_label
-example_pictures = photo_pictures
+build_dataset = photos.build_dataset
+evaluate = photos.evaluate_photos
+predict = photos.label_photo
+write_prediction = photos.write_photo_label
+example_pictures = photos.photo_pictures
 list_inputs = list_images
-has_test_split = has_test_photos
-
-
-def attach_backbone(model: Mask2FormerSegmenter, backbone: FrozenBackbone, config: Config,
-                    class_names: list[str], palette: np.ndarray) -> None:
-    attach(model, config, class_names, palette, masks=config.data, view=evaluation_view(config),
-           normalize=backbone.normalize, multiple=backbone.multiple, backbone=backbone)
+has_test_split = photos.has_test_photos
 
 
 def load_model(checkpoint: dict, device: torch.device) -> Mask2FormerSegmenter:
     """The network of a checkpoint in eval mode, with the frozen backbone it was trained on."""
     config = Config(checkpoint["config"])
-    backbone, _ = open_backbone(config.model, checkpoint["encoder"])
-    model = build_model(config, backbone.embed_dim, backbone.patch_size)
+    backbone, _ = photos.open_backbone(config.model, checkpoint["encoder"])
+    model = build_model(config)
     load_weights(model, checkpoint["model"], "the checkpoint", what="model")
-    attach_backbone(model, backbone, config, checkpoint["class_names"],
-                    np.array(checkpoint["palette"], np.uint8))
+    photos.attach_backbone(model, backbone, config, checkpoint["class_names"],
+                           checkpoint["palette"], size_multiple(config))
     return model.to(device).eval()
 
 
 def load_released(config: Config, run: Run) -> Mask2FormerSegmenter:
     """A network with the head of --head-weights, as it is."""
     path = config.model.head_weights
-    backbone, message = open_backbone(config.model, seed=run.args.seed)
-    model = build_model(config, backbone.embed_dim, backbone.patch_size).to(run.device).eval()
+    backbone, message = photos.open_backbone(config.model, seed=run.args.seed)
+    model = build_model(config).to(run.device).eval()
     line = load_weights(model, read_released_head(path), path, what="head")
     print(message, line, sep="\n", flush=True)
     names, palette = read_classes(config.data.classes, config.data.num_classes,
                                   config.data.label_map)
-    attach_backbone(model, backbone, config, names, palette)
+    photos.attach_backbone(model, backbone, config, names, palette, size_multiple(config))
     return model
 
 
-def test_only(run: Run, argv) -> dict:
-    """Score a checkpoint, with its own settings but for the given flags, or a released head."""
-    given = given_flags(make_parser(), argv)
-    config = config_of(run.args)
-    if run.checkpoint is not None:
-        config = tested_config(run.checkpoint, config, given)
-        check_config(config)
-        run.checkpoint["config"] = config.to_dict()
-    split, dataset = tested_split(run, config, given)
-    if run.checkpoint is None:
-        model = load_released(config, run)
-        return score_split(run, model, split, dataset, config.model.head_weights)
-    model = load_model(run.checkpoint, run.device)
-    return score_split(run, model, split, dataset, run.resume_path)
+def score_released(run: Run, config: Config, given: set[str]) -> dict:
+    """Score the head of --head-weights."""
+    split, dataset = photos.tested_split(run, config, given)
+    model = load_released(config, run)
+    return photos.score_split(run, model, split, dataset, config.model.head_weights)
 
 
 # -- main ------------------------------------------------------------------------------------------
@@ -256,53 +206,40 @@ def main(argv=None) -> dict:
     run = Run(args, SCRIPT, DEFAULTS, args.checkpoint_dir, args.log_dir,
               needs_checkpoint=None if args.head_weights else needed)
     if args.test_only:
-        return test_only(run, argv)
+        given = given_flags(make_parser(), argv)
+        if run.checkpoint is None:
+            return score_released(run, config_of(args), given)
+        return photos.score_checkpoint(run, config_of(args), given, check_config, load_model)
     config = config_of(args)
     training = config.training
 
-    # data: every file is checked before the first step, by rank 0, and remembered
-    class_names, palette = read_classes(config.data.classes, config.data.num_classes,
-                                        config.data.label_map)
-    val_set = None
-    with main_first():
-        train_set = build_dataset(config, "train", args.seed, num_workers=args.num_workers)
-        if config.evaluation.validate:
-            val_set = build_dataset(config, "val", num_workers=args.num_workers)
-    run.messages += training_doubts(class_names, train_set, config.data)
-    run.check_data(train=train_set, val=val_set)
+    # data: every file is checked before the first step, and remembered
+    class_names, palette, train_set, val_set = photos.open_data(run, config, build_dataset)
     sampler = run.plan(len(train_set), config, batch_size=training.batch_size,
                        epochs=training.epochs, accumulate=training.accumulate,
-                       compare=("data", "model", "training"), free=FREE_ON_RESUME)
+                       compare=("data", "model", "training"), free=photos.FREE_ON_RESUME)
 
     # model: the frozen backbone, and what is trained on its features
-    entry = run.checkpoint["encoder"] if run.checkpoint else None
-    backbone, message = open_backbone(config.model, entry, args.seed)
-    backbone.to(run.device, run.amp_dtype)
-    run.messages.append(message)
-    if config.data.cache_features:
-        train_set, message = cache_features(train_set, backbone, run.device, run.amp_dtype,
-                                            config.data.cache_dir, training.batch_size,
-                                            args.num_workers)
-        run.messages.append(message)
+    backbone, train_set = photos.open_features(run, config, train_set)
     # The head starts the same, however the backbone came.
     seed_everything(args.seed, args.deterministic)
-    model = build_model(config, backbone.embed_dim, backbone.patch_size)
+    model = build_model(config)
     if not run.restore(model) and config.model.head_weights is not None:
         path = config.model.head_weights
         run.messages += load_head(model, read_released_head(path), path, ".class_embed.", extra=1)
-    attach_backbone(model, backbone, config, class_names, palette)
+    photos.attach_backbone(model, backbone, config, class_names, palette, size_multiple(config))
     network = run.wrap(model)
 
     # loss, optimiser, schedule
     criterion = build_criterion(config).to(run.device)
     optimizer = build_optimizer(model, config)
-    scheduler = build_lr_scheduler(optimizer, config, run.total_steps)
+    scheduler = photos.build_schedule(optimizer, training, run.total_steps)
     run.track(config=config, class_names=class_names, palette=palette.tolist(),
               optimizer=optimizer, scheduler=scheduler, save_interval=training.save_interval,
               encoder=backbone.entry, ema=None)
 
     loader = build_loader(train_set, sampler, args.num_workers, run.device)
-    lines = (describe_data(train_set, val_set),
+    lines = (photos.describe_data(train_set, val_set),
              f"{describe_parameters(model)}; {run.description}")
     with run.training(*lines, log_interval=training.log_interval):
         for _ in run.epochs(train_set, sampler):

@@ -41,10 +41,16 @@ from models.ppnet import PPNet, parameter_groups, ppnet_from_state
 from utils.checkpoint import find_resume
 from utils.cli import ArgumentParser, run_main
 from utils.config import Config, Required, Setting, load_config
-from utils.distributed import EpochBatchSampler, all_reduce_sum, broadcast_buffers, world_size
+from utils.distributed import (
+    EpochBatchSampler,
+    all_reduce_sum,
+    broadcast_buffers,
+    main_first,
+    world_size,
+)
 from utils.image_inference import TTA_SCALES, View, build_normalizer
-from utils.image_scripts import attach, evaluate_photos, photo_pictures
-from utils.losses import MaskedCrossEntropyLoss, class_weights
+from utils.image_scripts import PHOTO_RESULTS, attach, evaluate_photos, photo_pictures
+from utils.losses import MaskedCrossEntropyLoss, check_labels, class_weights
 from utils.metrics import headline, metrics_table
 from utils.prototype_losses import off_class_l1, prototype_divergence, resize_label
 from utils.prototype_scripts import (
@@ -66,20 +72,18 @@ from utils.prototype_scripts import (
     write_explained,
     write_pages,
 )
-from utils.run import Run, add_run_flags, main_first
+from utils.run import Run, add_run_flags
 from utils.schedule import build_scheduler
 from utils.training import check_same_run, micro_steps
 from utils.weights import sha256_file
 
 SCRIPT = Path(__file__).name
 SCAN_CHUNK = 200                        # photographs between two saves of a scan
-# For predict.py, default first.
-RESULTS = {"labels": ("png", "npy"), "picture": ("png", "none"), "html": False, "pca": False,
-           "explain": True}
+RESULTS = {**PHOTO_RESULTS, "pca": False, "explain": True}
 COMPARED = ("dataset", "model", "training", "optimizer", "loss")
 # Items of all processes together are compared as well.
-FREE_ON_RESUME = ("training.prune", "training.patience", "training.resume", "model.weights",
-                  "dataset.cache_dir", "dataset.test_split", "training.batch_size")
+FREE_ON_RESUME = ("model.weights", "dataset.max_pixels", "dataset.cache_dir", "dataset.test_split",
+                  "training.prune", "training.patience", "training.resume", "training.batch_size")
 
 DEFAULTS = {
     "dataset": {
@@ -103,6 +107,7 @@ DEFAULTS = {
         "mask_suffix": Setting([], (list, str)),    # folder: masks are NAME_mask
         "value_range": Setting(None, (list,)),      # black and white of images of more than 8 bits
         "bands": Setting(None, (list,)),        # the three to see, from 1; None: the first
+        "max_pixels": Setting(None, (int, float), low=1),   # larger images are refused; None: 179e6
         "cache_dir": Setting(".cache/images", (str, type(None))),   # what the check of files found
     },
     "model": {
@@ -361,6 +366,7 @@ def train_until(job: Job, name: str, network, end: int) -> bool:
     batches = stage_batches(job, end)
     while group := list(itertools.islice(batches, accumulate)):
         for batch in micro_steps(network, group):
+            check_labels(batch["label"], job.config.model.num_classes)      # not on a GPU yet
             image = batch["image"].to(run.device, non_blocking=True)
             label = batch["label"].to(run.device, non_blocking=True)            # (B, H, W)
             with run.autocast():

@@ -34,6 +34,7 @@ from data.image_splits import (
     training_doubts,
 )
 from data.images import Augmentation, SegmentationDataset, list_images
+from data.photos import photo_format
 from models.deeplab import DeepLabClassifier, load_deeplab_weights
 from models.resnet import ENCODERS, FILES, URL, load_resnet_weights
 from models.unet import UNet, is_unet, load_unet_weights, read_unet_weights
@@ -41,10 +42,12 @@ from utils.checkpoint import EarlyStopping
 from utils.checks import check_positive, check_range
 from utils.cli import ArgumentParser, given_flags, run_main
 from utils.config import Config, Required, Setting, command_line_wins, load_config
-from utils.distributed import all_reduce_sum, broadcast_buffers
+from utils.device import AMP_DTYPES
+from utils.distributed import all_reduce_sum, broadcast_buffers, main_first
 from utils.ema import EMA, averaged, load_averaged
 from utils.image_inference import TTA_SCALES, View, build_normalizer
 from utils.image_scripts import (
+    PHOTO_RESULTS,
     attach,
     evaluate_photos,
     label_photo,
@@ -55,14 +58,13 @@ from utils.losses import WeightedLoss, class_weights, lovasz_softmax_loss, soft_
 from utils.metrics import headline, metrics_table
 from utils.params import describe_parameters, split_decay
 from utils.postprocess import build_refine
-from utils.run import Run, add_run_flags, main_first
+from utils.run import Run, add_run_flags
 from utils.schedule import SCHEDULES, build_scheduler
 from utils.training import build_loader, check_same_run, micro_steps
 
 SCRIPT = Path(__file__).name
 SHOWN = {"mIoU": "miou", "Acc": "overall_accuracy", "Dice": "mean_f1", "FWIoU": "fw_iou"}
-# For predict.py, default first.
-RESULTS = {"labels": ("png", "npy"), "picture": ("png", "none"), "html": False, "pca": False}
+RESULTS = {**PHOTO_RESULTS, "pca": False}
 # Names in the config -> in the result of an evaluation.
 MONITORS = {"val/mIoU": "miou", "val/loss": "loss", "val/accuracy": "overall_accuracy",
             "val/FWIoU": "fw_iou", "val/Dice": "mean_f1", "val/mAcc": "mean_accuracy"}
@@ -71,8 +73,9 @@ MODES = ("max", "min")
 SET_LOSSES = {"dice": soft_dice_loss, "lovasz": lovasz_softmax_loss}
 COMPARED = ("dataset", "augmentations", "model", "optimizer", "scheduler", "losses", "training")
 # Steps are compared as well.
-FREE_ON_RESUME = ("dataset.test_split", "dataset.classes", "dataset.cache_dir", "model.weights",
-                  "model.pretrained", "training.batch_size", "training.num_workers",
+FREE_ON_RESUME = ("dataset.test_split", "dataset.classes", "dataset.max_pixels",
+                  "dataset.cache_dir", "model.weights", "model.pretrained",
+                  "training.batch_size", "training.num_workers",
                   "training.amp", "training.resume")
 
 DEFAULTS = {
@@ -91,7 +94,8 @@ DEFAULTS = {
         "label_map": Setting(None, (str, dict)),    # 0:0,255:1,4:ignore, or a file; None: class ids
         "mask_suffix": Setting([], (list, str)),    # masks' names have it behind the images': _mask
         "value_range": Setting(None, (list,)),      # black and white of images of more than 8 bits
-        "bands": Setting(None, (list,)),        # the three to see, from 1; None: the first
+        "bands": Setting(None, (list,)),        # those to see, any number, from 1; None: 1, 2, 3
+        "max_pixels": Setting(None, (int, float), low=1),   # larger images are refused; None: 179e6
         "cache_dir": Setting(".cache/images", (str, type(None))),   # what the check of files found
     },
     "augmentations": {
@@ -148,8 +152,8 @@ DEFAULTS = {
         "batch_size": Setting(8, (int,), low=1),        # images per process and micro-step
         "accumulate_grad_batches": Setting(1, (int,), low=1),       # micro-steps per optimiser step
         "num_workers": Setting(4, (int,), low=0),       # loader processes; 0: in the main process
-        # true: bfloat16 on CUDA
-        "amp": Setting(True, (bool, str), (True, False, "bfloat16", "float16", "float32")),
+        # true: bfloat16 where the device computes in it, a CPU with AVX512-BF16 or AMX, too
+        "amp": Setting(True, (bool, str), (True, False, *AMP_DTYPES)),
         "seed": 0,
         "deterministic": False,
         "gradient_clip_val": Setting(0.0, (float,), low=0),     # largest gradient norm; 0: none
@@ -240,10 +244,7 @@ def read_config(args, argv) -> Config:
     args.seed = training.seed
     args.deterministic = training.deterministic
     args.num_workers = training.num_workers
-    if isinstance(training.amp, str):
-        args.amp_dtype = training.amp
-    elif not training.amp:
-        args.amp_dtype = "float32"
+    args.amp_dtype = {True: "native", False: "float32"}.get(training.amp, training.amp)
     return config
 
 
@@ -256,7 +257,7 @@ def check_config(config: Config) -> None:
     epochs = config.training.epochs
     check_range("model.dropout", config.model.dropout, 0, 1)
     check_positive("optimizer.lr", config.optimizer.lr)
-    check_file_settings(data, data.num_classes)
+    check_file_settings(data, data.num_classes, any_bands=True)
     if not data.label_map and data.ignore_label < data.num_classes + data.reduce_zero_label:
         raise ValueError(f"dataset.ignore_label={data.ignore_label} is one of the "
                          f"{data.num_classes} classes in the masks; for masks that mean unlabelled "
@@ -270,10 +271,15 @@ def check_config(config: Config) -> None:
         if not whole or not 1 <= len(sides) <= 2:
             raise ValueError(f"{name}={size}: expected [height, width] or one number, pixels, at "
                              f"least 16")
+    bands = photo_format(data).channels
     for name, values in data.normalization.items():
-        if len(values) != 3 or (name == "std" and min(values) <= 0):
+        if len(values) not in (3, bands) or (name == "std" and min(values) <= 0):
             raise ValueError(f"dataset.normalization.{name}={values}: one number per channel, red, "
-                             f"green and blue")
+                             f"green and blue, or one for each of {bands} bands")
+    jitter = config.augmentations.color_jitter
+    if bands != 3 and (jitter.saturation or jitter.hue):
+        raise ValueError(f"augmentations.color_jitter: saturation and hue are of three colours, "
+                         f"dataset.bands names {bands}; leave them at 0")
     stopping = config.training.early_stopping
     for place, metric, mode in (
             ("checkpointing", config.checkpointing.monitor, config.checkpointing.mode),
@@ -358,12 +364,15 @@ def build_dataset(config: Config, split: str, seed: int = 0, data_dir: str | Non
 
 
 def build_model(config: Config) -> nn.Module:
-    """A network without its weights: image (B, 3, H, W) normalised -> logits (B, C, H, W)."""
+    """A network without its weights: image (B, bands, H, W) normalised -> logits (B, C, H, W)."""
     model = config.model
+    bands = photo_format(config.dataset).channels
     C = config.dataset.num_classes
     if model.name == "unet":
-        return UNet(ENCODERS[model.backbone](), C, model.dropout, model.freeze_encoder)
-    return DeepLabClassifier(C, tuple(model.n_blocks), model.base_width)
+        build = ENCODERS[model.backbone]
+        encoder = build() if bands == 3 else build(bands)
+        return UNet(encoder, C, model.dropout, model.freeze_encoder)
+    return DeepLabClassifier(C, tuple(model.n_blocks), model.base_width, bands)
 
 
 def load_pretrained(model: nn.Module, config: Config) -> str:
@@ -393,7 +402,7 @@ def build_criterion(config: Config, counts: np.ndarray) -> WeightedLoss:
     weights = class_weights(losses.class_weights, counts, "losses.class_weights")
     terms = {name: losses[name] for name in WeightedLoss.NAMES}
     return WeightedLoss(terms, weights, label_smoothing=losses.label_smoothing, class_dim=1,
-                        gamma=losses.gamma)
+                        gamma=losses.gamma, num_classes=config.dataset.num_classes)
 
 
 def compute_loss(criterion: WeightedLoss, logits, label, weight, share: float) -> dict:
@@ -446,8 +455,8 @@ def train_one_epoch(run: Run, network, loader, criterion, ema: EMA | None, clip_
     for micro_batches in run.steps(loader):
         # Means are over all labelled pixels of the step, whatever the number of micro-batches and
         # processes.
-        labels = [batch["label"].to(run.device, non_blocking=True) for batch in micro_batches]
-        weight = all_reduce_sum(sum(criterion.label_weight(label) for label in labels))
+        weight = sum(criterion.label_weight(batch["label"]) for batch in micro_batches)
+        weight = all_reduce_sum(weight.to(run.device, non_blocking=True))
         share = 1 / (run.world * len(micro_batches))
         for batch in micro_steps(network, micro_batches):
             image = batch["image"].to(run.device, non_blocking=True)
@@ -488,8 +497,8 @@ def evaluation_view(config: Config) -> View:
 def attach_settings(model: nn.Module, config: Config, class_names, palette: np.ndarray) -> None:
     """What evaluation needs besides the weights, and the memory order."""
     attach(model, config, class_names, palette, masks=config.dataset, view=evaluation_view(config),
-           normalize=build_normalizer(**config.dataset.normalization,
-                                      order=memory_format(config)),
+           normalize=build_normalizer(**config.dataset.normalization, order=memory_format(config),
+                                      bands=photo_format(config.dataset).channels),
            refine=build_refine(config.postprocess))
     model.to(memory_format=memory_format(config))
 

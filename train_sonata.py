@@ -40,7 +40,7 @@ from utils.checks import check_names, check_positive
 from utils.cli import ArgumentParser, run_main
 from utils.config import Config, Required, Setting, command_line_wins, load_config
 from utils.device import trim_memory
-from utils.distributed import all_reduce_sum
+from utils.distributed import all_reduce_sum, main_first
 from utils.losses import MaskedCrossEntropyLoss, class_weights, lovasz_softmax_loss
 from utils.metrics import headline, metrics_table
 from utils.params import describe_parameters
@@ -55,7 +55,7 @@ from utils.point_scripts import (
     write_cloud_label,
 )
 from utils.render import palette
-from utils.run import Run, add_run_flags, main_first
+from utils.run import Run, add_run_flags
 from utils.schedule import build_scheduler
 from utils.training import build_loader, check_same_run, micro_steps, to_device
 from utils.weights import load_weights, sha256_file
@@ -378,7 +378,7 @@ def train_one_epoch(run: Run, network, loader, criterion, clip_grad: float) -> N
     # After each step: counts, logs, on Ctrl-C saves and stops.
     for micro_batches in run.steps(loader):
         weight = sum(criterion.label_weight(batch["label"]) for batch in micro_batches)
-        weight = all_reduce_sum(weight.to(run.device))
+        weight = all_reduce_sum(weight.to(run.device, non_blocking=True))
         share = 1 / (run.world * len(micro_batches))
         for batch in micro_steps(network, micro_batches):
             batch = to_device(batch, run.device)
@@ -466,6 +466,9 @@ def read_config(args) -> Config:
 
 def main(argv=None) -> dict:
     args = parse_args(argv)
+    if args.compile:
+        raise ValueError("--compile: every size of cloud would be compiled again, which takes "
+                         "longer than it saves; leave it out")
     config = read_config(args)
     training = config.training
     command_line_wins(config, args, "paths.checkpoint_dir", "paths.log_dir")
@@ -499,7 +502,8 @@ def main(argv=None) -> dict:
 
     # loss, optimiser, schedule
     weights = class_weights(training.class_weights, train_set.class_counts, CLASS_WEIGHTS)
-    criterion = MaskedCrossEntropyLoss(weights).to(run.device)
+    criterion = MaskedCrossEntropyLoss(weights, num_classes=config.model.num_classes)
+    criterion.to(run.device)
     optimizer = torch.optim.AdamW(parameter_groups(model, config),
                                   weight_decay=config.optimizer.weight_decay)
     scheduler = build_scheduler(optimizer, "onecycle", run.total_steps, **config.scheduler)

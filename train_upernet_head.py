@@ -26,42 +26,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data.image_splits import read_classes, training_doubts
 from data.images import list_images
-from models.dinov3 import FrozenBackbone
+from models.dinov3 import BACKBONES
 from models.dinov3_adapter import DINOv3_Adapter
 from models.dinov3_weights import load_head, read_head
 from models.upernet import FCNHead, FeaturePyramidNeck, UPerHead, UPerNetSegmenter
+from utils import image_scripts as photos
 from utils.checks import check_range
 from utils.cli import ArgumentParser, AtLeast, flags_config, flags_defaults, given_flags, run_main
 from utils.config import Config
 from utils.distributed import all_reduce_sum
-from utils.image_scripts import (
-    FREE_ON_RESUME,
-    add_backbone_flags,
-    add_evaluation_flags,
-    add_photo_flags,
-    attach,
-    build_dataset,
-    cache_features,
-    check_flags,
-    describe_data,
-    evaluate_photos,
-    evaluation_view,
-    has_test_photos,
-    label_photo,
-    open_backbone,
-    photo_pictures,
-    prepare,
-    score_split,
-    tested_config,
-    tested_split,
-    write_photo_label,
-)
 from utils.losses import MaskedCrossEntropyLoss, class_weights
 from utils.params import describe_parameters, split_decay
-from utils.run import Run, add_run_flags, main_first
-from utils.schedule import build_scheduler
+from utils.run import Run, add_run_flags
 from utils.seed import seed_everything
 from utils.training import build_loader, micro_steps
 from utils.weights import load_weights
@@ -69,15 +46,14 @@ from utils.weights import load_weights
 SCRIPT = Path(__file__).name
 AUX_WEIGHT = 0.4                        # of the auxiliary head's loss (mmsegmentation)
 SHOWN = {"mIoU": "miou", "Acc": "overall_accuracy", "mAcc": "mean_accuracy"}
-# For predict.py, default first.
-RESULTS = {"labels": ("png", "npy"), "picture": ("png", "none"), "html": False}
+RESULTS = photos.PHOTO_RESULTS
 
 
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
-    add_photo_flags(parser)
+    photos.add_photo_flags(parser)
     model = parser.add_argument_group("model")
-    add_backbone_flags(model)
+    photos.add_backbone_flags(model)
     model.add_argument("--neck", choices=("adapter", "pyramid"), default="adapter",
                        help="adapter: deformable attention and a stem on the image; "
                             "pyramid: four resized feature maps")
@@ -86,24 +62,8 @@ def make_parser() -> ArgumentParser:
     model.add_argument("--head-weights", metavar="FILE", help="start from the head of another run")
     model.add_argument("--gradient-checkpointing", action="store_true",
                        help="less memory, a third more time")
-    training = parser.add_argument_group("training")
-    training.add_argument("--epochs", type=AtLeast(1), default=100)
-    training.add_argument("--warmup-epochs", type=AtLeast(0, float), default=1.0)
-    training.add_argument("--batch-size", type=AtLeast(1), default=8,
-                          help="images per process and micro-step")
-    training.add_argument("--accumulate", type=AtLeast(1), default=1, metavar="N",
-                          help="micro-steps per optimiser step")
-    training.add_argument("--lr", type=float, default=1e-4)
-    training.add_argument("--weight-decay", type=AtLeast(0, float), default=0.01)
-    training.add_argument("--scheduler", choices=("poly", "cosine", "constant"), default="poly")
-    training.add_argument("--class-weights", metavar="NAME|W,W,...",
-                          help="of the loss: median_frequency, sqrt_median_frequency, or a number "
-                               "for each class, such as 1,0.5,2; default: all 1")
-    training.add_argument("--clip-grad", type=AtLeast(0, float), default=0.0,
-                          help="largest norm of the whole gradient; 0: none")
-    training.add_argument("--log-interval", type=AtLeast(1), default=10, metavar="STEPS")
-    training.add_argument("--save-interval", type=AtLeast(0), default=10, metavar="EPOCHS")
-    add_evaluation_flags(parser)
+    photos.add_class_weights(photos.add_training_flags(parser, lr=1e-4, weight_decay=0.01))
+    photos.add_evaluation_flags(parser)
     add_run_flags(parser, SCRIPT)
     parser.add_argument("--resume-checkpoint", dest="resume", metavar="PATH|auto",
                         help="the same as --resume")
@@ -129,22 +89,26 @@ def config_of(args) -> Config:
 
 def check_config(config: Config) -> None:
     """Errors that can be seen in the flags alone. Raises ValueError."""
-    check_flags(config)
+    photos.check_flags(config)
     check_range("--dropout", config.model.dropout, 0, 1)
-    patch_size = 14 if config.model.backbone.startswith("dinov2") else 16
-    pyramid = config.model.neck == "pyramid"
-    multiple = patch_size if pyramid else math.lcm(patch_size, 32)
-    if config.data.image_size % multiple:
-        raise ValueError(f"--image-size {config.data.image_size}: must be a multiple of {multiple} "
-                         f"for {config.model.backbone} and --neck {config.model.neck}")
-    build_criterion(config, np.ones(config.data.num_classes))
+    if config.data.image_size % size_multiple(config):
+        raise ValueError(f"--image-size {config.data.image_size}: must be a multiple of "
+                         f"{size_multiple(config)} for {config.model.backbone} and "
+                         f"--neck {config.model.neck}")
 
 
-def build_model(config: Config, embed_dim: int, patch_size: int) -> UPerNetSegmenter:
+def size_multiple(config: Config) -> int:
+    """The sides of an image are padded to a multiple of this."""
+    patch_size = BACKBONES[config.model.backbone].patch_size
+    return patch_size if config.model.neck == "pyramid" else math.lcm(patch_size, 32)
+
+
+def build_model(config: Config) -> UPerNetSegmenter:
     model = config.model
     C = config.data.num_classes
+    embed_dim = BACKBONES[model.backbone].embed_dim
     if model.neck == "adapter":
-        neck = DINOv3_Adapter(embed_dim, patch_size,
+        neck = DINOv3_Adapter(embed_dim, BACKBONES[model.backbone].patch_size,
                               gradient_checkpointing=model.gradient_checkpointing)
     else:
         neck = FeaturePyramidNeck(embed_dim)
@@ -156,7 +120,7 @@ def build_criterion(config: Config, counts: np.ndarray) -> MaskedCrossEntropyLos
     """The mean over labelled pixels; mmsegmentation divides by all: sparse labels count less.
     counts (C,): training pixels of each class."""
     weights = class_weights(config.training.class_weights, counts, "--class-weights")
-    return MaskedCrossEntropyLoss(weights, class_dim=1)
+    return MaskedCrossEntropyLoss(weights, class_dim=1, num_classes=config.data.num_classes)
 
 
 def compute_loss(criterion: MaskedCrossEntropyLoss, outputs: dict, label: torch.Tensor,
@@ -177,13 +141,6 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, config.training.lr)
 
 
-def build_lr_scheduler(optimizer: torch.optim.Optimizer, config: Config, total_steps: int):
-    training = config.training
-    warmup = min(round(training.warmup_epochs * total_steps / training.epochs), total_steps - 1)
-    return build_scheduler(optimizer, training.scheduler, total_steps, warmup, min_lr=0.0,
-                           power=1.0)
-
-
 # -- one epoch -------------------------------------------------------------------------------------
 
 def train_one_epoch(run: Run, network, backbone, loader, criterion, clip_grad: float) -> None:
@@ -193,10 +150,10 @@ def train_one_epoch(run: Run, network, backbone, loader, criterion, clip_grad: f
         # The loss is the mean over all labelled pixels of the step, whatever the number of
         # micro-batches and processes.
         labelled = sum(criterion.label_weight(batch["label"]) for batch in micro_batches)
-        labelled = all_reduce_sum(labelled.to(run.device))
+        labelled = all_reduce_sum(labelled.to(run.device, non_blocking=True))
         for batch in micro_steps(network, micro_batches):
             # (B, 3, S, S), four feature maps (B, D, S/16, S/16) of the backbone, (B, S, S)
-            image, taps, label = prepare(batch, backbone, run.device)
+            image, taps, label = photos.prepare(batch, backbone, run.device)
             with run.autocast():
                 outputs = network(image, taps)      # (B, C, S/4, S/4), (B, C, S/16, S/16)
             # Parts of the step's numbers; `total` is what is minimised.
@@ -207,42 +164,24 @@ def train_one_epoch(run: Run, network, backbone, loader, criterion, clip_grad: f
 
 # -- what evaluate.py and predict.py call (docs/adapt.md lists it) ---------------------------------
 
-evaluate = evaluate_photos
-predict = label_photo
-write_prediction = write_photo_label
-example_pictures = photo_pictures
+build_dataset = photos.build_dataset
+evaluate = photos.evaluate_photos
+predict = photos.label_photo
+write_prediction = photos.write_photo_label
+example_pictures = photos.photo_pictures
 list_inputs = list_images
-has_test_split = has_test_photos
-
-
-def attach_backbone(model: UPerNetSegmenter, backbone: FrozenBackbone, config: Config,
-                    class_names: list[str], palette: np.ndarray) -> None:
-    # The sides of an image are padded to a multiple of this.
-    multiple = backbone.multiple if config.model.neck == "adapter" else backbone.patch_size
-    attach(model, config, class_names, palette, masks=config.data, view=evaluation_view(config),
-           normalize=backbone.normalize, multiple=multiple, backbone=backbone)
+has_test_split = photos.has_test_photos
 
 
 def load_model(checkpoint: dict, device: torch.device) -> UPerNetSegmenter:
     """The network of a checkpoint in eval mode, with the frozen backbone it was trained on."""
     config = Config(checkpoint["config"])
-    backbone, _ = open_backbone(config.model, checkpoint["encoder"])
-    model = build_model(config, backbone.embed_dim, backbone.patch_size)
+    backbone, _ = photos.open_backbone(config.model, checkpoint["encoder"])
+    model = build_model(config)
     load_weights(model, checkpoint["model"], "the checkpoint", what="model")
-    attach_backbone(model, backbone, config, checkpoint["class_names"],
-                    np.array(checkpoint["palette"], np.uint8))
+    photos.attach_backbone(model, backbone, config, checkpoint["class_names"],
+                           checkpoint["palette"], size_multiple(config))
     return model.to(device).eval()
-
-
-def test_only(run: Run, argv) -> dict:
-    """Score a checkpoint, with its own settings but for the flags that are given."""
-    given = given_flags(make_parser(), argv)
-    config = tested_config(run.checkpoint, config_of(run.args), given)
-    check_config(config)
-    run.checkpoint["config"] = config.to_dict()
-    split, dataset = tested_split(run, config, given)
-    model = load_model(run.checkpoint, run.device)
-    return score_split(run, model, split, dataset, run.resume_path)
 
 
 # -- main ------------------------------------------------------------------------------------------
@@ -251,54 +190,38 @@ def main(argv=None) -> dict:
     args = parse_args(argv)
     run = Run(args, SCRIPT, DEFAULTS, args.checkpoint_dir, args.log_dir)
     if args.test_only:
-        return test_only(run, argv)
+        given = given_flags(make_parser(), argv)
+        return photos.score_checkpoint(run, config_of(args), given, check_config, load_model)
     config = config_of(args)
     training = config.training
 
-    # data: every file is checked before the first step, by rank 0, and remembered
-    class_names, palette = read_classes(config.data.classes, config.data.num_classes,
-                                        config.data.label_map)
-    val_set = None
-    with main_first():
-        train_set = build_dataset(config, "train", args.seed, num_workers=args.num_workers)
-        if config.evaluation.validate:
-            val_set = build_dataset(config, "val", num_workers=args.num_workers)
-    run.messages += training_doubts(class_names, train_set, config.data)
+    # data: every file is checked before the first step, and remembered
+    class_names, palette, train_set, val_set = photos.open_data(run, config, build_dataset)
     criterion = build_criterion(config, train_set.class_counts).to(run.device)
-    run.check_data(train=train_set, val=val_set)
     sampler = run.plan(len(train_set), config, batch_size=training.batch_size,
                        epochs=training.epochs, accumulate=training.accumulate,
-                       compare=("data", "model", "training"), free=FREE_ON_RESUME)
+                       compare=("data", "model", "training"), free=photos.FREE_ON_RESUME)
 
     # model: the frozen backbone, and what is trained on its features
-    # entry: which file the backbone is; checkpoints hold this in place of its weights.
-    entry = run.checkpoint["encoder"] if run.checkpoint else None
-    backbone, message = open_backbone(config.model, entry, args.seed)
-    backbone.to(run.device, run.amp_dtype)
-    run.messages.append(message)
-    if config.data.cache_features:
-        train_set, message = cache_features(train_set, backbone, run.device, run.amp_dtype,
-                                            config.data.cache_dir, training.batch_size,
-                                            args.num_workers)
-        run.messages.append(message)
+    backbone, train_set = photos.open_features(run, config, train_set)
     # The head starts the same, however the backbone came.
     seed_everything(args.seed, args.deterministic)
-    model = build_model(config, backbone.embed_dim, backbone.patch_size)
+    model = build_model(config)
     if not run.restore(model) and config.model.head_weights is not None:
         path = config.model.head_weights
         run.messages += load_head(model, read_head(path), path, ".classifier.")
-    attach_backbone(model, backbone, config, class_names, palette)
+    photos.attach_backbone(model, backbone, config, class_names, palette, size_multiple(config))
     network = run.wrap(model)
 
     # optimiser, schedule
     optimizer = build_optimizer(model, config)
-    scheduler = build_lr_scheduler(optimizer, config, run.total_steps)
+    scheduler = photos.build_schedule(optimizer, training, run.total_steps, power=1.0)
     run.track(config=config, class_names=class_names, palette=palette.tolist(),
               optimizer=optimizer, scheduler=scheduler, save_interval=training.save_interval,
               encoder=backbone.entry, ema=None)
 
     loader = build_loader(train_set, sampler, args.num_workers, run.device)
-    lines = (describe_data(train_set, val_set),
+    lines = (photos.describe_data(train_set, val_set),
              f"{describe_parameters(model)}; {run.description}")
     with run.training(*lines, log_interval=training.log_interval):
         for _ in run.epochs(train_set, sampler):

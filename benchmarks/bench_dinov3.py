@@ -2,7 +2,7 @@
 
     python benchmarks/bench_dinov3.py vit      # a backbone's forward pass, ours and DINOv3ViTModel, the same weights
     python benchmarks/bench_dinov3.py m2f      # head, matching, losses and backward on given maps, ours and theirs
-    python benchmarks/bench_dinov3.py cache    # epochs of both training scripts with --cache-features and without
+    python benchmarks/bench_dinov3.py cache    # epochs of the training scripts with --cache-features and without
     python benchmarks/bench_dinov3.py gpu --peak-tflops 790     # whole training steps in bfloat16, needs CUDA
     python benchmarks/bench_dinov3.py m2f --shapes 512x1 --num-heads 8 --ffn-dim 1024
 
@@ -30,6 +30,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import train_linear_head  # noqa: E402
 import train_m2f_head  # noqa: E402
 import train_upernet_head  # noqa: E402
 from data.synthetic_images import IMAGE_CLASSES, make_image_set  # noqa: E402
@@ -39,12 +40,14 @@ from models.dinov3_weights import load_vit  # noqa: E402
 from models.mask2former import Mask2FormerHead, Mask2FormerSegmenter  # noqa: E402
 from utils.cli import ArgumentParser, run_main  # noqa: E402
 from utils.device import autocast, describe, pick_device, trim_memory  # noqa: E402
+from utils.image_scripts import prepare  # noqa: E402
 from utils.log import read_log  # noqa: E402
 from utils.mask_losses import SetCriterion  # noqa: E402
 
 SHAPES = {"vit": ["224x4", "512x1"], "m2f": ["256x2"], "cache": ["128x4"], "gpu": ["512x8", "896x4"]}
 GPU_BACKBONES = ["dinov3_vits16", "dinov3_vitl16", "dinov3_vit7b16"]
 FORMATS = ("float32", "autocast", "bfloat16")       # autocast: to bfloat16; bfloat16: the weights are held in it too
+SCRIPTS = {"linear": train_linear_head, "m2f": train_m2f_head, "upernet": train_upernet_head}
 NUM_CLASSES, PER_IMAGE = 150, 10                    # as in ADE20K, where an image has about ten of them
 NO_TRANSFORMERS = ("vit and m2f compare with transformers: pip install --no-deps transformers==5.23.0, and pip install "
                    "huggingface_hub tokenizers safetensors regex pyyaml, which it needs")
@@ -56,6 +59,7 @@ def parse_args(argv=None):
     parser.add_argument("--backbone", nargs="+", help="default: dinov3_vits16; gpu: S, L and 7B")
     parser.add_argument("--shapes", nargs="+", metavar="SIDExBATCH", help="of the images, such as 512x1")
     parser.add_argument("--formats", choices=FORMATS, nargs="+", default=list(FORMATS), help="vit: number formats")
+    parser.add_argument("--scripts", choices=SCRIPTS, nargs="+", default=list(SCRIPTS), help="cache: of which")
     parser.add_argument("--hidden-dim", type=int, help="of the head; default: 256, for the 7B 2048")
     parser.add_argument("--num-heads", type=int, default=16)
     parser.add_argument("--ffn-dim", type=int, default=4096)
@@ -315,15 +319,18 @@ def m2f(args) -> list[dict]:
 # -- epochs with cached features ---------------------------------------------------------------------------------------
 
 def cache(args) -> list[dict]:
-    """Both scripts on made-up pictures, the same views each epoch: time of their train_one_epoch without the first."""
+    """The scripts on made-up pictures, the same views each epoch: time of their train_one_epoch without the first."""
     device, rows = pick_device(args.device or "cpu"), []
-    for script, (size, batch) in itertools.product((train_m2f_head, train_upernet_head), args.shapes):
+    scripts = [SCRIPTS[name] for name in args.scripts]
+    for script, (size, batch) in itertools.product(scripts, args.shapes):
         with tempfile.TemporaryDirectory() as folder:
             make_image_set(folder, 2 * batch, 0, 0, size=(size * 4 // 3, size))             # two windows a picture
             found, common = [], (
                 f"--num-classes {len(IMAGE_CLASSES)} --image-size {size} --batch-size {batch} --augment windows "
                 f"--backbone {args.backbone[0]} --backbone-weights random --epochs {args.repeats + 1} --num-workers 0 "
-                f"--device {device}" + (f" --hidden-dim {args.hidden_dim}" if args.hidden_dim else ""))
+                f"--device {device}")
+            if args.hidden_dim and script is not train_linear_head:
+                common += f" --hidden-dim {args.hidden_dim}"
             for flags in ([], ["--cache-features"]):
                 times, output = [], f"{folder}/run{len(flags)}"
                 with mock.patch.object(script, "train_one_epoch", timed(script.train_one_epoch, times, device)):
@@ -381,7 +388,7 @@ def whole_steps(args, name: str, size: int, batch: int, device: torch.device) ->
             "label": patches_of_classes(batch, size).to(device)}
 
     def step():
-        image, taps, label = train_m2f_head.prepare(data, backbone, device)
+        image, taps, label = prepare(data, backbone, device)
         with autocast(device, dtype):
             outputs = model(image, taps)
         criterion(outputs, label)["total"].backward()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.images import OUT_OF_RANGE
+from data.masks import OUT_OF_RANGE
 from utils.checks import check_choice
 from utils.losses import IGNORE_INDEX
 

@@ -13,7 +13,7 @@ from data.images import Augmentation, PairSummary, SegmentationDataset, check_pa
 from data.label_map import label_map_of, read_label_map
 from data.masks import MaskReader
 from data.photos import photo_format
-from utils.checks import check_names
+from utils.checks import check_names, check_range
 from utils.render import palette
 
 SHOWN_NAMES = 10                            # of the classes that never occur
@@ -83,10 +83,16 @@ def class_info(root: str | Path, path: str | Path | None, num_classes: int,
 
 # -- what the files mean -----------------------------------------------------------------------------------------------
 
-def check_file_settings(data: Mapping, num_classes: int) -> None:
-    """Check label_map, value_range, bands and mask_suffix of a section of the settings. A label map is replaced by its
-    text, so that a checkpoint needs no file. Raises ValueError, FileNotFoundError."""
-    photo_format(data)
+def check_file_settings(data: Mapping, num_classes: int, any_bands: bool = False) -> None:
+    """Check label_map, value_range, bands, max_pixels and mask_suffix of a section of the settings. A label map is
+    replaced by its text, so that a checkpoint needs no file. any_bands: the network takes as many as are named. Raises
+    ValueError, FileNotFoundError."""
+    photos = photo_format(data)
+    if photos.channels != 3 and not any_bands:
+        raise ValueError(f"bands={list(photos.bands)}: expected three bands, counted from 1, such as [1, 2, 3]; this "
+                         f"network takes red, green and blue, as it was pre-trained (train_segmentation.py takes any "
+                         f"number of bands)")
+    check_range("max_pixels", photos.max_pixels or 1, 1)
     if any(not isinstance(suffix, str) or not suffix for suffix in mask_suffixes(data)):
         raise ValueError(f"mask_suffix={data['mask_suffix']}: expected endings of names such as _mask")
     if not data.get("label_map"):
@@ -114,7 +120,7 @@ def mask_reader(data: Mapping, num_classes: int, table: np.ndarray | None = None
         colors = read_class_file(path)[1]
         colors = None if colors is None or len(colors) != num_classes else colors
     return MaskReader(num_classes, data["ignore_label"], data["reduce_zero_label"], table, label_map_of(data), colors,
-                      path or "the class file")
+                      path or "the class file", data.get("max_pixels"))
 
 
 # -- pairs -------------------------------------------------------------------------------------------------------------

@@ -12,8 +12,10 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,13 +24,30 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from data.masks import OUT_OF_RANGE as OUT_OF_RANGE
 from data.masks import MaskReader, examine_mask, to_label
 from data.masks import label_table as label_table
 from data.masks import label_to_file as label_to_file
 from data.masks import open_mask as open_mask
-from data.photos import AS_STORED, ORIENTATION, PhotoFormat, examine, opened, set_doubts, to_rgb
+from data.photos import (
+    AS_STORED,
+    ORIENTATION,
+    Photo,
+    PhotoFormat,
+    Picture,
+    check_raster,
+    examine,
+    examine_raster,
+    open_photo,
+    opened,
+    picture_of,
+    pixels_of,
+    raster_part,
+    set_doubts,
+    to_bands,
+)
 from data.photos import read_image as read_image
+from data.photos import to_rgb as to_rgb
+from data.rasters import library, opened_raster
 from utils.checks import check_choice, check_range
 from utils.files import remove_leftovers_once, replacing
 from utils.fingerprint import fingerprint
@@ -37,10 +56,12 @@ from utils.log import progress
 from utils.losses import IGNORE_INDEX
 from utils.seed import derived_seed
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".jp2", ".j2k")
 PADDING = (124, 116, 104)                   # ImageNet's mean colour: about 0 once normalised
+WINDOWED = 1 << 22                          # pixels of a raster of which parts are read as parts
+LARGE = 1 << 25                             # pixels of a photograph that is scored without being an item
 CROP_TRIES = 10                             # for one that no class dominates (MMSegmentation's number)
-SCAN_VERSION = 2                            # raise it when _scan records something else
+SCAN_VERSION = 3                            # raise it when _scan records something else
 # NTSC's luma and two chroma axes: saturation scales the chroma plane, hue turns it
 YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
 COLORS = ("ssd", "factors")
@@ -114,9 +135,16 @@ class PairSummary(NamedTuple):
 
 # -- files -------------------------------------------------------------------------------------------------------------
 
-def list_images(folder: str | Path) -> list[Path]:
-    """The image files of a folder (not of folders in it, not hidden ones), sorted."""
-    return sorted(path for path in Path(folder).iterdir() if _is_image(path))
+def list_images(folder: str | Path, recursive: bool = False) -> list[Path]:
+    """The image files of a folder, not hidden ones, sorted; recursive: also those of folders in it (links to folders
+    and hidden folders are not followed)."""
+    if not recursive:
+        return sorted(path for path in Path(folder).iterdir() if _is_image(path))
+    found = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [path for path in (Path(place, name) for name in names) if _is_image(path)]
+    return sorted(found)
 
 
 def _is_image(path):
@@ -216,7 +244,7 @@ def check_pairs(pairs: Sequence[tuple[Path, Path]], num_classes: int, ignore_lab
     have no known range (see data/photos.py), and where not one pixel is labelled.
     """
     masks = masks or MaskReader(num_classes, ignore_label, reduce_zero_label, table)
-    records = _scan_all(pairs, cache_dir, workers)
+    records = _scan_all(pairs, cache_dir, workers, photos.max_pixels)
     wrong_masks = masks.check_set(records)
     found = [problem for record, wrong in zip(records, wrong_masks, strict=True)
              if (problem := _problem(record, wrong, photos))]
@@ -260,19 +288,27 @@ def _size_problem(mask, mask_size, image, size):
             f"photograph's own pixels")
 
 
-def _scan(pair):
-    """What there is to know about a pair, in plain types, independent of all settings."""
+def _scan(pair, max_pixels=None):
+    """What there is to know about a pair, in plain types, independent of all settings but the largest size."""
     record = {"image": str(pair[0]), "mask": str(pair[1]), "histogram": {}}
     try:
-        with opened(pair[0]) as image:
-            record |= {"size": list(image.size), "orientation": image.getexif().get(ORIENTATION, 1)}
-            if 0 in image.size:
-                raise ValueError("not one pixel")
-            image.draft(None, (1, 1))                       # JPEG: all bytes are read, an eighth of the pixels made
-            record |= {"bytes": os.path.getsize(pair[0]), **examine(image)}
-        return record | examine_mask(pair[1])
+        record |= {**_scan_photo(pair[0], max_pixels), "bytes": os.path.getsize(pair[0])}
+        return record | examine_mask(pair[1], max_pixels)
     except ValueError as error:
         return record | {"unreadable": str(error)}
+
+
+def _scan_photo(path, max_pixels):
+    with opened_raster(path) as raster:
+        if raster is not None:
+            check_raster(raster, path, PhotoFormat((0, 1), None, max_pixels))           # its range is another question
+            return {"size": list(raster.size), "orientation": 1, **examine_raster(raster)}
+    with opened(path, max_pixels=max_pixels) as image:
+        size, orientation = list(image.size), image.getexif().get(ORIENTATION, 1)
+        if 0 in size:
+            raise ValueError("not one pixel")
+        image.draft(None, (1, 1))                           # JPEG: all bytes are read, an eighth of the pixels made
+        return {"size": size, "orientation": orientation, **examine(image)}
 
 
 def _with_numbers(record):
@@ -282,19 +318,19 @@ def _with_numbers(record):
     return {**record, **numbers}
 
 
-def _scan_all(pairs, cache_dir, workers):
+def _scan_all(pairs, cache_dir, workers, max_pixels=None):
     entry = None
     if cache_dir is not None:
         stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns)
                  for pair in pairs for path in map(Path, pair) if path.exists()]
-        key = hashlib.sha256(json.dumps([SCAN_VERSION, len(pairs), stats]).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps([SCAN_VERSION, library() is not None, len(pairs), stats]).encode()).hexdigest()
         entry = Path(cache_dir) / f"checked_{key[:32]}.json"
         remove_leftovers_once(cache_dir)
         records = _read_records(entry)
         if records is not None:
             return records
     with ThreadPoolExecutor(max(1, workers)) as pool:       # Pillow decodes without Python's lock
-        records = list(progress(pool.map(_scan, pairs), "checking images", len(pairs)))
+        records = list(progress(pool.map(partial(_scan, max_pixels=max_pixels), pairs), "checking images", len(pairs)))
     if entry is not None and not any("unreadable" in record for record in records):
         entry.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(records)
@@ -325,8 +361,8 @@ def resized(size: tuple[int, int], scale: float) -> tuple[int, int]:
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
-def take_part(image: Image.Image, source: tuple[float, float], size: tuple[int, int], part: tuple[int, int, int, int],
-              resample: Image.Resampling) -> Image.Image:
+def take_part(image: Picture, source: tuple[float, float], size: tuple[int, int], part: tuple[int, int, int, int],
+              resample: Image.Resampling) -> Picture:
     """The part (left, top, width, height) of an image resized to `size`, without making the rest of it.
 
     source is (width, height) of the image, not rounded where it was decoded smaller than it is. An image and its mask
@@ -339,16 +375,39 @@ def take_part(image: Image.Image, source: tuple[float, float], size: tuple[int, 
 
 
 def read_part(path: str | Path, size: tuple[int, int], part: tuple[int, int, int, int],
-              photos: PhotoFormat = AS_STORED) -> tuple[Image.Image, tuple[int, int]]:
+              photos: PhotoFormat = AS_STORED) -> tuple[Picture, tuple[int, int]]:
     """A part, as in take_part, of a photograph resized to `size` bilinearly with antialiasing, and the photograph's own
     (width, height). A JPEG is decoded at 1/2, 1/4 or 1/8 where that is still no smaller than `size`."""
-    with opened(path) as image:
+    with opened_raster(path) as raster:
+        if raster is not None:
+            check_raster(raster, path, photos)
+            return _part_of_raster(raster, size, part, photos), raster.size
+    with opened(path, max_pixels=photos.max_pixels) as image:
         original = source = image.size
         reduced = image.draft(None, size)
         if reduced is not None:
             source = reduced[1][2:]                         # exactly a half ...; the decoded size is rounded up
-        image = to_rgb(image, photos)
+        image = to_bands(image, photos)
     return take_part(image, source, size, part, Image.Resampling.BILINEAR), original
+
+
+def _part_of_raster(raster, size, part, photos):
+    """read_part of a raster; of one of more than WINDOWED pixels only what the filter of the part sees is read."""
+    left, top, width, height = part
+    if raster.size[0] * raster.size[1] <= WINDOWED:         # Pillow's filter rounds by a hair otherwise elsewhere
+        whole = picture_of(raster_part(raster, photos, (0, 0, *raster.size)))
+        return take_part(whole, raster.size, size, part, Image.Resampling.BILINEAR)
+    box, inside = [], []
+    for start, length, whole, wanted in zip((left, top), (width, height), raster.size, size, strict=True):
+        scale = whole / wanted
+        reach = math.ceil(max(scale, 1)) + 1
+        ends = start * scale, min((start + length) * scale, whole)
+        outer = max(0, math.floor(ends[0]) - reach), min(whole, math.ceil(ends[1]) + reach)
+        box.append(outer)
+        inside.append((ends[0] - outer[0], ends[1] - outer[0]))
+    pixels = raster_part(raster, photos, (box[0][0], box[1][0], box[0][1], box[1][1]))
+    return picture_of(pixels).resize((width, height), Image.Resampling.BILINEAR,
+                                     (inside[0][0], inside[1][0], inside[0][1], inside[1][1]))
 
 
 def color_matrix(settings: Augmentation, rng: np.random.Generator, mean_luma: float = 0.0) -> tuple[float, ...]:
@@ -375,6 +434,17 @@ def color_matrix(settings: Augmentation, rng: np.random.Generator, mean_luma: fl
     return _rows((1 + brightness) * linear, (1 - contrast) * (1 + brightness) * mean_luma)
 
 
+def changed_colors(image: Picture, settings: Augmentation, rng: np.random.Generator) -> Picture:
+    """An image with a color_matrix drawn for it. Of other than three bands all get its first factor and its addend,
+    which brightness and contrast alone make."""
+    if isinstance(image, Image.Image):
+        luma = np.asarray(image.convert("L")).mean() if settings.color == "factors" else 0.0
+        return image.convert("RGB", color_matrix(settings, rng, luma))
+    pixels = pixels_of(image)
+    factor, _, _, added = color_matrix(settings, rng, pixels.mean() if settings.color == "factors" else 0.0)[:4]
+    return picture_of((pixels * factor + added + 0.5).clip(0, 255).astype(np.uint8))
+
+
 def _rows(linear, added):
     return tuple(np.column_stack([linear, np.full(3, added)]).ravel().tolist())
 
@@ -394,13 +464,13 @@ class SegmentationDataset(Dataset):
     of every photograph, see Augmentation; "windows": the photograph as small as it still covers S x T, cut into
     windows S x T, neighbours side by side and the last one moved back inside, so that every pixel is in an item and
     nothing is random; "whole": photograph and label map as they are, for scoring.
-    Item: image (3, H, W) uint8 RGB, label (H, W) int64, index: the item's number. Where a crop is larger than the
-    image, PADDING and IGNORE_INDEX fill it at the right and bottom. Images are resized bilinearly with antialiasing,
-    masks to the nearest pixel, both from the very same box. masks: how masks are read (check_pairs decides what it can
-    only tell from the whole set), in place of a table (256,) of the labels of file values, or of label_table's; photos:
-    how photographs are; checked: what check_pairs found of the pairs. Randomness depends on (seed, epoch, item) alone.
-    files and pairs are those given; ValueError for wrong settings, and for wrong files as they are met (see
-    check_pairs).
+    Item: image (K, H, W) uint8, RGB or the bands that `photos` names, label (H, W) int64, index: the item's number.
+    Where a crop is larger than the image, PADDING and IGNORE_INDEX fill it at the right and bottom. Images are resized
+    bilinearly with antialiasing, masks to the nearest pixel, both from the very same box. masks: how masks are read
+    (check_pairs decides what it can only tell from the whole set), in place of a table (256,) of the labels of file
+    values, or of label_table's; photos: how photographs are; checked: what check_pairs found of the pairs. Randomness
+    depends on (seed, epoch, item) alone. files and pairs are those given; ValueError for wrong settings, and for wrong
+    files as they are met (see check_pairs).
     """
 
     def __init__(self, pairs: Sequence[tuple[Path, Path]], image_size: int | tuple[int, int], num_classes: int,
@@ -440,8 +510,10 @@ class SegmentationDataset(Dataset):
         """(photograph, size it is resized to, part of it: left, top, width, height) of every window."""
         height, width = self.size
         for index, path in enumerate(self.files):
-            with opened(path) as image:
-                size = resized(image.size, max(width / image.size[0], height / image.size[1]))
+            with opened_raster(path) as raster, nullcontext() if raster is not None else opened(
+                    path, max_pixels=self.photos.max_pixels) as image:
+                full = (raster or image).size
+                size = resized(full, max(width / full[0], height / full[1]))
             for top in window_starts(size[1], height, height):
                 yield from ((index, size, (left, top, width, height))
                             for left in window_starts(size[0], width, width))
@@ -452,6 +524,23 @@ class SegmentationDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.pairs if self._windows is None else self._windows)
+
+    def is_large(self, index: int) -> bool:
+        """Whether photograph `index` of "whole" views has more than LARGE pixels; then open_whole is for it."""
+        return self.views == "whole" and self.checked is not None and int(np.prod(self.checked.sizes[index])) > LARGE
+
+    def open_whole(self, index: int) -> tuple[Photo, Callable[[int, int], np.ndarray]]:
+        """A photograph, and a function of its labels in rows top..bottom-1, (R, W) int64: neither is in memory as
+        tensors. ValueError as for an item."""
+        image_path, mask_path = self.pairs[index]
+        photo = open_photo(image_path, photos=self.photos)
+        mask = self.masks.open(mask_path)
+        if photo.size != mask.size:
+            raise ValueError(_size_problem(mask_path, mask.size, image_path, photo.size))
+
+        def labels(top, bottom):
+            return to_label(mask.crop((0, top, mask.width, bottom)), self.table, mask_path)
+        return photo, labels
 
     def __getitem__(self, item: int) -> dict:
         index = item if self._windows is None else self._windows[item][0]
@@ -472,12 +561,11 @@ class SegmentationDataset(Dataset):
             raise ValueError(_size_problem(mask_path, mask.size, image_path, source))
         if changes is not None:
             flip = rng.random() < changes.flip
-            luma = np.asarray(image.convert("L")).mean() if changes.color == "factors" else 0.0
-            image = image.convert("RGB", color_matrix(changes, rng, luma))
+            image = changed_colors(image, changes, rng)
             mirrored = rng.random() < changes.vertical_flip, flip                            # rows, columns
-        image = np.asarray(image).transpose(2, 0, 1)                                         # (3, h, w)
+        image = pixels_of(image).transpose(2, 0, 1)                                          # (K, h, w)
         if changes is not None:
-            image, label = self._padded(image, label, corner, mirrored)                      # (3, S, T), (S, T)
+            image, label = self._padded(image, label, corner, mirrored)                      # (K, S, T), (S, T)
         return {"image": torch.from_numpy(np.ascontiguousarray(image)),
                 "label": torch.from_numpy(np.ascontiguousarray(label)), "index": item}
 
@@ -509,7 +597,7 @@ class SegmentationDataset(Dataset):
         return size, part, (top - start[1], left - start[0])
 
     def _padded(self, image, label, corner, mirrored):
-        """(3, h, w), (h, w) -> (3, S, T), (S, T), the first pixel at corner, (top, left), turned over where mirrored,
+        """(K, h, w), (h, w) -> (K, S, T), (S, T), the first pixel at corner, (top, left), turned over where mirrored,
         (rows, columns), says so."""
         axes = [axis for axis in (0, 1) if mirrored[axis]]
         image, label = np.flip(image, [axis + 1 for axis in axes]), np.flip(label, axes)
@@ -519,8 +607,8 @@ class SegmentationDataset(Dataset):
             corner = [size - start - length if turned else start for size, start, length, turned
                       in zip(self.size, corner, label.shape, mirrored, strict=True)]
         rows, columns = (slice(start, start + length) for start, length in zip(corner, label.shape, strict=True))
-        whole = np.empty((3, *self.size), np.uint8)
-        whole[:] = np.array(PADDING, np.uint8)[:, None, None]
+        whole = np.empty((len(image), *self.size), np.uint8)
+        whole[:] = np.resize(np.array(PADDING, np.uint8), len(image))[:, None, None]
         whole[:, rows, columns] = image
         labels = np.full(self.size, IGNORE_INDEX, np.int64)
         labels[rows, columns] = label

@@ -49,11 +49,6 @@ class LabelMap:
         """The same map, in which values that it does not mention and that files use for unlabelled are ignored."""
         return LabelMap({**{value: IGNORE_INDEX for value in values}, **self.targets}, self.names)
 
-    def unmapped(self, values: np.ndarray) -> np.ndarray:
-        """Which of values (any shape, integer) the map does not mention; bool of the same shape."""
-        place = np.searchsorted(self._values, values).clip(max=len(self._values) - 1)
-        return self._values[place] != values
-
     def to_labels(self, values: np.ndarray, where: str | Path) -> np.ndarray:
         """Labels int64 of the values of a file. ValueError, naming `where`, for values that are not in the map, which
         it lists with their counts."""

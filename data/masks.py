@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from data.label_map import LabelMap
-from data.photos import ASSOCIATED, EXTRA_SAMPLES, _depth, _rawmode, opened
+from data.photos import ASSOCIATED, EXTRA_SAMPLES, depth_of, opened, rawmode_of
 from utils.checks import check_range
 from utils.fingerprint import digest
 from utils.losses import IGNORE_INDEX
@@ -96,28 +96,29 @@ def _is_lossy_webp(path):
     return True
 
 
-def load_mask(path: str | Path) -> tuple[Image.Image | None, str | None]:
-    """(image, problem) of a mask: an image of mode L or P, of whole numbers of more bits, or RGB, whose pixels are the
-    file's own numbers; or None and what is wrong with it. ValueError where it cannot be read."""
-    with opened(path, "mask") as mask:
-        lossy = lossy_format(mask, path)
+def load_mask(path: str | Path,
+              max_pixels: float | None = None) -> tuple[tuple[int, int], Image.Image | None, str | None]:
+    """((width, height), image, problem) of a mask: an image of mode L or P, of whole numbers of more bits, or RGB, with
+    the file's own numbers as pixels; or None and what is wrong with it. ValueError where it cannot be read."""
+    with opened(path, "mask", max_pixels) as mask:
+        size, lossy = mask.size, lossy_format(mask, path)
         if lossy:
-            return None, (f"a {lossy} mask: this format changes the class ids at every edge; store masks as PNG, from "
-                          f"their source, not from this file")
-        rawmode, depth, mode = _rawmode(mask), _depth(mask), mask.mode
+            return size, None, (f"a {lossy} mask: this format changes the class ids at every edge; store masks as PNG, "
+                                f"from their source, not from this file")
+        rawmode, depth, mode = rawmode_of(mask), depth_of(mask), mask.mode
         associated = mask.format == "TIFF" and ASSOCIATED in mask.tag_v2.get(EXTRA_SAMPLES, ())
         mask.load()
     if mode in ("1", "L"):
-        return _as_stored(mask, rawmode), None
+        return size, _as_stored(mask, rawmode), None
     if mode == "P":
-        return mask, None
+        return size, mask, None
     if depth != "uint8":
-        return (mask, None) if mode.startswith("I") else (None, _depth_problem(mode))
+        return (size, mask, None) if mode.startswith("I") else (size, None, _depth_problem(mode))
     if mode in ("RGBA", "LA") and not associated and mask.getchannel("A").getextrema() == (255, 255):
         mask = mask.convert(mode.removesuffix("A"))
     if mask.mode in ("L", "RGB"):
-        return mask, None
-    return None, _color_problem(mode)
+        return size, mask, None
+    return size, None, _color_problem(mode)
 
 
 def _as_stored(mask, rawmode):
@@ -153,14 +154,12 @@ def color_of(key: int) -> tuple[int, int, int]:
     return key >> 16, key >> 8 & 255, key & 255
 
 
-def examine_mask(path: str | Path) -> dict:
+def examine_mask(path: str | Path, max_pixels: float | None = None) -> dict:
     """What the check of a data set has to know of a mask, in plain types, independent of all settings: mask_size; kind
     (ids, deep, colors), histogram {value: pixels}, colors {key: pixels}, palette {value: key} behind the values used;
     or mask_problem; digest: of the values."""
-    with opened(path, "mask") as mask:
-        size = list(mask.size)
-    image, problem = load_mask(path)
-    record = {"mask_size": size, "histogram": {}}
+    size, image, problem = load_mask(path, max_pixels)
+    record = {"mask_size": list(size), "histogram": {}}
     if problem is not None:
         return record | {"mask_problem": problem}
     values = np.asarray(image)
@@ -174,7 +173,7 @@ def examine_mask(path: str | Path) -> dict:
             record["histogram"] = {int(key) & 255: int(count) for key, count in zip(keys, counts, strict=True)}
         return record
     if image.mode in MASK_MODES:
-        counts = np.bincount(values.ravel(), minlength=256)
+        counts = image.histogram()
         record |= {"kind": "ids", "histogram": {value: int(count) for value, count in enumerate(counts) if count}}
         palette = _used_palette(image, record["histogram"])
         return record | ({"palette": palette} if palette else {})
@@ -205,13 +204,14 @@ class MaskReader:
     num_classes, ignore_label, reduce_zero_label: see label_table; table (256,): labels of the file values in its place.
     label_map: what each number of the files is, in place of both. colors (C, 3): those of the class file, which
     colors_from names; None: masks in colours are refused. as_colors: RGB masks with three equal channels are colours
-    too, which check_set decides. `table` turns the pixels of opened masks into labels.
+    too, which check_set decides. max_pixels: see PhotoFormat. `table` turns the pixels of opened masks into labels.
     """
 
     def __init__(self, num_classes: int, ignore_label: int = 255, reduce_zero_label: bool = False,
                  table: np.ndarray | None = None, label_map: LabelMap | None = None, colors: np.ndarray | None = None,
-                 colors_from: str | Path = "the class file") -> None:
+                 colors_from: str | Path = "the class file", max_pixels: float | None = None) -> None:
         self.label_map = None
+        self.max_pixels = max_pixels
         self.as_colors = False
         self.colors = None if colors is None else np.asarray(colors)
         self.colors_from = colors_from
@@ -230,7 +230,7 @@ class MaskReader:
     def open(self, path: str | Path) -> Image.Image:
         """A mask as a loaded Pillow image (mode L or P) whose pixels `table` turns into labels. ValueError for others,
         and with a label map or in colours for pixels that are no class."""
-        image, problem = load_mask(path)
+        _, image, problem = load_mask(path, self.max_pixels)
         if problem is not None:
             raise ValueError(f"{path}: {problem}")
         if image.mode == "RGB":

@@ -11,83 +11,37 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import json
 import math
-import zipfile
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from data.label_map import LabelMap
 from data.mesh_clusters import connected_clusters, recursive_bisection
-from data.mesh_features import (
-    HEAT_RADII,
-    HKS_EIGENPAIRS,
-    face_features,
-    face_geometry,
-    face_neighbors,
-    feature_width,
-    heat_kernel_signature,
-    normalize_vertices,
-    surface_descriptors,
-    weld,
-)
+from data.mesh_features import face_features, normalize_vertices
 from data.mesh_io import Mesh, find_label_file, read_labels, read_mesh
+from data.mesh_planes import shares
+from data.mesh_prepare import MeshSpec, PreparedMesh, cached_arrays, prepare_mesh
 from utils.array_file import checksum, load_checked, new_array, write_checks
-from utils.checks import check_choice, check_range
+from utils.checks import check_range
 from utils.files import remove_leftovers_once, replacing
 from utils.fingerprint import digest, fingerprint
 from utils.log import progress
 from utils.losses import IGNORE_INDEX
 from utils.seed import derived_seed
 
-CACHE_VERSION = 2                   # raise it when prepare_mesh computes something else
-LABEL_VERSION = 1                   # raise it when read_labels gives something else
+LABEL_VERSION = 2                   # raise it when read_labels gives something else
 STATISTICS_ITEMS = 200              # items that feature_statistics looks at
+MOST_CLUSTERS = 1 << 14             # in one attention, whose time grows with their square
 FACES_IN_MEMORY = 20_000_000        # prepared meshes beyond this are read again from the cache
 PADDING = {"features": 0.0, "embedding": 0.0, "centroid": 0.0, "area": 0.0, "label": IGNORE_INDEX, "mask": False,
-           "face_index": -1, "descriptors": 0.0, "texture_sequences": 0.0, "texture_masks": False}
-
-
-@dataclass(frozen=True)
-class MeshSpec:
-    """How meshes become tokens. It travels in every checkpoint, so that prediction prepares a mesh as training did.
-
-    Raises ValueError for features that are unknown, none or named twice, and for sizes that are not above 0.
-    """
-
-    features: tuple[str, ...] = ("corners", "normal", "area", "angles", "curvature", "dihedral")
-    faces_per_cluster: int = 32
-    n_clusters: int | None = None           # a fixed number of clusters instead
-    clustering: str = "bisection"           # bisection | connected | fps
-    clusters_per_batch: int | None = None   # crops of that many neighbouring clusters (large meshes); None = whole
-    unit: float | None = None               # metres that make one length unit; None = every mesh by its own size
-
-    def __post_init__(self) -> None:
-        if not feature_width(self.features) or len(set(self.features)) < len(self.features):
-            raise ValueError(f"model.features={list(self.features)}: expected one feature or more, each named once")
-        check_choice("model.clustering", self.clustering, ("bisection", "connected", "fps"))
-        for name in ("faces_per_cluster", "n_clusters", "clusters_per_batch", "unit"):
-            if (value := getattr(self, name)) is not None and not value > 0:
-                raise ValueError(f"{name}={value}: expected a number above 0")
-
-    @property
-    def feature_dim(self) -> int:
-        return feature_width(self.features)
-
-    def check_feature_dim(self, given: int | None) -> None:
-        """ValueError where a config's model.feature_dim says something else; None says nothing."""
-        if given not in (None, self.feature_dim):
-            raise ValueError(f"model.feature_dim={given}, but model.features {list(self.features)} are "
-                             f"{self.feature_dim} wide; correct one of them (feature_dim may be left out)")
-
-    def to_dict(self) -> dict:
-        return {**asdict(self), "features": list(self.features)}
+           "face_index": -1, "polygon": -1, "share": 0.0, "descriptors": 0.0, "texture_sequences": 0.0,
+           "texture_masks": False}
 
 
 @dataclass(frozen=True)
@@ -126,94 +80,7 @@ class Augmentation:
         return self != Augmentation()
 
 
-class PreparedMesh(NamedTuple):
-    """vertices (V, 3) float32 normalised, faces (F, 3) int64 in file order, neighbors (F, 3) or None, area (F,) of the
-    faces in squared length units, hks (F, 16) or None, descriptors (F, 64) of `surface_descriptors` or None."""
-
-    vertices: np.ndarray
-    faces: np.ndarray
-    neighbors: np.ndarray | None
-    area: np.ndarray
-    hks: np.ndarray | None
-    descriptors: np.ndarray | None
-
-
-# -- preparing ---------------------------------------------------------------------------------------------------------
-
-def prepare_mesh(path: str | Path, spec: MeshSpec, cache_dir: str | Path | None = None,
-                 descriptors: bool = False, read: Callable[[Path], Mesh] = read_mesh) -> PreparedMesh:
-    """All that does not change from epoch to epoch, from the cache where the file and the settings are the same.
-
-    descriptors: also the targets of pre-training. read: parses the file, where the cache has no entry. Raises what
-    read_mesh raises, and ValueError where "hks" or descriptors are asked of a mesh too large for it, and for
-    coordinates that 32 bits cannot hold.
-    """
-    names = {"vertices", "faces", "area"}
-    if _wants_neighbors(spec):
-        names.add("neighbors")
-    if "hks" in spec.features:
-        names.add("hks")
-    settings = [CACHE_VERSION, spec.unit, _wants_neighbors(spec), HKS_EIGENPAIRS if "hks" in names else 0]
-    if descriptors:
-        names.add("descriptors")
-        settings.append((HKS_EIGENPAIRS, HEAT_RADII))
-    arrays = cached_arrays(path, settings, names, cache_dir, lambda: _prepare(read(path), spec, path, descriptors))
-    return PreparedMesh(**{name: arrays.get(name) for name in PreparedMesh._fields})
-
-
-def _wants_neighbors(spec):
-    return "dihedral" in spec.features or spec.clustering != "bisection"
-
-
-def _prepare(mesh, spec, path, descriptors):
-    vertices, faces = weld(mesh.vertices, mesh.faces)
-    with np.errstate(over="ignore", invalid="ignore"):      # told below
-        vertices = normalize_vertices(vertices, faces, spec.unit)
-        stored = vertices.astype(np.float32)
-    if not np.isfinite(stored).all():
-        raise ValueError(f"{path}: coordinates up to {np.abs(mesh.vertices).max():g} are too large; repair the file, "
-                         f"or correct model.unit")
-    try:
-        hks = heat_kernel_signature(vertices, faces) if descriptors or "hks" in spec.features else None
-    except ValueError as error:
-        hint = ""
-        if descriptors:
-            hint = "; the targets of pre-training need them too: set loss.delta=0 and masking.whole_share=0"
-        raise ValueError(f"{path}: {error}{hint}") from None
-    arrays = {"vertices": stored, "faces": faces,
-              "neighbors": face_neighbors(faces) if _wants_neighbors(spec) else None,
-              "area": face_geometry(vertices, faces)[2].astype(np.float32),
-              "hks": hks if "hks" in spec.features else None,
-              "descriptors": surface_descriptors(vertices, faces, hks) if descriptors else None}
-    return {name: value for name, value in arrays.items() if value is not None}
-
-
-def cached_arrays(path: str | Path, settings: list, names: Collection[str], cache_dir: str | Path | None,
-                  compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """compute() -> {name: array}, from the cache where the content of the file at path and the settings are the
-    same."""
-    if cache_dir is None:
-        return compute()
-    key = hashlib.sha256(Path(path).read_bytes())
-    key.update(json.dumps([Path(path).suffix.lower(), *settings]).encode())
-    entry = Path(cache_dir) / f"{key.hexdigest()[:32]}.npz"
-    remove_leftovers_once(cache_dir)
-    arrays = _read_cache(entry, names)
-    if arrays is None:
-        arrays = compute()
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(entry) as file:
-            np.savez(file, **arrays)                        # a zip archive, which has checksums
-    return arrays
-
-
-def _read_cache(entry, names):
-    try:
-        with np.load(entry, allow_pickle=False) as stored:
-            return {name: stored[name] for name in names}
-    except (OSError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile):
-        return None                                         # absent or damaged: prepared again, and written over
-
+# -- parts of a data set ----------------------------------------------------------------------------------------------
 
 def hold_out(files: Sequence[Path], patterns: Sequence[str]) -> tuple[list[Path], list[Path]]:
     """(the other files, those whose name without suffix matches one of the patterns). Raises ValueError for a pattern
@@ -227,7 +94,12 @@ def hold_out(files: Sequence[Path], patterns: Sequence[str]) -> tuple[list[Path]
 
 
 def _matching(files, patterns):
-    return [file for file in files if any(fnmatch.fnmatchcase(file.stem, str(pattern)) for pattern in patterns)]
+    """Patterns with a / are compared with as many folders as they have, as scene_01/*."""
+    def name(file, pattern):
+        return "/".join([*file.parent.parts, file.stem][-pattern.count("/") - 1:])
+
+    return [file for file in files
+            if any(fnmatch.fnmatchcase(name(file, pattern), pattern) for pattern in map(str, patterns))]
 
 
 def split_meshes(files: Sequence[Path], val_split: Sequence[str] | Sequence[float]) -> tuple[list[Path], list[Path]]:
@@ -325,6 +197,10 @@ class MeshDataset(Dataset):
     label_offset: int = 0
     ignore_labels: Sequence[int] = ()
     label_kind: str = "auto"
+    label_field: str | None = None          # this and the next two: see read_labels
+    label_names: Sequence[str] = ()
+    label_map: LabelMap | None = None
+    root: str | Path | None = None          # label_dir has the folders that the files are in, below this one
     cache_dir: str | Path | None = None
     seed: int = 0
     description: str = "preparing meshes"
@@ -340,26 +216,29 @@ class MeshDataset(Dataset):
         self._prepared: dict[int, PreparedMesh] = {}
         self._last_view: tuple = (None, None)
         kept = 0
-        self.num_faces = []
+        self.num_faces: list[int] = []                      # triangles
+        self.num_polygons: list[int] = []                   # faces of the file
+        self.notes: list[str] = []
         read = lru_cache(1)(self.read)                      # geometry and labels share one parse of a file
         for index, path in enumerate(progress(self.files, self.description)):
             mesh = prepare_mesh(path, self.spec, self.cache_dir, self.descriptors, read)
             self.labels.append(self._read_labels(path, len(mesh.faces), read))
             self.num_faces.append(len(mesh.faces))
+            self.num_polygons.append(len(mesh.faces) if mesh.polygon is None else int(mesh.polygon[-1]) + 1)
+            self._check_clusters(path, self._num_clusters(len(mesh.faces)))
             kept += len(mesh.faces)
             if kept <= FACES_IN_MEMORY or self.cache_dir is None:
                 self._prepared[index] = mesh
         if self.label_dir is not None and not any((label != IGNORE_INDEX).any() for label in self.labels):
             raise ValueError(f"{self.files[0]}: not one face of {len(self.files)} meshes is labelled; check "
                              f"data.ignore_labels and the label files")
-        limit = self.spec.clusters_per_batch
         self.items = []                                     # (mesh, view, part)
         for index, count in enumerate(self.num_faces):
             clusters = self._num_clusters(count)
             if self.views or self.every_part:
-                parts = -(-clusters // limit) if limit else 1
+                parts = -(-clusters // self.limit)
             else:
-                parts = max(1, clusters // limit) if limit else 1
+                parts = max(1, clusters // self.limit)
             self.items += [(index, view, part) for view in range(max(1, self.views)) for part in range(parts)]
 
     def _check_augmentation(self):
@@ -367,15 +246,34 @@ class MeshDataset(Dataset):
             raise ValueError("augmentation.size_range is for model.encoder: diffusion_net; clusters of faces have "
                              "augmentation.scale_range")
 
+    @property
+    def limit(self) -> int:
+        """The most clusters of an item."""
+        return self.spec.clusters_per_batch or MOST_CLUSTERS
+
+    def _check_clusters(self, path, clusters):
+        if clusters <= MOST_CLUSTERS or self.spec.clusters_per_batch:
+            return
+        what = f"{path}: {clusters:,} clusters, and the network compares all with all"
+        if not (self.views or self.every_part):
+            raise ValueError(f"{what}; set training.clusters_per_batch, to 4096 for example, or raise "
+                             f"model.faces_per_cluster")
+        self.notes.append(f"{what}: taken in parts of {MOST_CLUSTERS:,} (training.clusters_per_batch)")
+
     def _read_labels(self, path, num_faces, read):
         if self.label_dir is None:
             return np.full(num_faces, IGNORE_INDEX, np.int64)
-        file = find_label_file(path, self.label_dir)
-        settings = [self.num_classes, self.label_offset, list(self.ignore_labels), self.label_kind]
+        folder = Path(self.label_dir)
+        if self.root is not None:
+            folder = folder / path.parent.relative_to(self.root)
+        file = find_label_file(path, folder, self.label_kind, self.label_field)
+        settings = [self.num_classes, self.label_offset, list(self.ignore_labels), self.label_kind, self.label_field,
+                    list(self.label_names)]
         content = hashlib.sha256(file.read_bytes()).hexdigest()
-        key = ["labels", LABEL_VERSION, file.suffix.lower(), content, *settings]
+        key = ["labels", LABEL_VERSION, file.suffix.lower(), content, *settings,
+               self.label_map and self.label_map.text()]
         return cached_arrays(path, key, ("label",), self.cache_dir,
-                             lambda: {"label": read_labels(file, read(path), *settings)})["label"]
+                             lambda: {"label": read_labels(file, read(path), *settings, self.label_map)})["label"]
 
     def _num_clusters(self, num_faces):
         if self.spec.n_clusters:
@@ -395,6 +293,20 @@ class MeshDataset(Dataset):
             return prepare_mesh(self.files[index], self.spec, self.cache_dir, self.descriptors, self.read)
         return self._prepared[index]
 
+    def faces_of_file(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """One triangle of each face of files[index], (P,) int64, and the whole area of that face (P,)."""
+        mesh = self.mesh(index)
+        if mesh.polygon is None:
+            return np.arange(len(mesh.faces)), mesh.area
+        return np.flatnonzero(np.diff(mesh.polygon, prepend=-1)), np.bincount(mesh.polygon, mesh.area)
+
+    def _polygons(self, mesh):
+        """{} where all faces of all files are triangles, else polygon (F,) and share (F,) of a mesh's triangles."""
+        if self.num_faces == self.num_polygons:
+            return {}
+        polygon = np.arange(len(mesh.faces)) if mesh.polygon is None else mesh.polygon
+        return {"polygon": polygon, "share": shares(polygon, mesh.area)}
+
     @property
     def input_key(self) -> str:
         """What a network sees of an item besides its features, centroid and face_index: see CachedFeatures."""
@@ -413,7 +325,9 @@ class MeshDataset(Dataset):
     def __getitem__(self, item: int) -> dict:
         """features (N, F, Dg) float32, label (N, F) int64, mask (N, F) bool, face_index (N, F) int64 (-1 = padding),
         centroid (N, F, 3) and area (N, F; of the mesh before augmentation) float32, index of the mesh in `files`; with
-        `descriptors` these as well (N, F, 64; of the mesh before augmentation)."""
+        `descriptors` these as well (N, F, 64; of the mesh before augmentation). Where a file of the data set has
+        polygons, polygon (N, F) int64, the face of the file that a triangle is of, and share (N, F) float32, which part
+        of its area (-1 and 0 = padding)."""
         index, view, part = self.items[item]
         augmentation = self.augmentation
         recluster = augmentation.recluster
@@ -453,7 +367,8 @@ class MeshDataset(Dataset):
         centroid = mesh.vertices.take(mesh.faces, 0).mean(1)                     # (F, 3)
         face_index = self._clusters(centroid, mesh.neighbors, rng if recluster else None)
         features = face_features(mesh.vertices, mesh.faces, self.spec.features, mesh.neighbors, mesh.hks)
-        values = {"features": features, "label": self.labels[index], "centroid": centroid, "area": mesh.area}
+        values = {"features": features, "label": self.labels[index], "centroid": centroid, "area": mesh.area,
+                  **self._polygons(mesh)}
         return face_index, values if mesh.descriptors is None else {**values, "descriptors": mesh.descriptors}
 
     def _clusters(self, centroid, neighbors, rng):
@@ -465,8 +380,8 @@ class MeshDataset(Dataset):
         return recursive_bisection(centroid, size, rng, count)
 
     def _part(self, face_index, centroid, part, rng):
-        limit = self.spec.clusters_per_batch
-        if not limit or len(face_index) <= limit:
+        limit = self.limit
+        if len(face_index) <= limit:
             return face_index
         if self.views or self.every_part:
             return face_index[part * limit:(part + 1) * limit]                   # neighbours are consecutive
@@ -494,7 +409,8 @@ class CachedFeatures(Dataset):
         digest = hashlib.sha256((key + dataset.input_key).encode())
         for item in range(len(dataset)):
             sample = dataset[item]
-            self._rest.append({name: sample[name] for name in ("label", "mask", "face_index", "index")})
+            names = ("label", "mask", "face_index", "index", "polygon", "share")
+            self._rest.append({name: sample[name] for name in names if name in sample})
             digest.update(str(sample["features"].shape).encode())
             for name in ("features", "centroid", "face_index"):
                 digest.update(sample[name].numpy().tobytes())
@@ -558,6 +474,22 @@ def custom_collate_fn(batch: Sequence[dict]) -> dict:
         for row, item in zip(out[name], batch, strict=True):
             row[:item[name].shape[0], :item[name].shape[1]] = item[name]
     return out
+
+
+def each_face_once(values: torch.Tensor, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of values (B, N, F, K) of the triangles of a batch: (P, K) of the faces of the files, for a polygon the mean by
+    area of its triangles in the batch, and their labels (P,)."""
+    mask = batch["mask"]
+    values, label = values[mask], batch["label"][mask]
+    if "polygon" not in batch:
+        return values, label
+    polygon, share = batch["polygon"], batch["share"][mask][:, None]
+    own = torch.arange(len(mask), device=mask.device)[:, None, None] * (polygon.max() + 1) + polygon
+    number = own[mask].unique(return_inverse=True)[1]
+    weighted = torch.cat([values * share, share], 1)
+    total = weighted.new_zeros(int(number.max()) + 1, weighted.shape[1]).index_add_(0, number, weighted)
+    mean = total[:, :-1] / total[:, -1:].clamp(min=1e-12)
+    return mean, label.new_zeros(len(mean)).index_copy_(0, number, label)
 
 
 def feature_statistics(dataset: MeshDataset, name: str = "features") -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,6 +6,11 @@ by `normalize_vertices`, do not change when the mesh is moved or scaled. V verti
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
 import numpy as np
 import scipy.sparse as sp
 from scipy.sparse.linalg import splu
@@ -17,7 +22,7 @@ from data.mesh_operators import (
     corner_cotangents,
     smallest_eigenpairs,
 )
-from utils.checks import did_you_mean, nearest
+from utils.checks import check_choice, did_you_mean, nearest
 
 HKS_TIMES = 16
 HKS_EIGENPAIRS = 128
@@ -27,6 +32,7 @@ GROUND_BELOW, GROUND_ABOVE = 0.99, 0.01     # pull on the ground plane of what l
 GROUND_CELL = 0.05              # roughness: cell of the grid, as a share of the mesh's diameter
 TINY = 1e-12
 HEAT_RADII = (0.1, 0.25, 0.5)   # of the surroundings in `surface_descriptors`, in square roots of the mesh's area
+UP = ("auto", "z", "y")
 NUM_DESCRIPTORS = HKS_TIMES * (1 + len(HEAT_RADII))
 
 # name -> width; the order here is the order of the columns. All but the last are computed from the augmented vertices.
@@ -43,13 +49,52 @@ FEATURES = {
 }
 
 
-def feature_width(names) -> int:
-    """Dg of a list of feature names. Raises ValueError for an unknown one."""
-    unknown = [name for name in names if name not in FEATURES]
+def feature_width(names, known: Mapping[str, int] = FEATURES, where: str = "") -> int:
+    """D of a list of feature names, those of `known`. Raises ValueError, which says `where`, for an unknown one."""
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise ValueError(f"model.features: unknown {unknown}; choose from {list(FEATURES)}"
-                         f"{did_you_mean(nearest(unknown[0], FEATURES))}")
-    return sum(FEATURES[name] for name in names)
+        raise ValueError(f"model.features: unknown {unknown}{where}; choose from {list(known)}"
+                         f"{did_you_mean(nearest(unknown[0], known))}")
+    return sum(known[name] for name in names)
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """Which features a network sees: what MeshSpec (of faces) and SurfaceSpec (of vertices) have in common.
+
+    up: the axis that points up in the files, z or y; auto: y in a .glb, as glTF has it, else z. Meshes whose y points
+    up are turned. Raises ValueError for features that are unknown, none or named twice.
+    """
+
+    features: tuple[str, ...]
+    up: str = field(default="auto", kw_only=True)
+
+    known: ClassVar[Mapping[str, int]] = FEATURES
+    where: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        if not self.feature_dim or len(set(self.features)) < len(self.features):
+            raise ValueError(f"model.features={list(self.features)}: expected one feature or more, each named once")
+        check_choice("data.up", self.up, UP)
+
+    @property
+    def feature_dim(self) -> int:
+        return feature_width(self.features, self.known, self.where)
+
+    def check_feature_dim(self, given: int | None) -> None:
+        """ValueError where a config's model.feature_dim says something else; None says nothing."""
+        if given not in (None, self.feature_dim):
+            raise ValueError(f"model.feature_dim={given}, but model.features {list(self.features)} are "
+                             f"{self.feature_dim} wide; correct one of them (feature_dim may be left out)")
+
+    def z_up(self, vertices: np.ndarray, path: str | Path) -> np.ndarray:
+        """vertices (V, 3) of the file at `path`, turned about x where its y points up."""
+        if self.up == "y" or (self.up == "auto" and Path(path).suffix.lower() == ".glb"):
+            return vertices[:, [0, 2, 1]] * (1, -1, 1)
+        return vertices
+
+    def to_dict(self) -> dict:
+        return {**asdict(self), "features": list(self.features)}
 
 
 def normalize_vertices(vertices: np.ndarray, faces: np.ndarray, unit: float | None = None) -> np.ndarray:

@@ -36,9 +36,19 @@ def plane_units(vertices: np.ndarray, faces: np.ndarray, degrees: float) -> np.n
 def pooled(probability: np.ndarray, unit: np.ndarray, area: np.ndarray) -> np.ndarray:
     """probability (F, C), unit (F,) int and area (F,) of the faces -> (F, C): the mean over each unit, by area (by
     number where a unit has none)."""
+    weight, total = _weights(unit, area)
+    mean = np.stack([np.bincount(unit, weight * column, len(total)) for column in probability.T], axis=1)
+    return (mean / total[:, None])[unit].astype(probability.dtype)
+
+
+def shares(unit: np.ndarray, area: np.ndarray) -> np.ndarray:
+    """Which part of its unit a face is, (F,) float32 with sum 1 over each unit: by area, as `pooled`."""
+    weight, total = _weights(unit, area)
+    return (weight / total[unit]).astype(np.float32)
+
+
+def _weights(unit, area):
     num_units = int(unit.max(initial=-1)) + 1
     total = np.bincount(unit, area, num_units)
     weight = np.where(total[unit] > 0, area, 1.0)
-    total = np.bincount(unit, weight, num_units)
-    mean = np.stack([np.bincount(unit, weight * column, num_units) for column in probability.T], axis=1)
-    return (mean / total[:, None])[unit].astype(probability.dtype)
+    return weight, np.bincount(unit, weight, num_units)

@@ -9,31 +9,31 @@ from pathlib import Path
 import numpy as np
 
 from data.mesh_io import write_glb, write_labels, write_ply
+from utils.files import move_results
 from utils.render import viewer_html
 
 
 def write_mesh_result(stem: Path, prediction: Mapping, colors: Mapping[str, np.ndarray], labels: str = "txt",
-                      picture: str = "ply", html: bool = False, label_offset: int = 0) -> list[Path]:
+                      picture: str = "ply", html: bool = False) -> list[Path]:
     """Write STEM.txt (or .npy) and, for each ending in colors ("" for the classes, "_pca" ...), STEM + ending .ply or
     .glb, and .html. Returns the paths.
 
     prediction: label (P,) one a face line of the input, vertices (V, 3), faces (F, 3), face_label (F,). colors
-    {ending: (F, 3) uint8}. picture ply | glb | none. label_offset is taken off again, so that the numbers are those of
-    the training labels' files.
+    {ending: (F, 3) uint8}. picture ply | glb | none.
     """
     vertices, faces = prediction["vertices"], prediction["faces"]
     with tempfile.TemporaryDirectory(prefix=".writing_", dir=stem.parent) as folder:     # whole files, or none
         written = [Path(folder, f"{stem.name}.{labels}")]                        # not with_suffix: names may have dots
-        write_labels(written[0], prediction["label"] - label_offset)
+        write_labels(written[0], prediction["label"])
         for ending, color in colors.items():
             if picture == "ply":
                 written.append(Path(folder, f"{stem.name}{ending}.ply"))
                 write_ply(written[-1], vertices, faces, color,
-                          None if ending else prediction["face_label"] - label_offset)
+                          None if ending else prediction["face_label"])
             elif picture == "glb":
                 written.append(Path(folder, f"{stem.name}{ending}.glb"))
                 write_glb(written[-1], vertices, faces, color)
             if html:
                 written.append(Path(folder, f"{stem.name}{ending}.html"))
                 written[-1].write_text(viewer_html(vertices, faces, color), encoding="utf-8")
-        return [path.replace(stem.parent / path.name) for path in written]
+        return move_results(written, stem.parent)

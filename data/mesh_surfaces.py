@@ -7,16 +7,16 @@ set are the same. V vertices, F faces, D feature width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
 
 from data.mesh import Augmentation, MeshDataset, MeshSpec, augment, cached_arrays, custom_collate_fn, rotation_about_z
-from data.mesh_features import weld
+from data.mesh_features import FeatureSpec, weld
 from data.mesh_io import read_mesh
 from data.mesh_operators import (
     NUM_EIGENPAIRS,
@@ -27,7 +27,6 @@ from data.mesh_operators import (
     rotation_from_uniforms,
 )
 from data.mesh_texture import MeshTextureDataset
-from utils.checks import did_you_mean, nearest
 from utils.log import progress
 from utils.seed import derived_seed
 from utils.surface_operators import Operators
@@ -44,7 +43,7 @@ WHOLE_MESH = MeshSpec(features=("centroid",), n_clusters=1)       # what data/me
 
 
 @dataclass(frozen=True)
-class SurfaceSpec:
+class SurfaceSpec(FeatureSpec):
     """Which vertex features a network sees, and of how many eigenpairs. It travels in every checkpoint.
 
     Raises ValueError for features that are unknown, none or named twice, and for numbers that are not above 0.
@@ -54,29 +53,14 @@ class SurfaceSpec:
     num_eigenpairs: int = NUM_EIGENPAIRS
     hks_scale: float = 1.0                  # times the signature, 5 to 33 at its smallest time: 0.1 beside others
 
+    known: ClassVar[Mapping[str, int]] = VERTEX_FEATURES
+    where: ClassVar[str] = " for vertices"
+
     def __post_init__(self) -> None:
-        unknown = [name for name in self.features if name not in VERTEX_FEATURES]
-        if unknown:
-            raise ValueError(f"model.features: unknown {unknown} for vertices; choose from {list(VERTEX_FEATURES)}"
-                             f"{did_you_mean(nearest(unknown[0], VERTEX_FEATURES))}")
-        if not self.features or len(set(self.features)) < len(self.features):
-            raise ValueError(f"model.features={list(self.features)}: expected one feature or more, each named once")
+        super().__post_init__()
         if self.num_eigenpairs < 1 or not self.hks_scale > 0:
             raise ValueError(f"model.num_eigenpairs={self.num_eigenpairs}, model.hks_scale={self.hks_scale}: expected "
                              f"numbers above 0")
-
-    @property
-    def feature_dim(self) -> int:
-        return sum(VERTEX_FEATURES[name] for name in self.features)
-
-    def check_feature_dim(self, given: int | None) -> None:
-        """ValueError where a config's model.feature_dim says something else; None says nothing."""
-        if given not in (None, self.feature_dim):
-            raise ValueError(f"model.feature_dim={given}, but model.features {list(self.features)} are "
-                             f"{self.feature_dim} wide; correct one of them (feature_dim may be left out)")
-
-    def to_dict(self) -> dict:
-        return {**asdict(self), "features": list(self.features)}
 
 
 class Surface(NamedTuple):
@@ -98,8 +82,7 @@ class Surfaces(list):
         return Surfaces(surface.to(device, non_blocking) for surface in self)
 
 
-def prepare_operators(path: str | Path, num_eigenpairs: int = NUM_EIGENPAIRS,
-                      cache_dir: str | Path | None = None) -> MeshOperators:
+def prepare_operators(path: str | Path, spec: SurfaceSpec, cache_dir: str | Path | None = None) -> MeshOperators:
     """The operators of a mesh file, its vertices welded; from the cache where file, settings and version are the same.
 
     Raises what read_mesh raises, and ValueError, with the path, where the mesh is too large or the solver fails.
@@ -107,13 +90,13 @@ def prepare_operators(path: str | Path, num_eigenpairs: int = NUM_EIGENPAIRS,
     def compute() -> dict[str, np.ndarray]:
         mesh = read_mesh(path)
         try:
-            operators = mesh_operators(*weld(mesh.vertices, mesh.faces), num_eigenpairs)
+            operators = mesh_operators(*weld(spec.z_up(mesh.vertices, path), mesh.faces), spec.num_eigenpairs)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         return {**operators._asdict(), "note": np.array(operators.note)}
 
-    arrays = cached_arrays(path, ["operators", OPERATORS_VERSION, num_eigenpairs], MeshOperators._fields, cache_dir,
-                           compute)
+    arrays = cached_arrays(path, ["operators", OPERATORS_VERSION, spec.num_eigenpairs, spec.up],
+                           MeshOperators._fields, cache_dir, compute)
     return MeshOperators(**{**arrays, "note": str(arrays["note"])})
 
 
@@ -166,13 +149,12 @@ class SurfaceDataset(MeshDataset):
 
     def __post_init__(self) -> None:
         self.surface_spec: SurfaceSpec = self.spec
-        self.spec = WHOLE_MESH
+        self.spec = replace(WHOLE_MESH, up=self.spec.up)
         super().__post_init__()
         self._operators: dict[int, MeshOperators] = {}
-        self.notes: list[str] = []
         kept = 0
         for index, path in enumerate(progress(self.files, f"operators of {self.description}")):
-            operators = prepare_operators(path, self.surface_spec.num_eigenpairs, self.cache_dir)
+            operators = prepare_operators(path, self.surface_spec, self.cache_dir)
             if operators.note:
                 self.notes.append(f"{path}: {operators.note}")
             kept += sum(value.nbytes for value in operators[:-1])
@@ -192,7 +174,7 @@ class SurfaceDataset(MeshDataset):
     def operators(self, index: int) -> MeshOperators:
         """The operators of files[index], as the file has it."""
         if index not in self._operators:
-            return prepare_operators(self.files[index], self.surface_spec.num_eigenpairs, self.cache_dir)
+            return prepare_operators(self.files[index], self.surface_spec, self.cache_dir)
         return self._operators[index]
 
     def __getitem__(self, item: int) -> dict:
@@ -222,7 +204,8 @@ class SurfaceDataset(MeshDataset):
         if tuple(settings.size_range) != (1.0, 1.0):
             operators = resized(operators, np.exp(rng.uniform(*np.log(settings.size_range))))
         F = len(mesh.faces)
-        return {"features": torch.from_numpy(vertex_features(operators, self.surface_spec)),
+        polygons = {name: torch.from_numpy(value)[None] for name, value in self._polygons(mesh).items()}
+        return {**polygons, "features": torch.from_numpy(vertex_features(operators, self.surface_spec)),
                 "operators": Operators(*(torch.from_numpy(getattr(operators, name)) for name in Operators._fields)),
                 "faces": torch.from_numpy(mesh.faces), "label": torch.from_numpy(self.labels[index])[None],
                 "mask": torch.ones(1, F, dtype=torch.bool), "face_index": torch.arange(F)[None],

@@ -20,15 +20,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from data.columns import parse_numbers, ply_columns
 from data.images import opened, to_rgb
 from data.mesh import MeshDataset, cached_arrays, custom_collate_fn
-from data.mesh_io import PLY_CORNERS, _fan, obj_text, parse_numbers, plain_lines, ply_columns
+from data.mesh_formats import PLY_CORNERS, obj_text, plain_lines, text_name
+from data.mesh_io import read_mesh
 from utils.array_file import load_checked, save_checked
 from utils.files import replacing
 from utils.log import progress
 from utils.seed import derived_seed
 
-CACHE_VERSION = 2                   # raise it when read_texture or read_pyramid gives something else
+CACHE_VERSION = 3                   # raise it when read_texture or read_pyramid gives something else
 CHUNK = 1 << 19                     # samples at a time
 LARGEST_UV = 1e6                    # beyond it float32 no longer tells texels apart
 NO_TEXTURE = ".off", ".stl", ".glb"
@@ -102,9 +104,9 @@ def _read_obj(path: Path) -> dict[str, np.ndarray]:
         elif keyword == b"vt":
             positions.append(rest)
         elif keyword == b"usemtl":
-            current = names.setdefault(_name(rest), len(names))
+            current = names.setdefault(text_name(rest), len(names))
         else:
-            libraries[_name(rest)] = True
+            libraries[text_name(rest)] = True
     uv = parse_numbers(b"\n".join(positions), np.float64)
     # Of corners like 7/1/3 the second number, with a 0 behind it, so that one that is not there (7 or 7//3) becomes 0.
     index = parse_numbers(re.sub(rb"[^\s/]+/?([^\s/]*)\S*", rb"\g<1>0", b"\n".join(faces)), np.int64)
@@ -126,7 +128,7 @@ def _read_obj(path: Path) -> dict[str, np.ndarray]:
 def _read_ply(path: Path) -> dict[str, np.ndarray]:
     columns, comments = ply_columns(path)
     face = columns["face"]
-    names = [_name(c[12:].encode("latin-1")) for c in comments if c.startswith("TextureFile ")]
+    names = [text_name(c[12:].encode("latin-1")) for c in comments if c.startswith("TextureFile ")]
     count = next(face[name] for name in PLY_CORNERS if name in face)[1].astype(np.int64)
     if "texcoord" not in face or not names:
         return _by_face(path, np.full((count.sum(), 2), np.nan), count, np.full(len(count), -1, np.int32), [], [])
@@ -148,18 +150,13 @@ def _by_face(path, uv, count, material, names, libraries):
     if (np.abs(uv) > LARGEST_UV).any():
         raise ValueError(f"{path}: a texture coordinate of {np.nanmax(np.abs(uv)):g}; they are about 0..1, repair the "
                          f"file")
-    corner, polygon = _fan(np.arange(len(uv)), count)                            # (F, 3)
-    return {"uv": uv[corner].astype(np.float32), "material": material if polygon is None else material[polygon],
+    if (count == 3).all():
+        slot = np.arange(len(uv)).reshape(-1, 3)                                 # (F, 3)
+    else:
+        mesh = read_mesh(path)                      # where its corners lie decides how a polygon is cut
+        slot, material = mesh.slot, material[mesh.polygon]
+    return {"uv": uv[slot].astype(np.float32), "material": material,
             "names": np.array(names, str), "libraries": np.array(libraries, str)}
-
-
-def _name(text: bytes) -> str:
-    """A name in a file: UTF-8, else Latin-1; no quotes, / for a backslash. Only a # between blanks begins a comment."""
-    try:
-        text = text.decode()
-    except UnicodeDecodeError:
-        text = text.decode("latin-1")
-    return re.sub(r"(^|\s)#(\s.*)?$", "", text).strip().strip('"').replace("\\", "/")
 
 
 def _file(folder: Path, name: str) -> Path:
@@ -180,7 +177,7 @@ def read_mtl(path: str | Path) -> dict[str, Material]:
         keyword, *rest = line.split(None, 1) or [b""]
         try:
             if keyword == b"newmtl":
-                name = _name(rest[0])
+                name = text_name(rest[0])
                 materials[name] = Material()
             elif keyword == b"Kd":
                 color = tuple(map(float, rest[0].split(b"#")[0].split()))
@@ -188,7 +185,7 @@ def read_mtl(path: str | Path) -> dict[str, Material]:
                     raise ValueError
                 materials[name] = materials[name]._replace(color=color)
             elif keyword.lower() == b"map_kd":
-                materials[name] = materials[name]._replace(**_picture(_name(rest[0]), path.parent))
+                materials[name] = materials[name]._replace(**_picture(text_name(rest[0]), path.parent))
         except (ValueError, IndexError, KeyError):
             raise ValueError(f"{path}: line {number} cannot be read: {line[:60].decode(errors='replace')!r}; "
                              f"'newmtl NAME', 'Kd r g b' or 'map_Kd FILE' is expected") from None

@@ -1,7 +1,9 @@
 """Reading photographs as people have them: what the numbers in a file mean is one decision for a data set.
 
-A photograph becomes 8-bit RGB. Files of 8 bits are taken as they are; deeper ones are scaled from the full range of
-their type, or from `value_range`, which is the same for all files and never that of one file. `bands` chooses three.
+A photograph becomes 8-bit RGB, or as many bands of 8 bits as `bands` names. Files of 8 bits are taken as they are;
+deeper ones are scaled from the full range of their type, or from `value_range`, which is the same for all files and
+never that of one file. Pillow reads; TIFF and JPEG 2000 are read through rasterio where it is installed.
+H, W of the photograph, K bands.
 """
 
 from __future__ import annotations
@@ -9,7 +11,8 @@ from __future__ import annotations
 import math
 import struct
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -17,21 +20,32 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from data.rasters import Georeference, Raster, library, opened_raster
+from data.tiff import (
+    ASSOCIATED,
+    BITS,
+    EXTRA_SAMPLES,
+    GEO_KEYS,
+    INSTALL,
+    PLANAR,
+    SAMPLE_FORMAT,
+    count_pages,
+    describe_tiff,
+    first_page,
+)
+from utils.scratch import release, scratch_array
+
 READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, AssertionError, Image.DecompressionBombError)
 ORIENTATION = 0x0112                        # the EXIF tag
 UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
            5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
            8: Image.Transpose.ROTATE_90}
-# TIFF tags, and how many bytes a value of each of its types has
-SUBFILE, BITS, SAMPLES, PLANAR, EXTRA_SAMPLES, SAMPLE_FORMAT = 254, 258, 277, 284, 338, 339
-MOST_PAGES, MOST_TAGS = 1000, 4096          # more are damage, or malice
-READ_TAGS = (SUBFILE, BITS, SAMPLES, PLANAR, EXTRA_SAMPLES, SAMPLE_FORMAT)
-TIFF_TYPES = {1: "B", 3: "H", 4: "I", 16: "Q"}
-REDUCED, TRANSPARENCY_MASK = 1, 4           # bits of SUBFILE: an overview, not a page
-ASSOCIATED = 1                              # of EXTRA_SAMPLES: the only fourth band that is transparency for certain
+SIDEWAYS = tuple(UPRIGHT[number] for number in (5, 6, 7, 8))
+MOST_PIXELS = 178_956_970                   # of a file that nobody named (Pillow's limit): a small file may claim many
 MANY_PAGES = ("TIFF", "GIF", "WEBP", "PNG", "AVIF")         # not MPO: phones add a depth map to their JPEG
 RANGES = {"uint8": (0, 2 ** 8 - 1), "uint12": (0, 2 ** 12 - 1), "uint16": (0, 2 ** 16 - 1), "uint32": (0, 2 ** 32 - 1),
-          "int16": (-2 ** 15, 2 ** 15 - 1), "int32": (-2 ** 31, 2 ** 31 - 1)}
+          "int8": (-2 ** 7, 2 ** 7 - 1), "int16": (-2 ** 15, 2 ** 15 - 1), "int32": (-2 ** 31, 2 ** 31 - 1)}
+STRIP_PIXELS = 1 << 22                      # of a photograph, converted or read at once
 ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
 LEAST_USED = 1 / 8                          # of its type's range, or the numbers mean something else
 SOFT_VALUES, SOFT_SHARE = 16, 0.1           # more values between 0 and 255, at more of the pixels: no transparency
@@ -40,13 +54,62 @@ OTHER_BYTE = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"
 
 class PhotoFormat(NamedTuple):
     """value_range: (low, high) that become 0 and 255, None: the full range of a file's type; files of 8 bits have no
-    other. bands: three, counted from 1; None: the first three, where a fourth that is transparency shows white."""
+    other. bands: those of the file that are read, counted from 1; None: the first three, where a fourth that is
+    transparency shows white. max_pixels: a file of more is refused; None: MOST_PIXELS."""
 
     value_range: tuple[float, float] | None = None
-    bands: tuple[int, int, int] | None = None
+    bands: tuple[int, ...] | None = None
+    max_pixels: float | None = None
+
+    @property
+    def channels(self) -> int:
+        return 3 if self.bands is None else len(self.bands)
+
+    def shown(self) -> PhotoFormat:
+        """The same with three bands, for a picture: the first three, or the only one."""
+        if self.channels == 3:
+            return self
+        return self._replace(bands=self.bands[:3] if len(self.bands) > 3 else self.bands[:1] * 3)
 
 
 AS_STORED = PhotoFormat()
+
+
+class BandImage:
+    """A photograph of any number of bands (Pillow has at most four): a Pillow image of 8 bits for each."""
+
+    def __init__(self, bands: Sequence[Image.Image]) -> None:
+        self.bands = list(bands)
+        self.size = self.bands[0].size
+
+    def _each(self, name, *args):
+        return BandImage([getattr(band, name)(*args) for band in self.bands])
+
+    def resize(self, *args) -> BandImage:
+        return self._each("resize", *args)
+
+    def crop(self, box: tuple[int, int, int, int]) -> BandImage:
+        return self._each("crop", box)
+
+    def transpose(self, turn: Image.Transpose) -> BandImage:
+        return self._each("transpose", turn)
+
+
+Picture = Image.Image | BandImage
+
+
+def pixels_of(image: Picture) -> np.ndarray:
+    """(H, W, K) uint8 of an RGB image or of bands."""
+    if isinstance(image, BandImage):
+        return np.stack([np.asarray(band) for band in image.bands], -1)
+    return np.asarray(image)
+
+
+def picture_of(pixels: np.ndarray) -> Picture:
+    """The inverse of pixels_of."""
+    if pixels.shape[-1] == 3:
+        return Image.fromarray(pixels)
+    return BandImage([Image.fromarray(np.ascontiguousarray(pixels[..., k])) for k in range(pixels.shape[-1])])
 
 
 def photo_format(data: Mapping) -> PhotoFormat:
@@ -55,27 +118,49 @@ def photo_format(data: Mapping) -> PhotoFormat:
     if limits is not None and not (len(limits) == 2 and all(type(end) in (int, float) for end in limits)
                                    and -math.inf < limits[0] < limits[1] < math.inf):
         raise ValueError(f"value_range={list(limits)}: expected [low, high], the values that become black and white")
-    if bands is not None and (len(bands) != 3 or not all(type(band) is int and band >= 1 for band in bands)):
-        raise ValueError(f"bands={list(bands)}: expected three bands, counted from 1, such as [1, 2, 3]; the network "
-                         f"takes red, green and blue")
-    return PhotoFormat(limits and tuple(limits), bands and tuple(bands))
+    if bands is not None and not all(type(band) is int and band >= 1 for band in bands):
+        raise ValueError(f"bands={list(bands)}: expected three bands, counted from 1, such as [1, 2, 3]")
+    return PhotoFormat(limits and tuple(limits), bands and tuple(bands), data.get("max_pixels") or None)
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
 
+OPENING = threading.Lock()                  # Pillow has one limit for all threads
+
+
+def _pillow_open(path):
+    """Image.open without its own limit of pixels, which check_pixels has."""
+    with OPENING:
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(path)
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+
+
+def check_pixels(size: tuple[int, int], max_pixels: float | None) -> None:
+    """ValueError where (width, height) is more than max_pixels, None: MOST_PIXELS."""
+    most = max_pixels or MOST_PIXELS
+    if size[0] * size[1] > most:
+        raise ValueError(f"{size[0]} x {size[1]} = {size[0] * size[1]} pixels, above the limit of {most}, which "
+                         f"protects from files that claim more than they hold; to read it, name the file itself to "
+                         f"predict.py, or set max_pixels (--max-pixels {size[0] * size[1]})")
+
+
 @contextmanager
-def opened(path: str | Path, what: str = "image") -> Iterator[Image.Image]:
-    """Image.open, with one clear ValueError for whatever is wrong with the file, also while it is decoded inside, and
-    for a stack of several pages."""
+def opened(path: str | Path, what: str = "image", max_pixels: float | None = None) -> Iterator[Image.Image]:
+    """Image.open, with one clear ValueError for whatever is wrong with the file, also while it is decoded inside, for a
+    stack of several pages and for more than max_pixels (None: MOST_PIXELS)."""
     try:
-        with Image.open(path) as image:
+        with _pillow_open(path) as image:
+            check_pixels(image.size, max_pixels)
             pages = page_count(image)
             if pages > 1:
                 raise ValueError(f"a stack of {pages} pages, of which only the first would be seen; store each page as "
                                  f"a file of its own")
             yield image
     except UnidentifiedImageError as error:
-        raise ValueError(f"{path}: this {what} cannot be read ({_unknown_tiff(path) or error})") from error
+        raise ValueError(f"{path}: this {what} cannot be read ({describe_tiff(path) or error})") from error
     except READ_ERRORS as error:
         raise ValueError(f"{path}: this {what} cannot be read ({error})") from error
     except MemoryError:                                     # such as a PNG whose last part claims two gigabytes
@@ -87,69 +172,8 @@ def page_count(image: Image.Image) -> int:
     if image.format not in MANY_PAGES:
         return 1
     if image.format == "TIFF" and image.filename:
-        pages = list(tiff_pages(image.filename))
-        return sum(not tags.get(SUBFILE, (0,))[0] & (REDUCED | TRANSPARENCY_MASK) for tags in pages)
+        return count_pages(image.filename)
     return getattr(image, "n_frames", 1)
-
-
-def tiff_pages(path: str | Path) -> Iterator[dict[int, tuple[int, ...]]]:
-    """The whole-number tags of each page of a TIFF or BigTIFF, read from its directories alone; it ends where the file
-    is damaged."""
-    with open(path, "rb") as file:
-        head = file.read(16)
-        order = {b"II": "<", b"MM": ">"}.get(head[:2])
-        if order is None or len(head) < 16:
-            return
-        big = struct.unpack(order + "H", head[2:4])[0] == 43
-        place = struct.unpack(order + ("Q" if big else "I"), head[8:16] if big else head[4:8])[0]
-        count, entry, field = ("Q", "HHQ", 8) if big else ("H", "HHI", 4)
-        seen = set()
-        while place and place not in seen and place < 2 ** 62 and len(seen) < MOST_PAGES:
-            seen.add(place)
-            file.seek(place)
-            start = file.read(struct.calcsize(order + count))
-            if len(start) < struct.calcsize(order + count):
-                return
-            number = struct.unpack(order + count, start)[0]
-            if number > MOST_TAGS:
-                return
-            size = struct.calcsize(order + entry) + field
-            table = file.read(number * size + field)
-            if len(table) < number * size + field:
-                return
-            rows = [table[i * size:(i + 1) * size] for i in range(number)]
-            yield dict(pair for row in rows if (pair := _tag(file, order, row, entry, field)) is not None)
-            place = int.from_bytes(table[-field:], "little" if order == "<" else "big")
-
-
-def _tag(file, order, raw, entry, field):
-    """(tag, values) of a directory entry that matters here, None for others."""
-    tag, kind, count = struct.unpack(order + entry, raw[:-field])
-    letter = TIFF_TYPES.get(kind)
-    if tag not in READ_TAGS or letter is None or not 0 < count <= 1024:
-        return None
-    size = count * struct.calcsize(order + letter)
-    data = raw[-field:]
-    if size > field:
-        file.seek(min(int.from_bytes(data, "little" if order == "<" else "big"), 2 ** 62))
-        data = file.read(size)
-    return (tag, struct.unpack(f"{order}{count}{letter}", data[:size])) if len(data) >= size else None
-
-
-def _unknown_tiff(path):
-    """What is in a TIFF that Pillow does not know, in words; None for other files."""
-    try:
-        tags = next(tiff_pages(path), None)
-    except (OSError, struct.error):
-        return None
-    if not tags:
-        return None
-    bands = tags.get(SAMPLES, (1,))[0]
-    bits = "/".join(map(str, sorted(set(tags.get(BITS, (1,))))))
-    kind = {1: "", 2: "signed ", 3: "floating-point "}.get(tags.get(SAMPLE_FORMAT, (1,))[0], "")
-    return (f"a TIFF of {bands} {'band' if bands == 1 else 'bands'} of {bits} {kind}bits; write the three bands that "
-            f"the network is to see as an RGB file of 8 or 16 bits, such as gdal_translate -b 1 -b 2 -b 3 -colorinterp "
-            f"red,green,blue IN OUT")
 
 
 # -- pixels ------------------------------------------------------------------------------------------------------------
@@ -157,56 +181,181 @@ def _unknown_tiff(path):
 def read_image(path: str | Path, exif: bool = False, photos: PhotoFormat = AS_STORED) -> Image.Image:
     """A photograph as Pillow's RGB image, 8 bits a channel; exif: turned upright as its EXIF orientation says.
 
-    See PhotoFormat; 16 bits keep their upper 8 without a value_range. ValueError for a file that cannot be read, a
-    stack of pages, bands that it does not have, and for floating-point pixels without a value_range.
+    See PhotoFormat (of other than three bands, `shown` of it); 16 bits keep their upper 8 without a value_range.
+    ValueError for a file that cannot be read, a stack of pages, bands that it does not have, and for floating-point
+    pixels without a value_range.
     """
-    with opened(path) as image:
-        rgb = to_rgb(image, photos)
+    return Image.fromarray(open_photo(path, exif, photos.shown()).rows())
+
+
+class Photo:
+    """A photograph that is read by rows. size (W, H); georeference: of a raster, or None."""
+
+    def __init__(self, size: tuple[int, int], read: Callable[[int, int], np.ndarray],
+                 georeference: Georeference | None = None) -> None:
+        self.size = size
+        self._read = read
+        self.georeference = georeference
+
+    def rows(self, top: int = 0, bottom: int | None = None) -> np.ndarray:
+        """Rows top..bottom-1, (R, W, K) uint8; all without arguments."""
+        return self._read(top, self.size[1] if bottom is None else bottom)
+
+    def shown(self, top: int = 0, bottom: int | None = None) -> np.ndarray:
+        """Rows as (R, W, 3), to be looked at."""
+        rows = self.rows(top, bottom)
+        return rows[..., :3] if rows.shape[-1] >= 3 else rows[..., :1].repeat(3, -1)
+
+    def image(self) -> Image.Image:
+        """The whole of it in RGB."""
+        return Image.fromarray(self.shown())
+
+
+def strips(width: int, height: int, begin: int = 0) -> Iterator[tuple[int, int]]:
+    """(first row, row behind the last) of strips of about STRIP_PIXELS."""
+    rows = max(1, STRIP_PIXELS // max(width, 1))
+    for top in range(begin, height, rows):
+        yield top, min(top + rows, height)
+
+
+def open_photo(path: str | Path, exif: bool = False, photos: PhotoFormat = AS_STORED) -> Photo:
+    """A photograph as read_image describes it, of all bands of `photos`. Rows of a file that rasterio reads come from
+    the file as they are asked for; others are decoded as a whole, and large ones wait in a temporary file."""
+    with opened_raster(path) as raster:
+        if raster is not None:
+            check_raster(raster, path, photos)
+            return Photo(raster.size, lambda top, bottom: _rows_of_raster(path, photos, top, bottom),
+                         raster.georeference)
+    with opened(path, max_pixels=photos.max_pixels) as image:
         turn = UPRIGHT.get(image.getexif().get(ORIENTATION)) if exif else None      # TIFF is upright once it is loaded
-        return rgb if turn is None else rgb.transpose(turn)
+        read = part_reader(image, photos)
+        size = image.size
+        upright = size[::-1] if turn in SIDEWAYS else size
+        pixels = scratch_array((*upright[::-1], photos.channels), np.uint8)
+        for top, bottom in strips(*upright):
+            part = read(_box_before(turn, size, top, bottom))
+            pixels[top:bottom] = pixels_of(part if turn is None else part.transpose(turn))
+            release(pixels)
+
+    def rows(top, bottom):
+        copy = np.array(pixels[top:bottom])
+        release(pixels)
+        return copy
+    return Photo(upright, rows)
 
 
-def to_rgb(image: Image.Image, photos: PhotoFormat = AS_STORED) -> Image.Image:
+def _box_before(turn, size, top, bottom):
+    """Where rows top..bottom-1 of a turned image are in the image before it is turned, of this size."""
+    width, height = size
+    if turn in (Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270):
+        return top, 0, bottom, height
+    if turn in SIDEWAYS:
+        return width - bottom, 0, width - top, height
+    if turn in (Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM):
+        return 0, height - bottom, width, height - top
+    return 0, top, width, bottom
+
+
+def check_raster(raster: Raster, path: str | Path, photos: PhotoFormat) -> None:
+    """ValueError for too many pixels, bands that the file does not have and numbers without a known range."""
+    try:
+        check_pixels(raster.size, photos.max_pixels)
+        _bands_of(raster.count, photos.bands)
+        if raster.depth != "uint8" and photos.value_range is None:
+            _range_of(raster.depth)
+    except ValueError as error:
+        raise ValueError(f"{path}: this image cannot be read ({error})") from error
+
+
+def raster_part(raster: Raster, photos: PhotoFormat, box: tuple[int, int, int, int]) -> np.ndarray:
+    """A box (left, top, right, bottom) of a raster, see check_raster, as (h, w, K) uint8."""
+    values = raster.read(box, _bands_of(raster.count, photos.bands))
+    if raster.depth != "uint8":
+        values = _scaled(values, raster.depth, photos.value_range)
+    return values if photos.bands is not None or values.shape[-1] == 3 else values.repeat(3, -1)
+
+
+def _rows_of_raster(path, photos, top, bottom):
+    with opened_raster(path) as raster:
+        return raster_part(raster, photos, (0, top, raster.size[0], bottom))
+
+
+def to_bands(image: Image.Image, photos: PhotoFormat = AS_STORED) -> Picture:
+    """An opened Pillow image, not loaded yet, as RGB or as the bands of `photos`, see read_image."""
+    return part_reader(image, photos)(None)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
     """An opened Pillow image, not loaded yet, in the mode RGB, see read_image."""
-    depth = _depth(image)
-    if depth == "uint8":
-        return _rgb_of_bytes(image, photos.bands)
-    has_alpha = image.mode in ALPHA_MODES                   # not an RGBX TIFF, of whose fourth band that is said
+    return to_bands(image)
+
+
+def part_reader(image: Image.Image, photos: PhotoFormat = AS_STORED) -> Callable[[tuple | None], Picture]:
+    """Load an opened Pillow image; returns a function: box (left, top, right, bottom), None: all -> see to_bands.
+
+    What holds for the whole image, such as the meaning of a fourth band, is decided here."""
+    check_pillow(image)
+    if depth_of(image) != "uint8":
+        whole = _of_deep(image, photos)
+        return lambda box: whole if box is None else whole.crop(box)
+    convert = _converter(image, photos.bands)
+    return lambda box: convert(image if box is None else image.crop(box))
+
+
+def _converter(image, bands):
+    """A function that makes RGB, or bands, of an 8-bit image, which is loaded, and of parts of it."""
+    if bands is not None:
+        if image.mode == "RGB" and rawmode_of(image) == "RGBX" and max(bands) > 3:
+            _decode_as(image, "RGBA", "RGBA")               # the fourth band of such a TIFF
+        image.load()
+
+        def chosen(part):
+            if part.mode not in ("L", "LA", "RGB", "RGBA"):
+                part = part.convert("L" if part.mode == "1" else "RGB")
+            channels = part.split()
+            found = [channels[band - 1] for band in _bands_of(len(channels), bands)]
+            return Image.merge("RGB", found) if len(found) == 3 else BandImage(found)
+        return chosen
+    has_alpha = image.mode in ALPHA_MODES
+    if image.has_transparency_data and (not has_alpha or alpha_of(image) != "data"):
+        return lambda part: _on_white(part.convert("RGBA"))
+    image.load()                                            # convert of an RGB file would read it lazily
+    return lambda part: part if part.mode == "RGB" else part.convert("RGB")
+
+
+def _of_deep(image, photos):
+    depth, has_alpha = depth_of(image), image.mode in ALPHA_MODES       # not of an RGBX TIFF, whose fourth band is data
     values = deep_values(image, depth)                                                       # (H, W, K)
     chosen = values[..., [band - 1 for band in _bands_of(values.shape[-1], photos.bands)]]
     scaled = _scaled(chosen, depth, photos.value_range)
+    if photos.bands is not None:
+        return picture_of(scaled)
     rgb = Image.fromarray(scaled[..., 0] if scaled.shape[-1] == 1 else scaled).convert("RGB")
-    if photos.bands is None and has_alpha:
-        alpha = (values[..., -1] >> 8).astype(np.uint8)
-        if _alpha_kind(image, alpha) == "transparency":
-            return _on_white(Image.merge("RGBA", (*rgb.split(), Image.fromarray(alpha))))
+    if has_alpha:
+        alpha = Image.fromarray((values[..., -1] >> 8).astype(np.uint8))
+        if _alpha_kind(image, alpha.histogram()) == "transparency":
+            return _on_white(Image.merge("RGBA", (*rgb.split(), alpha)))
     return rgb
-
-
-def _rgb_of_bytes(image, bands):
-    if bands is not None:
-        channels = byte_channels(image, max(bands))
-        chosen = [channels[band - 1] for band in _bands_of(len(channels), bands)]
-        return Image.merge("RGB", chosen)
-    has_alpha = image.mode in ALPHA_MODES
-    if image.has_transparency_data and (not has_alpha or alpha_of(image) != "data"):
-        return _on_white(image.convert("RGBA"))
-    image.load()                                            # convert of an RGB file would read it lazily
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _on_white(image):
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
-def byte_channels(image: Image.Image, needed: int = 3) -> list[Image.Image]:
-    """The channels of an 8-bit image, the fourth one of an RGBX TIFF too where it is `needed`."""
-    if image.mode == "RGB" and _rawmode(image) == "RGBX" and needed > 3:
-        _decode_as(image, "RGBA", "RGBA")
-    image.load()
-    if image.mode not in ("L", "LA", "RGB", "RGBA"):
-        image = image.convert("L" if image.mode == "1" else "RGB")
-    return list(image.split())
+def check_pillow(image: Image.Image) -> None:
+    """ValueError for files that Pillow reads wrongly and rasterio does not."""
+    if image.format == "JPEG2000" and image.mode in ("RGB", "RGBA") and _bits_of_jpeg2000(image.filename) > 8:
+        raise ValueError(f"JPEG 2000 colours of more than 8 bits, of which Pillow keeps 8; {INSTALL}")
+    if image.format == "TIFF" and image.mode in ("L", "RGB") and image.tag_v2.get(SAMPLE_FORMAT, (1,))[0] == 2:
+        raise ValueError(f"signed numbers of 8 bits, which Pillow takes for unsigned ones; {INSTALL}")
+
+
+def _bits_of_jpeg2000(path):
+    """Bits of the first component, from the box ihdr or the marker SIZ."""
+    with open(path, "rb") as file:
+        head = file.read(4096)
+    place = head.find(b"ihdr") + 14 if not head.startswith(b"\xff\x4f") else 42
+    return (head[place] & 127) + 1 if place < len(head) and head[place] != 255 else 8
 
 
 def _bands_of(count, bands):
@@ -223,20 +372,22 @@ def alpha_of(image: Image.Image) -> str:
     """none, opaque, transparency, or data: a fourth band that means something else and is never blended."""
     if image.mode not in ALPHA_MODES:
         return "none"
-    return _alpha_kind(image, np.asarray(image.convert("RGBA").getchannel("A")))
+    whole = image if image.mode in ("RGBA", "LA") else image.convert("RGBA")
+    return _alpha_kind(image, whole.getchannel("A").histogram())
 
 
-def _alpha_kind(image, alpha):
-    counts = np.bincount(alpha.ravel(), minlength=256)
+def _alpha_kind(image, histogram):
+    """histogram (256,) of the pixels of the fourth band, in 8 bits."""
+    counts = np.array(histogram)
     soft = counts[1:255]
-    if counts[255] == alpha.size:
+    if counts[255] == counts.sum():
         return "opaque"
     if image.format == "TIFF":                              # writers tag any fourth band as unassociated
         return "transparency" if ASSOCIATED in image.tag_v2.get(EXTRA_SAMPLES, ()) else "data"
-    return "data" if (soft > 0).sum() >= SOFT_VALUES and soft.sum() > SOFT_SHARE * alpha.size else "transparency"
+    return "data" if (soft > 0).sum() >= SOFT_VALUES and soft.sum() > SOFT_SHARE * counts.sum() else "transparency"
 
 
-def _rawmode(image):
+def rawmode_of(image):
     """How Pillow unpacks the file, such as "RGB;16L"; "" once it is loaded."""
     tile = getattr(image, "tile", None)
     if not tile:
@@ -252,7 +403,7 @@ def _decode_as(image, mode, rawmode):
                   for tile in image.tile]
 
 
-def _depth(image):
+def depth_of(image):
     """The type of the file's numbers, a key of RANGES or float32. CMYK counts as 8 bits."""
     if image.mode == "F":
         return "float32"
@@ -261,7 +412,7 @@ def _depth(image):
             signed = image.tag_v2.get(SAMPLE_FORMAT, (1,))[0] == 2
             return f"{'int' if signed else 'uint'}{image.tag_v2.get(BITS, (16,))[0]}"
         return "int32" if image.mode == "I" else "uint16"
-    rawmode = _rawmode(image)                               # of one band, without its bits, in a planar TIFF
+    rawmode = rawmode_of(image)                               # of one band, without its bits, in a planar TIFF
     deep = ";16" in rawmode or (rawmode and image.format == "TIFF" and max(image.tag_v2.get(BITS, (8,))) == 16)
     return "uint16" if deep and image.mode != "CMYK" else "uint8"
 
@@ -274,10 +425,10 @@ def deep_values(image: Image.Image, depth: str) -> np.ndarray:
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image)[..., None]
         return values.view(np.uint32) if depth == "uint32" else values
-    rawmode = _rawmode(image)
+    rawmode = rawmode_of(image)
     if image.format == "TIFF" and image.tag_v2.get(PLANAR, 1) == 2:
-        raise ValueError("16-bit colours that lie band by band (planar), which Pillow reads wrongly; store them pixel "
-                         "by pixel: gdal_translate -co INTERLEAVE=PIXEL IN OUT")
+        raise ValueError(f"16-bit colours that lie band by band (planar), which Pillow reads wrongly; {INSTALL}, or "
+                         f"store them pixel by pixel: gdal_translate -co INTERLEAVE=PIXEL IN OUT")
     if rawmode.startswith("RGBa"):
         raise ValueError("16-bit colours multiplied by their transparency, which lose bits when they are read; store "
                          "them without transparency")
@@ -289,19 +440,25 @@ def deep_values(image: Image.Image, depth: str) -> np.ndarray:
     if rawmode.startswith("RGBX"):
         rawmode, other = (name.replace("RGBX", "RGBA") for name in (rawmode, other))
         _decode_as(image, "RGBA", rawmode)
-    with Image.open(image.filename) as again:
+    with _pillow_open(image.filename) as again:
         _decode_as(again, image.mode, other)
         low = np.asarray(again)
     return np.asarray(image).astype(np.uint16) << 8 | low
 
 
+def _range_of(depth):
+    """(lowest, highest) number of a type; ValueError for those that have no known range."""
+    if depth not in RANGES:
+        kind = "floating-point pixels" if depth.startswith("float") else f"{depth} pixels"
+        raise ValueError(f"{kind} have no known range; convert them to 8 bits, or set value_range: [low, high], the "
+                         f"values that become black and white")
+    return RANGES[depth]
+
+
 def _scaled(values, depth, value_range):
     """Numbers of a type in 0 to 255, uint8: of its full range the upper 8 bits, of value_range linear and rounded."""
     if value_range is None:
-        if depth not in RANGES:
-            raise ValueError("floating-point pixels have no known range; convert them to 8 bits, or set value_range: "
-                             "[low, high], the values that become black and white")
-        low, high = RANGES[depth]
+        low, high = _range_of(depth)
         bits = (high - low).bit_length()
         return ((values.astype(np.int64) - low) >> (bits - 8)).clip(0, 255).astype(np.uint8)
     low, high = value_range
@@ -320,25 +477,58 @@ def _linear(values, low, high):
 def examine(image: Image.Image) -> dict:
     """What the check of a data set has to know of an opened image, whose pixels are all decoded: depth, bands, values
     ([lowest, highest] of each band, of files of more than 8 bits), alpha (see alpha_of)."""
-    depth = _depth(image)
+    check_pillow(image)
+    depth = depth_of(image)
     if depth == "uint8":
         alpha = alpha_of(image)
-        if image.mode == "RGB" and _rawmode(image) == "RGBX":
+        if image.mode == "RGB" and rawmode_of(image) == "RGBX":
             bands = 4
         else:
             bands = len(image.getbands()) if image.mode in ("L", "LA", "RGB", "RGBA") else 1 if image.mode == "1" else 3
-        _rgb_of_bytes(image, None)
+        image.load()
         return {"depth": depth, "bands": bands, "alpha": alpha}
     has_alpha = image.mode in ALPHA_MODES
     values = deep_values(image, depth)
     if not values.size:
         return {"depth": depth, "bands": values.shape[-1], "alpha": "none", "values": []}
-    finite = np.where(np.isfinite(values), values, np.nan) if depth == "float32" else values
-    lowest, highest = (np.atleast_1d(f(finite, axis=(0, 1))).tolist() for f in (np.nanmin, np.nanmax)) \
-        if not np.isnan(finite).all() else ([0.0], [0.0])
-    alpha = _alpha_kind(image, values[..., -1] >> 8) if has_alpha else "none"
-    return {"depth": depth, "bands": values.shape[-1], "alpha": alpha,
-            "values": [list(pair) for pair in zip(lowest, highest, strict=True)]}
+    alpha = "none"
+    if has_alpha:
+        alpha = _alpha_kind(image, np.bincount((values[..., -1] >> 8).ravel(), minlength=256))
+    return {"depth": depth, "bands": values.shape[-1], "alpha": alpha, "values": _ends([values])}
+
+
+def examine_raster(raster: Raster) -> dict:
+    """The same of a raster, which is read strip by strip."""
+    width, height = raster.size
+    alpha = "none" if raster.count <= 4 else "data"
+    if raster.has_extra and raster.count in (2, 4):
+        alpha = "opaque"
+    most = np.iinfo(raster.depth).max if raster.depth in RANGES else None
+
+    def read():
+        nonlocal alpha
+        for top, bottom in strips(width, height):
+            values = raster.read((0, top, width, bottom))
+            if alpha == "opaque" and (values[..., -1] != most).any():
+                alpha = "data"
+            yield values
+    ends = _ends(read())
+    record = {"depth": raster.depth, "bands": raster.count, "alpha": alpha}
+    return record if raster.depth == "uint8" else record | {"values": ends}
+
+
+def _ends(parts):
+    """[[lowest, highest], ...] of each band of parts (h, w, K), of finite numbers; 0 where there are none."""
+    low = high = None
+    for values in parts:
+        if values.dtype.kind == "f":
+            known = np.isfinite(values)
+            ends = [end((0, 1), initial=start, where=known)
+                    for end, start in ((values.min, math.inf), (values.max, -math.inf))]
+        else:
+            ends = values.min((0, 1)), values.max((0, 1))
+        low, high = ends if low is None else (np.minimum(low, ends[0]), np.maximum(high, ends[1]))
+    return [[low, high] if low <= high else [0.0, 0.0] for low, high in zip(low.tolist(), high.tolist(), strict=True)]
 
 
 def used_range(record: Mapping, photos: PhotoFormat) -> tuple[float, float] | None:
@@ -375,15 +565,27 @@ def band_doubt(alpha: str) -> str | None:
 
 def photo_doubts(path: str | Path, photos: PhotoFormat) -> list[str]:
     """What may be read wrongly in a single photograph, for a warning."""
-    with opened(path) as image:
-        plain = _depth(image) == "uint8"
-        if plain and alpha_of(image) == "none" or photos.value_range is not None and photos.bands is not None:
-            return []
-        record = examine(image) if not plain else {"alpha": alpha_of(image)}
-        limits = used_range(record, photos) if photos.value_range is None else None
-        doubts = [range_doubt(record["depth"], *limits) if limits else None,
-                  band_doubt(record["alpha"]) if photos.bands is None else None]
-        return [doubt for doubt in doubts if doubt]
+    settled = photos.value_range is not None and photos.bands is not None
+    with opened_raster(path) as raster:
+        if raster is not None:
+            plain = raster.depth == "uint8" and (not raster.has_extra or raster.count not in (2, 4) or
+                                                 photos.bands is not None)
+            record = {"alpha": "data" if raster.count > 4 else "none"} if plain or settled else examine_raster(raster)
+            return _doubts(record, photos)
+    place = ([f"it is georeferenced, and its labels are not: {INSTALL.partition(',')[0]}"]
+             if library() is None and GEO_KEYS in first_page(path) else [])
+    with opened(path, max_pixels=photos.max_pixels) as image:
+        plain = depth_of(image) == "uint8"
+        if settled or (plain and alpha_of(image) == "none"):
+            return place
+        return [*_doubts({"alpha": alpha_of(image)} if plain else examine(image), photos), *place]
+
+
+def _doubts(record, photos):
+    limits = used_range(record, photos) if photos.value_range is None else None
+    doubts = [range_doubt(record["depth"], *limits) if limits else None,
+              band_doubt(record["alpha"]) if photos.bands is None else None]
+    return [doubt for doubt in doubts if doubt]
 
 
 def set_doubts(records: Sequence[Mapping], photos: PhotoFormat) -> list[str]:

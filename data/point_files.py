@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.mesh_io import parse_npy, ply_columns
+from data.columns import parse_npy, ply_columns
 from data.point_formats import INTENSITY, READERS, matrix_columns, plain_name
 from data.point_values import as_color, as_integers, as_unit
 from utils.checks import check_names, did_you_mean, nearest

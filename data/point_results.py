@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from data.point_files import write_ply
+from utils.files import move_results
 
 GREY = np.array([[200, 200, 200]], np.uint8)            # of points without a label
 SUPERSAMPLE = 2
@@ -33,7 +34,7 @@ def write_point_result(stem: Path, prediction: Mapping, colors: Mapping[str, np.
         for ending, color in colors.items() if picture == "ply" else ():
             written.append(Path(folder, f"{stem.name}{ending}.ply"))
             write_ply(written[-1], prediction["coord"], color, None if ending else prediction["label"])
-        return [path.replace(stem.parent / path.name) for path in written]
+        return move_results(written, stem.parent)
 
 
 def render_points(coord: np.ndarray, color: np.ndarray, size: int = 360, azimuth: float = 35.0,

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data.image_results import overlay, write_image_result
+from data.image_results import write_image_result
 from data.label_map import LabelMap
 from utils.report import data_uri, dot, notes_list, write_page
 
@@ -172,11 +172,11 @@ def _card(p, entry, read_photo, activation, weights, names, purity):
 def write_prototype_prediction(stem: Path, prediction: Mapping, palette: np.ndarray, colors: np.ndarray,
                                labels: str = "png", picture: str = "png", ignore_label: int = 255,
                                reduce_zero_label: bool = False, file_ids: np.ndarray | None = None,
-                               label_map: LabelMap | None = None) -> list[Path]:
-    """data.image_results.write_image_result, and STEM_prototypes.png unless picture is "none": over the photograph, in
+                               label_map: LabelMap | None = None, confidence: bool = False) -> list[Path]:
+    """data.image_results.write_image_result, with STEM_prototypes unless picture is "none": over the photograph, in
     `colors` (P, 3), the prototype that won each cell. Returns the paths.
 
-    prediction: label (H, W) integer, photo, winner (h, w) integer; palette (C, 3) uint8. file_ids (C,): the number of
+    prediction: as there, and winner (h, w) integer; palette (C, 3) uint8. file_ids (C,): the number of
     each class in the mask files where it is not its place (Cityscapes).
     """
     shown = prediction
@@ -186,14 +186,8 @@ def write_prototype_prediction(stem: Path, prediction: Mapping, palette: np.ndar
         by_id = np.zeros((max(file_ids) + 1, 3), np.uint8)
         by_id[file_ids] = palette
         palette = by_id
-    written = write_image_result(stem, shown, palette, labels, picture, ignore_label, reduce_zero_label,
-                                 label_map=label_map)
-    if picture != "none":
-        winner = Image.fromarray(prediction["winner"].astype(np.int32))
-        winner = np.asarray(winner.resize(prediction["photo"].size, Image.Resampling.NEAREST))               # (H, W)
-        written.append(stem.with_name(f"{stem.name}_prototypes.png"))
-        overlay(prediction["photo"], winner, colors).save(written[-1])
-    return written
+    return write_image_result(stem, shown, palette, labels, picture, ignore_label, reduce_zero_label,
+                              label_map=label_map, confidence=confidence, winner=(prediction["winner"], colors))
 
 
 def at_pixel(maps: np.ndarray, size: tuple[int, int], x: int, y: int) -> np.ndarray:

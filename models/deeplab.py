@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.resnet import adapt_input
 from utils.weights import load_weights, read_weights, strip_prefixes
 
 ASPP_DILATIONS = (6, 12, 18, 24)
@@ -53,11 +54,11 @@ class Bottleneck(nn.Module):
 
 
 class Stem(nn.Sequential):
-    """7x7 convolution and pooling that rounds sizes up: (B, 3, H, W) -> (B, C, about H/4, W/4)."""
+    """7x7 convolution and pooling that rounds sizes up: (B, in_channels, H, W) -> (B, C, about H/4, W/4)."""
 
-    def __init__(self, out_channels: int):
+    def __init__(self, out_channels: int, in_channels: int = 3):
         super().__init__()
-        self.add_module("conv1", ConvBN(3, out_channels, 7, 2))
+        self.add_module("conv1", ConvBN(in_channels, out_channels, 7, 2))
         self.add_module("pool", nn.MaxPool2d(3, 2, 1, ceil_mode=True))
 
 
@@ -87,11 +88,11 @@ class DeepLabV2(nn.Sequential):
     """
 
     def __init__(self, out_channels: int = 64, n_blocks: Sequence[int] = (3, 4, 23, 3), base_width: int = 64,
-                 stride_in_1x1: bool = True):
+                 stride_in_1x1: bool = True, in_channels: int = 3):
         super().__init__()
         if len(n_blocks) != 4 or min(n_blocks) < 1:
             raise ValueError(f"n_blocks is {list(n_blocks)}; give four numbers of blocks, each at least 1")
-        self.layer1 = Stem(base_width)
+        self.layer1 = Stem(base_width, in_channels)
         channels = base_width
         for stage, (count, stride, dilation) in enumerate(zip(n_blocks, (1, 2, 1, 1), (1, 1, 2, 4), strict=True)):
             width = 4 * base_width * 2 ** stage
@@ -129,11 +130,11 @@ class MultiScale(nn.Module):
 
 
 class DeepLabClassifier(nn.Module):
-    """DeepLab v2 as an ordinary classifier: image (B, 3, H, W) -> logits (B, C, H, W), enlarged bilinearly."""
+    """DeepLab v2 as an ordinary classifier: image (B, in_channels, H, W) -> logits (B, C, H, W), bilinear."""
 
-    def __init__(self, num_classes: int, n_blocks: Sequence[int], base_width: int) -> None:
+    def __init__(self, num_classes: int, n_blocks: Sequence[int], base_width: int, in_channels: int = 3) -> None:
         super().__init__()
-        self.network = MultiScale(DeepLabV2(num_classes, tuple(n_blocks), base_width))
+        self.network = MultiScale(DeepLabV2(num_classes, tuple(n_blocks), base_width, in_channels=in_channels))
 
     def forward(self, image: Tensor) -> Tensor:
         logits = self.network(image)                                                        # (B, C, H/8, W/8)
@@ -200,6 +201,9 @@ def load_deeplab_weights(model: MultiScale | DeepLabV2, path: str | Path) -> str
     network = model.base if isinstance(model, MultiScale) else model
     state, layout = read_deeplab_weights(path)
     backbone = {name: tensor for name, tensor in state.items() if name.split(".")[0] in STAGES}
+    first = "layer1.conv1.conv.weight"
+    if first in backbone:                                   # other channels than red, green and blue
+        backbone[first] = adapt_input(backbone[first], network.layer1.conv1.conv.in_channels)
     aspp = {name[len("aspp."):]: tensor for name, tensor in state.items() if name.startswith("aspp.")}
     dropped = [name for name in state if name not in backbone and not name.startswith("aspp.")]
     message = load_weights(nn.ModuleDict({stage: getattr(network, stage) for stage in STAGES}), backbone, path,

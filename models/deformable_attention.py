@@ -2,7 +2,8 @@
 
 Each query looks at a few points of each level, placed by learned offsets around its reference point, instead of at
 all positions. Bilinear reading is `grid_sample`, whose own gradient replaces the CUDA extension of the original: it
-runs wherever PyTorch runs. B images, Lq queries, S value positions over all levels, C channels, d channels of a head.
+runs wherever PyTorch runs (under --deterministic on a GPU with that of utils/bilinear.py).
+B images, Lq queries, S value positions over all levels, C channels, d channels of a head.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from utils.bilinear import read_gradient
 
 MAX_SIZES = 64                 # of each position code below: sizes whose result is kept
 
@@ -97,8 +100,7 @@ class _WeightedRead(torch.autograd.Function):
             read = F.grid_sample(part, grid[:, level], align_corners=False)
             grad_weight[:, level] = read.mul_(grad).sum(1)
             torch.mul(grad, weight[:, None, level], out=read)                                # now the gradient of read
-            grad_part, grad_grid[:, level] = torch.ops.aten.grid_sampler_2d_backward(
-                read, part, grid[:, level], 0, 0, False, (True, True))                       # bilinear, zeros outside
+            grad_part, grad_grid[:, level] = read_gradient(read, part, grid[:, level])
             grad_parts[level].copy_(grad_part)
         return grad_maps, grad_grid, grad_weight, None
 

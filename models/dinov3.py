@@ -1,4 +1,4 @@
-"""The frozen image encoders: DINOv3 and DINOv2 vision transformers, for inference only.
+"""The image encoders: DINOv3 and DINOv2 vision transformers, frozen under a head or (models/eomt.py) trained with it.
 
 DINOv3 (Simeoni et al. 2025, arXiv 2508.10104): axial rotary positions (RoPE), LayerScale, storage ("register") tokens,
 an MLP or a SwiGLU as feed-forward. DINOv2 (Oquab et al. 2023, arXiv 2304.07193; registers: Darcet et al. 2024) differs
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.query_masks import attend
 from utils.checks import did_you_mean, nearest
 from utils.device import autocast
 
@@ -25,8 +26,9 @@ from utils.device import autocast
 class ViTConfig(NamedTuple):
     """Everything that tells one backbone from another.
 
-    ffn: "mlp", "swiglu" (w1, w2 apart) or "swiglu_fused" (w12). pos_grid None: rotary positions; a number: learned
-    ones for a grid of that side, resized bicubically by scale factor with pos_offset, or by size where it is 0.
+    ffn: "mlp", "swiglu" (w1, w2 apart) or "swiglu_fused" (w12). pos_grid None: rotary positions, and no bias of keys; a
+    number or (h, w): learned ones for a grid of that side or sides, resized bicubically by scale factor with
+    pos_offset, or by size where it is 0; pos_class: the class token has one too.
     taps: the blocks whose tokens the heads read (those of the DINOv3 adapter).
     """
 
@@ -41,7 +43,8 @@ class ViTConfig(NamedTuple):
     norm_eps: float = 1e-5
     qkv_bias: bool = True
     rope_base: float = 100.0
-    pos_grid: int | None = None
+    pos_grid: int | tuple[int, int] | None = None
+    pos_class: bool = True
     pos_offset: float = 0.0
     pos_antialias: bool = False
 
@@ -90,9 +93,9 @@ def rope_periods(config: ViTConfig) -> Tensor:
 class RopePositions(nn.Module):
     """Cosine and sine of the rotary angles 2 pi coordinate / period, at patch centres, each axis scaled to [-1, 1]."""
 
-    def __init__(self, config: ViTConfig):
+    def __init__(self, config: ViTConfig, persistent: bool = True):
         super().__init__()
-        self.register_buffer("periods", rope_periods(config))
+        self.register_buffer("periods", rope_periods(config), persistent)
 
     def forward(self, height: int, width: int, num_prefix: int) -> tuple[Tensor, Tensor]:
         """Grid (h, w) -> cos, sin for `rotate`, float32 (num_prefix + h w, 1, 1, D): the y angles, then the x angles,
@@ -117,20 +120,26 @@ def rotate(qk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; `rope` (cos, sin) or None."""
+    """Multi-head self-attention; `rope` (cos, sin) or None; `allowed`: see attend. The key part of DINOv3's bias, zero,
+    gets no gradient."""
 
     def __init__(self, config: ViTConfig):
         super().__init__()
         self.num_heads = config.num_heads
+        self.key_bias = config.pos_grid is not None
         self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim, bias=config.qkv_bias)
         self.proj = nn.Linear(config.embed_dim, config.embed_dim)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))     # (B, N, 3, heads, D)
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, allowed: Tensor | None = None) -> Tensor:
+        bias = self.qkv.bias
+        if bias is not None and bias.requires_grad and not self.key_bias:
+            query, key, value = bias.chunk(3)
+            bias = torch.cat([query, key.detach(), value])
+        qkv = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1))      # (B, N, 3, heads, D)
         qk, v = qkv[:, :, :2], qkv[:, :, 2]
         q, k = (qk if rope is None else rotate(qk, *rope)).unbind(2)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))       # (B, heads, N, D), views
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(attend(q, k, v, allowed).transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):
@@ -179,8 +188,8 @@ class Block(nn.Module):
         self.mlp = (Mlp(dim, config.ffn_hidden) if config.ffn == "mlp"
                     else SwiGLU(dim, config.ffn_hidden, fused=config.ffn == "swiglu_fused"))
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
-        x = self.ls1(x, self.attn(self.norm1(x), rope))
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, allowed: Tensor | None = None) -> Tensor:
+        x = self.ls1(x, self.attn(self.norm1(x), rope, allowed))
         return self.ls2(x, self.mlp(self.norm2(x)))
 
 
@@ -213,7 +222,8 @@ class VisionTransformer(nn.Module):
         if config.pos_grid is None:
             self.rope_embed = RopePositions(config)
         else:
-            self.pos_embed = nn.Parameter(torch.empty(1, 1 + config.pos_grid ** 2, dim))
+            height, width = self._learned_grid()
+            self.pos_embed = nn.Parameter(torch.empty(1, config.pos_class + height * width, dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(dim, config.norm_eps)
         bound = 0.02 * math.sqrt(3)
@@ -229,23 +239,37 @@ class VisionTransformer(nn.Module):
         tokens = self.norm(self._run(image, [self.config.depth - 1])[0])
         return {"class_token": tokens[:, 0], "storage_tokens": tokens[:, 1:prefix], "patch_tokens": tokens[:, prefix:]}
 
-    def get_intermediate_layers(self, image: Tensor, n: int | Sequence[int] = 1,
-                                reshape: bool = True) -> tuple[Tensor, ...]:
+    def get_intermediate_layers(self, image: Tensor, n: int | Sequence[int] = 1, reshape: bool = True,
+                                prefix: bool = False) -> tuple[Tensor, ...]:
         """Patch tokens after the last n blocks, or after the blocks with the indices n, in their order.
 
-        -> each (B, C, h, w) (memory is channels-last), or with reshape=False (B, h w, C). The *final* norm is applied
-        to each. No block after the last one asked for is run. ValueError for an index that does not exist.
+        -> each (B, C, h, w) (memory is channels-last), or with reshape=False (B, h w, C), or with prefix=True all
+        tokens (B, 1 + R + h w, C), class token and registers first. The *final* norm is applied to each. No block
+        after the last one asked for is run. ValueError for an index that does not exist.
         """
         depth = self.config.depth
         wanted = list(range(depth - n, depth)) if isinstance(n, int) else list(n)
         if not wanted or min(wanted) < 0 or max(wanted) >= depth:
             raise ValueError(f"blocks: expected indices from 0 to {depth - 1}, or a number of blocks; got {n}")
         grid = [side // self.patch_size for side in image.shape[-2:]]
-        outputs = [self.norm(x)[:, 1 + self.config.num_registers:] for x in self._run(image, wanted)]  # (B, h w, C)
+        outputs = [self.norm(x) for x in self._run(image, wanted)]                               # (B, 1 + R + h w, C)
+        if prefix:
+            return tuple(outputs)
+        outputs = [x[:, 1 + self.config.num_registers:] for x in outputs]                        # (B, h w, C)
         return tuple(x.transpose(1, 2).unflatten(2, grid) if reshape else x for x in outputs)
 
     def _run(self, image: Tensor, wanted: list[int]) -> list[Tensor]:
         """All tokens (B, 1 + R + h w, C) after each of the wanted blocks."""
+        x, rope = self.embed(image)
+        kept = {}
+        for index, block in enumerate(self.blocks[:max(wanted) + 1]):
+            x = block(x, rope)
+            if index in wanted:
+                kept[index] = x
+        return [kept[index] for index in wanted]
+
+    def embed(self, image: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Tokens (B, 1 + R + h w, C) before the first block, and what the blocks rotate them by (None for DINOv2)."""
         if image.ndim != 4 or image.shape[1] != 3 or not image.is_floating_point():
             raise ValueError(f"image: expected normalised floats (B, 3, H, W), got {image.dtype} {tuple(image.shape)}")
         height, width = image.shape[-2:]
@@ -260,40 +284,48 @@ class VisionTransformer(nn.Module):
             rope = self.rope_embed(height, width, 1 + self.config.num_registers)
         else:
             position = self._position(height, width)
-            prefix, x = prefix + position[:, :1], x + position[:, 1:]                            # registers get none
+            if self.config.pos_class:
+                prefix, position = prefix + position[:, :1], position[:, 1:]
+            x = x + position                                                                     # registers get none
         if self.config.num_registers:
             prefix = torch.cat([prefix, getattr(self, self.registers)], 1)                       # (1, 1 + R, C)
-        x = torch.cat([prefix.expand(len(x), -1, -1), x.to(prefix.dtype)], 1)                    # (B, 1 + R + h w, C)
-        kept = {}
-        for index, block in enumerate(self.blocks[:max(wanted) + 1]):
-            x = block(x, rope)
-            if index in wanted:
-                kept[index] = x
-        return [kept[index] for index in wanted]
+        return torch.cat([prefix.expand(len(x), -1, -1), x.to(prefix.dtype)], 1), rope
+
+    def _learned_grid(self) -> tuple[int, int]:
+        grid = self.config.pos_grid
+        return (grid, grid) if isinstance(grid, int) else grid
 
     def _position(self, height: int, width: int) -> Tensor:
-        """The learned embedding for a grid: (1, 1 + h w, C), float32; unchanged for the grid it was learned for."""
-        side, offset = self.config.pos_grid, self.config.pos_offset
-        if (height, width) == (side, side):
+        """The learned embedding for a grid: (1, [1 +] h w, C), float32; unchanged for the grid it was learned for."""
+        learned, offset = self._learned_grid(), self.config.pos_offset
+        if (height, width) == learned:
             return self.pos_embed
-        grid = self.pos_embed[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)      # (1, C, side, side)
-        target = {"scale_factor": ((height + offset) / side, (width + offset) / side)} if offset else \
+        of_class, grid = self.pos_embed.tensor_split([int(self.config.pos_class)], 1)
+        target = {"scale_factor": ((height + offset) / learned[0], (width + offset) / learned[1])} if offset else \
             {"size": (height, width)}
-        grid = F.interpolate(grid, mode="bicubic", antialias=self.config.pos_antialias, **target)
-        return torch.cat([self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], 1)
+        return torch.cat([of_class, resize_positions(grid, learned, self.config.pos_antialias, **target)], 1)
+
+
+def resize_positions(position: Tensor, grid: tuple[int, int], antialias: bool, **target: Any) -> Tensor:
+    """Positions (1, h w, C) of the patches of a grid (h, w), resized bicubically to target's size or scale_factor
+    (see F.interpolate): (1, H W, C) float32."""
+    position = position.float().unflatten(1, grid).permute(0, 3, 1, 2)                           # (1, C, h, w)
+    return F.interpolate(position, mode="bicubic", antialias=antialias, **target).flatten(2).transpose(1, 2)
 
 
 class FrozenBackbone:
     """A ViT that is only ever run: no module, so it is in no state_dict, optimiser, train() or DDP of a model.
 
-    taps: blocks to return; mean, std (3,) of RGB in [0, 1]; entry: plain types that say which weights these are, for
-    checkpoints. `multiple`: image sides must be multiples of it (of the patch, and of the heads' coarsest stride 32).
+    taps: blocks to return; prefix: whether as all their tokens rather than as maps of the patches; mean, std (3,) of
+    RGB in [0, 1]; entry: plain types that say which weights these are, for checkpoints. `multiple`: image sides must be
+    multiples of it (of the patch, and of the heads' coarsest stride 32). open_backbone sets taps and prefix for a head.
     """
 
     def __init__(self, vit: VisionTransformer, taps: Sequence[int], mean: Sequence[float], std: Sequence[float],
                  entry: dict[str, Any]):
         self.vit = vit.requires_grad_(False).eval()
         self.taps = tuple(taps)
+        self.prefix = False
         self.entry = entry
         self.embed_dim = vit.embed_dim
         self.patch_size = vit.patch_size
@@ -330,9 +362,16 @@ class FrozenBackbone:
 
     @torch.no_grad()
     def __call__(self, image: Tensor) -> list[Tensor]:
-        """Normalised image (B, 3, H, W) -> the tapped maps, each (B, C, h, w) after the final norm, as computed."""
+        """Normalised image (B, 3, H, W) -> the tapped maps, each (B, C, h, w) after the final norm, as computed; with
+        `prefix` the tokens (B, P + h w, C), P class token and registers."""
         with autocast(image.device, self.amp_dtype):
-            return list(self.vit.get_intermediate_layers(image, self.taps))
+            return list(self.vit.get_intermediate_layers(image, self.taps, prefix=self.prefix))
+
+    @torch.no_grad()
+    def last_map(self, image: Tensor) -> Tensor:
+        """Normalised image (B, 3, H, W) -> the patches' features after the last block and norm (B, C, h, w)."""
+        with autocast(image.device, self.amp_dtype):
+            return self.vit.get_intermediate_layers(image)[0]
 
     def sha256(self) -> str:
         """Of all names, shapes and float32 values: the same on every device, whatever file they came from."""

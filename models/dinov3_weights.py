@@ -72,7 +72,7 @@ def load_backbone(name: str, weights: str | Path | None, seed: int = 0,
                    f"(--backbone-weights). Good for trying things out; results mean nothing")
     else:
         file = fetch(weights)
-        content = _read(file)
+        content = read_file(file)
         vit, message = load_vit(config, content, file, name)
         found = _normalization(file, name, content)
     if normalization != "auto":
@@ -227,7 +227,7 @@ def fetch(weights: str | Path) -> Path:
     return path
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_file(path: Path) -> dict[str, Any]:
     """The content of a file, or of a Hugging Face folder (one file, or several with an index)."""
     if not path.is_dir():
         return read_weights(path)

@@ -130,3 +130,8 @@ def face_logits(network: nn.Module, batch: dict) -> Tensor:
 
 def texture_of(batch: dict) -> dict:
     return {name: batch[name] for name in ("texture_sequences", "texture_masks") if name in batch}
+
+
+def share_of(batch: dict) -> dict:
+    """For a loss: which part of its polygon each triangle is, where a batch says it."""
+    return {"share": batch["share"]} if "share" in batch else {}

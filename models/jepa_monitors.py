@@ -54,16 +54,17 @@ def measure(model: Jepa, start: Nomeformer, batch: Mapping[str, Tensor], seed: i
     training = model.training
     model.eval()
     device = next(model.parameters()).device
-    batch = {name: value.to(device) for name, value in batch.items()}
-    start = copy.deepcopy(start).to(device).eval()
+    swapped = batch["features"].cpu().clone()
+    generator = torch.Generator().manual_seed(seed)
+    for b, mask in enumerate(batch["mask"].cpu()):
+        own = swapped[b, mask]
+        swapped[b, mask] = own[torch.randperm(len(own), generator=generator)]
+    batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    start = copy.deepcopy(start).to(device, non_blocking=True).eval()
     features, masks, centroid = batch["features"], batch["mask"], batch["centroid"]
+    swapped = swapped.to(device, non_blocking=True)
     out = model(features, masks, centroid, batch["visible"], batch["target"])
     total, count = prediction_loss(out.prediction, out.target, out.valid)
-    swapped = features.clone()
-    generator = torch.Generator().manual_seed(seed)
-    for b, mask in enumerate(masks):
-        order = torch.randperm(int(mask.sum()), generator=generator).to(device)
-        swapped[b, mask] = features[b, mask][order]
     values = monitor_values(out.output, masks, centroid, model.target_encoder(swapped, masks, centroid))
     before = monitor_values(start(features, masks, centroid), masks, centroid)
     values["target_std_ratio"] = values["target_std"] / max(before["target_std"], 1e-12)
@@ -137,10 +138,15 @@ def _effective_rank(x):
 @torch.no_grad()
 def parameter_distance(first: nn.Module, second: nn.Module) -> float:
     """(e) |first - second| / |first| over all parameters; both must be the same kind of module."""
-    pairs = [(a.cpu().double(), b.cpu().double())
-             for a, b in zip(first.parameters(), second.parameters(), strict=True)]
+    pairs = list(zip(_on_cpu(first), _on_cpu(second), strict=True))
     difference = sum(float((a - b).square().sum()) for a, b in pairs)
     return math.sqrt(difference / max(sum(float(a.square().sum()) for a, _ in pairs), 1e-30))
+
+
+def _on_cpu(module: nn.Module) -> list[Tensor]:
+    """All parameters, flat, in float64: one copy from the GPU."""
+    parameters = [parameter.detach().flatten() for parameter in module.parameters()]
+    return [part.double() for part in torch.cat(parameters).cpu().split([len(part) for part in parameters])]
 
 
 def check_monitors(values: Mapping[str, float], bounds: Mapping[str, float | None],

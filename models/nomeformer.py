@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 POSITION_OCTAVES = 6            # wavelengths 4, 2, ... 1/8 of the mesh's length unit, sqrt(area)
+CHUNK = 1 << 15                 # sequences at a time: attention on CUDA takes up to 65,535
 
 
 class PositionCode(nn.Module):
@@ -54,8 +55,13 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, valid: Tensor, queries: int | None = None) -> Tensor:
         G, T, E = x.shape
         query, key, value = self.qkv(x).view(G, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(query[:, :, :queries], key, value, attn_mask=valid[:, None, None, :],
-                                           dropout_p=self.dropout if self.training else 0.0)     # (G, heads, T, -1)
+        parts = [query[:, :, :queries], key, value, valid[:, None, None, :]]
+        dropout = self.dropout if self.training else 0.0
+        if G <= CHUNK:
+            x = F.scaled_dot_product_attention(*parts, dropout_p=dropout)        # (G, heads, T, -1)
+        else:
+            x = torch.cat([F.scaled_dot_product_attention(*part, dropout_p=dropout)
+                           for part in zip(*(part.split(CHUNK) for part in parts), strict=True)])
         return self.proj(x.transpose(1, 2).reshape(G, -1, E))
 
 

@@ -78,7 +78,8 @@ class Stage:
 
     def table(self) -> NeighbourTable:
         if self._table is None:
-            self._table = neighbour_table(self.grid_coord, self.scene)
+            self._table = neighbour_table(self.grid_coord, self.scene, largest=self.largest,
+                                          num_scenes=len(self.sizes))
         return self._table
 
     def patches(self, block: int, patch_size: int) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
@@ -95,13 +96,14 @@ class Stage:
         return *self._patches[index, patch_size], layout.groups
 
     def offset(self) -> Tensor:
-        return torch.tensor(self.sizes, device=self.grid_coord.device).cumsum(0)
+        return torch.tensor(self.sizes).cumsum(0).to(self.grid_coord.device, non_blocking=True)
 
     def coarser(self, orders: Sequence[str]) -> Stage:
         """The stage of half the resolution; sets `cluster`. Its positions are the means of those merged."""
         key, self.cluster = torch.unique(pack(self.grid_coord >> 1, self.scene, self.depth), return_inverse=True)
         grid_coord, scene = unpack(key, self.depth)
-        sizes = torch.bincount(scene, minlength=len(self.sizes)).tolist()
+        ends = torch.searchsorted(scene, torch.arange(len(self.sizes), device=scene.device), right=True).tolist()
+        sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
         coord = None if self.coord is None else mean_positions(self.coord, self.cluster, len(grid_coord))
         return Stage(grid_coord, scene, sizes, self.largest >> 1, orders, coord)
 
@@ -411,7 +413,7 @@ def _first_stage(batch: Mapping[str, Tensor], orders: Sequence[str], in_channels
     largest = grid_range(grid_coord, len(sizes))
     depth = depth_of(largest)
     scene = torch.repeat_interleave(torch.arange(len(sizes), device=feat.device),
-                                    torch.tensor(sizes, device=feat.device), output_size=len(feat))
+                                    torch.tensor(sizes).to(feat.device, non_blocking=True), output_size=len(feat))
     key, order = pack(grid_coord, scene, depth).sort(stable=True)
     sorted_grid, scene = unpack(key, depth)
     coord = None

@@ -37,7 +37,7 @@ def read_encoder(path: str | Path) -> tuple[dict[str, Tensor], str, dict[str, An
     tensor. Raises what read_weights raises; ValueError for a file without a Nomeformer (saying what it holds instead)
     and for weights that are not finite.
     """
-    content = read_weights(path)
+    content = read_weights(path, numpy_scalars=True)
     for layout, state in _candidates(content, ENCODERS[0]):
         state = strip_prefixes(state)
         if _is_nomeformer(state):
@@ -59,7 +59,7 @@ def read_diffusion_net(path: str | Path) -> tuple[dict[str, Tensor], str, dict[s
     raises; ValueError for a file without a DiffusionNet (saying what it holds instead) and for weights that are not
     finite.
     """
-    content = read_weights(path)
+    content = read_weights(path, numpy_scalars=True)
     for layout, state in _candidates(content, "encoder"):
         state = strip_prefixes(state)
         if "first_lin.weight" not in state or not any(str(name).startswith("block_0.") for name in state):

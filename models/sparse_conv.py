@@ -56,21 +56,26 @@ class NeighbourTable:
             yield self.num_taps - 1 - tap, neighbour, centre
 
 
-def neighbour_table(grid_coord: Tensor, scene: Tensor | None = None, kernel_size: int = 3,
-                    dense: bool | None = None) -> NeighbourTable:
+def neighbour_table(grid_coord: Tensor, scene: Tensor | None = None, kernel_size: int = 3, dense: bool | None = None,
+                    largest: int | None = None, num_scenes: int | None = None) -> NeighbourTable:
     """The neighbours of voxels grid_coord (N, 3) integer >= 0 within their scene (N,), any order, memory linear in N.
 
-    dense: which layout; None takes pairs on the CPU. ValueError for an even kernel, or keys of more than 63 bits.
+    dense: which layout; None takes pairs on the CPU. largest index and num_scenes: where they are known, finding them
+    waits for the device; looking for voxels that occur twice does once. ValueError for an even kernel, or keys of more
+    than 63 bits.
     """
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f"kernel_size: expected an odd number, got {kernel_size}")
     half = kernel_size // 2
     device = grid_coord.device
     dense = device.type != "cpu" if dense is None else dense
-    width = (int(grid_coord.max()) + 2 * half).bit_length() if len(grid_coord) else 1       # a margin on both sides
-    scenes = int(scene.max()) if scene is not None and len(scene) else 0
-    if 3 * width + scenes.bit_length() > 63:
-        raise ValueError(f"{scenes + 1} scenes with indices up to 2^{width} need keys of more than 63 bits")
+    if largest is None and len(grid_coord):
+        largest = int(grid_coord.max())
+    if num_scenes is None:
+        num_scenes = int(scene.max()) + 1 if scene is not None and len(scene) else 1
+    width = (largest + 2 * half).bit_length() if len(grid_coord) else 1                     # a margin on both sides
+    if 3 * width + (num_scenes - 1).bit_length() > 63:
+        raise ValueError(f"{num_scenes} scenes with indices up to 2^{width} need keys of more than 63 bits")
     key, order = pack(grid_coord + half, scene, width).sort(stable=True)
     first = voxel = None
     new = torch.ones(len(key), dtype=torch.bool, device=device)

@@ -28,6 +28,25 @@ def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
     return maps if maps.shape[-2:] == tuple(size) else F.interpolate(maps, tuple(size), mode="bilinear")
 
 
+def pool(maps: Tensor, side: int) -> Tensor:
+    """nn.AdaptiveAvgPool2d(side) of maps (B, C, h, w): means of side x side windows that cover the map.
+
+    Its gradient on CUDA has no fixed order, and PyTorch refuses it under --deterministic: there the windows are cut out
+    one by one, which is the same but for the rounding of the sums.
+    """
+    if maps.device.type == "cpu" or not torch.are_deterministic_algorithms_enabled():
+        return F.adaptive_avg_pool2d(maps, side)
+    return windows_mean(maps, side)
+
+
+def windows_mean(maps: Tensor, side: int) -> Tensor:
+    """Means over the windows [floor(i h / side), ceil((i + 1) h / side)) of the rows, likewise columns."""
+    h, w = maps.shape[-2:]
+    rows, columns = ([(i * length // side, -(-(i + 1) * length // side)) for i in range(side)] for length in (h, w))
+    means = [maps[..., top:bottom, left:right].mean((-2, -1)) for top, bottom in rows for left, right in columns]
+    return torch.stack(means, -1).unflatten(-1, (side, side))                            # (B, C, side, side)
+
+
 class ConvModule(nn.Module):
     """Convolution without bias, batch norm, ReLU."""
 
@@ -73,7 +92,8 @@ class UPerHead(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         coarse = features[-1]
-        pooled = [resize(module(coarse), coarse.shape[-2:]) for module in self.psp_modules]
+        pooled = [resize(convs(pool(coarse, average.output_size)), coarse.shape[-2:])
+                  for average, convs in self.psp_modules]
         maps = [lateral(feature) for lateral, feature in zip(self.lateral_convs, features[:-1], strict=True)]
         maps.append(self.bottleneck(torch.cat([coarse, *pooled], 1)))
         for i in range(len(maps) - 1, 0, -1):                                           # from coarse to fine

@@ -21,7 +21,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.mesh_io import parse_numbers  # noqa: E402
+from data.columns import parse_numbers  # noqa: E402
 from data.point_classes import BENCHMARKS  # noqa: E402
 from data.point_files import write_cloud  # noqa: E402
 from data.point_normals import estimate_normals  # noqa: E402

@@ -25,6 +25,7 @@ import torch
 import yaml
 from PIL import Image
 
+from models.pmt import PMTSegmenter
 from models.resnet import ENCODERS
 from tests import tiny_clouds, tiny_meshes
 from tests.tiny_heads import SMALL, write_backbone
@@ -105,8 +106,7 @@ HEAD = ["--image-paths", "images/train", "--mask-paths", "masks/train", "--num-c
 START = {"train_downstream.py": (mesh_base, ["config.yaml", *RUN]), "train_jepa.py": (mesh_base, ["jepa.yaml", *RUN]),
          "train_sonata.py": (cloud_base, ["config.yaml", *RUN]), "train_segmentation.py": (image_base, ["config.yaml", *RUN]),
          "train_prototype.py": (image_base, ["prototype.yaml", *RUN]),
-         "train_m2f_head.py": (image_base, [*HEAD, *SMALL["train_m2f_head"], *RUN]),
-         "train_upernet_head.py": (image_base, [*HEAD, *SMALL["train_upernet_head"], *RUN])}
+         **{f"{name}.py": (image_base, [*HEAD, *SMALL[name], *RUN]) for name in SMALL}}
 
 
 @cache
@@ -289,6 +289,12 @@ def tensors_on_disk(value, **options) -> bytes:
     return stream.getvalue()
 
 
+def decoder() -> bytes:
+    """A file as PMT's authors release them, of four queries."""
+    state = PMTSegmenter(32, 2, 16, 3, num_queries=4).state_dict()
+    return tensors_on_disk({"state_dict": {f"network.{name}": tensor for name, tensor in state.items()}})
+
+
 NPY_BOMB = (header := b"\x93NUMPY\1\0v\0{'descr': '<i8', 'fortran_order': False, 'shape': (1000000000000000,), }") + b" " * (127 - len(header)) + b"\n"
 HTML = "<!DOCTYPE html><html><head><title>Access denied</title></head></html>"
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
@@ -409,6 +415,25 @@ def with_jepa(script: str, edit=None, *more: str):
     return make
 
 
+def with_network(edit, *more: str):
+    """make() of a case that starts train_eomt.py from model.pth, a checkpoint of it, without a backbone's weights."""
+    def make(folder):
+        argv = [word for word in start(EOMT)(folder) if word not in ("--backbone-weights", "random")]
+        shutil.copy(checkpoint(EOMT), folder / "model.pth")
+        if edit is not None:
+            edit(folder)
+        return [*argv, "--network-weights", "model.pth", *more]
+    return make
+
+
+def as_differences(content: dict) -> None:
+    """The norms of a network as those of differences to one: around 0."""
+    for name, tensor in content["model"].items():
+        if "norm" in name and name.endswith("weight"):
+            tensor -= 1
+
+
+LINEAR, PMT, EOMT = "train_linear_head.py", "train_pmt_head.py", "train_eomt.py"
 DOWN, JEPA, SONATA, M2F, UPER = "train_downstream.py", "train_jepa.py", "train_sonata.py", "train_m2f_head.py", "train_upernet_head.py"
 UNET, PROTO, EVAL, PREDICT = "train_segmentation.py", "train_prototype.py", "evaluate.py", "predict.py"
 S3DIS, SCANNET, VOC, FREE = "scripts/preprocess_s3dis.py", "scripts/preprocess_scannet.py", "scripts/download_voc.py", "scripts/download_datasets.py"
@@ -520,6 +545,7 @@ FLAGS = group(
     ("a seed beyond 64 bits", M2F, start(M2F, None, "--seed", "99999999999999999999999"), "seed", "expected an integer from 0"),
     ("a device that is none", SONATA, start(SONATA, None, "--device", "gpu"), "--device", "cuda"),
     ("a GPU that is not there", UPER, start(UPER, None, "--device", "cuda:9"), "--device", "cpu"),
+    ("clouds compiled", SONATA, start(SONATA, None, "--compile"), "--compile", "every size of cloud"),
     ("to test what was never trained", UNET, start(UNET, None, "--test-only"), "--test-only needs a checkpoint", "add --resume PATH or --resume auto"),
     ("to test an empty run folder", SONATA, start(SONATA, None, "--test-only", "--resume", "auto"), "--test-only needs a checkpoint", "there is no checkpoint in out/model"),
     ("to go on from a file that is not there", PROTO, start(PROTO, None, "--resume", "out/model/model_last.pth"), "out/model/model_last.pth", "Check the path"),
@@ -540,7 +566,18 @@ FLAGS = group(
     ("a cache of views that change", M2F, start(M2F, None, "--cache-features"), "--cache-features", "--augment windows"),
     ("a stride of 0", M2F, start(M2F, None, "--eval-stride", "0"), "--eval-stride 0", "a stride from 1"),
     ("a crop that is too small", M2F, start(M2F, None, "--image-size", "32"), "--image-size", "from 64"),
+    ("a crop that patches do not fill", LINEAR, start(LINEAR, None, "--image-size", "72"), "--image-size 72", "must be a multiple of 16"),
+    ("a number of blocks that is no choice", LINEAR, start(LINEAR, None, "--layers", "2"), "--layers", "choose from"),
+    ("blocks that the backbone does not have", PMT, start(PMT, None, "--taps", "0", "4"), "--taps 0 4", "from 0 to 3"),
+    ("blocks in another order", PMT, start(PMT, None, "--taps", "2", "0"), "--taps 2 0", "in their order"),
     ("heads that cannot share the width", M2F, start(M2F, None, "--hidden-dim", "30"), "--hidden-dim", "multiple"),
+    ("features of a backbone that is trained", EOMT, start(EOMT, None, "--augment", "windows", "--cache-features"), "--cache-features", "leave the flag out"),
+    ("a crop of no whole patches", EOMT, start(EOMT, None, "--image-size", "72"), "--image-size 72", "multiple of 16"),
+    ("more blocks with queries than there are", EOMT, start(EOMT, None, "--joint-blocks", "5"), "--joint-blocks 5", "has 4 blocks"),
+    ("more frozen blocks than there are", EOMT, start(EOMT, None, "--freeze-blocks", "5"), "--freeze-blocks 5", "has 4 blocks"),
+    ("warm-ups longer than the run", EOMT, start(EOMT, None, "--head-warmup", "0.6", "--encoder-warmup", "0.5"), "--encoder-warmup", "from 0 to 0.3"),
+    ("a layer decay that grows", EOMT, start(EOMT, None, "--layer-decay", "1.2"), "--layer-decay", "from 0.01 to 1"),
+    ("random weights under a trained network", EOMT, start(EOMT, None, "--network-weights", "model.pth"), "--backbone-weights random", "leave one of them out"),
     ("a phase whose turn it is not", PROTO, start(PROTO, None, "--phase", "2"), "--phase 2", "--resume"),
     ("a data set and a split at once", EVAL, evaluate(DOWN, None, "--split", "val", "--data-dir", "test"), "--split and --data-dir", "name one of them"),
     ("labels without data", EVAL, evaluate(DOWN, None, "--label-dir", "test"), "--label-dir", "labels of --data-dir"),
@@ -557,7 +594,11 @@ FLAGS = group(
     ("reasons of a network that has none", PREDICT, predict(UNET, None, "images/test", "--explain", "1,1"), "--explain", "train_prototype.py"),
     ("a pixel that is none", PREDICT, predict(PROTO, None, "images/test", "--explain", "here"), "--explain", "invalid pixel value"),
     ("a pixel outside of the photograph", PREDICT, predict(PROTO, None, "images/test", "--explain", "500,500"), "pixel 500,500 is not on the photograph", "correct --explain"),
-    ("a format of other data", PREDICT, predict(UNET, None, "images/test", "--labels", "txt"), "--labels", "expected one of png, npy"),
+    ("a format of other data", PREDICT, predict(UNET, None, "images/test", "--labels", "txt"), "--labels", "expected one of auto, png, npy, tif"),
+    ("probabilities of a mesh", PREDICT, predict(DOWN, None, "test", "--confidence"), "--confidence", "leave it out"),
+    ("meshes in folders inside", PREDICT, predict(DOWN, None, "test", "--recursive"), "--recursive", "name the folders"),
+    ("photographs in folders inside alone", PREDICT, predict(UNET, None, "images"), "images: nothing in this folder", "--recursive"),
+    ("a limit of no pixels", PREDICT, predict(UNET, None, "images/test", "--max-pixels", "0"), "--max-pixels", "expected a number from 1"),
     ("a setting the model does not have", PREDICT, predict(SONATA, None, "test", "evaluation.precice=false"), "evaluation.precice", "did you mean evaluation.precise"),
     ("results into a file", PREDICT, predict(UNET, put("out", ""), "images/test"), "out", "choose another output folder"),
     ("results into a file", EVAL, evaluate(SONATA, put("out", "")), "out", "choose another output folder"),
@@ -573,6 +614,11 @@ PLY = "ply\nformat ascii 1.0\nelement vertex 3\nproperty float x\nproperty float
 def mesh_file(content: str | bytes, suffix: str = ".obj"):
     """make() of a case: predict.py on one file `odd`."""
     return predict(DOWN, put(f"odd{suffix}", content), f"odd{suffix}")
+
+
+def glb_of(tree: str) -> bytes:
+    """A GLB with this JSON and nothing else."""
+    return struct.pack("<4s3I4s", b"glTF", 2, 20 + len(tree), len(tree), b"JSON") + tree.encode()
 
 
 def labelled(folder: Path) -> np.ndarray:
@@ -612,6 +658,10 @@ MESHES = group(
     ("an STL of random bytes", PREDICT, mesh_file(bytes(range(200)), ".stl"), "odd.stl", "cut short or damaged"),
     ("an STL of 4 billion triangles in 84 bytes", PREDICT, mesh_file(bytes(80) + b"\xff" * 4, ".stl"), "odd.stl", "cut short or damaged"),
     ("a GLB cut short", PREDICT, mesh_file(b"glTF\2\0\0\0\xff\xff\xff\x7f\x10\0\0\0JSON{}", ".glb"), "odd.glb: cannot be read as GLB", "cut short or damaged"),
+    ("a GLB compressed by Draco", PREDICT, mesh_file(glb_of('{"extensionsRequired": ["KHR_draco_mesh_compression"]}'), ".glb"), "odd.glb: needs the extension KHR_draco_mesh_compression", "export it again, uncompressed"),
+    ("a GLB whose parts hang in one another", PREDICT, mesh_file(glb_of('{"nodes": [{"children": [1]}, {"children": [0]}], "scenes": [{"nodes": [0]}]}'), ".glb"), "odd.glb: cannot be read as GLB", "node 0 hangs in two places"),
+    ("meshes in folders of their own", DOWN, start(DOWN, lambda f: (f / "train").rename(f / "sets") and (f / "train").mkdir() or (f / "sets").rename(f / "train/sets")), "train: no mesh in this folder", "data.recursive=true reads them"),
+    ("more clusters than one attention takes", DOWN, start(DOWN, put(MESH, "v 0 0 0\nv 1 0 0\nv 0 1 0\n" + "f 1 2 3\n" * 16_385), "model.faces_per_cluster=1"), f"{MESH}: 16,385 clusters", "set training.clusters_per_batch"),
     ("a suffix nobody knows", PREDICT, mesh_file("x", ".obi"), "odd.obi", "did you mean .obj?"),
     ("a folder that is called mesh.obj", PREDICT, predict(DOWN, folder_at("odd.obj"), "odd.obj"), "odd.obj: no mesh in this folder", "looked for"),
     ("a dangling link", PREDICT, predict(DOWN, link("odd.obj", "nowhere.obj"), "odd.obj"), "odd.obj", "no such file"),
@@ -661,6 +711,12 @@ LABEL_CASES = group(
     ("a folder in its place", DOWN, start(DOWN, folder_at(LABELS)), f"{MESH}: no labels", "looked in train"),
     ("labels in a folder that is not there", EVAL, evaluate(DOWN, None, "--data-dir", "test", "--label-dir", "labels"), "test/mesh_00.obj: no labels", "looked in labels"),
     ("not one face labelled", DOWN, start(DOWN, lambda f: [lines(str(p.relative_to(f)), lambda rows: ["-100" for _ in rows])(f) for p in f.glob("*/*.txt")]), ": not one face of 1 meshes is labelled", "ignore_labels"),
+    ("a property that the PLY has not", DOWN, start(DOWN, both(gone(MESH), put("train/mesh_00.ply", PLY + "0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n")), "data.label_field=quality"), "train/mesh_00.ply: no labels in it", "a face property quality"),
+    ("materials that nobody named", DOWN, start(DOWN, put("val/mesh_00.obj", QUAD + "usemtl roof\nf 1 2 3\n"), "data.label_kind=material"), "val/mesh_00.obj: material 'roof' (1 faces) is none of data.class_names: low, high, cap", "add it there"),
+    ("more materials than classes", DOWN, start(DOWN, put(MESH, QUAD + "usemtl roof\nf 1 2 3\n"), "data.label_kind=material", "data.class_names=[]"), "the meshes have 1 names (roof) and model.n_classes=3", "data.class_names"),
+    ("a label map of other classes", DOWN, start(DOWN, None, "data.label_map=0:0,1:1"), "data.label_map has 2 classes", "set model.n_classes to 2"),
+    ("a label that is not in the map", DOWN, start(DOWN, lines(LABELS, lambda rows: ["9", *rows[1:]]), "data.label_map=0:0,1:1,2:2"), f"{LABELS}: value 9 (1 times) not in the label map", "VALUE:ignore"),
+    ("scores in JSON", DOWN, start(DOWN, both(gone(LABELS), put("train/mesh_00.json", '{"scores": [1]}'))), "train/mesh_00.json: expected a list of numbers", '"labels"'),
     ("labels for a probe of too few classes", JEPA, start(JEPA, None, "probe.interval=1", "model.n_classes=2"), "unknown label 2", "known: 0..1"),
     ("a probe that knows no number of classes", JEPA, start(JEPA, None, "probe.interval=1", "model.n_classes=null"), "model.n_classes", "the probe has to know"),
     ("whole numbers as 1.0", DOWN, start(DOWN, lines(LABELS, lambda rows: [f"{row}.0" for row in rows])), "", "read as 1", lambda f, result: result["miou"] >= 0),
@@ -781,7 +837,7 @@ PHOTOS = group(
     ("a photograph of 0 bytes", UPER, start(UPER, put(IMAGE, "")), f"{IMAGE}: this image cannot be read", "cannot identify"),
     ("an HTML page that is called .png", M2F, start(M2F, put(IMAGE, HTML)), f"{IMAGE}: this image cannot be read", "cannot identify"),
     ("a git-LFS pointer that is called .png", UNET, start(UNET, put(IMAGE, LFS)), f"{IMAGE}: this image cannot be read", "cannot identify"),
-    ("a photograph of 10^10 pixels in 100 bytes", UNET, start(UNET, put(IMAGE, png_header(100_000, 100_000))), f"{IMAGE}: this image cannot be read", "decompression bomb"),
+    ("a photograph of 10^10 pixels in 100 bytes", UNET, start(UNET, put(IMAGE, png_header(100_000, 100_000))), f"{IMAGE}: this image cannot be read", "above the limit of 178956970"),
     ("a mask of 8 * 10^7 pixels that are not there", UNET, start(UNET, put(MASK, png_header(9_000, 9_000))), f"{MASK}: this mask cannot be read", "truncated"),
     ("floating-point pixels", UNET, start(UNET, both(gone(IMAGE), lambda f: Image.fromarray(np.zeros((64, 64), np.float32)).save(f / "images/train/picture_000.tif"))), "picture_000.tif", "convert them to 8 bits"),
     ("a mask of another size", UNET, start(UNET, picture(MASK, lambda m: m.resize((32, 64)))), f"{MASK}: 32x64 pixels", "a mask belongs to the photograph's own pixels"),
@@ -799,6 +855,9 @@ PHOTOS = group(
     ("a label map that is none", PROTO, start(PROTO, None, "dataset.label_map=zero"), "label map 'zero'", "VALUE:CLASS pairs such as 0:0,255:1"),
     ("masks whose names have an ending", UNET, start(UNET, lambda f: [p.rename(p.with_name(f"{p.stem}_mask.png")) for p in (f / "masks").glob("*/*.png")]), "4 of 4 files have no partner", "set mask_suffix: _mask (--mask-suffix _mask)"),
     ("a value range upside down", M2F, start(M2F, None, "--value-range", "9", "3"), "value_range=[9.0, 3.0]", "[low, high]"),
+    ("four bands for a frozen backbone", M2F, start(M2F, None, "--bands", "1", "2", "3", "4"), "bands=[1, 2, 3, 4]: expected three bands", "train_segmentation.py takes any number"),
+    ("four bands for a prototype network", PROTO, start(PROTO, None, "dataset.bands=[1,2,3,4]"), "bands=[1, 2, 3, 4]: expected three bands", "train_segmentation.py takes any number"),
+    ("saturation of four bands", UNET, start(UNET, None, "dataset.bands=[1,2,3,4]", "augmentations.color_jitter.hue=0.1"), "augmentations.color_jitter: saturation and hue are of three colours", "leave them at 0"),
     ("a band that a photograph does not have", UNET, start(UNET, None, "dataset.bands=[4, 3, 2]"), f"{IMAGE}: this image has 3 bands", "names others"),
     ("batch norm on a crop of one cell", UNET, start(UNET, None, "training.batch_size=1", "dataset.image_size=32"), "training.batch_size=1 and dataset.image_size=32", "set training.batch_size=2 or more"),
     ("a 16-bit mask", M2F, start(M2F, picture(MASK, lambda m: Image.fromarray(np.asarray(m).astype(np.uint16)))), f"{MASK}: a mask of more than 8 bits", "store its ids as 8-bit PNG"),
@@ -839,6 +898,9 @@ WEIGHTS = group(
                                  ("a pickle with a virus", lambda f: put("weights.pth", pickle_bomb())(f), "objects can run code"))),
     ("no such file of weights", DOWN, start(DOWN, None, "--pretrained_path", "encoder.pth"), "encoder.pth: no such file", "Check the path"),
     ("a folder as weights", M2F, start(M2F, folder_at("weights.pth"), "--head-weights", "weights.pth"), "weights.pth: is a folder", "Name a file in it"),
+    ("a backbone as a decoder", PMT, start(PMT, None, "--head-weights", "backbone.pth"), "backbone.pth: no PMT decoder", "it holds"),
+    ("a decoder trained on other blocks", PMT, start(PMT, put("weights.pth", decoder()), "--head-weights", "weights.pth", "--taps", "0", "3"), "weights.pth: trained on the blocks 0 1 2 3", "set --taps to these"),
+    ("a decoder of other queries", PMT, start(PMT, put("weights.pth", decoder()), "--head-weights", "weights.pth"), "weights.pth: has 4 queries, not 8", "set --num-queries 4"),
     ("weights of 0 bytes", PROTO, start(PROTO, put("weights.pth", ""), "--pretrained_path", "weights.pth"), "weights.pth", "Fetch it again"),
     ("weights cut short", SONATA, start(SONATA, both(cut("encoder.pth")), "training.use_pretrained=true", "--pretrained_path", "encoder.pth"), "encoder.pth: truncated or damaged", "Fetch it again"),
     ("weights with a flipped bit", SONATA, start(SONATA, flipped("encoder.pth"), "training.use_pretrained=true", "--pretrained_path", "encoder.pth"), "encoder.pth: damaged", "Fetch it again"),
@@ -849,6 +911,11 @@ WEIGHTS = group(
     ("weights of another network", DOWN, start(DOWN, put("weights.pth", tensors_on_disk({"fc.weight": torch.zeros(2, 2)})), "--pretrained_path", "weights.pth"), "weights.pth: no mesh encoder in this file", "Expected the tensors of a Nomeformer"),
     ("weights of another network", UNET, start(UNET, put("weights.pth", tensors_on_disk({"weight": torch.zeros(2, 2)})), "--pretrained_path", "weights.pth"), "weights.pth", "Is the file of this model"),
     ("a backbone of another size", M2F, start(M2F, None, "--backbone", "dinov3_vits16", "--backbone-weights", "backbone.pth"), "backbone.pth: holds dinov3_tiny, not dinov3_vits16", "Choose that backbone"),
+    ("a backbone in place of a network", EOMT, with_network(None, "--network-weights", "backbone.pth"), "backbone.pth: no EoMT", "a checkpoint of train_eomt.py"),
+    ("differences without their backbone", EOMT, with_network(entry("model.pth", as_differences)), "model.pth: holds differences", "--backbone-weights FILE"),
+    ("a whole network as differences", EOMT, with_network(None, "--backbone-weights", "backbone.pth"), "model.pth: holds a whole network", "leave --backbone-weights out"),
+    ("a network with other joint blocks", EOMT, with_network(None, "--joint-blocks", "3"), "model.pth: has queries in its last 2 blocks", "--joint-blocks 2"),
+    ("a network on another backbone", EOMT, with_network(None, "--backbone", "dinov3_vits16"), "model.pth", "Is it of this --backbone?"),
     ("a backbone with NaN in it", UPER, start(UPER, entry("backbone.pth", spoil), "--backbone-weights", "backbone.pth"), "backbone.pth", "not finite"),
     ("an encoder with NaN in it", SONATA, start(SONATA, entry("encoder.pth", lambda c: spoil(c["state_dict"])), "training.use_pretrained=true", "--pretrained_path", "encoder.pth"), "encoder.pth", "not finite"),
     ("a ResNet with NaN in it", UNET, start(UNET, spoilt_resnet, "--pretrained_path", "resnet.pth"), "resnet.pth", "is not finite"),

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from tests.tiny_heads import SMALL
 from tests.tiny_runs import NAMES, ROOT, tiny_run
 from utils.checkpoint import load_checkpoint
 from utils.log import read_log
@@ -25,7 +26,7 @@ from utils.training import Totals
 
 ACCUMULATE = {"downstream": ["training.accumulation_steps=2"], "sonata": ["training.accumulation_steps=2"],
               "segmentation": ["training.accumulate_grad_batches=2"], "prototype": ["training.accumulate=3", "training.steps=[3,9,3]"],
-              "m2f_head": ["--accumulate", "2"], "upernet_head": ["--accumulate", "2"]}
+              **{name: ["--accumulate", "2"] for name in NAMES if f"train_{name}" in SMALL}}
 NEW = ("data", "amp_dtype")                        # entries that versions before issue 20 do not write
 CUT = """
 import importlib, os, signal, sys

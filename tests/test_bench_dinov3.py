@@ -50,7 +50,7 @@ def test_whole_steps_on_the_cpu(capsys):
 def test_cached_features_give_the_same_losses():
     rows = bench_dinov3.main(["cache", "--backbone", "dinov3_tiny", "--shapes", "64x1", "--repeats", "1", "--hidden-dim", "32",
                               "--ffn-dim", "32", "--num-points", "50"])
-    assert [row["script"] for row in rows] == ["train_m2f_head.py", "train_upernet_head.py"]
+    assert [row["script"] for row in rows] == ["train_linear_head.py", "train_m2f_head.py", "train_upernet_head.py"]
     assert all(row["ratio"] > 0 and row["difference"] < 1e-5 for row in rows)
 
 

@@ -33,7 +33,7 @@ from tests.tiny_heads import train as train_head
 from tests.tiny_heads import write_data as write_head_data
 from tests.tiny_images import write_pictures
 from tests.tiny_meshes import write_set
-from tests.tiny_runs import NAMES, ROOT, Forked, last_checkpoint, report, run_forked, same_weights, tiny_run
+from tests.tiny_runs import NAMES, ROOT, Forked, last_checkpoint, report_tests, run_forked, same_weights, tiny_run
 from tests.whole_runs import assert_equal
 from utils.checkpoint import check_folder, load_checkpoint, save_checkpoint, written_by
 from utils.cli import StopRequested
@@ -46,10 +46,7 @@ SCRIPT = "train_segmentation.py"
 @pytest.fixture(scope="module", autouse=True)
 def row(request):
     """A line for the table of scripts/faults.sh."""
-    before = request.session.testsfailed
-    yield
-    count = sum(item.module is request.module for item in request.session.items)
-    report(f"runs beside each other: {count - (request.session.testsfailed - before)} of {count} attacks did no harm")
+    yield from report_tests(request, "runs beside each other: {} of {} attacks did no harm")
 
 
 def everywhere() -> list:

@@ -9,7 +9,17 @@ import pytest
 import torch
 
 from utils import device as device_module
-from utils.device import amp_settings, autocast, describe, environment, pick_device, trim_memory
+from utils.device import (
+    amp_settings,
+    autocast,
+    describe,
+    environment,
+    native_bfloat16,
+    pick_device,
+    product_seconds,
+    slow_dtype,
+    trim_memory,
+)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -20,10 +30,14 @@ def machine(monkeypatch):
     def pretend(cuda=0, mps=False, built="12.8", bf16=True):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda index: pretend.current.append(index))
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16 or including_emulation)
         monkeypatch.setattr(torch.version, "cuda", built)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    return pretend
+    pretend.current = []
+    allowed = torch.backends.cudnn.allow_tf32
+    yield pretend
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 # -- pick_device ---------------------------------------------------------------
@@ -40,6 +54,7 @@ def test_a_named_device(machine):
     machine(cuda=2, mps=True)
     names = ["cpu", "cuda", "cuda:0", "cuda:1", "mps"]
     assert [pick_device(name) for name in names] == [torch.device(name) for name in names]
+    assert machine.current == [0, 1]                           # what names no device goes to that of --device
 
 
 @pytest.mark.parametrize("there, name, message", [
@@ -78,6 +93,60 @@ def test_dtype_and_scaler(machine, device, amp_dtype, dtype):
 def test_a_card_that_only_emulates_bfloat16_computes_in_float32(machine):
     machine(cuda=1, bf16=False)
     assert amp_settings(CUDA)[0] is None and amp_settings(CUDA, "bfloat16")[0] is torch.bfloat16
+
+
+def test_float32_on_a_card_is_not_tf32(machine):
+    machine(cuda=1)
+    for amp_dtype, allowed in (("float32", False), ("bfloat16", True), ("float32", False), (None, True)):
+        amp_settings(CUDA, amp_dtype)
+        assert torch.backends.cudnn.allow_tf32 is allowed
+    assert not torch.backends.cuda.matmul.allow_tf32           # PyTorch's default
+
+
+# -- bfloat16 of a CPU ---------------------------------------------------------
+
+INTEL = "processor\t: 0\nmodel name\t: Intel(R) Xeon(R) Processor\nflags\t\t: fpu avx512f {}\nbugs\t\t:\n"
+ARM = "processor\t: 0\nBogoMIPS\t: 50.00\nFeatures\t: fp asimd {}\nCPU part\t: 0xd40\n"
+
+
+@pytest.fixture
+def processor(monkeypatch):
+    """processor(text, ratio): pretend that /proc/cpuinfo holds text (None: there is no such file), and how much slower bfloat16 is."""
+    def pretend(text, ratio=8.0):
+        def cpuinfo(path, *args, **kwargs):
+            assert str(path) == "/proc/cpuinfo"
+            if text is None:
+                raise FileNotFoundError(path)
+            return text
+        monkeypatch.setattr(device_module.Path, "read_text", cpuinfo)
+        monkeypatch.setattr(device_module, "product_seconds", lambda dtype: ratio if dtype is torch.bfloat16 else 1.0)
+    return pretend
+
+
+@pytest.mark.parametrize("text, native", [(INTEL.format("avx512_bf16 amx_tile"), True), (INTEL.format("amx_bf16"), True), (ARM.format("i8mm bf16"), True),
+                                          (INTEL.format("avx512_vnni"), False), (ARM.format("asimddp"), False), (None, False)])
+def test_the_processor_says_whether_it_computes_in_bfloat16(processor, text, native):
+    processor(text)
+    assert native_bfloat16(CPU) is native and not native_bfloat16(torch.device("mps"))
+    assert amp_settings(CPU, "native")[0] is (torch.bfloat16 if native else None)
+    assert amp_settings(CPU)[0] is None                        # the default of a CPU stays float32
+    for stored in ({}, {"amp_dtype": "torch.float32"}, {"amp_dtype": "torch.bfloat16"}):     # a run goes on as it was
+        computed = native and stored == {"amp_dtype": "torch.bfloat16"}
+        assert amp_settings(CPU, "native", stored)[0] is (torch.bfloat16 if computed else None)
+    lines = slow_dtype(CPU, torch.bfloat16)
+    assert len(lines) == (not native)
+    if lines:
+        assert "took 8.0 times as long as in float32" in lines[0] and lines[0].startswith("WARNING")
+
+
+def test_no_warning_where_bfloat16_costs_nothing(processor):
+    processor(None, ratio=0.9)                                 # such as a processor of Apple
+    assert slow_dtype(CPU, torch.bfloat16) == slow_dtype(CPU, None) == slow_dtype(CUDA, torch.bfloat16) == []
+
+
+def test_a_product_takes_time():
+    state = torch.get_rng_state()
+    assert 0 < product_seconds(torch.float32, side=64) < 1 and torch.equal(torch.get_rng_state(), state)
 
 
 def test_an_unknown_dtype():

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,16 @@ def worker(folder):
         (folder / "before barrier").touch()
     distributed.barrier()
     result["barrier"] = (folder / "before barrier").exists()
+    calls, barrier = [], distributed.barrier
+    distributed.barrier = lambda: (calls.append("barrier"), barrier())
+    for turn in range(2):
+        with distributed.main_first():
+            if rank == 0:                          # prepares something, for longer than a look at the store takes
+                time.sleep(3 * distributed.POLL)
+                (folder / f"prepared {turn}").touch()
+            calls.append((folder / f"prepared {turn}").exists())
+    distributed.barrier = barrier
+    result["first"] = calls
     torch.save(result, folder / f"{rank}.pth")
     distributed.cleanup()
     assert distributed.world_size() == 1
@@ -102,6 +113,11 @@ def test_sums_over_processes(two):
         assert not result["gradient"]
 
 
+def test_the_main_process_goes_first_and_the_others_wait_in_no_barrier(two):
+    """That of nccl would end the job after two hours."""
+    assert [result["first"] for result in two] == [[True, "barrier", True, "barrier"]] * 2
+
+
 def test_agreement_gathering_barrier_shards(two):
     assert [result["flag"] for result in two] == [15, 15]
     assert [result["gathered"] for result in two] == [[{"rank": 0}, {"rank": 1}]] * 2
@@ -133,6 +149,8 @@ def test_one_process_is_the_identity(monkeypatch):
     assert all_reduce_sum(ones).add_(1).tolist() == [2, 2] and ones.tolist() == [1, 1]
     assert distributed.all_agree_max(2) == 2 and distributed.all_gather("x") == ["x"]
     distributed.barrier()
+    with distributed.main_first():
+        pass
     distributed.cleanup()
     monkeypatch.setenv("WORLD_SIZE", "1")          # torchrun --nproc_per_node=1
     assert distributed.init_distributed("cuda") == (0, 0, 1)

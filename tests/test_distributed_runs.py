@@ -26,6 +26,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 import models.nomeformer
+import models.pmt
 import models.point_transformer
 import models.upernet
 import utils.image_inference
@@ -40,7 +41,8 @@ STILL = {"downstream": ["model.encoder_dropout=0", "model.drop_path=0"], "jepa":
 BOARD = {"segmentation": "logging.tensorboard=true", "downstream": "logging.tensorboard=true", "jepa": "logging.tensorboard=true",
          "sonata": "logging.tensorboard=true", "prototype": "logging.tensorboard=true"}
 ACCUMULATE = {"downstream": "training.accumulation_steps=", "sonata": "training.accumulation_steps=", "prototype": "training.accumulate=",
-              "segmentation": "training.accumulate_grad_batches=", "m2f_head": "--accumulate=", "upernet_head": "--accumulate="}
+              "segmentation": "training.accumulate_grad_batches=", "m2f_head": "--accumulate=", "upernet_head": "--accumulate=",
+              "linear_head": "--accumulate=", "pmt_head": "--accumulate=", "eomt": "--accumulate="}
 WEIGHTS = 1e-3                                     # of the largest weight of a tensor, after 4 to 12 steps in float32
 HELD: dict[str, list[bool]] = {}                   # of each script: which equalities held, for the summary
 
@@ -121,7 +123,9 @@ def still() -> None:
     F.dropout = F.dropout2d = lambda x, *_, **__: x
     for kind in (models.nomeformer.DropPath, models.point_transformer.PointDropPath):
         kind.forward = lambda self, x, *_: x
-    nn.BatchNorm2d.forward = models.upernet.BatchNorm2d.forward = batch_norm_of_all
+    nn.BatchNorm1d.forward = nn.BatchNorm2d.forward = models.upernet.BatchNorm2d.forward = batch_norm_of_all
+    allowed_patches = models.pmt.allowed_patches
+    models.pmt.allowed_patches = lambda masks, grid, _: allowed_patches(masks, grid, 1.0)      # annealing draws in each process
     torch.randperm = lambda count, **_: torch.arange(count)                                # orders of Point Transformer
     rand = torch.rand
 
@@ -292,7 +296,7 @@ def test_checkpoints_pass_between_one_process_and_two(both, folder, tmp_path, na
 
 CACHES = {"downstream": ["training.cache_features=true", "training.use_pretrained=false", "training.num_unfrozen_encoder_layers=0",
                          "augmentation.mode=none", "augmentation.recluster=false", "augmentation.scale_range=[1.0,1.0]"],
-          "m2f_head": ["--augment", "windows", "--cache-features"], "upernet_head": ["--augment", "windows", "--cache-features"]}
+          **{name: ["--augment", "windows", "--cache-features"] for name in NAMES if name.endswith("_head")}}
 
 
 @pytest.mark.slow

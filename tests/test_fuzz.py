@@ -322,7 +322,7 @@ def check_mesh(path):
     F = len(mesh.faces)
     assert mesh.vertices.dtype == np.float64 and mesh.vertices.shape[1:] == (3,) and np.isfinite(mesh.vertices).all()
     assert mesh.faces.dtype == np.int64 and mesh.faces.shape == (F, 3) and F and in_range(mesh.faces, len(mesh.vertices))
-    assert mesh.label is None or mesh.label.dtype == np.int64 and mesh.label.shape == (F,)
+    assert mesh.slot.shape == (F, 3) and (mesh.properties is None or set(mesh.properties) == {"vertex", "face"})
     assert mesh.polygon is None or mesh.polygon.shape == (F,) and set(np.diff(mesh.polygon)) <= {0, 1} and mesh.polygon[0] == 0
     return mesh
 
@@ -608,9 +608,16 @@ def test_made_meshes_come_back(tmp_path, examples, tally):
         path.write_bytes(ply_file(*made, data.draw, label) if suffix == "ply" else (obj_file if suffix == "obj" else off_file)(*made, data.draw))
         mesh = check_mesh(path)
         np.testing.assert_array_equal(mesh.vertices, vertices)
-        assert mesh.faces.tolist() == fans(polygons)
+        at = 0
+        for p in polygons:                                      # triangles that have every edge of the polygon once
+            slots = (mesh.slot[at:at + len(p) - 2] - mesh.slot[at:at + len(p) - 2].min()).tolist()
+            edges = Counter(tuple(ends) for a, b, c in slots for ends in ((a, b), (b, c), (c, a)))
+            assert all(edges[i, (i + 1) % len(p)] == 1 for i in range(len(p))) and sum(edges.values()) == 3 * len(p) - 6
+            assert mesh.faces[at:at + len(p) - 2].tolist() == [[p[i] for i in triangle] for triangle in slots]
+            at += len(p) - 2
         assert mesh.polygon is None and all(len(p) == 3 for p in polygons) or mesh.polygon.tolist() == of_each(range(len(polygons)), polygons)
-        assert mesh.label is None if label is None or suffix != "ply" else mesh.label.tolist() == of_each(label, polygons)
+        if label is not None and suffix == "ply":
+            assert mesh.properties["face"]["label"].tolist() == label
 
 
 @examples
@@ -634,7 +641,7 @@ def test_written_meshes_come_back(tmp_path, examples, tally):
         mesh = check_mesh(path)
         np.testing.assert_allclose(mesh.vertices[mesh.faces], corner, rtol=0, atol=0 if kind != "glb" else 1e-5)
         if kind == "ply":
-            assert mesh.label.tolist() == faces[:, 0].tolist()
+            assert mesh.properties["face"]["label"].tolist() == faces[:, 0].tolist()
         if kind == "stl":
             assert len(mesh.vertices) == len(np.unique(corner.reshape(-1, 3) + 0.0, axis=0))
 
@@ -653,12 +660,19 @@ def test_made_labels_come_to_the_right_faces(tmp_path, examples, tally):
         count = {"face": len(faces), "polygon": len(polygons), "vertex": len(vertices), "edge": len(edges)}[kind]
         label = data.draw(st.lists(st.integers(0, 3), min_size=count, max_size=count))
         write_labels(tmp_path / f"a{suffix}", np.array(label))
-        three = {"vertex": lambda f: [label[i] for i in f], "edge": lambda f: [label[edges[tuple(sorted(e))]] for e in zip(f, f[1:] + f[:1], strict=True)]}
-
-        def vote(values):                                       # of three different ones the smallest; 3 is unlabelled, so not it
-            return max(sorted(set(values)), key=values.count)
-
-        expected = label if kind == "face" else of_each(label, polygons) if kind == "polygon" else [vote(three[kind](f)) for f in faces]
+        votes = []                                              # of each polygon
+        for number, p in enumerate(polygons):
+            own = [i for i, polygon in enumerate(of_each(range(len(polygons)), polygons)) if polygon == number]
+            if kind == "polygon" or count == len(polygons) and kind == "face":
+                votes.append([label[number]])
+            elif kind == "face":
+                votes.append([label[i] for i in own])
+            elif kind == "vertex":
+                votes.append([label[i] for i in set(p)])
+            else:
+                votes.append([label[edges[tuple(sorted(e))]] for i in own for e in zip(faces[i], faces[i][1:] + faces[i][:1], strict=True)])
+        # of equally many the smallest; 3 is unlabelled, so not it
+        expected = of_each([max(sorted(set(values)), key=values.count) for values in votes], polygons)
         found = read_labels(tmp_path / f"a{suffix}", mesh, 3, ignore_labels=[3], kind=kind)
         assert found.tolist() == [IGNORE_INDEX if value == 3 else value for value in expected]
 

@@ -47,7 +47,7 @@ def test_costs_and_pairs():
     golden, criterion, outputs, label = read("m2f_loss")
     points, tolerance = golden["inputs"]["points"], golden["tolerance"]
     predictions = [outputs, *outputs["aux_outputs"]]
-    rows = criterion.match(predictions, label, criterion._present(label), points)
+    rows = criterion.match(predictions, label, criterion.present(label), points)
     differ = set()
     for o, (prediction, out) in enumerate(zip(predictions, golden["outputs"]["per_output"], strict=True)):
         pairs = []

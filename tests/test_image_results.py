@@ -4,6 +4,7 @@ from PIL import Image
 
 from data.image_results import example_pair, feature_picture, overlay, write_image_result, write_label_png
 from data.images import SegmentationDataset
+from data.photos import Photo
 from tests.tiny_images import read_mask
 from utils.losses import IGNORE_INDEX
 from utils.render import IGNORE_COLOR
@@ -14,6 +15,10 @@ LABEL = np.array([[0, 1, 2], [2, IGNORE_INDEX, 0]])
 
 def photo(height=2, width=3, value=100):
     return Image.fromarray(np.full((height, width, 3), value, np.uint8))
+
+
+def as_read(image):
+    return Photo(image.size, lambda top, bottom: np.asarray(image)[top:bottom])
 
 
 @pytest.mark.parametrize("ignore_label, reduce", [(255, False), (255, True), (0, True), (9, False)])
@@ -45,7 +50,7 @@ def test_features_as_colours_lie_on_their_pixels():
 
 
 def test_written_files(tmp_path):
-    prediction = {"label": LABEL, "photo": photo()}
+    prediction = {"label": LABEL, "photo": as_read(photo())}
     written = write_image_result(tmp_path / "street.01", prediction, COLORS, "png", "png", 255, True, np.ones((4, 1, 1)))
     assert [path.name for path in written] == ["street.01.png", "street.01_overlay.png", "street.01_pca.png"]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in written)
@@ -70,5 +75,5 @@ def test_examples_for_a_report(tmp_path):
 
 def test_nothing_half_written_stays(tmp_path):
     with pytest.raises(ValueError, match="sizes differ"):
-        write_image_result(tmp_path / "a", {"label": LABEL, "photo": photo(5, 5)}, COLORS)
+        write_image_result(tmp_path / "a", {"label": LABEL, "photo": as_read(photo(5, 5))}, COLORS)
     assert list(tmp_path.iterdir()) == []

@@ -23,6 +23,7 @@ from data.images import (
     pair_files,
     read_image,
 )
+from data.masks import OUT_OF_RANGE
 from tests.tiny_images import read_mask
 from utils.losses import IGNORE_INDEX
 
@@ -154,10 +155,10 @@ def test_zero_label_is_reduced_without_wrapping(tmp_path):
 @pytest.mark.parametrize("ignore_label, reduce", [(255, False), (0, False), (255, True), (200, True)])
 def test_file_numbers_there_and_back(ignore_label, reduce):
     table = label_table(19, ignore_label, reduce)
-    values = np.flatnonzero(table != images.OUT_OF_RANGE)
+    values = np.flatnonzero(table != OUT_OF_RANGE)
     back = label_to_file(table[values], ignore_label, reduce)
     assert (table[back] == table[values]).all() and (back[table[values] >= 0] == values[table[values] >= 0]).all()
-    assert table[ignore_label] == IGNORE_INDEX and table[254] == images.OUT_OF_RANGE
+    assert table[ignore_label] == IGNORE_INDEX and table[254] == OUT_OF_RANGE
 
 
 def test_impossible_numbers_of_classes():
@@ -180,7 +181,7 @@ def test_counts_of_a_good_set(tmp_path):
 def test_a_table_of_labels(tmp_path):
     table = np.full(256, IGNORE_INDEX)
     table[[7, 8, 33]] = [0, 1, 2]
-    table[99] = images.OUT_OF_RANGE
+    table[99] = OUT_OF_RANGE
     pair = make_pair(tmp_path, mask=np.resize([7, 8, 33, 0, 255, 7], (20, 30)))
     summary = check_pairs([pair], 3, table=table)
     assert summary.class_counts.tolist() == [200, 100, 100] and summary.ignored == 200

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from tests.tiny_heads import SMALL
 from tests.tiny_runs import NAMES, report, run_forked, tiny_run
 from utils.prototype_scripts import STAGES
 
@@ -23,7 +24,7 @@ GROWTH = 0.02                           # of the memory: 10 MB, or 8 kB a step
 MORE = {"downstream": ["checkpointing.save_interval=0", "checkpointing.save_top_k=2"], "jepa": ["checkpointing.save_interval=0", "probe.interval=5"],
         "sonata": ["checkpointing.save_interval=0"], "segmentation": ["checkpointing.save_interval=0", "checkpointing.save_top_k=2"],
         "prototype": [f"training.steps=[{EVERY},{STEPS},{EVERY}]", f"evaluation.interval={STEPS // EPOCHS}"],        # all measured is its longest stage
-        "m2f_head": ["--save-interval", "0", "--log-interval", "10"], "upernet_head": ["--save-interval", "0", "--log-interval", "10"]}
+        **{name: ["--save-interval", "0", "--log-interval", "10"] for name in NAMES if f"train_{name}" in SMALL}}
 LOG = {"segmentation": ["logging.log_every_n_steps=10", "logging.tensorboard=true"],
        **{name: ["logging.log_interval=10", "logging.tensorboard=true"] for name in ("downstream", "jepa", "sonata", "prototype")}}
 

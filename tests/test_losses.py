@@ -13,6 +13,7 @@ from utils.losses import (
     MaskedCrossEntropyLoss,
     WeightedLoss,
     _lovasz_slope,
+    check_labels,
     class_weights,
     lovasz_softmax_loss,
     soft_dice_loss,
@@ -362,3 +363,16 @@ def test_weighted_loss_errors():
             WeightedLoss({"ce": factor})
     with pytest.raises(ValueError, match="no loss with a weight above 0"):
         WeightedLoss({"ce": 0.0})
+
+
+def test_a_training_loop_checks_labels_before_they_go_to_the_gpu():
+    """On a GPU a look at them would wait for it: label_weight looks on the loader's side, with the same words."""
+    label = torch.tensor([[0, 7, IGNORE_INDEX]])
+    with pytest.raises(ValueError) as late:
+        MaskedCrossEntropyLoss()(torch.zeros(1, 3, 4), label)
+    for criterion in (MaskedCrossEntropyLoss(num_classes=4), MaskedCrossEntropyLoss([1.0] * 4),
+                      WeightedLoss({"dice": 1.0}, class_dim=1, num_classes=4)):
+        with pytest.raises(ValueError) as early:
+            criterion.label_weight(label)
+        assert str(early.value) == str(late.value)
+    check_labels(label.to("meta"), 4)                                # a device whose values nobody can see

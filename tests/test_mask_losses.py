@@ -122,7 +122,7 @@ def test_order_of_queries_does_not_matter_and_unmatched_masks_have_no_gradient()
     outputs, label = batch()
     criterion = SetCriterion(4, num_points=64)
     points = draw(criterion, outputs, label)
-    rows = criterion.match(each(outputs), label, criterion._present(label), points)
+    rows = criterion.match(each(outputs), label, criterion.present(label), points)
     loss = criterion(outputs, label, points)["total"]
     for (image, query, _), gradient in zip(rows.unbind(1), grads(loss, outputs), strict=True):
         matched = torch.zeros(2, 6, dtype=torch.bool)
@@ -147,7 +147,7 @@ def test_each_output_has_its_own_matching():
     logits = 50 * torch.eye(3)[None, :2]
     outputs = {"pred_logits": logits, "pred_masks": masks, "aux_outputs": [{"pred_logits": logits.flip(1), "pred_masks": masks.flip(1)}]}
     criterion = SetCriterion(2, num_points=512, importance_ratio=0.0)
-    rows = criterion.match(each(outputs), label, criterion._present(label))
+    rows = criterion.match(each(outputs), label, criterion.present(label))
     assert rows[1].tolist() == [[0, 1], [0, 1]] and rows[2].tolist() == [[0, 1], [1, 0]]
     terms = criterion(outputs, label)
     assert terms["class_0"] < 1e-6 and terms["class_1"] < 1e-6 and terms["dice_1"] < 0.1
@@ -177,9 +177,9 @@ def test_images_matched_together_or_one_by_one(monkeypatch):
     outputs, label = batch(batch_size=3)
     criterion = SetCriterion(4, num_points=32)
     points = draw(criterion, outputs, label)
-    single = criterion.match(each(outputs), label, criterion._present(label), points)
+    single = criterion.match(each(outputs), label, criterion.present(label), points)
     monkeypatch.setattr(mask_losses, "IMAGES_AT_ONCE", {"cpu": 2})       # as on a GPU, with a remainder
-    assert torch.equal(criterion.match(each(outputs), label, criterion._present(label), points), single)
+    assert torch.equal(criterion.match(each(outputs), label, criterion.present(label), points), single)
 
 
 def test_more_classes_than_queries():
@@ -187,8 +187,20 @@ def test_more_classes_than_queries():
     criterion = SetCriterion(4, num_points=32)
     assert criterion.label_weights(label, 2).tolist() == [7, 4]
     terms = criterion(outputs, label)
-    rows = criterion.match(each(outputs), label, criterion._present(label))
+    rows = criterion.match(each(outputs), label, criterion.present(label))
     assert rows.shape == (3, 3, 4) and terms["total"].isfinite()
+
+
+def test_masks_divided_by_pairs_are_divided_by_the_pairs():
+    """Seven classes in two images of two queries: four pairs; the class loss is the same."""
+    outputs, label = batch(num_queries=2)
+    per_target, per_pair = SetCriterion(4, num_points=32), SetCriterion(4, num_points=32, divide_by_pairs=True)
+    assert per_pair.label_weights(label, 2).tolist() == [4, 4] and per_pair.label_weights(label, 100)[0] == 7
+    points = draw(per_target, outputs, label)
+    first, second = (criterion(outputs, label, points) for criterion in (per_target, per_pair))
+    for name in first:
+        share = {"class": 1, "mask": 7 / 4, "dice": 7 / 4}.get(name[:-2])
+        assert share is None or second[name] == pytest.approx(share * float(first[name]), rel=1e-6)
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 import data.mesh
 import data.mesh_io
+import data.mesh_prepare
 from data.mesh import (
     Augmentation,
     CachedFeatures,
@@ -189,7 +190,7 @@ def test_damaged_cache_file_is_written_anew(folder, tmp_path, damage):
         entry.write_bytes({"empty": b"", "cut": content[:len(content) // 2], "text": b"hello",
                            "bit in the data": content}[damage])
     assert same_mesh(prepare_mesh(path, SPEC, cache), good)
-    stored = data.mesh._read_cache(entry, ("vertices", "faces", "neighbors", "area"))
+    stored = data.mesh_prepare._read_cache(entry, ("vertices", "faces", "neighbors", "area"))
     assert all(np.array_equal(value, getattr(good, name)) for name, value in stored.items())
 
 
@@ -225,17 +226,17 @@ def parsed(monkeypatch):
     """The names of the files that were parsed, once each time; tests empty it."""
     names = []
 
-    def count(reader):
-        parse = getattr(data.mesh_io, reader)
+    def count(suffix):
+        parse = data.mesh_io.READERS[suffix]
 
         def counted(path):
             names.append(path.name)
             return parse(path)
 
-        monkeypatch.setattr(data.mesh_io, reader, counted)
+        monkeypatch.setitem(data.mesh_io.READERS, suffix, counted)
 
-    count("_read_obj")
-    count("_read_ply")
+    count(".obj")
+    count(".ply")
     return names
 
 

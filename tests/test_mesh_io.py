@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import trimesh
 
-from data import mesh_io
+from data import mesh_formats, mesh_io
+from data.label_map import read_label_map
 from data.mesh_io import find_label_file, list_meshes, read_labels, read_mesh, write_glb, write_labels, write_ply
 from utils.losses import IGNORE_INDEX
 
@@ -45,7 +46,7 @@ def test_obj_keeps_file_order_over_interleaved_materials(tmp_path):
     head = "mtllib none.mtl\no thing\ng part\ns 1\n" + "vt 0 0\nvn 0 0 1\n" * len(vertices)
     mesh = read_mesh(write(tmp_path / "a.obj", head + obj_text(vertices, faces[:0]) + "\n".join(lines)))
     assert np.array_equal(mesh.faces, faces) and np.array_equal(mesh.vertices, vertices)
-    assert mesh.polygon is None and mesh.label is None and mesh.path == str(tmp_path / "a.obj")
+    assert mesh.polygon is None and mesh.properties is None and mesh.path == str(tmp_path / "a.obj")
     assert mesh.faces.dtype == np.int64 and mesh.vertices.dtype == np.float64
 
 
@@ -79,7 +80,7 @@ def test_obj_syntax(tmp_path, face_lines, faces, polygon, newline):
     assert mesh.faces.tolist() == faces
     assert (mesh.polygon if polygon is None else mesh.polygon.tolist()) == polygon
     assert mesh.vertices[:4].tolist() == [[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0]]
-    assert mesh_io._parse_obj(text.replace(newline, "\n").encode()) is not None, "left to the slow parser"
+    assert mesh_formats._parse_obj(text.replace(newline, "\n").encode()) is not None, "left to the slow parser"
 
 
 def test_obj_vertices_with_weight_and_colour_and_byte_order_mark(tmp_path):
@@ -90,8 +91,8 @@ def test_obj_vertices_with_weight_and_colour_and_byte_order_mark(tmp_path):
 
 def test_obj_fast_parser_equals_the_one_by_line(tmp_path, monkeypatch):
     rng = random.Random(0)
-    blocks = mesh_io._blocks
-    monkeypatch.setattr(mesh_io, "_blocks", lambda text, size: blocks(text, 50))       # several even here
+    blocks = mesh_formats.blocks
+    monkeypatch.setattr(mesh_formats, "blocks", lambda text, size: blocks(text, 50))       # several even here
     for _ in range(100):
         lines, n = [], 0
         for _ in range(rng.randint(1, 60)):
@@ -105,7 +106,7 @@ def test_obj_fast_parser_equals_the_one_by_line(tmp_path, monkeypatch):
             if rng.random() < 0.2:
                 lines.append(rng.choice(["# v 1 2 3", "", "usemtl a\\b", "vt 0 1", "g f 1 2 3", "s off"]))
         text = "\n".join(lines).encode()
-        fast, slow = mesh_io._parse_obj(text), mesh_io._parse_obj_by_line(text, tmp_path)
+        fast, slow = mesh_formats._parse_obj(text), mesh_formats._parse_obj_by_line(text, tmp_path)
         if fast is None:
             assert not len(slow[2])                                        # no face drawn
         else:
@@ -144,7 +145,7 @@ def test_every_format_as_trimesh_writes_it(tmp_path, suffix):
     path = tmp_path / f"a{suffix}"
     trimesh.Trimesh(vertices, faces, process=False).export(path)
     mesh = read_mesh(path)
-    assert mesh.faces.shape == faces.shape and mesh.polygon is None and mesh.label is None
+    assert mesh.faces.shape == faces.shape and mesh.polygon is None
     assert np.allclose(mesh.vertices[mesh.faces], vertices[faces], atol=1e-6)
     assert len(mesh.vertices) == len(vertices)                             # STL: merged again
     if suffix != ".stl":
@@ -214,12 +215,12 @@ def ply(kind, faces, label=None):
 def test_ply_polygons_stay_in_order_and_labels_follow(tmp_path, kind):
     mesh = read_mesh(write(tmp_path / "a.ply", ply(kind, [[3, 2, 1], [0, 1, 2, 3], [2, 1, 0]], [7, 255, 3])))
     assert mesh.faces.tolist() == [[3, 2, 1], [0, 1, 2], [0, 2, 3], [2, 1, 0]]
-    assert mesh.polygon.tolist() == [0, 1, 1, 2] and mesh.label.tolist() == [7, 255, 255, 3]
+    assert mesh.polygon.tolist() == [0, 1, 1, 2] and mesh.properties["face"]["label"].tolist() == [7, 255, 3]
     assert mesh.vertices.tolist() == [[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0]]
     quads = read_mesh(write(tmp_path / "b.ply", ply(kind, [[0, 1, 2, 3], [3, 2, 1, 0]])))
-    assert quads.faces.tolist() == [[0, 1, 2], [0, 2, 3], [3, 2, 1], [3, 1, 0]] and quads.label is None
+    assert quads.faces.tolist() == [[0, 1, 2], [0, 2, 3], [3, 2, 1], [3, 1, 0]] and not quads.properties["face"]
     triangles = read_mesh(write(tmp_path / "c.ply", ply(kind, [[0, 1, 2], [0, 0, 2]], [1, 2])))
-    assert triangles.polygon is None and triangles.label.tolist() == [1, 2] and len(triangles.vertices) == 4
+    assert triangles.polygon is None and triangles.properties["face"]["label"].tolist() == [1, 2] and len(triangles.vertices) == 4
 
 
 def test_off_polygons_colours_comments_and_glued_header(tmp_path):
@@ -246,7 +247,6 @@ MIXED = ply("binary_little_endian", [[0, 1, 2], [0, 1, 2, 3]], [0, 1])
     ("a.ply", ply("ascii", []), "no faces"),
     ("a.ply", ply("ascii", [[0, 1, 2], [0, 1]]), "face 1 has 2 corners"),
     ("a.ply", ply("ascii", [[0, 1, 2, 3], [0, 1, 4]]), "face 1 uses vertex 4, the file has vertices 0..3"),
-    ("a.ply", ply("ascii", [[0, 1, 2]], [0.5]), "1 of 1 labels are no integers"),
     ("a.off", "0 0 0", "does not begin with OFF"),
     ("a.off", "OFF BINARY\n", "does not begin with OFF"),
     ("a.off", "OFF", "is the file cut short?"),
@@ -296,6 +296,16 @@ def test_list_meshes(tmp_path):
     assert [p.name for p in list_meshes(tmp_path, [".obj", ".off"])] == ["a2.OFF", "b.obj"]
     with pytest.raises(ValueError, match=r"no mesh in this folder \(looked for .stl\)"):
         list_meshes(tmp_path, [".stl"])
+    for name in ("sub/b.obj", "sub/deep/b.obj", "sub/.hidden/c.obj"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / name, "")
+    assert [str(p.relative_to(tmp_path / "sub")) for p in list_meshes(tmp_path / "sub", recursive=True)] == ["b.obj", "deep/b.obj"]
+    (tmp_path / "sub" / "b.obj").unlink()
+    with pytest.raises(ValueError, match="the folders in it have some: data.recursive=true reads them"):
+        list_meshes(tmp_path / "sub")
+    write(tmp_path / "sub" / "deep" / "b.off", "")
+    with pytest.raises(ValueError, match="deep: b.obj and b.off would share a label file"):
+        list_meshes(tmp_path / "sub", recursive=True)
 
 
 # --- labels ---------------------------------------------------------------------------------------------------------
@@ -310,10 +320,16 @@ def square(tmp_path):
 def test_find_label_file(tmp_path):
     mesh, labels = write(tmp_path / "m.obj", SQUARE), tmp_path / "labels"
     labels.mkdir()
-    for name in ("m2.txt", "n.npy", "m.json"):
+    for name in ("m2.txt", "n.npy", "m.lbl"):
         write(labels / name, "")
-    with pytest.raises(FileNotFoundError, match="m.txt, m.npy, m_labels.npy, m.seg, m.eseg"):
+    with pytest.raises(FileNotFoundError, match="m.txt, m.npy, m_labels.npy, m.seg, m.eseg, m_labels.txt, m.csv, m.json"):
         find_label_file(mesh, labels)
+    for name in ("m_labels.txt", "m.csv", "m.json"):
+        path = write(labels / name, "")
+        assert find_label_file(mesh, labels) == path
+        write(labels / "m.seg", "")
+        assert find_label_file(mesh, labels) == labels / "m.seg"            # a json beside it may be anything
+        path.unlink(), (labels / "m.seg").unlink()
     for name in ("m.txt", "m.npy", "m_labels.npy", "m.seg", "m.eseg"):
         path = write(labels / name, "")
         assert find_label_file(mesh, str(labels)) == path
@@ -336,17 +352,102 @@ def test_labels_inside_a_ply(tmp_path):
     damaged = write(tmp_path / "d.ply", "ply\nformat ascii 1.0\nelement face\n")
     with pytest.raises(ValueError, match="d.ply: cannot be read as PLY"):
         find_label_file(damaged, tmp_path)
-    with pytest.raises(ValueError, match="its faces have no property label"):
+    with pytest.raises(ValueError, match="no labels in it, it has not a face property label, labels, class; give a label file"):
         read_labels(bare, read_mesh(bare))
-    with pytest.raises(ValueError, match="3 labels, but .* has 1 faces"):    # another mesh's labels: count checked
+    odd = write(tmp_path / "o.ply", ply("ascii", [[0, 1, 2]], [0.5]))       # a fault where labels are wanted, and only there
+    with pytest.raises(ValueError, match="1 of 1 labels are no integers"):
+        read_labels(odd, read_mesh(odd))
+    with pytest.raises(ValueError, match="2 labels, but .* has 1 faces"):    # another mesh's labels: count checked
         read_labels(labelled, read_mesh(bare))
 
 
-@pytest.mark.parametrize("content", ["0\n1\n2\n", "0 1 2", "\ufeff0\r\n1\r\n2", "0.0\n1.000e+00\n\n2.0\n"])
-@pytest.mark.parametrize("name", ["l.txt", "l.seg"])
-def test_text_labels(tmp_path, square, name, content):
-    label = read_labels(write(tmp_path / name, content.encode()), square, num_classes=3)
+@pytest.mark.parametrize("content", [
+    "0\n1\n2\n", "0 1 2", "\ufeff0\r\n1\r\n2", "0.0\n1.000e+00\n\n2.0\n", "0,1,2", "0, 1;\t2\n", "label\n0\n1\n2\n",
+    "# three parts\n0  # the roof\n1 # 7 walls\n2\n", "0 0\n1 1\n2 2\n", "2 2\n0 0\n1 1\n", "face,label\n1,0\n2,1\n3,2\n"])
+@pytest.mark.parametrize("name", ["l.txt", "l.seg", "l.csv"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_text_labels(tmp_path, square, name, content, encoding):
+    label = read_labels(write(tmp_path / name, content.removeprefix("\ufeff" * (encoding == "utf-16")).encode(encoding)), square, num_classes=3)
     assert label.tolist() == [0, 1, 2] and label.dtype == np.int64
+
+
+@pytest.mark.parametrize(("text", "message"), [("0 0\n1 1\n3 2", "unknown label 3"), ("0 0\n1 1\n1 2", "6 labels, but"), ("0 1 2 0 1 2", "6 labels, but"),
+                                               ("label\n0\n1\nlabel\n2", "line 1: 'label' is not"), ("0 0\n1 1", "4 labels|2 labels")])
+def test_pairs_of_face_and_label_name_each_face_once(tmp_path, square, text, message):
+    with pytest.raises(ValueError, match=message):
+        read_labels(write(tmp_path / "l.txt", text), square, 3)
+
+
+def test_two_labels_a_line_are_no_pairs_where_so_many_fit(tmp_path):
+    mesh = read_mesh(write(tmp_path / "a.obj", SQUARE + "f 1 2 3\nf 1 3 4\nf 1 2 4\nf 2 3 4\n"))
+    assert read_labels(write(tmp_path / "a.txt", "0 1\n1 0\n"), mesh).tolist() == [0, 1, 1, 0]
+
+
+@pytest.mark.parametrize("text", ["[0, 1, 2]", '{"id": "p", "labels": [0, 1, 2.0], "instances": [7, 7, 7]}'])
+def test_json_labels(tmp_path, square, text):
+    assert read_labels(write(tmp_path / "l.json", text), square, 3).tolist() == [0, 1, 2]
+
+
+def ply_of(element, name, kind="int"):
+    """The square as two triangles, with the property of its vertices (0 1 1 2) or faces (2 1)."""
+    at_vertex = element == "vertex"
+    rows = [f"{x} {y} 0{f' {v}' if at_vertex else ''}" for (x, y), v in zip([(0, 0), (1, 0), (1, 1), (0, 1)], [0, 1, 1, 2], strict=True)]
+    rows += [f"3 {a} {b} {c}{'' if at_vertex else f' {v}'}" for (a, b, c), v in zip([(0, 1, 2), (0, 2, 3)], [2, 1], strict=True)]
+    line = f"property {kind} {name}\n"
+    return ("ply\nformat ascii 1.0\nelement vertex 4\nproperty float x\nproperty float y\nproperty float z\n" + line * at_vertex
+            + "element face 2\nproperty list uchar int vertex_indices\n" + line * (not at_vertex) + "end_header\n" + "\n".join(rows) + "\n")
+
+
+@pytest.mark.parametrize("kind", ["int", "float", "ushort"])
+@pytest.mark.parametrize("name", ["Label", "scalar_Label", "scalar_labels", "object_id", "category_id", "quality", "segment", "semantic"])
+def test_a_property_of_a_ply_by_its_name(tmp_path, name, kind):
+    faces, vertices = (write(tmp_path / f"{element}.ply", ply_of(element, name, kind)) for element in ("face", "vertex"))
+    for path, expected in ((faces, [2, 1]), (vertices, [1, 0])):            # 0 1 1, and of 0 1 2 the smallest
+        mesh = read_mesh(path)
+        assert find_label_file(path, tmp_path, "auto", name) == path
+        assert read_labels(path, mesh, 3, field=name).tolist() == expected
+        if "label" in name.lower():                                         # what such a property means is no guess
+            assert find_label_file(path, tmp_path) == path and read_labels(path, mesh, 3).tolist() == expected
+    with pytest.raises(ValueError, match="has not a vertex property"):
+        read_labels(faces, read_mesh(faces), 3, kind="vertex", field=name)
+    assert read_labels(vertices, read_mesh(vertices), 3, kind="vertex", field=name).tolist() == [1, 0]
+
+
+def test_a_ply_whose_labels_have_another_name_says_what_it_has(tmp_path):
+    path = write(tmp_path / "a.ply", ply_of("face", "quality"))
+    with pytest.raises(FileNotFoundError, match=r"a face property label, labels, class \(it has quality: name one in data.label_field\)"):
+        find_label_file(path, tmp_path)
+    with pytest.raises(ValueError, match=r"has not a face property qualty \(it has quality: name one in data.label_field\)"):
+        read_labels(path, read_mesh(path), 3, field="qualty")
+
+
+PARTS = "# made\ng loose\n" + SQUARE + "f 1 2 3\nusemtl roof # red\ng upper\nf 1 3 4\nusemtl out side\nf 1 2 3 4\nusemtl roof\ng\nf 1 2 4\n"
+
+
+def test_materials_and_groups_are_labels(tmp_path):
+    path = write(tmp_path / "a.obj", PARTS)
+    mesh = read_mesh(path)
+    assert find_label_file(path, tmp_path, "material") == path
+    assert mesh_io.label_names([path], "material") == ["out side", "roof"] and mesh_io.label_names([path], "group", ["loose"]) == ["upper"]
+    read = dict(kind="material", names=["roof", "out side"])
+    assert read_labels(path, mesh, 2, **read).tolist() == [IGNORE_INDEX, 0, 1, 1, 0]
+    assert read_labels(path, mesh, 2, kind="group", names=["upper", "loose"]).tolist() == [1, 0, 0, 0, 0]
+    assert read_labels(path, mesh, 1, ignore_labels=["out side"], kind="material", names=["roof"]).tolist() == [-100, 0, -100, -100, 0]
+    with pytest.raises(ValueError, match=r"material 'out side' \(1 faces\) is none of data.class_names: roof; add it there"):
+        read_labels(path, mesh, 1, kind="material", names=["roof"])
+    objects = write(tmp_path / "b.obj", PARTS.replace("\ng", "\no"))
+    assert mesh_io.label_names([objects], "group") == ["loose", "upper"]
+    off = write(tmp_path / "b.off", "OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n")
+    with pytest.raises(ValueError, match="b.off: data.label_kind: material reads the names in OBJ files"):
+        read_labels(off, read_mesh(off), 2, **read)
+
+
+def test_a_label_map_in_place_of_an_offset(tmp_path, square):
+    path, teeth = write(tmp_path / "l.txt", "0 31 32"), read_label_map("31:1,32:2,0:0")
+    assert read_labels(path, square, 3, label_map=teeth).tolist() == [0, 1, 2]
+    assert read_labels(path, square, 2, ignore_labels=[0], label_map=read_label_map("31:0,32:1")).tolist() == [IGNORE_INDEX, 0, 1]
+    with pytest.raises(ValueError, match=r"l.txt: value 32 \(1 times\) not in the label map \(31:0,0:1\); add it"):
+        read_labels(path, square, 2, label_map=read_label_map("31:0,0:1"))
 
 
 @pytest.mark.parametrize("array", [np.array([0, 1, 2], np.uint8), np.array([[0], [1], [2]]), np.array([0.0, 1, 2])])
@@ -375,7 +476,7 @@ def test_offset_and_ignored_values(tmp_path, square):
     ("0 1 -1", {"num_classes": None}, "unknown label -1 (1 times); classes count from 0"),
     ("0 1.5 nan", {}, "2 of 3 labels are no integers, the first is number 1 (from 0): 1.5"),
     ("0\n1\ntwo", {}, "line 3: 'two' is not a number"),
-    ("0,1,2", {}, "line 1: '0,1,2' is not a number"),
+    ("head\n1 3\ntorso\n2 4", {}, "line 1: 'head' is not a number"),
     ("0/1 1 2", {}, "line 1: '0/1' is not a number"),
     ("", {}, "no labels in it"),
     (" \n ", {}, "no labels in it"),
@@ -394,8 +495,12 @@ NPY = npy.getvalue()
 def test_label_file_errors(tmp_path, square):
     with pytest.raises(FileNotFoundError, match="no such label file"):
         read_labels(tmp_path / "none.txt", square)
-    with pytest.raises(ValueError, match="'.json' is no label suffix"):
-        read_labels(write(tmp_path / "l.json", "[]"), square)
+    with pytest.raises(ValueError, match="'.seseg' is no label suffix"):
+        read_labels(write(tmp_path / "l.seseg", "1 0"), square)
+    for text, message in (("{", "not valid JSON"), ('{"label": [1]}', 'one under "labels"'), ('["a"]', "a list of numbers"), ("[true]", "a list of"),
+                          ("[" * 99999, "not valid JSON"), ("[1.5, 0, 0]", "1 of 3 labels are no integers")):
+        with pytest.raises(ValueError, match=f"l.json: .*{message}"):
+            read_labels(write(tmp_path / "l.json", text), square)
     for content in (b"", b"no array", b"\x93NUMPY\x01\x00", NPY.replace(b"(3,)", b"(3, "), NPY.replace(b"'<i8'", b"'<08'"),
                     NPY.replace(b"(3,), }         ", b"(1000000000,), }"), NPY.replace(b"(3,), ", b"(-1,),"), NPY[:-1]):
         with pytest.raises(ValueError, match="cannot be read as an array"):
@@ -426,10 +531,22 @@ def test_polygon_labels_are_expanded(tmp_path):
     path = write(tmp_path / "a.txt", "5 6 7 8")
     assert read_labels(path, mesh).tolist() == [5, 6, 6, 7, 7, 8]
     assert read_labels(path, mesh, kind="polygon").tolist() == [5, 6, 6, 7, 7, 8]
-    with pytest.raises(ValueError, match="4 labels, but .* has 6 faces .*one per polygon"):
-        read_labels(path, mesh, kind="face")
-    write(path, "0 1 2 3 4 5")
-    assert read_labels(path, mesh).tolist() == [0, 1, 2, 3, 4, 5]           # already one per triangle
+    assert read_labels(path, mesh, kind="face").tolist() == [5, 6, 6, 7, 7, 8]
+    write(path, "0 1 2 3 3 5")                                              # one a triangle: a polygon still has one alone
+    assert read_labels(path, mesh).tolist() == [0, 1, 1, 3, 3, 5]
+    with pytest.raises(ValueError, match="6 labels, but .* has 4 polygons .6 triangles"):
+        read_labels(path, mesh, kind="polygon")
+    write(path, "0 1 2 3 3")
+    with pytest.raises(ValueError, match="5 labels, but .* has 4 faces .6 triangles, 4 vertices.; did an exporter"):
+        read_labels(path, mesh)
+
+
+def test_corners_of_a_polygon_vote_once_each(tmp_path):
+    mesh = read_mesh(write(tmp_path / "a.obj", SQUARE + "v 0.5 2 0\nf 4 1 2 3 5\nf 1 2 3 4\n"))
+    path = write(tmp_path / "a.txt", "0 0 1 1 1")                           # corner 4, of label 1, is in all three triangles
+    assert read_labels(path, mesh, kind="vertex").tolist() == [1, 1, 1, 0, 0]
+    assert read_labels(write(path, "0 0 0 1 1"), mesh, kind="vertex").tolist() == [0, 0, 0, 0, 0]
+    assert read_labels(write(path, "2 2 7 7 7"), mesh, kind="vertex", ignore_labels=[7]).tolist() == [IGNORE_INDEX] * 3 + [2, 2]
 
 
 def test_vertex_labels_by_majority(tmp_path, square):
@@ -481,12 +598,12 @@ def test_written_ply_and_glb_are_read_back_alike(tmp_path):
     write_ply(tmp_path / "a.ply", vertices, faces, color, label)
     mesh = read_mesh(tmp_path / "a.ply")
     assert np.array_equal(mesh.vertices, vertices) and np.array_equal(mesh.faces, faces)
-    assert np.array_equal(mesh.label, label)
+    assert np.array_equal(mesh.properties["face"]["label"], label)
     oracle = trimesh.load_mesh(tmp_path / "a.ply", process=False)
     assert np.array_equal(oracle.faces, faces) and np.array_equal(oracle.vertices, vertices)
     assert oracle.visual.kind == "face" and np.array_equal(oracle.visual.face_colors[:, :3], color)
     write_ply(tmp_path / "b.ply", vertices, faces, color)
-    assert read_mesh(tmp_path / "b.ply").label is None
+    assert "label" not in read_mesh(tmp_path / "b.ply").properties["face"]
 
     write_glb(tmp_path / "a.glb", vertices, faces, color)
     mesh = read_mesh(tmp_path / "a.glb")
@@ -516,7 +633,7 @@ def test_textured_buildings_have_one_order_in_obj_ply_and_txt():
         assert np.allclose(obj.vertices[obj.faces], ply_.vertices[ply_.faces], rtol=0, atol=1e-3)
         assert find_label_file(path, folder) == path.with_suffix(".txt")
         label = read_labels(path.with_suffix(".txt"), obj, 9)
-        assert np.array_equal(label, ply_.label)
+        assert np.array_equal(label, ply_.properties["face"]["label"])
         assert np.array_equal(label, read_labels(path.with_suffix(".ply"), ply_, 9))
     with pytest.raises(ValueError, match="would share a label file"):
         list_meshes(folder)
@@ -552,7 +669,7 @@ def test_a_million_faces_faster_than_trimesh_and_by_line(tmp_path, form):
         return time.process_time() - start, result
     ours, mesh = min((seconds(lambda: read_mesh(path)) for _ in range(2)), key=lambda r: r[0])
     theirs, _ = seconds(lambda: trimesh.load_mesh(path, process=False))
-    by_line, _ = seconds(lambda: mesh_io._parse_obj_by_line(path.read_bytes(), path))
+    by_line, _ = seconds(lambda: mesh_formats._parse_obj_by_line(path.read_bytes(), path))
     print(f"{len(faces)} faces: {ours:.2f} s, trimesh {theirs:.2f} s, by line {by_line:.2f} s")
     assert np.array_equal(mesh.faces, faces) and np.array_equal(mesh.vertices, vertices)
     assert ours < theirs and ours < by_line / 2

@@ -113,31 +113,31 @@ def test_unusual_meshes_are_noted(tmp_path):
 
 def test_cached_operators_are_those_computed(folder, tmp_path, monkeypatch):
     path = list_meshes(folder)[0]
-    fresh = prepare_operators(path, 24)
-    stored = prepare_operators(path, 24, tmp_path)
+    fresh = prepare_operators(path, SurfaceSpec(num_eigenpairs=24))
+    stored = prepare_operators(path, SurfaceSpec(num_eigenpairs=24), tmp_path)
     monkeypatch.setattr(mesh_surfaces, "mesh_operators", None)                   # not called again
-    again = prepare_operators(path, 24, tmp_path)
+    again = prepare_operators(path, SurfaceSpec(num_eigenpairs=24), tmp_path)
     for other in (stored, again):
         assert all(np.array_equal(a, b) and type(a) is type(b) for a, b in zip(fresh, other, strict=True))
 
 
 def test_cache_knows_file_number_of_pairs_and_version(folder, tmp_path, monkeypatch):
     path, other = list_meshes(folder)[:2]
-    first = prepare_operators(path, 24, tmp_path)
-    assert prepare_operators(path, 12, tmp_path).eigenvectors.shape[1] == 12 and first.eigenvectors.shape[1] == 24
+    first = prepare_operators(path, SurfaceSpec(num_eigenpairs=24), tmp_path)
+    assert prepare_operators(path, SurfaceSpec(num_eigenpairs=12), tmp_path).eigenvectors.shape[1] == 12 and first.eigenvectors.shape[1] == 24
     assert len(list(tmp_path.glob("*.npz"))) == 2
     monkeypatch.setattr(mesh_surfaces, "OPERATORS_VERSION", 99)
-    prepare_operators(path, 24, tmp_path)
+    prepare_operators(path, SurfaceSpec(num_eigenpairs=24), tmp_path)
     assert len(list(tmp_path.glob("*.npz"))) == 3
-    assert not np.array_equal(prepare_operators(other, 24, tmp_path).mass, first.mass)
+    assert not np.array_equal(prepare_operators(other, SurfaceSpec(num_eigenpairs=24), tmp_path).mass, first.mass)
 
 
 def test_damaged_cache_is_written_again(folder, tmp_path):
     path = list_meshes(folder)[0]
-    first = prepare_operators(path, 24, tmp_path)
+    first = prepare_operators(path, SurfaceSpec(num_eigenpairs=24), tmp_path)
     entry, = tmp_path.glob("*.npz")
     entry.write_bytes(entry.read_bytes()[:300])
-    assert np.array_equal(prepare_operators(path, 24, tmp_path).mass, first.mass) and entry.stat().st_size > 300
+    assert np.array_equal(prepare_operators(path, SurfaceSpec(num_eigenpairs=24), tmp_path).mass, first.mass) and entry.stat().st_size > 300
 
 
 def test_what_memory_does_not_keep_comes_from_the_cache(folder, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from models import nomeformer
 from models.nomeformer import Attention, DropPath, Layer, Nomeformer, PositionCode
 
 DG, E, N, SLOTS = 5, 16, 4, 6
@@ -52,6 +53,20 @@ def test_every_face_hears_of_every_other(use_position):
     change = (model(changed, masks, centroid) - model(features, masks, centroid)).detach().abs().amax(-1)[0]      # (N, F)
     assert (change[masks[0]] > 1e-4).all()
     assert change[0, 0] == change.max()
+
+
+def test_more_clusters_than_attention_on_cuda_takes_at_once(monkeypatch):
+    """CUDA refuses more than 65,535 sequences; chunks of fewer give the same, padding and gradient included."""
+    model, (features, masks, centroid) = encoder(), mesh(clusters=5)
+    wanted = model(features, masks, centroid)
+    gradient = torch.autograd.grad(wanted.square().sum(), model.blocks[0].local_layer.attn.qkv.weight)[0]
+    seen, attention = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(nomeformer, "CHUNK", 2)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda query, *args, **more: (seen.append(len(query)), attention(query, *args, **more))[1])
+    found = model(features, masks, centroid)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(torch.autograd.grad(found.square().sum(), model.blocks[0].local_layer.attn.qkv.weight)[0], gradient)
+    assert max(seen) == 2 and seen[:3] == [2, 2, 1]
 
 
 @pytest.mark.parametrize("depth, expected", [(1, False), (2, True), (3, True)])

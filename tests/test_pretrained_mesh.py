@@ -1,12 +1,16 @@
 """Finding the mesh encoder in files of every layout; refusing files that have none."""
 
+from argparse import Namespace
+
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from models.diffusion_net import DiffusionNet
 from models.downstream import DownstreamClassifier
 from models.nomeformer import Nomeformer
-from models.pretrained_mesh import check_features, read_encoder
+from models.pretrained_mesh import check_features, read_diffusion_net, read_encoder
 from utils.checkpoint import save_checkpoint
 from utils.weights import load_weights
 
@@ -56,6 +60,18 @@ def test_other_layouts(tmp_path, content, layout):
     state, found, spec = read_encoder(saved(tmp_path, content))
     assert_equal(state, STUDENT)
     assert found == layout and spec is None
+
+
+def test_numpy_numbers_beside_the_weights_are_no_hindrance(tmp_path):
+    """As a loop writes them that takes means with numpy."""
+    for number in (np.float64(0.1), np.float32(2), np.int64(3), np.bool_(True)):
+        path = saved(tmp_path, {"encoder": STUDENT.state_dict(), "epoch": 3, "loss": number, "history": [{"loss": number}]})
+        assert_equal(read_encoder(path)[0], STUDENT)
+    net = DiffusionNet(3, width=4, num_blocks=1)
+    state, _, _ = read_diffusion_net(saved(tmp_path, {"state_dict": net.state_dict(), "accuracy": np.float64(0.9)}))
+    assert state.keys() == net.state_dict().keys()
+    with pytest.raises(ValueError, match="holds Python objects"):
+        read_encoder(saved(tmp_path, {"encoder": STUDENT.state_dict(), "args": Namespace(lr=1)}))
 
 
 def test_our_own_downstream_checkpoint_and_safetensors(tmp_path):

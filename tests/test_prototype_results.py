@@ -20,6 +20,7 @@ from data.prototype_results import (
     write_prototype_prediction,
 )
 from models.prototype_push import cell_box
+from tests.test_image_results import as_read
 from tests.test_report import Page
 from tests.tiny_images import read_mask
 
@@ -117,7 +118,7 @@ def test_gallery_of_a_pruned_class_and_of_other_arrays(tmp_path):
 def test_prediction_files(tmp_path):
     label = np.zeros((24, 32), int)
     label[:, 16:] = 2
-    prediction = {"label": label, "photo": PHOTO, "winner": np.array([[0, 4], [1, 5]])}
+    prediction = {"label": label, "photo": as_read(PHOTO), "winner": np.array([[0, 4], [1, 5]])}
     colors = prototype_colors(IDENTITY, COLORS)
     written = write_prototype_prediction(tmp_path / "street.1", prediction, COLORS, colors)
     assert [path.name for path in written] == ["street.1.png", "street.1_overlay.png", "street.1_prototypes.png"]
@@ -132,7 +133,7 @@ def test_prediction_files(tmp_path):
 
 def test_prediction_in_the_numbers_of_the_data_set(tmp_path):
     label = np.array([[0, 1], [2, -100]])
-    prediction = {"label": label, "photo": PHOTO.crop((0, 0, 2, 2)), "winner": np.zeros((1, 1), int)}
+    prediction = {"label": label, "photo": as_read(PHOTO.crop((0, 0, 2, 2))), "winner": np.zeros((1, 1), int)}
     written = [write_prototype_prediction(tmp_path / name, prediction, COLORS, prototype_colors(IDENTITY, COLORS), ignore_label=0, file_ids=ids)
                for name, ids in (("ids", np.array([7, 3, 11])), ("plain", None))]
     mask = Image.open(written[0][0])

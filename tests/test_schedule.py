@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from utils.schedule import SCHEDULES, build_scheduler
+from utils.schedule import SCHEDULES, build_scheduler, build_two_warmups
 
 GOLDEN = Path(__file__).parent / "golden" / "one_cycle.pt"
 
@@ -145,7 +145,7 @@ def test_onecycle_can_leave_beta1_alone():
     ({"warmup_steps": -1}, "warmup_steps is -1"),
     ({"min_lr": 0.1}, r"min_lr is 0.1, must be in 0\.\.0.001"),
     ({"min_lr": -1e-6}, "min_lr is -1e-06"),
-    ({"start_factor": 0.0}, r"start_factor must be in \(0, 1\], got 0.0"),
+    ({"start_factor": -0.1}, r"start_factor must be in \[0, 1\], got -0.1"),
     ({"name": "poly", "power": 0.0}, "power must be above 0, got 0.0"),
     ({"name": "step", "gamma": 1.5}, r"gamma must be in \(0, 1\], got 1.5"),
     ({"lr": 0.0}, "learning rate must be above 0, got 0.0"), ({"lr": math.inf}, "learning rate"),
@@ -158,3 +158,18 @@ def test_errors(kwargs, message):
     optimizer = make_optimizer(kwargs.pop("lr", 1e-3))
     with pytest.raises(ValueError, match=message):
         build_scheduler(optimizer, **kwargs)
+
+
+def test_two_warmups_need_a_step_behind_them():
+    for head, encoder in ((6, 4), (-1, 2), (12, 0)):
+        with pytest.raises(ValueError, match=f"warm-ups of {head} and {encoder} steps leave none of 10"):
+            build_two_warmups(make_optimizer(1e-3), [True], 10, head, encoder)
+
+
+def test_two_warmups_of_a_run_of_one_step():
+    optimizer = make_optimizer(1e-3)
+    scheduler = build_two_warmups(optimizer, [True], 1, 0, 0)
+    assert optimizer.param_groups[0]["lr"] == 1e-3
+    optimizer.step()
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 1e-3                       # no step follows

@@ -140,15 +140,15 @@ def test_learns_and_every_reader_agrees(config, data, tmp_path, capsys):
     assert (plain[order] == permuted).mean() > 0.995                               # clusters may differ where centres tie
     assert (plain == moved).mean() > 0.995                                         # the file has 9 digits of the coordinates
     assert np.array_equal(np.loadtxt(tmp_path / "out" / "plain.txt", dtype=int), plain)
-    assert np.array_equal(read_mesh(tmp_path / "out" / "plain.ply").label, plain)
+    assert np.array_equal(read_mesh(tmp_path / "out" / "plain.ply").properties["face"]["label"], plain)
     assert np.allclose(read_mesh(tmp_path / "out" / "plain.ply").vertices[faces], vertices[faces])
     assert (tmp_path / "out" / "plain.html").stat().st_size > 10_000 and (tmp_path / "out" / "plain_pca.ply").is_file()
 
 
 def test_quads_get_one_label_a_line(config, tmp_path, monkeypatch):
     train(config, tmp_path / "run", "training.epochs=1")
-    parsed, parse = [], mesh_io._read_obj
-    monkeypatch.setattr(mesh_io, "_read_obj", lambda path: parsed.append(path.name) or parse(path))
+    parsed, parse = [], mesh_io.READERS[".obj"]
+    monkeypatch.setitem(mesh_io.READERS, ".obj", lambda path: parsed.append(path.name) or parse(path))
     (tmp_path / "quads.obj").write_text("v 0 0 0\nv 1 0 0\nv 1 1 0\nv 0 1 0\nv 2 0 0\nv 2 1 0\nf 1 2 3 4\nf 2 5 6 3\n")
     labels = predict.main([str(tmp_path / "run/model/model_last.pth"), str(tmp_path / "quads.obj"), "--output", str(tmp_path / "out"),
                            "--picture", "glb", "--labels", "npy"])

@@ -17,6 +17,7 @@ from torch import nn
 import evaluate
 import predict
 import train_segmentation
+import utils.device
 import utils.run
 from data import image_splits
 from data.image_splits import check_counts
@@ -120,7 +121,7 @@ def root(tmp_path_factory):
 def write_config(path, root, **sections):
     config = {"dataset": {"root": str(root), "num_classes": 3, "image_size": 64, "cache_dir": str(root / "cache")},
               "augmentations": {"scale_range": [0.8, 1.4], "color_jitter": {"brightness": 0.2}},
-              "model": {"backbone": "resnet18", "dropout": 0.1}, "training": {"epochs": 2, "batch_size": 2, "num_workers": 0},
+              "model": {"backbone": "resnet18", "dropout": 0.1}, "training": {"epochs": 2, "batch_size": 2, "num_workers": 0, "amp": False},
               "logging": {"log_every_n_steps": 1, "tensorboard": False}}
     for section, values in sections.items():
         config[section] = {**config.get(section, {}), **values} if isinstance(values, dict) else values
@@ -501,6 +502,23 @@ def test_a_step_that_overflows_in_float16_does_not_count_for_the_schedule(tmp_pa
     checkpoint = load_checkpoint(last(tmp_path / "out"))
     assert (checkpoint["step"], checkpoint["scheduler"]["last_epoch"], len(calls)) == (3, 2, 3)
     assert checkpoint["scaler"]["scale"] == 2.0 ** 15
+
+
+@pytest.mark.parametrize("flags, computed", [({"avx512_bf16"}, "bfloat16"), ({"avx512f"}, "float32")])
+def test_amp_true_is_what_the_processor_computes_in_and_a_run_goes_on_as_it_began(tmp_path, root, monkeypatch, capsys, flags, computed):
+    config = write_config(tmp_path / "c.yaml", root, training={"amp": True, "epochs": 1})
+    monkeypatch.setattr(utils.device, "_processor_flags", lambda: flags)
+    train(config, tmp_path / "out", "--limit-batches", "1")
+    checkpoint = load_checkpoint(last(tmp_path / "out"))
+    assert checkpoint["amp_dtype"] == f"torch.{computed}" and checkpoint["config"]["training"]["amp"] is True
+    monkeypatch.setattr(utils.device, "_processor_flags", lambda: {"avx512_bf16"})
+    losses = {}
+    for name, more in {"default": [], "float32": ["--amp-dtype", "float32"], "bfloat16": ["--amp-dtype", "bfloat16"]}.items():
+        evaluate.main([str(last(tmp_path / "out")), "--device", "cpu", "--num-workers", "0", "--output-dir", str(tmp_path / name), *more])
+        losses[name] = json.loads((tmp_path / name / "metrics.json").read_text())["loss"]
+    assert losses["default"] == losses[computed] and losses["float32"] != losses["bfloat16"]
+    train(config, tmp_path / "out", "--limit-batches", "1", "--resume", "auto", "training.epochs=1")
+    assert f", torch.{computed}, seed" in capsys.readouterr().out
 
 
 def test_evaluation_sees_photographs_as_large_as_training_does(tmp_path, root):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from models.upernet import BatchNorm2d, FCNHead, FeaturePyramidNeck, UPerHead, UPerNetSegmenter
+from models.upernet import BatchNorm2d, FCNHead, FeaturePyramidNeck, UPerHead, UPerNetSegmenter, windows_mean
 
 
 def segmenter(dropout=0.1):
@@ -114,3 +114,16 @@ def test_convertible_to_synchronised_batch_norm():
     names = [name for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert len(names) == 14 and all(isinstance(model.get_submodule(name), nn.SyncBatchNorm) for name in names)
     assert model.state_dict().keys() == segmenter().state_dict().keys()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (7, 11), (16, 16), (5, 32)])
+@pytest.mark.parametrize("side", [1, 2, 3, 6])
+def test_the_windows_are_those_of_adaptive_pooling(size, side):
+    """Under --deterministic on a GPU they replace it: equal but for the order of the sums."""
+    maps = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    wanted = torch.nn.functional.adaptive_avg_pool2d(maps, side)
+    found = windows_mean(maps, side)
+    weight = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    torch.testing.assert_close(found, wanted, rtol=1e-14, atol=1e-14)
+    gradients = [torch.autograd.grad((out * weight).sum(), maps)[0] for out in (found, wanted)]
+    torch.testing.assert_close(*gradients, rtol=1e-13, atol=1e-14)

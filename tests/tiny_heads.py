@@ -1,4 +1,4 @@
-"""What the tests of train_m2f_head.py and train_upernet_head.py share: pictures, a tiny backbone, small heads, runs and their scores."""
+"""What the tests of the scripts train_*_head.py and train_eomt.py share: pictures, a tiny backbone, small heads, runs and their scores."""
 
 from pathlib import Path
 
@@ -10,7 +10,9 @@ from tests.tiny_images import TINY, write_classes, write_pictures
 from utils.checkpoint import load_checkpoint
 
 SMALL = {"train_m2f_head": ["--hidden-dim", "32", "--ffn-dim", "64", "--num-queries", "8", "--num-points", "256"],
-         "train_upernet_head": ["--hidden-dim", "16"]}
+         "train_upernet_head": ["--hidden-dim", "16"], "train_linear_head": [],
+         "train_pmt_head": ["--num-queries", "8", "--num-points", "256"],
+         "train_eomt": ["--joint-blocks", "2", "--num-queries", "8", "--num-points", "256", "--lr", "0.003"]}
 
 
 def add_tiny_backbone(patch) -> None:

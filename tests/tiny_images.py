@@ -51,5 +51,5 @@ def write_classes(path: Path) -> Path:
 
 def shrink_unet(monkeypatch) -> None:
     """model.backbone resnet18 becomes a small network of that name, with a small decoder."""
-    monkeypatch.setitem(ENCODERS, "resnet18", lambda: ResNet(BasicBlock, (1, 1, 1, 1), width=8))
+    monkeypatch.setitem(ENCODERS, "resnet18", lambda in_channels=3: ResNet(BasicBlock, (1, 1, 1, 1), in_channels, width=8))
     monkeypatch.setattr(models.unet, "DECODER_CHANNELS", (32, 16, 16, 8, 8))

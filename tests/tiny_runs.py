@@ -15,7 +15,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +34,7 @@ from utils.checkpoint import load_checkpoint
 from utils.cli import run_main
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ("downstream", "jepa", "m2f_head", "upernet_head", "sonata", "segmentation", "prototype")
+NAMES = ("downstream", "jepa", "m2f_head", "upernet_head", "linear_head", "pmt_head", "eomt", "sonata", "segmentation", "prototype")
 LOG = {"log_interval": 1, "tensorboard": False}
 MESH_MODEL = {"n_classes": 3, "features": ["normal", "area"], "embedding_dim": 16, "num_heads": 2, "num_attention_blocks": 2,
               "faces_per_cluster": 16, "encoder_dropout": 0.1}
@@ -52,7 +52,7 @@ CONFIGS = {                                        # DATA stands for the folder 
                "augmentation": {"elastic": [[0.2, 0.05]]}, "checkpointing": {"save_interval": 1}, "logging": LOG},
     "segmentation": {"dataset": {"root": "DATA", "num_classes": 3, "image_size": 64},
                      "augmentations": {"scale_range": [0.8, 1.4], "color_jitter": {"brightness": 0.2}},
-                     "model": {"backbone": "resnet18", "dropout": 0.1}, "training": {"ema": 0.9},
+                     "model": {"backbone": "resnet18", "dropout": 0.1}, "training": {"ema": 0.9, "amp": False},
                      "checkpointing": {"save_interval": 1, "save_top_k": 1}, "logging": {"log_every_n_steps": 1, "tensorboard": False}},
     "prototype": {"dataset": {"root": "DATA", "window_size": [41, 49]},
                   "model": {"num_classes": 3, "prototype_shape": [12, 8, 1, 1], "weights": "random", "n_blocks": [1, 1, 1, 1],
@@ -61,7 +61,8 @@ CONFIGS = {                                        # DATA stands for the folder 
                   "optimizer": {key: 3e-3 for key in ("backbone_lr", "aspp_lr", "prototype_lr", "last_layer_lr", "finetune_lr")},
                   "evaluation": {"interval": 3}, "logging": LOG}}
 CACHE_DIR = {"downstream": "paths.cache_dir=", "jepa": "paths.cache_dir=", "sonata": "paths.cache_dir=", "segmentation": "dataset.cache_dir=",
-             "prototype": "dataset.cache_dir=", "m2f_head": "--cache-dir=", "upernet_head": "--cache-dir="}
+             "prototype": "dataset.cache_dir=", "m2f_head": "--cache-dir=", "upernet_head": "--cache-dir=", "linear_head": "--cache-dir=",
+             "pmt_head": "--cache-dir=", "eomt": "--cache-dir="}
 
 
 class TinyRun(NamedTuple):
@@ -113,7 +114,7 @@ def write_data(name: str, data: Path) -> None:
             write_set(part / split, 3 if split == "val" else count, first)
         elif name == "sonata":
             write_clouds(part / split, 3 if split == "val" else count, first, points=200)
-        elif name in ("m2f_head", "upernet_head"):
+        elif f"train_{name}" in SMALL:
             write_pictures(part / split, count, first)
         else:
             write_pictures(part / split, count, first, (48, 64) if name == "prototype" else (64, 64))
@@ -237,6 +238,14 @@ def report(line: str) -> None:
         with open(path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
     print(line)
+
+
+def report_tests(request, line: str) -> Iterator[None]:
+    """The body of a module's fixture: `line` with the numbers of the module's tests that passed, and of all."""
+    before = request.session.testsfailed
+    yield
+    count = sum(item.module is request.module for item in request.session.items)
+    report(line.format(count - (request.session.testsfailed - before), count))
 
 
 if __name__ == "__main__":

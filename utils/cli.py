@@ -16,6 +16,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import sys
 import threading
 import traceback
@@ -303,6 +304,41 @@ def run_main(main: Callable[[], Any]) -> None:
         os._exit(status)
 
 
+@contextlib.contextmanager
+def ended_within(seconds: float):
+    """In the body, Ctrl-C, SIGTERM and SIGHUP end the process after so many seconds also where a call does not return
+    to Python, whose own handlers would wait for it (an attention over a whole mesh). For scripts that have nothing to
+    save and no worker processes; outside the main thread, where Python allows no handlers, it does nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signals, wakeup = socket.socketpair()
+    wakeup.setblocking(False)
+    over = threading.Event()
+
+    def watch():
+        with signals:
+            while number := signals.recv(1):                   # empty when the other end was closed
+                if number[0] in (signal.SIGINT, signal.SIGTERM, *hangup()) and not over.wait(seconds):
+                    os.write(2, f"{_start_again()}\n".encode())
+                    os._exit(128 + number[0])
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    previous = signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        over.set()
+        signal.set_wakeup_fd(previous)
+        wakeup.close()
+        watcher.join()
+
+
+def _start_again() -> str:
+    return f"stopped with nothing to save; start again with: {shlex.join(['python', *sys.argv])}"
+
+
 def _run(main: Callable[[], Any]) -> None:
     process = os.getpid()
 
@@ -325,8 +361,7 @@ def _run(main: Callable[[], Any]) -> None:
     except StopRequested as stop:
         _leave(128 + stop.signum, stop.message or "stopped")
     except KeyboardInterrupt as stop:
-        again = f"stopped with nothing to save; start again with: {shlex.join(['python', *sys.argv])}"
-        _leave(128 + getattr(stop, "signum", signal.SIGINT), str(stop) or again)
+        _leave(128 + getattr(stop, "signum", signal.SIGINT), str(stop) or _start_again())
     except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
         if "--debug" in sys.argv or not (message := user_message(error)):
             raise

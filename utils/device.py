@@ -9,6 +9,8 @@ import platform
 import shlex
 import subprocess
 import sys
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,9 @@ import torch
 from utils.checks import check_choice
 
 AMP_DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Names in /proc/cpuinfo of what computes in bfloat16: Intel, AMD; ARM.
+BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+SLOWER = 1.2                    # from how many times the time of float32 on a warning is due
 PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "pillow", "trimesh", "tqdm", "pyyaml", "tensorboard",
             "safetensors")
 
@@ -24,7 +29,8 @@ PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "pillow", "trimesh", "tqd
 def pick_device(name: str | None = None) -> torch.device:
     """'cpu', 'cuda', 'cuda:1' or 'mps' -> device; None takes CUDA where there is one, else MPS, else the CPU.
 
-    ValueError in one line for an unknown name or a device that this machine, or this build of PyTorch, does not have.
+    A CUDA device with a number becomes the current one, on which PyTorch puts what names none. ValueError in one line
+    for an unknown name or a device that this machine, or this build of PyTorch, does not have.
     """
     if name is None and torch.cuda.is_available():
         name = "cuda"
@@ -42,20 +48,59 @@ def pick_device(name: str | None = None) -> torch.device:
         raise ValueError(f"--device: there is no {name}; this machine has cuda:0 to cuda:{count - 1}")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise ValueError("--device: mps is not available on this machine; use --device cpu or leave it out")
+    if kind == "cuda" and index:
+        torch.cuda.set_device(int(index))
     return torch.device(kind, int(index)) if index else torch.device(kind)
 
 
-def amp_settings(device: torch.device, amp_dtype: str | None = None) -> tuple[torch.dtype | None, torch.amp.GradScaler]:
+def amp_settings(device: torch.device, amp_dtype: str | None = None,
+                 checkpoint: Mapping | None = None) -> tuple[torch.dtype | None, torch.amp.GradScaler]:
     """The autocast dtype (None: plain float32) and a GradScaler, which is enabled for float16 only: one code path.
 
-    amp_dtype: float32 | bfloat16 | float16, or None for bfloat16 on CUDA (where the card computes in it) and float32
-    elsewhere; float16 is never the default, because it overflows. ValueError for another name.
+    amp_dtype: float32 | bfloat16 | float16; native: bfloat16 where the device computes in it, else float32, and float32
+    for the checkpoint of a CPU that was in another format, or did not note it; None: native on CUDA, float32 elsewhere;
+    float16 is never the default, because it overflows. float32 is that, and not TF32: PyTorch's default for
+    convolutions on CUDA is switched off. ValueError for another name.
     """
     if amp_dtype is None:
-        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        amp_dtype = "bfloat16" if native else "float32"
+        amp_dtype = "native" if device.type == "cuda" else "float32"
+    if amp_dtype == "native":
+        as_before = device.type == "cuda" or checkpoint is None or checkpoint.get("amp_dtype") == str(torch.bfloat16)
+        amp_dtype = "bfloat16" if as_before and native_bfloat16(device) else "float32"
     dtype = AMP_DTYPES[check_choice("--amp-dtype", amp_dtype, AMP_DTYPES)]
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = dtype is not None
     return dtype, torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+
+
+def native_bfloat16(device: torch.device) -> bool:
+    """Whether the device computes in bfloat16, instead of turning every number into float32 and back."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and not BFLOAT16_FLAGS.isdisjoint(_processor_flags())
+
+
+def slow_dtype(device: torch.device, dtype: torch.dtype | None) -> list[str]:
+    """A line of warning where bfloat16 was asked for on a CPU that does not compute in it and is slower so, measured
+    here, in tenths of a second; else none."""
+    if device.type != "cpu" or dtype is not torch.bfloat16 or native_bfloat16(device):
+        return []
+    ratio = product_seconds(torch.bfloat16) / product_seconds(torch.float32)
+    if ratio < SLOWER:
+        return []
+    return [f"WARNING: this processor does not compute in bfloat16 (none of {', '.join(sorted(BFLOAT16_FLAGS))} in "
+            f"/proc/cpuinfo): a product of matrices just took {ratio:.1f} times as long as in float32; use float32"]
+
+
+def product_seconds(dtype: torch.dtype, side: int = 512, repeats: int = 3) -> float:
+    """The least time of a product of two matrices."""
+    matrix = torch.ones(side, side, dtype=dtype)
+    seconds = []
+    for _ in range(repeats + 1):                            # the first warms up
+        started = time.perf_counter()
+        torch.mm(matrix, matrix)
+        seconds.append(time.perf_counter() - started)
+    return min(seconds[1:])
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
@@ -125,10 +170,20 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _processor() -> str:
+def _cpuinfo(*fields: str) -> list[str]:
+    """The values of these fields in /proc/cpuinfo, of all cores; none where there is no such file."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return [line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() in fields]
+
+
+def _processor_flags() -> set[str]:
+    flags = _cpuinfo("flags", "Features")                   # x86; ARM
+    return set(flags[0].split()) if flags else set()
+
+
+def _processor() -> str:
+    names = _cpuinfo("model name")
     return names[0] if names else platform.processor() or platform.machine()

@@ -3,7 +3,9 @@
 Everything here also works, as the identity, in a single process without torchrun.
 """
 
+import contextlib
 import os
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -16,8 +18,9 @@ from torch.utils.data import Sampler
 
 from utils.device import pick_device
 
-# Others wait at a barrier while rank 0 prepares data or writes; torchrun itself ends them when one dies, so be patient.
+# Others wait at a barrier while rank 0 writes; torchrun itself ends them when one dies, so be patient.
 TIMEOUT = timedelta(hours=2)
+POLL = 0.2                                         # seconds between two looks of main_first
 _left_group = None                                 # see cleanup
 
 
@@ -88,6 +91,26 @@ def is_main() -> bool:
 def barrier() -> None:
     if _active():
         dist.barrier()
+
+
+@contextlib.contextmanager
+def main_first() -> Iterator[None]:
+    """The body runs in rank 0 first, and in the other processes when it is done there.
+
+    They look into the store at which all have met, for as long as it takes: preparing a data set may take longer than
+    TIMEOUT, after which a barrier of nccl ends the job.
+    """
+    if not _active():
+        yield
+        return
+    store = dist.distributed_c10d._get_default_store()
+    done = f"main_first {all_gather(os.urandom(8).hex())[0]}"      # a name of its own, also after a restart
+    while not is_main() and not store.check([done]):
+        time.sleep(POLL)
+    yield
+    if is_main():
+        store.set(done, "yes")
+    barrier()
 
 
 def cleanup() -> None:

@@ -185,6 +185,13 @@ class RunLock:
         self._seen = self._stamp()
 
 
+def move_results(written: Sequence[Path], folder: Path) -> list[Path]:
+    """Move files into a folder, the first one last: where that is, all are. Returns the new paths in the same order."""
+    for path in (*written[1:], written[0]):
+        path.replace(folder / path.name)
+    return [folder / path.name for path in written]
+
+
 def read_lock(path: Path) -> dict[str, Any]:
     """What a run.lock says; {} for one that was cut short when its process was killed."""
     try:

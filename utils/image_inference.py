@@ -6,13 +6,19 @@ more likely (logits, or Mask2Former's sums). One photograph goes through in the 
 et al. 2025, section 6.3.2): resize it, run the windows, average the scores where they overlap, resize the *scores* to
 the photograph's own size, softmax over the classes, average the views (scales, flips), take the largest. Labels are
 never resized.
+
+Nothing but labels and confidences has the size of the photograph: windows go through row by row, their scores add up in
+a strip as high as a window, and finished rows become labels. Shapes: C classes, H, W of the photograph, h, w of a view,
+K bands.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -25,25 +31,28 @@ from utils.distributed import all_reduce_sum, own_share
 from utils.log import progress
 from utils.losses import IGNORE_INDEX
 from utils.metrics import ConfusionMatrix, miou_of_each, segmentation_metrics
+from utils.scratch import release, scratch_array
 from utils.seed import seed_worker
 
 TTA_SCALES = (0.9, 0.95, 1.0, 1.05, 1.1)      # each also mirrored: the ten views of DINOv3's ADE20K evaluation
 KEPT = 32                                     # best and worst images whose predictions are kept, for a report
+KEPT_PIXELS = 1 << 28                         # of them together
 Refine = Callable[[Tensor, Tensor], Tensor]   # probability (C, H, W), image (3, H, W) uint8 -> label (H, W) int64
 STRIP_ELEMENTS = 1 << 25                      # scores held at once at the photograph's own size: 128 MiB of float32
+RESIZE_BYTES = 1 << 28                        # of float32 pixels that are resized at once
 
 
 class View(NamedTuple):
     """How a photograph is shown to the network.
 
     size: its short side is resized to that, or all of it until it covers (height, width), None leaves it; window and
-    stride of the sliding window in pixels, window None: the whole image at once; scales multiply size; flip adds the
-    mirrored image of each scale.
+    stride of the sliding window in pixels, window None: the whole image at once, stride None: as few windows as cover
+    the image, evenly spread; scales multiply size; flip adds the mirrored image of each scale.
     """
 
     size: int | tuple[int, int] | None
     window: int | None
-    stride: int
+    stride: int | None
     scales: Sequence[float] = (1.0,)
     flip: bool = False
 
@@ -57,10 +66,14 @@ def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
     return F.pad(image, (0, -width % multiple, 0, -height % multiple))
 
 
-def window_starts(length: int, window: int, stride: int) -> list[int]:
-    """First pixels of windows that cover 0..length-1: every `stride`, the last one moved back inside."""
+def window_starts(length: int, window: int, stride: int | None) -> list[int]:
+    """First pixels of windows that cover 0..length-1: every `stride`, the last one moved back inside; None: as few
+    windows as there can be, evenly spread (EoMT, PMT)."""
     if window >= length:
         return [0]
+    if stride is None:
+        gaps = -(-length // window) - 1
+        return [j * (length - window) // gaps for j in range(gaps + 1)]
     return [*range(0, length - window, stride), length - window]
 
 
@@ -75,121 +88,269 @@ def resized_shape(height: int, width: int, size: int | tuple[int, int] | None, s
     return max(1, int(height * wanted / short)), max(1, int(width * wanted / short))
 
 
-def resize_rows(scores: Tensor, shape: tuple[int, int], begin: int, end: int) -> Tensor:
+def source_rows(source_height: int, height: int) -> tuple[Tensor, Tensor, Tensor]:
+    """For each of `height` rows of F.interpolate(mode="bilinear"): the row above and below it in the source, int64, and
+    the share of the one below, float32; (height,) each."""
+    rows = torch.arange(height, dtype=torch.float32)
+    rows = ((rows + 0.5) * (source_height / height) - 0.5).clamp(min=0)
+    upper = rows.floor().long().clamp(max=source_height - 1)
+    return upper, (upper + 1).clamp(max=source_height - 1), rows - upper
+
+
+def resize_rows(scores: Tensor, shape: tuple[int, int], begin: int, end: int, first: int = 0,
+                source_height: int | None = None) -> Tensor:
     """Rows begin..end-1 of F.interpolate(scores, shape, mode="bilinear"), without making the others.
 
-    scores (C, h, w) float -> (C, end - begin, W).
+    scores (C, h, w) float -> (C, end - begin, W). They may be rows first, first + 1, ... alone, of source_height ones.
     """
-    source_height = scores.shape[1]
-    if tuple(scores.shape[1:]) == tuple(shape):
-        return scores[:, begin:end]
-    rows = torch.arange(begin, end, device=scores.device, dtype=torch.float32)
-    rows = ((rows + 0.5) * (source_height / shape[0]) - 0.5).clamp(min=0)               # (R,) in source rows
-    upper = rows.floor().long().clamp(max=source_height - 1)
-    lower = (upper + 1).clamp(max=source_height - 1)
-    first, last = int(upper[0]), int(lower[-1]) + 1
-    part = F.interpolate(scores[None, :, first:last], (last - first, shape[1]), mode="bilinear")[0]   # (C, r, W)
-    share = (rows - upper).to(scores.dtype)[:, None]
-    return torch.lerp(part[:, upper - first], part[:, lower - first], share)
+    source_height = scores.shape[1] if source_height is None else source_height
+    if (source_height, scores.shape[2]) == tuple(shape):
+        return scores[:, begin - first:end - first]
+    upper, lower, share = (values[begin:end].to(scores.device) for values in source_rows(source_height, shape[0]))
+    top, bottom = int(upper[0]), int(lower[-1]) + 1
+    part = F.interpolate(scores[None, :, top - first:bottom - first], (bottom - top, shape[1]), mode="bilinear")[0]
+    return torch.lerp(part[:, upper - top], part[:, lower - top], share.to(scores.dtype)[:, None])      # (C, R, W)
 
 
-def slide(score: Callable[[Tensor], Tensor], image: Tensor, window: int | None, stride: int,
-          batch_size: int = 1) -> Tensor:
-    """Scores (C, H, W) float32 of one image (3, H, W): the mean over all windows that see a pixel.
+class Rows(NamedTuple):
+    """Something (..., H, W) of which rows top..bottom-1 are read by read(top, bottom) -> (..., R, W)."""
+
+    shape: tuple[int, int]
+    read: Callable[[int, int], Tensor]
+
+
+def rows_of(tensor: Tensor | Rows) -> Rows:
+    if isinstance(tensor, Rows):
+        return tensor
+    return Rows(tuple(tensor.shape[-2:]), lambda top, bottom: tensor[..., top:bottom, :])
+
+
+def resize_image(image: Rows, shape: tuple[int, int]) -> Rows:
+    """A photograph (K, H, W) uint8 resized to shape (h, w), bilinearly with antialiasing, and rounded.
+
+    What is larger than RESIZE_BYTES in float32 is resized along its rows in strips of rows, then along its columns in
+    strips of columns, which is what PyTorch does on the CPU: no pixel is another.
+    """
+    height, width = image.shape
+    if tuple(shape) == tuple(image.shape):
+        return image
+    bands = image.read(0, 1).shape[0]
+
+    def resize(part, size):
+        return F.interpolate(part, size, mode="bilinear", antialias=True)
+    if 4 * bands * height * width <= RESIZE_BYTES:
+        return rows_of(resize(image.read(0, height)[None].float(), shape).round_().clamp_(0, 255).byte()[0])
+    resized = torch.from_numpy(scratch_array((bands, *shape), np.uint8))
+    columns = max(1, RESIZE_BYTES // (8 * bands * height))
+    rows = max(1, RESIZE_BYTES // (8 * bands * max(width, shape[1])))
+    for left in range(0, shape[1], columns):
+        right, strips = min(left + columns, shape[1]), []
+        for top in range(0, height, rows):
+            strip = image.read(top, min(top + rows, height))[None].float()
+            strips.append(resize(strip, (strip.shape[2], shape[1]))[..., left:right].clone())
+        narrow = torch.cat(strips, 2)                                                   # (1, K, H, columns)
+        del strips
+        resized[:, :, left:right] = resize(narrow, (shape[0], right - left)).round_().clamp_(0, 255).byte()[0].cpu()
+    device = narrow.device
+    return Rows(tuple(shape), lambda top, bottom: resized[:, top:bottom].to(device))
+
+
+def slide(score: Callable[[Tensor], Tensor], image: Tensor | Rows, window: int | None, stride: int | None,
+          batch_size: int = 1, normalize: Callable[[Tensor], Tensor] | None = None,
+          flip: bool = False) -> Iterator[Tensor]:
+    """Scores of one image (K, H, W), the mean over all windows that see a pixel: yields blocks of finished rows
+    (C, R, W) float32, from top to bottom. A block is good until the next one is asked for.
 
     Windows are window x window, or as large as the image where that is smaller; batch_size of them go through at once.
-    ValueError for a stride that would leave pixels out.
+    normalize: (B, K, h, w) of the image -> what `score` takes; flip: the mirrored image is shown, and its scores turned
+    back. ValueError for a stride that would leave pixels out.
     """
-    if window is not None and not 1 <= stride <= window:
+    if window is not None and stride is not None and not 1 <= stride <= window:
         raise ValueError(f"a sliding window of {window} pixels needs a stride from 1 to {window}, got {stride}")
-    height, width = image.shape[1:]
+    image = rows_of(image)
+    height, width = image.shape
     tall, wide = min(window or height, height), min(window or width, width)
     places = [(top, left) for top in window_starts(height, tall, stride) for left in window_starts(width, wide, stride)]
+    blocks = _slide(score, image, places, (tall, wide), batch_size, normalize or (lambda part: part), flip)
+    return (block.flip(-1) for block in blocks) if flip else blocks
+
+
+def _slide(score, image, places, window, batch_size, normalize, flip):
+    """The blocks of `slide`, of the mirrored image where `flip` says so."""
+    (tall, wide), (height, width) = window, image.shape
     if len(places) == 1:
-        return score(image[None])[0].float()
-    total, count = None, image.new_zeros(height, width)
-    for begin in range(0, len(places), batch_size):
-        part = places[begin:begin + batch_size]
-        scores = score(torch.stack([image[:, y:y + tall, x:x + wide] for y, x in part])).float()    # (b, C, h, w)
+        whole = normalize(image.read(0, height)[None])
+        yield score(whole.flip(-1) if flip else whole)[0].float()
+        return
+    batches = [places[begin:begin + batch_size] for begin in range(0, len(places), batch_size)]
+    depth = max(batch[-1][0] + tall - batch[0][0] for batch in batches)
+    total = count = seen = None
+    first = 0                                               # the row of the image that total and count begin with
+    for batch, following in zip(batches, [*(batch[0][0] for batch in batches[1:]), height], strict=True):
+        ends = batch[0][0], batch[-1][0] + tall
+        if ends != seen:
+            rows, seen = image.read(*ends), ends
+            rows = rows.flip(-1) if flip else rows
+        parts = torch.stack([rows[:, y - ends[0]:y - ends[0] + tall, x:x + wide] for y, x in batch])
+        scores = score(normalize(parts).contiguous()).float()                           # (b, C, tall, wide)
         if total is None:
-            total = scores.new_zeros(scores.shape[1], height, width)
-        for (y, x), one in zip(part, scores, strict=True):
-            total[:, y:y + tall, x:x + wide] += one
-            count[y:y + tall, x:x + wide] += 1
-    return total / count
+            total, count = scores.new_zeros(scores.shape[1], depth, width), scores.new_zeros(depth, width)
+        for (y, x), one in zip(batch, scores, strict=True):
+            total[:, y - first:y - first + tall, x:x + wide] += one
+            count[y - first:y - first + tall, x:x + wide] += 1
+        ready = following - first                           # rows that no later window sees
+        if ready:
+            yield total[:, :ready].div_(count[:ready])
+            for values in (total, count):
+                for row in range(0, depth - ready, ready):  # in pieces that do not overlap
+                    last = min(row + ready, depth - ready)
+                    values[..., row:last, :] = values[..., row + ready:last + ready, :]
+                values[..., max(0, depth - ready):, :] = 0
+            first = following
+
+
+class _View:
+    """The scores of one view, given as blocks of rows, at the photograph's own size."""
+
+    def __init__(self, blocks: Iterator[Tensor], source: tuple[int, int], shape: tuple[int, int]) -> None:
+        self.blocks, self.source, self.shape = blocks, source, shape
+        self.kept: Tensor | None = None                     # source rows first..end-1
+        self.first = self.end = 0
+        self.upper, self.lower, _ = source_rows(source[0], shape[0])
+        if source == shape:
+            self.upper = self.lower = torch.arange(shape[0])
+
+    def ready(self) -> int:
+        """How many rows can be made of what is there."""
+        return int(torch.searchsorted(self.lower, self.end))
+
+    def advance(self, begin: int) -> None:
+        """Take the next block; rows above `begin` are not needed any more."""
+        needed = min(int(self.upper[begin]), self.end)
+        rest = None if self.kept is None or needed == self.end else self.kept[:, needed - self.first:].clone()
+        self.kept = None
+        block = next(self.blocks)
+        self.kept, self.first = (block, self.end) if rest is None else (torch.cat([rest, block], 1), needed)
+        self.end += block.shape[1]
+
+    def rows(self, begin: int, end: int) -> Tensor:
+        return resize_rows(self.kept, self.shape, begin, end, self.first, self.source[0])
 
 
 def build_normalizer(mean: Sequence[float], std: Sequence[float],
-                     order: torch.memory_format = torch.contiguous_format) -> Callable[[Tensor], Tensor]:
-    """A function: image (B, 3, H, W) uint8 -> float32, (image / 255 - mean) / std, in this memory order."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
+                     order: torch.memory_format = torch.contiguous_format,
+                     bands: int = 3) -> Callable[[Tensor], Tensor]:
+    """A function: image (B, bands, H, W) uint8 -> float32, (image / 255 - mean) / std, in this memory order. mean, std:
+    one number a band; fewer are repeated."""
+    mean, std = (torch.tensor(np.resize(values, bands).tolist())[:, None, None] for values in (mean, std))
 
     def normalize(image: Tensor) -> Tensor:
         image = image.contiguous(memory_format=order)
-        return (image.float() / 255 - mean.to(image.device)) / std.to(image.device)
+        own_mean, own_std = (values.to(image.device, non_blocking=True) for values in (mean, std))
+        return (image.float() / 255 - own_mean) / own_std
     return normalize
 
 
 # -- one photograph ----------------------------------------------------------------------------------------------------
 
-@torch.no_grad()
-def segment_image(score: Callable[[Tensor], Tensor], normalize: Callable[[Tensor], Tensor], image: Tensor, view: View,
-                  batch_size: int = 1, label: Tensor | None = None, refine: Refine | None = None) -> dict:
-    """Label every pixel of a photograph (3, H, W) uint8, on the device where `score` computes.
-
-    Returns label (H, W) int64, confidence (H, W) float32, the mean over the views of the class's softmax, and with a
-    true `label` (H, W) given, nll: the sum of -log of that mean at the true class, over the pixels that count. What
-    has the photograph's own size is done in strips of rows; scores at the size of `view` are held whole. With `refine`
-    (post-processing of the whole probability map) label is what it returns, confidence that label's, and
-    unrefined (H, W) what there was before.
-    """
-    height, width = image.shape[1:]
+def probabilities(score: Callable[[Tensor], Tensor], normalize: Callable[[Tensor], Tensor], image: Rows, view: View,
+                  batch_size: int = 1) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield (begin, end, probability (C, end - begin, W) float32) of strips of a photograph from top to bottom, the
+    mean over the views of the softmax. Under torch.no_grad()."""
+    height, width = image.shape
     views = []
     for scale in view.scales:
         shape = resized_shape(height, width, view.size, scale)
-        resized = image[None]
-        if shape != (height, width):
-            resized = F.interpolate(resized.float(), shape, mode="bilinear", antialias=True).round_().clamp_(0, 255)
-        resized = normalize(resized.byte())[0]                                                  # (3, h, w) float32
+        resized = resize_image(image, shape)
         window = min(shape) if view.window and max(shape) < view.window else view.window
-        views.append(slide(score, resized, window, view.stride, batch_size))
-        if view.flip:
-            views.append(slide(score, resized.flip(-1), window, view.stride, batch_size).flip(-1))
-    rows = max(1, STRIP_ELEMENTS // (views[0].shape[0] * width))
-    labels, confidences, probabilities, nll = [], [], [], 0.0
-    for begin in range(0, height, rows):
-        end = min(begin + rows, height)
-        strips = [resize_rows(scores, (height, width), begin, end).softmax(0) for scores in views]      # (C, R, W) each
-        probability = strips[0] if len(strips) == 1 else torch.stack(strips).mean(0)
+        for flip in (False, True)[:1 + view.flip]:
+            blocks = slide(score, resized, window, view.stride, batch_size, normalize, flip)
+            views.append(_View(blocks, shape, (height, width)))
+    begin = 0
+    while begin < height:
+        for one in views:
+            while one.ready() <= begin:
+                one.advance(begin)
+        ready = min(one.ready() for one in views)
+        rows = max(1, STRIP_ELEMENTS // (views[0].kept.shape[0] * width))
+        for start in range(begin, ready, rows):
+            end = min(start + rows, ready)
+            strips = [one.rows(start, end).softmax(0) for one in views]                         # (C, R, W) each
+            yield start, end, strips[0] if len(strips) == 1 else torch.stack(strips).mean(0)
+        begin = ready
+
+
+@torch.no_grad()
+def segment_image(score: Callable[[Tensor], Tensor], normalize: Callable[[Tensor], Tensor], image: Tensor | Rows,
+                  view: View, batch_size: int = 1, label: Tensor | Rows | None = None, refine: Refine | None = None,
+                  confusion: ConfusionMatrix | None = None) -> dict:
+    """Label every pixel of a photograph (K, H, W) uint8, on the device where `score` computes.
+
+    Returns label (H, W) uint8, or int16 of more than 256 classes, and confidence (H, W) float32, the mean over the
+    views of the class's softmax, both NumPy arrays of utils.scratch; and with a true `label` (H, W) given, nll: the sum
+    of -log of that mean at the true class, over the pixels that count; these are counted in `confusion`. With `refine`
+    (post-processing of the whole probability map, which is then in memory) label is what it returns, confidence that
+    label's, and unrefined (H, W) what there was before.
+    """
+    image = rows_of(image)
+    truths = None if label is None else rows_of(label)
+    labels, confidences, kept, nll = None, scratch_array(image.shape, np.float32), [], 0.0
+    for begin, end, probability in probabilities(score, normalize, image, view, batch_size):
+        if labels is None:
+            labels = scratch_array(image.shape, np.uint8 if probability.shape[0] <= 256 else np.int16)
         confidence, pred = probability.max(0)
-        labels.append(pred)
-        confidences.append(confidence)
+        labels[begin:end] = pred.cpu().numpy()
+        confidences[begin:end] = confidence.cpu().numpy()
         if refine is not None:
-            probabilities.append(probability)
-        if label is not None:
-            truth = label[begin:end]
+            kept.append(probability.clone())
+        if truths is not None:
+            truth = truths.read(begin, end).to(pred.device)
             at_truth = probability.gather(0, truth.clamp(min=0)[None])[0]
             nll -= float(at_truth.clamp(min=1e-12).log()[truth != IGNORE_INDEX].cpu().double().sum())
-    result = {"label": torch.cat(labels), "confidence": torch.cat(confidences), "nll": nll}
+            if confusion is not None:
+                confusion.update(pred.cpu(), truth.cpu())
+        release(labels, confidences)
+    result = {"label": labels, "confidence": confidences, "nll": nll}
     if refine is not None:
-        probability = torch.cat(probabilities, 1)                                               # (C, H, W)
-        label = refine(probability, image)
-        result |= {"label": label, "unrefined": result["label"], "confidence": probability.gather(0, label[None])[0]}
+        probability = torch.cat(kept, 1)                                                        # (C, H, W)
+        refined = refine(probability, image.read(0, image.shape[0])[:3])
+        result |= {"label": refined.cpu().numpy(), "unrefined": labels,
+                   "confidence": probability.gather(0, refined[None])[0].cpu().numpy()}
     return result
 
 
 # -- a split -----------------------------------------------------------------------------------------------------------
 
 def segment_dataset(score, normalize, dataset, view: View, device: torch.device, batch_size: int = 1,
-                    num_workers: int = 0, limit: int = 0, refine: Refine | None = None) -> Iterator[tuple]:
-    """Yield (index, true label (H, W) int64, result of segment_image) of this process's share of a data set of whole
-    photographs; at most `limit` of them, 0 for all."""
+                    num_workers: int = 0, limit: int = 0, refine: Refine | None = None,
+                    confusion: ConfusionMatrix | None = None) -> Iterator[tuple]:
+    """Yield (index, true label as Rows (H, W) int64, result of segment_image) of this process's share of a data set of
+    whole photographs; at most `limit` of them, 0 for all. Large ones (dataset.is_large) are read strip by strip."""
     mine = list(own_share(len(dataset)))
-    loader = DataLoader(Subset(dataset, mine[:limit] if limit else mine), batch_size=None, num_workers=num_workers,
-                        worker_init_fn=seed_worker, generator=torch.Generator())
-    for item in progress(loader, "evaluating"):
-        yield int(item["index"]), item["label"], segment_image(score, normalize, item["image"].to(device), view,
-                                                               batch_size, item["label"].to(device), refine)
+    mine = mine[:limit] if limit else mine
+    large = [index for index in mine if dataset.is_large(index)]
+    loader = DataLoader(Subset(dataset, [index for index in mine if index not in set(large)]), batch_size=None,
+                        num_workers=num_workers, worker_init_fn=seed_worker, generator=torch.Generator())
+    items = ((int(item["index"]), item["image"].to(device), rows_of(item["label"])) for item in loader)
+    for index, image, label in progress(itertools.chain(items, _large_items(dataset, large, device)), "evaluating",
+                                        len(mine)):
+        yield index, label, segment_image(score, normalize, image, view, batch_size, label, refine, confusion)
+
+
+def _large_items(dataset, indices, device):
+    for index in indices:
+        photo, labels = dataset.open_whole(index)
+        yield index, photo_rows(photo, device), Rows(photo.size[::-1], partial(_as_tensor, labels))
+
+
+def _as_tensor(labels, top, bottom):
+    return torch.from_numpy(labels(top, bottom))
+
+
+def photo_rows(photo, device: torch.device) -> Rows:
+    """A photograph of data.photos.Photo as (K, H, W) uint8 on the device."""
+    return Rows(photo.size[::-1], lambda top, bottom: torch.from_numpy(photo.rows(top, bottom)).permute(2, 0, 1).to(
+        device))
 
 
 def evaluate_images(score, normalize, dataset, num_classes: int, view: View, device: torch.device, batch_size: int = 1,
@@ -198,26 +359,28 @@ def evaluate_images(score, normalize, dataset, num_classes: int, view: View, dev
 
     Returns metrics, tables (with `refine`, the metrics before it), loss (mean -log probability of the true class),
     matrix, examples [(index, name, mIoU)] of this process, predictions {index: (H, W) uint8 or int16} of its KEPT best
-    and KEPT worst, and seconds.
+    and KEPT worst (fewer where they are large), and seconds.
     """
     started, C = time.monotonic(), num_classes
-    confusion, unrefined, examples, predictions, nll, pixels = ConfusionMatrix(C), ConfusionMatrix(C), [], {}, 0.0, 0
+    counted, confusion, examples, predictions, nll, pixels = ConfusionMatrix(C), ConfusionMatrix(C), [], {}, 0.0, 0
+    before = 0                                              # `counted` counts what segment_image labels, unrefined
     for index, label, result in segment_dataset(score, normalize, dataset, view, device, batch_size, num_workers, limit,
-                                                refine):
-        pred = result["label"].cpu()
+                                                refine, counted):
         if refine is not None:
-            unrefined.update(result["unrefined"].cpu(), label)
-        before = 0 if confusion.counts is None else confusion.counts
-        confusion.update(pred, label)
-        own = (confusion.counts - before).numpy()
+            confusion.update(torch.from_numpy(result["label"]), label.read(0, label.shape[0]))
+        after = (counted if refine is None else confusion).counts
+        own = (after - before).numpy()
+        before = after
         examples.append((index, dataset.files[index].stem, float(miou_of_each(own[None])[0])))
-        predictions[index] = pred.numpy().astype(np.uint8 if C <= 256 else np.int16)
-        if len(predictions) > 2 * KEPT:                     # a split of photographs is gigabytes of labels
+        predictions[index] = result["label"].astype(np.uint8 if C <= 256 else np.int16, copy=False)
+        while len(predictions) > 2 * KEPT or (
+                len(predictions) > 2 and sum(pred.size for pred in predictions.values()) > KEPT_PIXELS):
             ranked = sorted((score if score == score else -1, i) for i, _, score in examples if i in predictions)
-            del predictions[ranked[0 if ranked[0][0] < 0 else KEPT][1]]
+            del predictions[ranked[0 if ranked[0][0] < 0 else len(ranked) // 2][1]]
         nll, pixels = nll + result["nll"], pixels + int(own.sum())
+    unrefined, confusion = (None, counted) if refine is None else (counted, confusion)
     matrix = confusion.all_reduce().matrix()
-    tables = {} if refine is None else \
+    tables = {} if unrefined is None else \
         {"before post-processing": segmentation_metrics(unrefined.all_reduce().matrix())}
     return {"metrics": segmentation_metrics(matrix), "tables": tables,
             "loss": all_reduce_sum(nll) / max(all_reduce_sum(pixels), 1), "matrix": matrix, "examples": examples,

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from data.feature_cache import CachedTaps
 from data.image_results import example_pair, write_image_result
@@ -26,24 +27,40 @@ from data.image_splits import (
     given_pairs,
     read_classes,
     split_pairs,
+    training_doubts,
 )
 from data.images import Augmentation, SegmentationDataset
 from data.label_map import label_map_of
-from data.photos import PhotoFormat, photo_doubts, photo_format, read_image
+from data.photos import open_photo, photo_doubts, photo_format
 from models.dinov3 import FrozenBackbone, backbone_name
 from models.dinov3_weights import load_backbone, restore_backbone
 from utils.checks import check_positive, check_range
 from utils.cli import ArgumentParser, AtLeast
 from utils.config import Config
 from utils.device import autocast
-from utils.distributed import unwrap
-from utils.image_inference import TTA_SCALES, View, evaluate_images, pad_to_multiple, resized_shape, segment_image
+from utils.distributed import main_first, unwrap
+from utils.image_inference import (
+    TTA_SCALES,
+    View,
+    evaluate_images,
+    pad_to_multiple,
+    photo_rows,
+    resized_shape,
+    segment_image,
+)
+from utils.losses import class_weights
 from utils.metrics import headline, metrics_table
-from utils.run import Run, main_first
+from utils.run import Run
+from utils.schedule import build_scheduler
 
 FREE_ON_RESUME = ("training.batch_size", "training.log_interval", "training.save_interval", "model.backbone_weights",
                   "data.val_image_paths", "data.val_mask_paths", "data.test_image_paths", "data.test_mask_paths",
-                  "data.classes", "data.cache_dir", "data.cache_features")                  # steps are compared as well
+                  "data.classes", "data.max_pixels", "data.cache_dir",
+                  "data.cache_features")                                                    # steps are compared as well
+
+# For predict.py, default first.
+PHOTO_RESULTS = {"labels": ("auto", "png", "npy", "tif"), "picture": ("auto", "png", "tif", "none"), "html": False,
+                 "confidence": True, "recursive": True}
 
 
 # -- flags -------------------------------------------------------------------------------------------------------------
@@ -71,6 +88,8 @@ def add_photo_flags(parser: ArgumentParser) -> None:
                       help="LOW HIGH: black and white of images of more than 8 bits; default: the range of their type")
     data.add_argument("--bands", nargs="+", type=int, metavar="N",
                       help="the three that the network sees, from 1; default: the first three")
+    data.add_argument("--max-pixels", type=AtLeast(1), metavar="N",
+                      help="images of more are refused; default: 178956970, which small files cannot claim by mistake")
     data.add_argument("--image-size", type=AtLeast(64), default=512, help="side of a training crop, a multiple of 32")
     data.add_argument("--augment", choices=("crops", "windows"), default="crops",
                       help="crops: random scale, crop, flip, colours; windows: fixed views, every pixel once an epoch")
@@ -85,12 +104,41 @@ def add_backbone_flags(model: argparse._ArgumentGroup) -> None:
     model.add_argument("--normalization", choices=("auto", "imagenet", "sat493m"), default="auto")
 
 
+def add_training_flags(parser: ArgumentParser, *, lr: float, weight_decay: float, epochs: int = 100,
+                       batch_size: int = 8, scheduler: str = "poly", clip_grad: float = 0.0,
+                       warmup_epochs: float | None = 1.0) -> argparse._ArgumentGroup:
+    """The group `training`, with these defaults; returns it, for flags of the method. warmup_epochs None: the script
+    works it out from --epochs."""
+    training = parser.add_argument_group("training")
+    training.add_argument("--epochs", type=AtLeast(1), default=epochs)
+    training.add_argument("--warmup-epochs", type=AtLeast(0, float), default=warmup_epochs,
+                          help="default: 30 %% of --epochs" if warmup_epochs is None else None)
+    training.add_argument("--batch-size", type=AtLeast(1), default=batch_size, help="images per process and micro-step")
+    training.add_argument("--accumulate", type=AtLeast(1), default=1, metavar="N",
+                          help="micro-steps per optimiser step")
+    training.add_argument("--lr", type=float, default=lr)
+    training.add_argument("--weight-decay", type=AtLeast(0, float), default=weight_decay)
+    training.add_argument("--scheduler", choices=("poly", "cosine", "constant"), default=scheduler)
+    training.add_argument("--clip-grad", type=AtLeast(0, float), default=clip_grad,
+                          help="largest norm of the whole gradient; 0: none")
+    training.add_argument("--log-interval", type=AtLeast(1), default=10, metavar="STEPS")
+    training.add_argument("--save-interval", type=AtLeast(0), default=10, metavar="EPOCHS")
+    return training
+
+
+def add_class_weights(training: argparse._ArgumentGroup) -> None:
+    training.add_argument("--class-weights", metavar="NAME|W,W,...",
+                          help="of the loss: median_frequency, sqrt_median_frequency, or a number for each class, such "
+                               "as 1,0.5,2; default: all 1")
+
+
 def add_evaluation_flags(parser: ArgumentParser) -> None:
     """The groups `evaluation` and `paths`."""
     evaluation = parser.add_argument_group("evaluation")
     evaluation.add_argument("--validate", action="store_true", help="score after every --val-interval epochs")
     evaluation.add_argument("--val-interval", type=AtLeast(1), default=1, metavar="EPOCHS")
-    evaluation.add_argument("--eval-mode", choices=("slide", "whole"), default="slide")
+    evaluation.add_argument("--eval-mode", choices=("slide", "even", "whole"), default="slide",
+                            help="slide: windows every --eval-stride; even: as few as cover the image, evenly spread")
     evaluation.add_argument("--eval-size", type=int, help="short side; default: --image-size; 0: as it is")
     evaluation.add_argument("--eval-stride", type=int, help="of the sliding window; default: two thirds of it")
     evaluation.add_argument("--tta", action="store_true", help="average five scales and their mirror images")
@@ -108,13 +156,16 @@ def check_flags(config: Config) -> None:
     check_range("--val-share", data.val_share, 0, 0.5)
     check_range("--ignore-label", data.ignore_label, 0, 255)
     check_positive("--lr", config.training.lr)
+    if "class_weights" in config.training:
+        class_weights(config.training.class_weights, np.ones(data.num_classes), "--class-weights")
     data |= {key: data[key] or [] for key in ("mask_suffix", "value_range", "bands")}
     check_file_settings(data, data.num_classes)
     if not data.label_map and data.ignore_label < data.num_classes + data.reduce_zero_label:
         raise ValueError(f"--ignore-label {data.ignore_label} is one of the {data.num_classes} classes in the masks; "
                          f"for masks that mean unlabelled by 0, use --reduce-zero-label")
     view = evaluation_view(config)
-    if (view.size or 32) < 32 or not 1 <= view.stride <= (view.window or view.stride):
+    stride = 1 if view.stride is None else view.stride           # None: found for each image
+    if (view.size or 32) < 32 or not 1 <= stride <= (view.window or stride):
         raise ValueError(f"--eval-size {evaluation.eval_size} --eval-stride {evaluation.eval_stride}: a size of at "
                          f"least 32 (or 0) and a stride from 1 to the window's side are needed")
     config.model.backbone = backbone_name(config.model.backbone)
@@ -151,6 +202,16 @@ def tested_split(run: Run, config: Config, given: set[str]) -> tuple[str, Segmen
     return split, build_dataset(config, split, num_workers=run.args.num_workers)
 
 
+def score_checkpoint(run: Run, config: Config, given: set[str], check_config: Callable, load_model: Callable) -> dict:
+    """--test-only: score the run's checkpoint by its own settings under the flags that are `given`; check_config and
+    load_model are the script's."""
+    config = tested_config(run.checkpoint, config, given)
+    check_config(config)
+    run.checkpoint["config"] = config.to_dict()
+    split, dataset = tested_split(run, config, given)           # before a network is loaded
+    return score_split(run, load_model(run.checkpoint, run.device), split, dataset, run.resume_path)
+
+
 def score_split(run: Run, model: nn.Module, split: str, dataset: SegmentationDataset, source: object) -> dict:
     """--test-only: print the scores of the model from the file `source`; returns the single numbers."""
     result = evaluate_photos(model, dataset, run.device, run.amp_dtype, num_workers=run.args.num_workers,
@@ -166,10 +227,10 @@ def has_test_photos(config: Config) -> bool:
 def evaluation_view(config: Config) -> View:
     size = config.data.image_size if config.evaluation.eval_size is None else config.evaluation.eval_size
     window = size or config.data.image_size
-    whole = config.evaluation.eval_mode == "whole"
+    mode = config.evaluation.eval_mode
     stride = -(-2 * window // 3) if config.evaluation.eval_stride is None else config.evaluation.eval_stride
-    return View(size or None, None if whole else window, stride, TTA_SCALES if config.evaluation.tta else (1.0,),
-                config.evaluation.tta)
+    return View(size or None, None if mode == "whole" else window, None if mode == "even" else stride,
+                TTA_SCALES if config.evaluation.tta else (1.0,), config.evaluation.tta)
 
 
 # -- data and backbone -------------------------------------------------------------------------------------------------
@@ -187,18 +248,59 @@ def build_dataset(config: Config, split: str, seed: int = 0, data_dir: str | Non
                            Augmentation() if crops else None)[0]
 
 
-def open_backbone(model: Mapping, entry: Mapping | None = None, seed: int = 0) -> tuple[FrozenBackbone, str]:
+def open_data(run: Run, config: Config, build_dataset: Callable) -> tuple:
+    """Class names, palette (C, 3), training and validation set (None without --validate) of a run, with the script's
+    build_dataset. Every file is checked before the first step, by rank 0, and remembered."""
+    class_names, palette = read_classes(config.data.classes, config.data.num_classes, config.data.label_map)
+    val_set = None
+    with main_first():
+        train_set = build_dataset(config, "train", run.args.seed, num_workers=run.args.num_workers)
+        if config.evaluation.validate:
+            val_set = build_dataset(config, "val", num_workers=run.args.num_workers)
+    run.messages += training_doubts(class_names, train_set, config.data)
+    run.check_data(train=train_set, val=val_set)
+    return class_names, palette, train_set, val_set
+
+
+def open_backbone(model: Mapping, entry: Mapping | None = None, seed: int = 0, taps: Sequence[int] | None = None,
+                  prefix: bool = False) -> tuple[FrozenBackbone, str]:
     """The backbone that the flags of the section `model` name, and a line that says what it is. With a checkpoint's
-    `entry`: the one in there, from where it was or from another place that --backbone-weights names. Raises as
+    `entry`: the one in there, from where it was or from another place that --backbone-weights names. taps, prefix:
+    which blocks it returns, default those of the adapter, and whether all their tokens, see FrozenBackbone. Raises as
     load_backbone and restore_backbone; ValueError without --backbone-weights."""
     weights = model["backbone_weights"]
     if entry is not None:
-        return restore_backbone(entry, None if weights in ("random", None, entry["file"]) else weights), \
-            f"frozen backbone as before: {entry['file'] or 'randomly initialised'}"
-    if weights is None:
+        backbone = restore_backbone(entry, None if weights in ("random", None, entry["file"]) else weights)
+        message = f"frozen backbone as before: {entry['file'] or 'randomly initialised'}"
+    elif weights is None:
         raise ValueError("--backbone-weights is missing: name the official .pth file, a Hugging Face file or folder, "
                          "or a URL; `random` tries the machinery on an untrained backbone")
-    return load_backbone(model["backbone"], None if weights == "random" else weights, seed, model["normalization"])
+    else:
+        backbone, message = load_backbone(model["backbone"], None if weights == "random" else weights, seed,
+                                          model["normalization"])
+    if taps is not None:
+        stored = backbone.entry.setdefault("taps", list(taps))
+        if stored != list(taps):
+            raise ValueError(f"the head was trained on the blocks {stored} of the backbone, not on {list(taps)}, and "
+                             f"would give wrong numbers on these without a word; leave the setting out")
+        backbone.taps = tuple(taps)
+    backbone.prefix = prefix
+    return backbone, message
+
+
+def open_features(run: Run, config: Config, train_set: SegmentationDataset, taps: Sequence[int] | None = None,
+                  prefix: bool = False) -> tuple[FrozenBackbone, SegmentationDataset | CachedTaps]:
+    """The frozen backbone of a run on its device (a resumed one: that of the checkpoint), see open_backbone, and the
+    training set, with --cache-features with the backbone's features in its items."""
+    entry = run.checkpoint["encoder"] if run.checkpoint else None
+    backbone, message = open_backbone(config.model, entry, run.args.seed, taps, prefix)
+    backbone.to(run.device, run.amp_dtype)
+    run.messages.append(message)
+    if config.data.cache_features:
+        train_set, message = cache_features(train_set, backbone, run.device, run.amp_dtype, config.data.cache_dir,
+                                            config.training.batch_size, run.args.num_workers)
+        run.messages.append(message)
+    return backbone, train_set
 
 
 def cache_features(dataset: SegmentationDataset, backbone: FrozenBackbone, device: torch.device,
@@ -206,7 +308,7 @@ def cache_features(dataset: SegmentationDataset, backbone: FrozenBackbone, devic
                    num_workers: int) -> tuple[CachedTaps, str]:
     """The training set with the backbone's features in its items, see CachedTaps, and a line for the log."""
     key = (f"{backbone.sha256()} {backbone.taps} {backbone.mean} {backbone.std} {device.type} {amp_dtype}"
-           f"{reading_key(dataset)}")
+           f"{' all tokens' if backbone.prefix else ''}{reading_key(dataset)}")
     started = time.monotonic()
     with main_first():
         cached = CachedTaps(dataset, lambda image: backbone(backbone.normalize(image.to(device))), key, folder,
@@ -218,15 +320,22 @@ def cache_features(dataset: SegmentationDataset, backbone: FrozenBackbone, devic
 
 def reading_key(dataset: SegmentationDataset) -> str:
     """What cached features depend on besides the files: how they are read, "" where nothing is set."""
-    photos = "" if dataset.photos == PhotoFormat() else f" {dataset.photos}"
+    limits, bands, _ = dataset.photos
+    photos = "" if limits is None and bands is None else f" PhotoFormat(value_range={limits}, bands={bands})"
     return f"{photos}{dataset.masks.key()}{' colours' if dataset.masks.as_colors else ''}"
 
 
 def prepare(batch: dict, backbone: FrozenBackbone, device: torch.device) -> tuple[Tensor, list[Tensor], Tensor]:
-    """A batch on the device: normalised image (B, 3, S, S), four feature maps (computed, or from the cache), label."""
+    """A batch on the device: normalised image (B, 3, S, S), taps (of the backbone, or from the cache), label."""
     image = backbone.normalize(batch["image"].to(device, non_blocking=True))                # (B, 3, S, S) float32
     taps = [tap.to(device, non_blocking=True) for tap in batch["taps"]] if "taps" in batch else backbone(image)
     return image, taps, batch["label"].to(device, non_blocking=True)
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, training: Mapping, total_steps: int, **more) -> LRScheduler:
+    """The schedule that the flags of the section `training` name, down to 0; more: of build_scheduler."""
+    warmup = min(round(training["warmup_epochs"] * total_steps / training["epochs"]), total_steps - 1)
+    return build_scheduler(optimizer, training["scheduler"], total_steps, warmup, **{"min_lr": 0.0, **more})
 
 
 def describe_data(train_set: SegmentationDataset | CachedTaps, val_set: SegmentationDataset | None) -> str:
@@ -245,19 +354,27 @@ def attach(model: nn.Module, config: Config, class_names: list[str], palette: np
            backbone: FrozenBackbone | None = None) -> None:
     """Give a network what scoring and labelling need besides its weights, as attributes of these names.
 
-    palette (C, 3) uint8. masks: the section of config with ignore_label, label_map and what else
-    says how files are read. normalize: image
-    (B, 3, H, W) uint8 -> what the network takes. refine: see segment_image. backbone: a frozen one that `scores` runs.
+    palette (C, 3) uint8. masks: the section of config with ignore_label, label_map and what else says how files are
+    read. normalize: image (B, 3, H, W) uint8 -> what the network takes. refine: see segment_image. backbone: a frozen
+    one that `scores` runs.
     """
     model.config = config
     model.class_names = class_names
     model.palette = palette
     model.masks = masks
+    model.max_pixels = masks.get("max_pixels")
     model.view = view
     model.normalize = normalize
     model.multiple = multiple
     model.refine = refine
     model.backbone = backbone
+
+
+def attach_backbone(model: nn.Module, backbone: FrozenBackbone, config: Config, class_names: list[str],
+                    palette: Sequence, multiple: int) -> None:
+    """`attach` for a network whose `scores` runs a frozen backbone; palette (C, 3): array, or list of a checkpoint."""
+    attach(model, config, class_names, np.array(palette, np.uint8), masks=config.data, view=evaluation_view(config),
+           normalize=backbone.normalize, multiple=multiple, backbone=backbone)
 
 
 def score_function(model: nn.Module, device: torch.device, amp_dtype: torch.dtype | None) -> Callable[[Tensor], Tensor]:
@@ -284,15 +401,15 @@ def evaluate_photos(model: nn.Module, dataset: SegmentationDataset, device: torc
 
 
 def label_photo(model: nn.Module, path: str | Path, amp_dtype: torch.dtype | None = None) -> dict:
-    """Label a photograph: label (H, W) int64 and confidence (H, W) at its own size (as displayed: an EXIF orientation
-    is applied), the photograph itself, and doubts, warnings of what may be read wrongly."""
+    """Label a photograph: label (H, W) and confidence (H, W), see segment_image, at its own size (as displayed: an EXIF
+    orientation is applied), photo, the photograph itself as a data.photos.Photo, and doubts, warnings of what may be
+    read wrongly. Files of more than model.max_pixels are refused."""
     device = next(model.parameters()).device
-    photos = photo_format(model.masks)
-    photo = read_image(path, exif=True, photos=photos)
-    image = torch.from_numpy(np.array(photo)).permute(2, 0, 1).to(device)                   # (3, H, W) uint8
-    result = segment_image(score_function(model, device, amp_dtype), model.normalize, image, model.view,
-                           refine=model.refine)
-    return {"label": result["label"].cpu().numpy(), "confidence": result["confidence"].cpu().numpy(), "photo": photo,
+    photos = photo_format(model.masks)._replace(max_pixels=model.max_pixels)
+    photo = open_photo(path, exif=True, photos=photos)
+    result = segment_image(score_function(model, device, amp_dtype), model.normalize, photo_rows(photo, device),
+                           model.view, refine=model.refine)
+    return {"label": result["label"], "confidence": result["confidence"], "photo": photo,
             "doubts": photo_doubts(path, photos)}
 
 
@@ -302,15 +419,15 @@ def write_photo_label(model: nn.Module, path: Path, prediction: dict, stem: Path
     features = patch_size = None
     if options.pca:
         device = next(model.parameters()).device
-        photo = prediction["photo"]
+        photo = prediction["photo"].image()
         height, width = resized_shape(photo.height, photo.width, model.view.size)  # not larger than the network sees it
         image = torch.from_numpy(np.array(photo.resize((width, height)))).permute(2, 0, 1)[None].to(device)
-        taps = model.backbone(pad_to_multiple(model.normalize(image), model.backbone.multiple))
-        features = taps[-1][0].float().cpu().numpy()                                        # (D, h, w)
+        image = pad_to_multiple(model.normalize(image), model.backbone.multiple)
+        features = model.backbone.last_map(image)[0].float().cpu().numpy()                  # (D, h, w)
         patch_size = model.backbone.patch_size
     return write_image_result(stem, prediction, model.palette, options.labels, options.picture,
                               model.masks.ignore_label, model.masks.reduce_zero_label, features, patch_size,
-                              label_map_of(model.masks))
+                              label_map_of(model.masks), options.confidence)
 
 
 def photo_pictures(model: nn.Module, dataset: SegmentationDataset, index: int, pred: np.ndarray):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from data.mesh import MeshDataset, custom_collate_fn
+from data.mesh import MeshDataset, custom_collate_fn, each_face_once
 from models.jepa import Jepa
 from models.jepa_monitors import check_monitors, measure
 from models.nomeformer import Nomeformer
@@ -65,18 +65,18 @@ class Probe:
     @torch.no_grad()
     def embed(self, dataset: MeshDataset,
               encoder: Nomeformer | None) -> tuple[np.ndarray, np.ndarray]:
-        """Embeddings (T, E) float32, or raw features, and labels (T,) of all labelled faces."""
+        """Embeddings (T, E) float32, or raw features, and labels (T,) of all labelled faces, a polygon one of them."""
         embeddings = []
         labels = []
         for batch in DataLoader(dataset, self.config.training.batch_size,
                                 collate_fn=custom_collate_fn):
-            chosen = batch["label"] >= 0                            # (B, N, F)
             x = batch["features"]                                   # (B, N, F, Dg)
             if encoder is not None:
-                batch = to_device(batch, next(encoder.parameters()).device)
-                x = encoder(batch["features"], batch["mask"], batch["centroid"]).cpu()
-            embeddings.append(x[chosen].float().numpy())
-            labels.append(batch["label"].cpu()[chosen].numpy())
+                on_device = to_device(batch, next(encoder.parameters()).device)
+                x = encoder(on_device["features"], on_device["mask"], on_device["centroid"]).cpu()
+            x, label = each_face_once(x.float(), batch)
+            embeddings.append(x[label >= 0].numpy())
+            labels.append(label[label >= 0].numpy())
         return np.concatenate(embeddings), np.concatenate(labels)
 
     def score(self, encoder: Nomeformer | None) -> dict:
@@ -86,8 +86,7 @@ class Probe:
 
     def prepare(self, start: Nomeformer, device: torch.device) -> dict[str, dict]:
         """Score the baselines, once a run. Pre-training that does not beat all of them has not helped."""
-        train, val = (label[label >= 0] for label in (np.concatenate(self.train.labels),
-                                                      np.concatenate(self.val.labels)))
+        train, val = (labels_of_faces(dataset) for dataset in (self.train, self.val))
         self.baselines = {
             "random encoder": self.score(copy.deepcopy(start).to(device).eval()),
             "raw features": self.score(None),
@@ -96,14 +95,20 @@ class Probe:
         return self.baselines
 
     def report(self, scores: dict, epoch: int) -> str:
-        fitted = f"{sum(self.train.num_faces):,} faces of {len(self.train.files)} meshes"
-        scored = f"{sum(self.val.num_faces):,} of {len(self.val.files)} others"
+        fitted = f"{sum(self.train.num_polygons):,} faces of {len(self.train.files)} meshes"
+        scored = f"{sum(self.val.num_polygons):,} of {len(self.val.files)} others"
         return (f"probe at epoch {epoch} ({self.config.probe.method}, fitted on {fitted}, scored on {scored})\n"
                 f"{probe_table({'pre-trained': scores, **self.baselines})}")
 
     def log(self, run: Run, scores: dict) -> None:
         run.log.info(self.report(scores, run.epoch))
         run.log.evaluation(run.epoch, run.step, "probe", {**scores, **self.baselines})
+
+
+def labels_of_faces(dataset: MeshDataset) -> np.ndarray:
+    """The labels (T,) of all labelled faces of the files."""
+    label = np.concatenate([label[dataset.faces_of_file(index)[0]] for index, label in enumerate(dataset.labels)])
+    return label[label >= 0]
 
 
 def monitor_line(values: dict) -> str:

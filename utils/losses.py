@@ -32,10 +32,13 @@ def check_labels(label: Tensor, num_classes: int | None, ignore_index: int = IGN
                  mask: Tensor | None = None) -> None:
     """Raise ValueError if a counting label is outside 0..num_classes-1: clearer than a device-side assert.
 
-    label integer (*), mask (*) or None; num_classes None looks for negative labels only. Waits for the device once.
+    label integer (*), mask (*) or None; num_classes None looks for negative labels only. Labels on a GPU are not looked
+    at, because the program would have to wait for it: check them before they go there, as label_weight does.
     """
     if label.is_floating_point() or label.is_complex() or label.dtype == torch.bool:
         raise ValueError(f"labels have dtype {label.dtype}; give class ids as integers (int64)")
+    if label.device.type != "cpu":
+        return
     label = label.long()
     bad = label < 0 if num_classes is None else (label < 0) | (label >= num_classes)
     bad &= counting(label, mask, ignore_index)
@@ -81,13 +84,17 @@ class MaskedCrossEntropyLoss(nn.Module):
     2017, eq. 5). Deviations: one softmax over the classes instead of a sigmoid each; divided by the sum of the class
     weights w.
 
+    num_classes: with it label_weight, to which a training loop gives labels that are not on the GPU yet, refuses those
+    of no class; without it and without class weights, negative ones alone.
+
     A mean over several micro-batches or processes is exact when sums are added first: `total, weight =
     loss.sum_and_weight(...)`, then sum of totals / sum of weights. `label_weight` knows that weight before the
     forward pass.
     """
 
     def __init__(self, class_weights: Tensor | Sequence[float] | None = None, ignore_index: int = IGNORE_INDEX,
-                 label_smoothing: float = 0.0, class_dim: int = -1, gamma: float = 0.0):
+                 label_smoothing: float = 0.0, class_dim: int = -1, gamma: float = 0.0,
+                 num_classes: int | None = None):
         super().__init__()
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
@@ -99,7 +106,10 @@ class MaskedCrossEntropyLoss(nn.Module):
             class_weights = torch.as_tensor(class_weights, dtype=torch.float32)
             if class_weights.ndim != 1 or not bool(((class_weights >= 0) & class_weights.isfinite()).all()):
                 raise ValueError(f"class_weights must be a finite number >= 0 per class, got {class_weights.tolist()}")
+            num_classes = len(class_weights)
         self.register_buffer("class_weights", class_weights, persistent=False)
+        self.host_weights = class_weights                  # stay on the CPU, where the loader's labels are
+        self.num_classes = num_classes
         self.ignore_index = ignore_index
         self.class_dim = class_dim
         self.label_smoothing = label_smoothing
@@ -108,8 +118,10 @@ class MaskedCrossEntropyLoss(nn.Module):
     def forward(self, logits: Tensor, label: Tensor, mask: Tensor | None = None) -> Tensor:
         return _divide(*self.sum_and_weight(logits, label, mask))
 
-    def sum_and_weight(self, logits: Tensor, label: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """-> (sum of weighted element losses, sum of weights), two scalars whose quotient is forward's value."""
+    def sum_and_weight(self, logits: Tensor, label: Tensor, mask: Tensor | None = None,
+                       share: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """-> (sum of weighted element losses, sum of weights), two scalars whose quotient is forward's value. share, of
+        label's shape or None: as how much of one element each counts."""
         weights = self.class_weights
         if weights is not None and len(weights) != logits.shape[self.class_dim]:
             raise ValueError(f"{len(weights)} class weights for {logits.shape[self.class_dim]} classes; one per class")
@@ -124,13 +136,18 @@ class MaskedCrossEntropyLoss(nn.Module):
             nll = F.cross_entropy(logits, label, reduction="none")
             # 1 - p by expm1 keeps its digits near p = 1; the floor keeps the gradient finite there for gamma < 1.
             element = element_weight * (-torch.expm1(-nll)).clamp_min(1e-12) ** self.gamma * nll
+        if share is not None:
+            share = share.reshape(keep.shape)
+            element, element_weight = element * share, element_weight * share
         return element.sum(), element_weight.sum().to(element.dtype)
 
-    def label_weight(self, label: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The weight sum_and_weight will return for these labels (*) and mask (*): float32 scalar, no logits needed."""
-        weights = None if self.class_weights is None else self.class_weights.to(label.device)
-        check_labels(label, None if weights is None else len(weights), self.ignore_index, mask)
-        return self._element_weight(label.long(), counting(label, mask, self.ignore_index), weights).sum().float()
+    def label_weight(self, label: Tensor, mask: Tensor | None = None, share: Tensor | None = None) -> Tensor:
+        """The weight sum_and_weight will return for these labels (*), mask and share: float32 scalar, no logits needed.
+        """
+        weights = None if self.host_weights is None else self.host_weights.to(label.device)
+        check_labels(label, self.num_classes, self.ignore_index, mask)
+        weight = self._element_weight(label.long(), counting(label, mask, self.ignore_index), weights)
+        return (weight if share is None else weight * share).sum().float()
 
     @staticmethod
     def _element_weight(label: Tensor, keep: Tensor, weights: Tensor | None) -> Tensor:
@@ -162,7 +179,8 @@ def lovasz_softmax_loss(logits: Tensor, label: Tensor, mask: Tensor | None = Non
     Shapes as above -> scalar in [0, 1]. The whole batch is one set, not each image, as in Sonata's recipe.
     """
     logits, label, keep = _flat(logits, label, mask, class_dim, ignore_index)
-    prob, label = logits.softmax(1).movedim(1, -1)[keep], label[keep]        # (P, C), (P,): counting elements only
+    where = keep.nonzero(as_tuple=True)      # once: a mask as index would be searched, and waited for, at each use
+    prob, label = logits.softmax(1).movedim(1, -1)[where], label[where]      # (P, C), (P,): counting elements only
     present = label.unique().tolist()
     total = prob.sum() * 0                                                   # keeps a graph if no class is present
     for c in present:
@@ -192,7 +210,8 @@ class WeightedLoss(nn.Module):
     """The terms of a weighted sum of losses, such as {"ce": 1.0, "dice": 0.5}, with the names ce, focal, dice, lovasz.
 
     terms: {name: weight} of those above 0; ce and focal: their MaskedCrossEntropyLoss. class_weights act on ce and
-    focal, label_smoothing on ce, gamma on focal. Raises ValueError for unknown names and negative weights.
+    focal, label_smoothing on ce, gamma on focal. num_classes: see there. Raises ValueError for unknown names and
+    negative weights.
 
     The caller adds up. ce and focal are sums over elements, so their sum_and_weight makes exact means over
     micro-batches. Dice and Lovasz are functions of a whole set: averaged over micro-batches or processes they are NOT
@@ -202,7 +221,8 @@ class WeightedLoss(nn.Module):
     NAMES = ("ce", "focal", "dice", "lovasz")
 
     def __init__(self, terms: Mapping[str, float], class_weights: Tensor | Sequence[float] | None = None,
-                 label_smoothing: float = 0.0, class_dim: int = -1, gamma: float = 2.0):
+                 label_smoothing: float = 0.0, class_dim: int = -1, gamma: float = 2.0,
+                 num_classes: int | None = None):
         super().__init__()
         for name, factor in terms.items():
             if name not in self.NAMES:
@@ -213,7 +233,8 @@ class WeightedLoss(nn.Module):
         self.terms = {name: float(factor) for name, factor in terms.items() if factor > 0}
         if not self.terms:
             raise ValueError(f"no loss with a weight above 0 in {dict(terms)}; choose from {', '.join(self.NAMES)}")
-        self.ce = MaskedCrossEntropyLoss(class_weights, label_smoothing=label_smoothing, class_dim=class_dim)
+        self.ce = MaskedCrossEntropyLoss(class_weights, label_smoothing=label_smoothing, class_dim=class_dim,
+                                         num_classes=num_classes)
         self.focal = MaskedCrossEntropyLoss(class_weights, class_dim=class_dim, gamma=gamma)
 
     def label_weight(self, label: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -34,7 +34,8 @@ class SetCriterion(nn.Module):
     each output anew, queries are matched with targets (utils/matcher.py) at num_points random points of the image. Then
     class  cross-entropy over all queries, unmatched ones are "no object" with weight no_object_weight; divided by the
            sum of the weights
-    mask   binary cross-entropy, mean over points, sum over matched pairs / number of targets (at least 1)
+    mask   binary cross-entropy, mean over points, sum over matched pairs / number of targets (at least 1); with
+           divide_by_pairs, as PMT and EoMT do, / number of pairs: less where an image has more targets than queries
     dice   1 - (2 sum(p t) + 1) / (sum p + sum t + 1), likewise
     Each pair has points of its own: of oversample_ratio * num_points random ones the importance_ratio * num_points
     whose predicted logit is nearest to 0, and random ones for the rest (PointRend, Kirillov et al. 2020, section 3.2).
@@ -49,7 +50,8 @@ class SetCriterion(nn.Module):
 
     def __init__(self, num_classes: int, num_points: int = 12544, oversample_ratio: float = 3.0,
                  importance_ratio: float = 0.75, class_weight: float = 2.0, mask_weight: float = 5.0,
-                 dice_weight: float = 5.0, no_object_weight: float = 0.1, ignore_in_mask_loss: bool = False):
+                 dice_weight: float = 5.0, no_object_weight: float = 0.1, ignore_in_mask_loss: bool = False,
+                 divide_by_pairs: bool = False):
         super().__init__()
         if num_points < 1 or oversample_ratio < 1 or not 0 <= importance_ratio <= 1:
             raise ValueError(f"num_points {num_points}, oversample_ratio {oversample_ratio} and importance_ratio "
@@ -60,6 +62,7 @@ class SetCriterion(nn.Module):
         self.num_candidates, self.num_uncertain = int(oversample_ratio * num_points), int(importance_ratio * num_points)
         self.weights = {"class": class_weight, "mask": mask_weight, "dice": dice_weight}
         self.ignore_in_mask_loss = ignore_in_mask_loss
+        self.divide_by_pairs = divide_by_pairs
         element_weight = torch.ones(num_classes + 1)
         element_weight[-1] = no_object_weight
         self.register_buffer("element_weight", element_weight, persistent=False)
@@ -70,24 +73,28 @@ class SetCriterion(nn.Module):
 
     def label_weights(self, label: Tensor, num_queries: int) -> Tensor:
         """What the sums are divided by, known before the forward pass: label (B, H, W) -> float32 (2,): the number of
-        targets, and the sum of the weights of all queries' classes. Add them up over micro-batches and processes.
+        targets (or pairs), and the sum of the weights of all queries' classes. Add them up over micro-batches and
+        processes.
         """
-        count = self._present(label).sum(1)
+        count = self.present(label).sum(1)
         matched = count.clamp_max(num_queries)             # with more targets than queries some stay without
         weight = matched + self.no_object_weight * (num_queries - matched)
-        return torch.stack([count.sum(), weight.sum()]).float()
+        return torch.stack([(matched if self.divide_by_pairs else count).sum(), weight.sum()]).float()
 
     def sums(self, outputs: Mapping, label: Tensor, normalizer: Tensor | None = None,
-             points: Sequence[Mapping] | None = None) -> dict[str, Tensor]:
+             points: Sequence[Mapping] | None = None, present: Tensor | None = None) -> dict[str, Tensor]:
         """-> "class_o", "mask_o", "dice_o" for each output o, 0 the last one of the decoder, and the weighted "total".
 
         Scalars; only the total has a gradient, once: it is worked out in the forward pass, so that no point is kept.
         normalizer: label_weights of the whole batch where this is a part of it; the losses of the parts then add up.
         points: for each output {"matcher": for each image (P, 2), "oversampled": (R, ., 2), "random": (R, ., 2)}
         instead of random ones, rows in the order of images and, within, of matched queries.
+        present: that of the labels, made before they went to the GPU; then all this waits for it once, for the costs of
+        all outputs together.
         """
         predictions = [outputs, *outputs.get("aux_outputs", ())]
-        present = self._present(label)
+        if present is None:
+            present = self.present(label)
         num_queries = outputs["pred_logits"].shape[1]
         if normalizer is None:
             normalizer = self.label_weights(label, num_queries)
@@ -113,7 +120,8 @@ class SetCriterion(nn.Module):
         present = present.cpu()
         found = [row.nonzero().flatten() for row in present]                       # class ids of each image, ascending
         width = max(len(ids) for ids in found)
-        classes = torch.stack([F.pad(ids, (0, width - len(ids)), value=-1) for ids in found]).to(label.device)  # (B, T)
+        classes = torch.stack([F.pad(ids, (0, width - len(ids)), value=-1) for ids in found])             # (B, T)
+        classes = classes.to(label.device, non_blocking=True)
         images_at_once = IMAGES_AT_ONCE.get(label.device.type, 8)
         costs = []
         for o, prediction in enumerate(predictions):
@@ -127,7 +135,7 @@ class SetCriterion(nn.Module):
         for cost, (_, b) in zip(costs, np.ndindex(len(predictions), len(found)), strict=True):
             query, target = hungarian(cost[:, :len(found[b])])
             rows.append(np.stack([np.full_like(query, b), query, found[b].numpy()[target]]))           # (3, pairs)
-        rows = torch.from_numpy(np.concatenate(rows, 1)).to(label.device)
+        rows = torch.from_numpy(np.concatenate(rows, 1)).to(label.device, non_blocking=True)
         return rows.view(3, len(predictions), -1)
 
     def _cost(self, prediction: Mapping, label: Tensor, classes: Tensor, points: Tensor, part: slice) -> Tensor:
@@ -137,8 +145,8 @@ class SetCriterion(nn.Module):
         return matching_cost(prediction["pred_logits"][part], logits, classes, sample_label(label, points, classes),
                              tuple(self.weights.values()), labelled)
 
-    def _present(self, label: Tensor) -> Tensor:
-        """Which classes occur in each image: label (B, H, W) -> (B, K) bool."""
+    def present(self, label: Tensor) -> Tensor:
+        """Which classes occur in each image: label (B, H, W) -> (B, K) bool, where label is."""
         check_labels(label, self.num_classes)
         ids = torch.where(label == IGNORE_INDEX, self.num_classes, label).flatten(1)
         present = torch.zeros(len(label), self.num_classes + 1, dtype=torch.bool, device=label.device)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from utils.bilinear import read_at
 from utils.losses import IGNORE_INDEX
 
 
@@ -21,7 +22,7 @@ def sample_points(maps: Tensor, points: Tensor) -> Tensor:
     # Up to 16 channels a row of the batch: their maps fit a cache, and rows are what grid_sample spreads over cores.
     groups = next(g for g in range(-(-C // 16), C + 1) if C % g == 0)
     grid = points.mul(2).sub_(1).unsqueeze(1).expand(-1, groups, -1, -1).flatten(0, 1)        # (N * groups, P, 2)
-    values = F.grid_sample(maps.reshape(N * groups, C // groups, h, w), grid.unsqueeze(1), align_corners=False)
+    values = read_at(maps.reshape(N * groups, C // groups, h, w), grid.unsqueeze(1))
     return values.view(N, C, points.shape[1])
 
 
@@ -34,7 +35,10 @@ def sample_label(label: Tensor, points: Tensor, classes: Tensor, image: Tensor |
     H, W = label.shape[-2:]
     image = torch.arange(len(label), device=label.device) if image is None else image
     padded = F.pad(label.int(), (1, 1, 1, 1), value=IGNORE_INDEX).flatten()       # outside is no class: no bounds
-    pixel = points * points.new_tensor([W, H]) + 0.5                              # (N, P, 2), in the padded map
+    size = points.new_empty(2)                             # filled there: a copy would wait for the GPU
+    size[0].fill_(W)
+    size[1].fill_(H)
+    pixel = points * size + 0.5                                                   # (N, P, 2), in the padded map
     low = pixel.floor()
     x, y = (pixel - low).unsqueeze(1).unbind(-1)                                  # (N, 1, P)
     left, top = low.int().unbind(-1)                                              # floats cannot count a large image

@@ -33,13 +33,14 @@ class ConfusionMatrix:
     def reset(self) -> None:
         """Forget all counts."""
         self.counts: Tensor | None = None        # (C, C), rows = truth: int64, or float64 once weighted
+        self.lost: Tensor | int = 0              # elements on a GPU that should count, but have no place in it
 
     def update(self, pred: Tensor, label: Tensor, weight: Tensor | None = None) -> None:
         """Add predicted and true class ids, integers of one shape; weight (face areas, say) of that shape or None.
 
         ValueError: shapes that differ; a label, or a prediction whose label counts, outside 0..num_classes-1; a
         weight that is negative or not finite; weighted after unweighted updates or the reverse. The matrix is then as
-        before the call. On CUDA this waits for the predictions, as torch.bincount itself does.
+        before the call. On CUDA nothing waits for the predictions; ids out of range are an error of matrix().
         """
         if pred.shape != label.shape or (weight is not None and weight.shape != label.shape):
             shapes = [tuple(t.shape) for t in (pred, label, weight) if t is not None]
@@ -51,7 +52,9 @@ class ConfusionMatrix:
         pred, label = pred.flatten().long(), label.flatten().long()      # long: in uint8, 156 == -100 is true
         counts = self._count(pred, label)
         ignored = label == IGNORE_INDEX
-        if int(counts.sum() + ignored.sum()) != len(label):
+        if label.device.type == "cuda" and weight is None:
+            self.lost = self.lost + len(label) - (counts.sum() + ignored.sum())
+        elif int(counts.sum() + ignored.sum()) != len(label):
             self._raise_out_of_range(pred[~ignored], label[~ignored])
         if weight is not None:                   # on the CPU: float sums on CUDA have no fixed order
             weight = weight.flatten().cpu().double()
@@ -70,7 +73,10 @@ class ConfusionMatrix:
             part = slice(begin, begin + chunk)
             # Clamped to -1..C, all wrong ids (and IGNORE_INDEX) fall into the border of the table.
             pair = pred[part].clamp(-1, C).add_(label[part].clamp(-1, C), alpha=side).add_(side + 1)
-            table += torch.bincount(pair, None if weight is None else weight[part], minlength=side * side)
+            if label.device.type == "cuda":      # whose bincount waits, to know the largest
+                table.scatter_add_(0, pair, torch.ones_like(pair))
+            else:
+                table += torch.bincount(pair, None if weight is None else weight[part], minlength=side * side)
         return table.view(side, side)[1:-1, 1:-1].clone()
 
     def _raise_out_of_range(self, pred: Tensor, label: Tensor) -> None:
@@ -95,10 +101,13 @@ class ConfusionMatrix:
         return self
 
     def matrix(self) -> np.ndarray:
-        """-> (C, C) int64 (float64 if weighted), rows = truth, columns = prediction."""
+        """-> (C, C) int64 (float64 if weighted), rows = truth, columns = prediction. ValueError: see update."""
         from sklearn.metrics import confusion_matrix  # here: it takes a second to import, and --help need not wait
 
         C = self.num_classes
+        if int(self.lost):
+            raise ValueError(f"{int(self.lost)} labels or predictions outside 0..{C - 1}; correct the number of "
+                             f"classes, or map unused ids to the ignore value {IGNORE_INDEX}")
         counts = np.zeros((C, C), dtype=np.int64) if self.counts is None else self.counts.cpu().numpy()
         if not counts.any():                              # scikit-learn refuses to count nothing
             return counts

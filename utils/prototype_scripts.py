@@ -22,7 +22,7 @@ from data import cityscapes, voc
 from data.image_splits import check_file_settings, class_info
 from data.images import SegmentationDataset
 from data.label_map import label_map_of
-from data.photos import photo_format, read_image
+from data.photos import Photo, photo_format, read_image
 from data.prototype_results import explain_pixels, prototype_colors, write_gallery, write_prototype_prediction
 from models.ppnet import PPNet
 from models.prototype_push import NearestPatches, PushTable, patch_box, provenance, prune_keep, purity, push
@@ -31,6 +31,7 @@ from utils.checks import check_positive
 from utils.config import Config
 from utils.device import autocast, describe
 from utils.distributed import EpochBatchSampler, all_gather, is_main, own_share
+from utils.image_inference import photo_rows, resize_image
 from utils.image_scripts import label_photo
 from utils.log import progress
 from utils.prototype_metrics import PrototypeStatistics, noise_stability
@@ -38,6 +39,7 @@ from utils.run import Run
 from utils.seed import seed_worker
 from utils.training import build_loader
 
+MOST_EXPLAINED = 1 << 24                # pixels of a photograph whose distances are found in one pass
 DATASETS = {"cityscapes": cityscapes, "pascal": voc}
 STAGES = ("warmup", "joint", "push", "finetune", "prune", "refinetune")
 PHASE = {"warmup": 0, "joint": 1, "push": 1, "finetune": 2, "prune": 2, "refinetune": 2}
@@ -360,14 +362,23 @@ def describe_prototypes(model: PPNet, dataset: SegmentationDataset, limit: int =
 def label_with_distances(model: PPNet, path: str | Path, amp_dtype: torch.dtype | None = None) -> dict:
     """Label a photograph, see label_photo, with the squared distances (P, h, w) of the grid cells
     to the prototypes. They are those behind the label unless evaluation.size, window or tta change
-    how it is made: they are of one pass over the whole photograph."""
+    how it is made: they are of one pass over the whole photograph, which is reduced to
+    MOST_EXPLAINED pixels where it is larger."""
     device = next(model.parameters()).device
     prediction = label_photo(model, path, amp_dtype)
-    photo = torch.from_numpy(np.array(prediction["photo"])).permute(2, 0, 1)[None].to(device)
+    photo = shown_image(prediction["photo"], device)                            # (1, 3, H, W)
     with autocast(device, amp_dtype):
         features = model.features_of(model.shown(model.normalize(photo)))       # (1, D, h, w)
     distances = model.prototype_distances(features)[0]                          # (P, h, w)
     return {**prediction, "distances": distances.cpu()}
+
+
+def shown_image(photo: Photo, device: torch.device) -> Tensor:
+    """A photograph as one image (1, 3, H, W) uint8, of at most about MOST_EXPLAINED pixels."""
+    image = photo_rows(photo, device)
+    scale = min(1.0, (MOST_EXPLAINED / (photo.size[0] * photo.size[1])) ** 0.5)
+    shape = tuple(max(1, int(length * scale)) for length in image.shape)
+    return resize_image(image, shape).read(0, shape[0])[None]
 
 
 def write_explained(model: PPNet, path: Path, prediction: dict, stem: Path, options) -> list[Path]:
@@ -382,14 +393,15 @@ def write_explained(model: PPNet, path: Path, prediction: dict, stem: Path, opti
     winner = (similarity * weight[of_cell].permute(2, 0, 1)).argmax(0).numpy()  # (h, w)
     explained = []
     if options.explain:                 # first: a pixel outside of the photograph leaves no files
-        explained = explain_pixels(stem, prediction["photo"], options.explain, weight.numpy(),
+        explained = explain_pixels(stem, prediction["photo"].image(), options.explain, weight.numpy(),
                                    similarity.numpy(), model.class_names, identity,
                                    model.provenance, partial(read_source, data))
     return explained + write_prototype_prediction(
         stem, {**prediction, "winner": winner}, model.palette,
         prototype_colors(identity, model.palette), options.labels, options.picture,
         data.ignore_label, data.reduce_zero_label,
-        getattr(DATASETS.get(data.name), "LABEL_IDS", None), label_map_of(data))
+        getattr(DATASETS.get(data.name), "LABEL_IDS", None), label_map_of(data),
+        options.confidence)
 
 
 def read_source(data: Mapping, entry: dict):

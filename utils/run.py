@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader
 from utils.checkpoint import CheckpointKeeper, EarlyStopping, RunFolder, entry_of, find_resume
 from utils.cli import ArgumentParser, AtLeast, Given, StopRequested, StopSignal
 from utils.config import Config
-from utils.device import AMP_DTYPES, amp_settings, autocast, describe
-from utils.distributed import EpochBatchSampler, all_agree_max, barrier, broadcast_buffers, cleanup, is_main, join
+from utils.device import AMP_DTYPES, amp_settings, autocast, describe, slow_dtype
+from utils.distributed import EpochBatchSampler, all_agree_max, broadcast_buffers, cleanup, is_main, join
 from utils.log import RunLog
 from utils.metrics import single_numbers
 from utils.run_folder import check_same_data, claim_folder, open_checkpoint, restore_scaler, write_run_files
@@ -52,17 +52,6 @@ def add_run_flags(parser: ArgumentParser, script: str, num_workers: int | None =
     add("--debug", action="store_true", help="show the traceback of an error")
 
 
-@contextlib.contextmanager
-def main_first() -> Iterator[None]:
-    """The body runs in rank 0, then in the other processes."""
-    if not is_main():
-        barrier()
-    yield
-    if is_main():
-        barrier()
-    barrier()
-
-
 class Run:
     """The state and the bookkeeping of one training run.
 
@@ -80,13 +69,14 @@ class Run:
         self.script = script
         torch.set_num_threads(args.threads or torch.get_num_threads())
         self.device, self.rank, self.world = join(args.device)
-        self.amp_dtype, self.scaler = amp_settings(self.device, args.amp_dtype)
         seed_everything(args.seed, args.deterministic)
         self.folder = RunFolder(args.output_dir, checkpoint_dir, log_dir)
         self.lock = claim_folder(self.folder, script, args)
         self.resume_path, self.messages = find_resume(args.resume, self.folder.model, script)
         self.checkpoint = open_checkpoint(args, self.resume_path, script, defaults, self.folder.model,
                                           needs_checkpoint if args.test_only else None)
+        self.amp_dtype, self.scaler = amp_settings(self.device, args.amp_dtype, self.checkpoint)
+        self.messages += slow_dtype(self.device, self.amp_dtype)
         self.epoch = self.batch = self.step = 0
         self.data: dict = {}
         self.numbers: dict = {}                             # of the last evaluation
@@ -244,8 +234,8 @@ class Run:
         optimizer_step(self.optimizer, self.scheduler, self.scaler, clip_norm)
 
     def count_step(self) -> None:
-        """Count the step; every log_interval steps log its terms, which waits for the GPU. FloatingPointError where the
-        loss is not finite."""
+        """Count the step; every log_interval steps log its terms, where Run waits for the GPU. FloatingPointError where
+        the loss is not finite."""
         self.step += 1
         self.totals.end_step()
         if self.step % self.log_interval:

@@ -17,11 +17,13 @@ SCHEDULES = ("cosine", "poly", "onecycle", "constant", "step", "half_cosine")
 def build_scheduler(optimizer: Optimizer, name: str, total_steps: int, warmup_steps: int = 0, min_lr: float = 1e-6,
                     power: float = 0.9, start_factor: float = 0.01, milestones: Sequence[int] | None = None,
                     gamma: float = 0.1, pct_start: float = 0.05, div_factor: float = 10.0,
-                    final_div_factor: float = 1000.0, cycle_momentum: bool = True) -> LRScheduler:
+                    final_div_factor: float = 1000.0, cycle_momentum: bool = True,
+                    reach_min: bool = True) -> LRScheduler:
     """A schedule over total_steps from the rates of the optimiser's groups; .step() it after each optimiser step.
 
     All but onecycle warm up linearly, from start_factor at step 0 to 1 at step warmup_steps. Then, with T steps left:
-    cosine       half a cosine, exactly min_lr in the last step (Loshchilov and Hutter 2017, eq. 5, no restarts)
+    cosine       half a cosine, exactly min_lr in the last step (Loshchilov and Hutter 2017, eq. 5, no restarts), or,
+                 without reach_min, in the step after it
     poly         min_lr + (lr - min_lr) (1 - t/T)^power (DeepLab v2, Chen et al. 2018); last step just above min_lr
     constant     lr
     step         lr * gamma^(milestones passed), not below min_lr; default milestones 2/3 and 8/9 of total_steps
@@ -50,8 +52,8 @@ def build_scheduler(optimizer: Optimizer, name: str, total_steps: int, warmup_st
     if name == "onecycle":
         return _onecycle(optimizer, rates, total_steps, warmup_steps, pct_start, div_factor, final_div_factor,
                          cycle_momentum)
-    if not 0 < start_factor <= 1:
-        raise ValueError(f"start_factor must be in (0, 1], got {start_factor}")
+    if not 0 <= start_factor <= 1:
+        raise ValueError(f"start_factor must be in [0, 1], got {start_factor}")
     if name != "constant" and not 0 <= min_lr <= lr:
         raise ValueError(f"min_lr is {min_lr}, must be in 0..{lr}, the largest learning rate")
     if not power > 0:
@@ -74,10 +76,33 @@ def build_scheduler(optimizer: Optimizer, name: str, total_steps: int, warmup_st
         elif name == "half_cosine":
             shape = (1 + math.cos(2 * math.pi * t / span)) / 2
         else:
-            shape = (1 + math.cos(math.pi * t / max(span - 1, 1))) / 2
+            shape = (1 + math.cos(math.pi * t / max(span - reach_min, 1))) / 2
         return floor + (1 - floor) * shape
 
     return LambdaLR(optimizer, factor)
+
+
+def build_two_warmups(optimizer: Optimizer, is_encoder: Sequence[bool], total_steps: int, head_steps: int,
+                      encoder_steps: int, power: float = 0.9) -> LRScheduler:
+    """EoMT's schedule, two warm-ups and (1 - t/T)^power to 0, T the steps behind a group's warm-up.
+
+    is_encoder: of each of the optimiser's groups. A head warms up from 0 over head_steps; the encoder stays as it is
+    for head_steps, then warms up from 0 over encoder_steps. ValueError where no step is left behind them.
+    """
+    if head_steps < 0 or encoder_steps < 0 or head_steps + encoder_steps >= total_steps:
+        raise ValueError(f"warm-ups of {head_steps} and {encoder_steps} steps leave none of {total_steps}; shorten "
+                         f"them or train longer")
+
+    def factor_of(start: int, warmup: int):
+        def factor(step: int) -> float:
+            t = min(step, total_steps - 1) - start                   # no optimiser step follows the last .step()
+            if t < warmup:
+                return max(t, 0) / warmup
+            return (1 - (t - warmup) / (total_steps - start - warmup)) ** power if t >= 0 else 0.0
+        return factor
+
+    encoder, head = factor_of(head_steps, encoder_steps), factor_of(0, head_steps)
+    return LambdaLR(optimizer, [encoder if of_encoder else head for of_encoder in is_encoder])
 
 
 def _onecycle(optimizer: Optimizer, rates: list[float], total_steps: int, warmup_steps: int, pct_start: float,

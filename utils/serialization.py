@@ -152,4 +152,4 @@ def patch_layout(sizes: Sequence[int], patch_size: int, device: torch.device | s
     unpad[slots[own]] = own.nonzero().squeeze(1)
     groups = [(sum(length for _, length, _ in whole) // patch_size, patch_size)] if whole else []
     groups += [(count, length) for length, count in Counter(length for _, length, _ in short).items()]
-    return PatchLayout(slots.to(device), unpad.to(device), groups)
+    return PatchLayout(slots.to(device, non_blocking=True), unpad.to(device, non_blocking=True), groups)

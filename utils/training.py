@@ -165,7 +165,8 @@ def restore_rng(checkpoint: Mapping | None, seed: int, step: int) -> None:
 
 # The flag that starts a new run from the weights of a checkpoint.
 FROM_WEIGHTS = {"train_segmentation.py": "--pretrained_path", "train_upernet_head.py": "--head-weights",
-                "train_m2f_head.py": "--head-weights"}
+                "train_m2f_head.py": "--head-weights", "train_linear_head.py": "--head-weights",
+                "train_pmt_head.py": "--head-weights", "train_eomt.py": "--network-weights"}
 
 
 def check_same_run(checkpoint: Mapping, config: Mapping, total_steps: int, sections: Sequence[str],
@@ -183,8 +184,9 @@ def check_same_run(checkpoint: Mapping, config: Mapping, total_steps: int, secti
     if checkpoint["total_steps"] < total_steps and flag and config["model"].get("name") != "deeplab_v2":
         advice += f" from these weights, {flag} FILE"
     for section in sections:
+        stored = checkpoint["config"].get(section, {})
         for key, value in config[section].items():
-            before = checkpoint["config"].get(section, {}).get(key)
+            before = stored.get(key, value)                     # a setting that is newer than the checkpoint
             if before != value and f"{section}.{key}" not in except_keys:
                 raise ValueError(f"{section}.{key} is {value!r}, but {before!r} in the checkpoint; {advice}")
     if seed is not None and checkpoint["seed"] != seed:
