@@ -562,7 +562,7 @@ def test_what_augmentation_can_make_too_wide_is_refused_at_once(tmp_path):
         PointDataset([file], PointSpec(), 4, PointAugmentation())
     grid = float(re.search(r"data.grid_size=([\d.]+)", str(error.value))[1])             # the cure is one
     PointDataset([file], PointSpec(grid), 4, PointAugmentation())
-    dataset = PointDataset([file], PointSpec(grid), 4, PointAugmentation(elastic=()), repeat=20)
+    dataset = PointDataset([file], PointSpec(grid), 4, PointAugmentation(elastic=()), num_items=20)
     assert 50_000 < max(dataset[i]["grid_coord"].max() for i in range(20)) < 65535
     wide = save(tmp_path / "b.npz", {**cloud, "coord": cloud["coord"] * 640})            # x 1.05 are 67,200
     with pytest.raises(ValueError, match="larger data.grid_size"):
