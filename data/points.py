@@ -66,7 +66,7 @@ from utils.losses import IGNORE_INDEX
 from utils.seed import derived_seed
 
 POINTS_IN_MEMORY = 30_000_000               # about 1.2 GB; clouds beyond this are read again for every item
-FEW_VOXELS, CROWDED = 100, 10               # a cloud of fewer voxels, with more points in each, is in other units
+FEW_VOXELS, CROWDED = 100, 50               # a cloud of fewer voxels, with more points in each, is in other units
 WIDEST = 500.0                              # metres; a wider cloud is probably in millimetres or centimetres
 
 
