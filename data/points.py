@@ -95,9 +95,11 @@ class PointSpec:
                                                         # None: inside, or where the ground would look down, neighbours
     shape_sizes: tuple[float, ...] = (0.02, 0.04, 0.08)  # of the feature "shape": metres after unit, before scale
     columns: tuple[str, ...] = ()                       # of files that do not name their columns
+    up: str = "auto"                                    # auto | z | y: the files' up axis; auto is z: no format says
 
     def __post_init__(self) -> None:
         check_columns(self.columns)
+        check_choice("data.up", self.up, ("auto", "z", "y"))
         names = [_name_and_scale(feature)[0] for feature in self.features]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"data.features={list(self.features)}: expected one feature or more, each named once")
@@ -130,9 +132,19 @@ class PointSpec:
         return {feature: _name_and_scale(feature) for feature in self.features if feature not in FEATURES}
 
     def read(self, path: str | Path, label_field: str | None = None, labels: bool = True) -> PointCloud:
-        """read_cloud with all that the features need."""
-        return read_cloud(path, label_field, labels, self.color_range, self.columns,
-                          [field for field, _ in self.fields.values()])
+        """read_cloud with all that the features need, and turned about x where y points up; `exact` then lies as the
+        file does."""
+        cloud = read_cloud(path, label_field, labels, self.color_range, self.columns,
+                           [field for field, _ in self.fields.values()])
+        if self.up != "y":
+            return cloud
+        return cloud._replace(coord=_z_up(cloud.coord), normal=None if cloud.normal is None else _z_up(cloud.normal),
+                              exact=cloud.coord if cloud.exact is None else cloud.exact)
+
+
+def _z_up(vectors):
+    """(N, 3) of files whose y points up."""
+    return np.ascontiguousarray(vectors[:, [0, 2, 1]] * np.array((1, -1, 1), vectors.dtype))
 
 
 def _name_and_scale(feature: str) -> tuple[str, float]:
@@ -207,8 +219,10 @@ def _with_normals(cloud, spec, cache_dir):
     coord = cloud.coord * np.float32(spec.unit)
     view = spec.normal_view or "inside"
     if not isinstance(view, str):                           # where the cloud was moved, the viewpoint moves with it
-        moved = 0 if cloud.exact is None else cloud.exact[0] - cloud.coord[0]
-        point = tuple(((np.array(view) - moved) * spec.unit).tolist())
+        point, first = np.array([view], np.float64), cloud.coord[:1] if cloud.exact is None else cloud.exact[:1]
+        if spec.up == "y":
+            point, first = _z_up(point), _z_up(first)
+        point = tuple(((point - (first - cloud.coord[:1])) * spec.unit)[0].tolist())
         return cloud._replace(normal=_cached_normals(coord, cache_dir, point), normal_view=view)
     normal = _cached_normals(coord, cache_dir, view)
     if spec.normal_view is None and share_below(coord, normal) > MOST_BELOW:

@@ -342,12 +342,17 @@ def test_given_flags_are_those_on_the_command_line():
     ("hashlib.pbkdf2_hmac('sha256', b'', b'', 10 ** 9)", "stopped with nothing to save; start again with: python"),  # minutes, in one call
     ("__import__('time').sleep(60)", "cleaned up"), ("1", "done")])
 def test_a_signal_ends_a_script_of_little_patience_anywhere(signum, work, message):
-    code = ("import hashlib, sys; from utils.cli import ended_within, run_main\n@ended_within(0.3)\ndef main():\n"
+    code = ("import hashlib, signal, sys; from utils.cli import ended_within, run_main\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"              # ignored in a job in the background
+            "@ended_within(0.3)\ndef main():\n"
             f"    try:\n        print('ready', flush=True)\n        {work}\n        print('done', file=sys.stderr)\n    finally:\n        print('cleaned up', file=sys.stderr)\n"
             "run_main(main)")
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "ready\n"
         if work != "1":
             process.send_signal(signum)
-            assert process.wait(timeout=10) == 128 + signum
+            try:
+                assert process.wait(timeout=10) == 128 + signum
+            finally:
+                process.kill()
         assert message in process.stderr.read()

@@ -15,7 +15,7 @@ from data.label_map import read_label_map
 from data.point_files import find_clouds, read_classes, read_cloud, write_cloud, write_ply
 from data.point_transforms import VIEWS, PointAugmentation, height_over_plane, local_shape
 from data.point_values import to_labels
-from data.points import PointDataset, PointSpec, PreciseTest, collate_points
+from data.points import PointDataset, PointSpec, PreciseTest, collate_points, complete
 from utils.array_file import save_checked
 from utils.files import replacing
 from utils.losses import IGNORE_INDEX
@@ -539,6 +539,29 @@ def test_the_own_coordinates_of_a_file_are_kept_where_float32_does_not_hold_them
         write_ply(tmp_path / "out.ply", read.exact, cloud["color"], cloud["segment"])
         again = read_cloud(tmp_path / "out.ply")
         assert (again.exact == far).all() and (again.label == cloud["segment"]).all() and (again.color == cloud["color"]).all()
+
+
+@pytest.mark.parametrize("shift", [0.0, 5e5])
+def test_a_cloud_whose_y_points_up_is_read_upright_and_keeps_its_own_coordinates(tmp_path, shift):
+    """Turned about x, so that a room seen from its floor, its heights and a viewpoint are those of the same cloud with z up."""
+    cloud = arrays()
+    x, y, z = (cloud["coord"].astype(np.float64) + shift).T
+    save(tmp_path / "z.npz", {**cloud, "coord": np.stack([x, y, z], 1)})
+    lying = np.stack([x, z, -y], 1)
+    save(tmp_path / "y.npz", {**cloud, "coord": lying, "normal": cloud["normal"][:, [0, 2, 1]] * np.float32([1, 1, -1])})
+    for features, view in ((("normal", "height"), None), (("normal", "height"), (1.0 + shift, 2.0 + shift, 30.0 + shift))):
+        made = []
+        for name, up in (("z", "auto"), ("y", "y")):
+            place = view if view is None or up == "auto" else (view[0], view[2], -view[1])
+            spec = PointSpec(0.05, features=features, normal_view=place, up=up)
+            raw = spec.read(tmp_path / f"{name}.npz")
+            made.append(complete(raw if view is None else raw._replace(normal=None), spec)[0])
+        assert np.allclose(*(np.ptp(one.coord, 0) for one in made), atol=1e-3)
+        assert np.allclose(made[0].height, made[1].height, atol=1e-3)
+        assert np.allclose(made[0].normal, made[1].normal, atol=0.05)
+        assert (made[1].exact == lying).all()
+    with pytest.raises(ValueError, match="data.up: expected one of auto, z, y"):
+        PointSpec(up="x")
 
 
 @pytest.mark.parametrize("width, height", [(60, 6), (178, 30), (300, 6)])
