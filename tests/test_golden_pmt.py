@@ -260,7 +260,8 @@ def check_semantic_inference():
     for image, size, final in zip(inputs["images"], expected["resized_size"].tolist(), expected["scores"], strict=True):
         resized = np.array(Image.fromarray(image.permute(1, 2, 0).numpy()).resize(size[::-1], Image.Resampling.BILINEAR))
         ours = F.interpolate(image[None].float(), size, mode="bilinear", antialias=True).round_()[0]
-        whole = image_inference.slide(score, torch.from_numpy(resized).permute(2, 0, 1).float(), window, None, batch_size=2)
+        blocks = image_inference.slide(score, torch.from_numpy(resized).permute(2, 0, 1).float(), window, None, batch_size=2)
+        whole = torch.cat([block.clone() for block in blocks], 1)
         assert (ours - torch.from_numpy(resized).permute(2, 0, 1)).abs().max() <= 1
         close(case, image_inference.resize_rows(whole, tuple(image.shape[1:]), 0, image.shape[1]), final, "scores at the picture's size")
     assert torch.equal(torch.stack(seen).byte(), expected["crops"])
@@ -352,7 +353,7 @@ MISTAKES = [
     ("'no object' dropped before the softmax", "semantic_inference", mask2former, "semantic_scores", (".softmax(-1)[..., :-1]", "[..., :-1].softmax(-1)")),
     ("masks resized after the sigmoid", "semantic_inference", mask2former, "semantic_scores", ("pred_masks.float()", "pred_masks.sigmoid()"), (".sigmoid_()", "")),
     ("starts rounded", "semantic_inference", image_inference, "window_starts", ("j * (length - window) // gaps", "round(j * (length - window) / gaps)")),
-    ("the last window wins", "semantic_inference", image_inference, "slide", ("x:x + wide] += one", "x:x + wide] = one"), ("x:x + wide] += 1", "x:x + wide] = 1")),
+    ("the last window wins", "semantic_inference", image_inference, "_slide", ("x:x + wide] += one", "x:x + wide] = one"), ("x:x + wide] += 1", "x:x + wide] = 1")),
     ("one block late", "end_to_end", dinov3, "VisionTransformer", ("if index in wanted:", "if index - 1 in wanted or index == 3:"), ("kept[index] = x", "kept[index - 1 if index < 3 else 3] = x")),
     ("taps without the final norm", "end_to_end", dinov3, "VisionTransformer", ("outputs = [self.norm(x) for x", "outputs = [x for x")),
     ("an image that is not normalised", "end_to_end", dinov3, "FrozenBackbone", (".sub_(255 * mean).div_(255 * std)", ".div_(255)")),
