@@ -92,10 +92,11 @@ def input_files(script, inputs, config, output: Path, recursive: bool) -> dict[P
             raise FileNotFoundError(f"{given}: no such file or folder")
         found = [given]
         if given.is_dir():
-            found = script.list_inputs(given, **options)
-            inside = []
-            if script.RESULTS.get("recursive"):
-                inside = files_inside(script, given, output, options)
+            nested = {"recursive": True} if script.RESULTS.get("recursive") else {}
+            found = script.list_inputs(given, **options, **nested)
+            inside = [path for path in found if nested and path.parent != given
+                      and output.resolve() not in path.resolve().parents]
+            found = [path for path in found if not nested or path.parent == given]
             found += inside if recursive else []
             if not found:
                 raise ValueError(f"{given}: nothing in this folder can be read by "
@@ -110,12 +111,6 @@ def input_files(script, inputs, config, output: Path, recursive: bool) -> dict[P
                 raise ValueError(f"{results[name]} and {path} would both write "
                                  f"{folder / result_name(path)}.*; predict them into two folders")
     return results
-
-
-def files_inside(script, folder: Path, output: Path, options: dict) -> list[Path]:
-    """What the script can read in folders inside `folder`, without that of the results."""
-    return [path for path in script.list_inputs(folder, recursive=True, **options)
-            if path.parent != folder and output.resolve() not in path.resolve().parents]
 
 
 def in_folders(inside: list[Path]) -> str:

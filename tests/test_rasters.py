@@ -205,7 +205,7 @@ def settings(root, name, **data):
 
 def config_of(root, model, **data):
     return {"dataset": {"root": str(root), "num_classes": 3, "image_size": 32, "cache_dir": None, **data}, "model": model, "logging": {"tensorboard": False},
-            "training": {"epochs": 8, "batch_size": 2, "num_workers": 0}, "optimizer": {"lr": 0.01}, "evaluation": {"interval": 8, "mode": "slide", "size": 0}}
+            "training": {"epochs": 12, "batch_size": 2, "num_workers": 0, "amp": False}, "optimizer": {"lr": 0.01}, "evaluation": {"interval": 12, "mode": "slide", "size": 0}}
 
 
 @pytest.mark.parametrize("changes, message", [
