@@ -71,6 +71,9 @@ def sha(state):
     return hashlib.sha256(b"".join(value.numpy().tobytes() for _, value in sorted(state.items()))).hexdigest()
 
 
+# slow: half a minute to three minutes each
+@pytest.mark.parametrize("script", [train_linear_head, train_eomt, *(pytest.param(module, marks=pytest.mark.slow) for module in FROZEN[1:])],
+                         indirect=True, ids=lambda module: module.__name__)
 def test_overfits_four_pictures(script, tmp_path):
     folder = write_pictures(tmp_path / "data", 4)
     write_classes(folder / "classes.json")
