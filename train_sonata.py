@@ -106,7 +106,7 @@ DEFAULTS = {
         "features": ["coord", "color", "normal"],
         "shape_sizes": [0.02, 0.04, 0.08],
         "missing_normal": Setting("estimate", (str,), ("estimate", "zeros", "error")),
-        "up": Setting("auto", (str,), ("auto", "z", "y")),              # the files' up axis; auto: z
+        "up": Setting("auto", (str,), ("auto", "z", "y")),      # the files' up axis; auto: z
         # Estimated normals look to: inside | above | neighbours | [x, y, z], the scanner's place.
         # null: inside, or neighbours where the ground would look down (aerial clouds)
         "normal_view": Setting(None, (str, list), items=(float,)),
