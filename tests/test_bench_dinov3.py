@@ -47,6 +47,7 @@ def test_whole_steps_on_the_cpu(capsys):
     assert "dinov3_tiny, 64 px, batch 2" in capsys.readouterr().out
 
 
+@pytest.mark.slow                    # of a benchmark; tests/test_image_scripts.py compares cached features by default
 def test_cached_features_give_the_same_losses():
     rows = bench_dinov3.main(["cache", "--backbone", "dinov3_tiny", "--shapes", "64x1", "--repeats", "1", "--hidden-dim", "32",
                               "--ffn-dim", "32", "--num-points", "50"])

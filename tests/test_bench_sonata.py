@@ -65,6 +65,7 @@ def test_parts_and_gpu(capsys, threads):
     assert capsys.readouterr().out.count("GiB at the peak") == 2
 
 
+@pytest.mark.slow                    # ten seconds, of a benchmark
 def test_features_run_in_processes(capfd):
     bench_sonata.main(["features", "--network", "utonia_tiny", "sonata_small", "--voxels", "300", "--repeats", "1"])
     lines = [line for line in capfd.readouterr().out.splitlines() if "GiB at the peak" in line]

@@ -22,6 +22,7 @@ def as_it_was(monkeypatch):
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow                    # ten seconds, of a benchmark
 def test_every_speed_is_measured(capsys, tmp_path):
     rows = gpu_check.main(["--tiny", "--device", "cpu", "--parts", "tests", "speed", "--output", str(tmp_path / "gpu.md")])
     assert [row.result for row in rows if row.passed is False] == []

@@ -44,6 +44,7 @@ def launch(*command, processes=0):
     return done.stdout
 
 
+@pytest.mark.slow                    # twenty seconds; tests/test_train_segmentation.py does it by default
 def test_two_processes_train_together_and_score_like_one(data, tmp_path):
     """Three photographs for two processes: nothing is dropped, repeated or padded."""
     command = flags(script, data, tmp_path / "run", "--backbone", "dinov3_vits16", "--epochs", "1", "--batch-size", "1",
