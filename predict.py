@@ -94,8 +94,9 @@ def input_files(script, inputs, config, output: Path, recursive: bool) -> dict[P
         if given.is_dir():
             nested = {"recursive": True} if script.RESULTS.get("recursive") else {}
             found = script.list_inputs(given, **options, **nested)
-            inside = [path for path in found if nested and path.parent != given
-                      and output.resolve() not in path.resolve().parents]
+            found = [path for path in found if path.parent == given
+                     or output.resolve() not in path.resolve().parents]
+            inside = [path for path in found if nested and path.parent != given]
             found = [path for path in found if not nested or path.parent == given]
             found += inside if recursive else []
             if not found:

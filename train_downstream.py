@@ -19,6 +19,7 @@ docs/diffusion_net.md.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ from data.mesh import (
     repeated,
     split_meshes,
 )
-from data.mesh_io import MESH_SUFFIXES, list_meshes
+from data.mesh_io import MESH_SUFFIXES, NAMED_KINDS, list_meshes
 from data.mesh_surfaces import SurfaceSpec, open_meshes
 from models.diffusion_net import DiffusionNet
 from models.downstream import DownstreamClassifier, SurfaceClassifier, face_logits, share_of
@@ -61,6 +62,7 @@ from utils.mesh_scripts import (
     LABEL_SETTINGS,
     cache_embeddings,
     check_labels,
+    check_same_up,
     class_names,
     evaluate_meshes,
     face_predictions,
@@ -403,6 +405,7 @@ def load_pretrained(model: DownstreamClassifier, path: str, config: Config) -> t
 def start_model(run: Run, config: Config, train_set: MeshDataset):
     """(model, its `encoder` entry in checkpoints, unfrozen layers): filled from the resumed
     checkpoint, with the pre-trained encoder, or as it starts from scratch."""
+    check_same_up(run.checkpoint, config)
     given = run.args.pretrained_path
     pretrained = given or config.paths.checkpoint_pretrain
     wanted = config.training.use_pretrained
@@ -518,7 +521,7 @@ def log_curves(run: Run, train: dict, result: dict | None) -> None:
 predict = label_mesh
 write_prediction = write_mesh_label
 example_pictures = mesh_pictures
-list_inputs = list_meshes
+list_inputs = partial(list_meshes, unique=False)            # predict.py looks at the results' names
 
 
 def has_test_split(config: Config) -> bool:
@@ -603,7 +606,8 @@ def main(argv=None) -> dict:
         args.resume = "auto"
     command_line_wins(config, args, "paths.checkpoint_dir", "paths.log_dir")
     run = Run(args, SCRIPT, DEFAULTS, config.paths.checkpoint_dir, config.paths.log_dir)
-    name_classes(config, split_files(config, "train")[0])
+    if config.data.label_kind in NAMED_KINDS:
+        name_classes(config, split_files(config, "train")[0])
     if args.test_only:
         return test_only(run, config)
     run.messages += not_needed_lines(config, NOT_NEEDED)

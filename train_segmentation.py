@@ -305,7 +305,7 @@ def check_config(config: Config) -> None:
     refine = build_refine(config.postprocess)
     if refine is not None:
         refine(torch.full((data.num_classes, 1, 1), 1 / data.num_classes),
-               torch.zeros(3, 1, 1, dtype=torch.uint8))
+               torch.zeros(min(3, len(data.bands or (1, 2, 3))), 1, 1, dtype=torch.uint8))
 
 
 def check_batch_norm(config: Config) -> None:

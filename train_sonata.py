@@ -434,6 +434,8 @@ def test_only(run: Run, config: Config) -> dict:
     where there is none."""
     checkpoint = run.checkpoint
     check_same_run(checkpoint, config, checkpoint["total_steps"], ("model",))
+    if config.data.normal_view is None:                     # as it was chosen in training
+        config.data.normal_view = checkpoint["config"]["data"].get("normal_view")
     checkpoint["config"] = config.to_dict()
     model = load_model(checkpoint, run.device)
     split = "test" if has_test_split(config) else "val"

@@ -103,9 +103,11 @@ def main(argv=None) -> list[tuple]:
                 (folder / kind).mkdir()
             write_photo(folder / "images" / "a.png", side, side)
             write_mask(folder / "masks" / "a.png", side, side, 150)
-            row("evaluate.py, 150 classes", "png", (side, side), [
-                ROOT / "evaluate.py", train(folder / "set_150", 150), "--data-dir", folder / "images", "--label-dir",
-                folder / "masks", "--device", "cpu", "--output-dir", folder / "scores"])
+            checkpoint = train(folder / "set_150", 150)
+            for batch_size in ("1", "4"):
+                row(f"evaluate.py --batch-size {batch_size}, 150 classes", "png", (side, side), [
+                    ROOT / "evaluate.py", checkpoint, "--data-dir", folder / "images", "--label-dir", folder / "masks",
+                    "--device", "cpu", "--output-dir", folder / "scores", "--batch-size", batch_size])
     return rows
 
 

@@ -127,14 +127,15 @@ def write_confidence(path: Path, confidence: np.ndarray, georeference: Georefere
     write_rows(path, released(rows, confidence), (width, height), np.uint16, georeference=georeference)
 
 
-def feature_picture(features: np.ndarray, size: tuple[int, int], patch_size: int | None = None) -> Image.Image:
+def feature_picture(features: np.ndarray, size: tuple[int, int],
+                    cells: tuple[float, float] | None = None) -> Image.Image:
     """Features (E, h, w) as colours, see utils.render.pca_colors, enlarged to size (width, height).
 
-    patch_size: pixels of a cell, where the photograph was padded at the right and bottom; None: the cells cover it.
+    cells: how many columns and rows of them show the photograph, which was padded at the right and bottom; None: all.
     """
     channels, height, width = features.shape
     colors = pca_colors(features.reshape(channels, -1).T).reshape(height, width, 3)
-    box = (0, 0, width, height) if patch_size is None else (0, 0, size[0] / patch_size, size[1] / patch_size)
+    box = (0, 0, *((width, height) if cells is None else cells))
     return Image.fromarray(colors).resize(size, Image.Resampling.NEAREST, box)
 
 
@@ -145,8 +146,8 @@ def chosen_format(asked: str, georeference: Georeference | None) -> str:
 
 def write_image_result(stem: Path, prediction: Mapping, palette: np.ndarray, labels: str = "png", picture: str = "png",
                        ignore_label: int = 255, reduce_zero_label: bool = False, features: np.ndarray | None = None,
-                       patch_size: int | None = None, label_map: LabelMap | None = None, confidence: bool = False,
-                       winner: tuple[np.ndarray, np.ndarray] | None = None) -> list[Path]:
+                       cells: tuple[float, float] | None = None, label_map: LabelMap | None = None,
+                       confidence: bool = False, winner: tuple[np.ndarray, np.ndarray] | None = None) -> list[Path]:
     """Write STEM.png or .tif (with a palette) or STEM.npy, in the numbers of the masks; STEM_overlay.png or .tif unless
     picture is "none"; STEM_confidence.png (or .tif) and .npy with `confidence`, STEM_pca.png where features (E, h, w)
     are given; with a picture and a `winner`, (prototype of each cell (h, w), colours (P, 3) uint8), STEM_prototypes in
@@ -171,7 +172,7 @@ def write_image_result(stem: Path, prediction: Mapping, palette: np.ndarray, lab
             if winner is not None:
                 write_overlay(new(f"_prototypes.{picture}"), photo, enlarged_rows(winner[0], photo.size), winner[1])
         if features is not None:
-            feature_picture(features, photo.size, patch_size).save(new("_pca.png"))
+            feature_picture(features, photo.size, cells).save(new("_pca.png"))
         if confidence:
             write_confidence(new(f"_confidence.{'tif' if labels == 'tif' else 'png'}"), prediction["confidence"], place)
             write_confidence(new("_confidence.npy"), prediction["confidence"])

@@ -34,6 +34,7 @@ from data.photos import (
     Photo,
     PhotoFormat,
     Picture,
+    check_pixels,
     check_raster,
     examine,
     examine_raster,
@@ -269,6 +270,10 @@ def _problem(record, wrong_mask, photos):
     if "unreadable" in record:
         return "unreadable", record["unreadable"]
     image, mask, size, mask_size = (record[name] for name in ("image", "mask", "size", "mask_size"))
+    try:
+        check_pixels(size, photos.max_pixels)               # a record in the cache may be of another limit
+    except ValueError as error:
+        return "unreadable", f"{image}: {error}"
     if wrong_mask and wrong_mask[0] != "range":
         return wrong_mask[0], f"{mask}: {wrong_mask[1]}"
     if record["orientation"] not in (0, 1):

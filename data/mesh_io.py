@@ -79,11 +79,13 @@ def read_mesh(path: str | Path) -> Mesh:
     return Mesh(vertices, corner[slot], properties, polygon, str(path), slot)
 
 
-def list_meshes(mesh_dir: str | Path, suffixes: Sequence[str] = (), recursive: bool = False) -> list[Path]:
+def list_meshes(mesh_dir: str | Path, suffixes: Sequence[str] = (), recursive: bool = False,
+                unique: bool = True) -> list[Path]:
     """The mesh files of a folder (no hidden ones), with recursive also those of its sub-folders, sorted; suffixes
     (".obj") chooses among MESH_SUFFIXES, () takes all.
 
-    Raises FileNotFoundError, and ValueError for a folder without meshes or with two meshes of one stem.
+    Raises FileNotFoundError, and ValueError for a folder without meshes and, if they shall be `unique`, with two meshes
+    of one stem, which would share a label file.
     """
     mesh_dir = Path(mesh_dir)
     if not mesh_dir.is_dir():
@@ -96,7 +98,7 @@ def list_meshes(mesh_dir: str | Path, suffixes: Sequence[str] = (), recursive: b
         raise ValueError(f"{mesh_dir}: no mesh in this folder (looked for {' '.join(suffixes or MESH_SUFFIXES)})"
                          + ("; the folders in it have some: data.recursive=true reads them" if below else ""))
     stems = {}
-    for path in paths:
+    for path in paths if unique else ():
         if stems.setdefault(path.with_suffix(""), path) != path:
             raise ValueError(f"{path.parent}: {stems[path.with_suffix('')].name} and {path.name} would share a label "
                              f"file; keep one, or choose the kind by data.suffixes, as [{path.suffix.lower()}]")

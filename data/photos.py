@@ -227,8 +227,8 @@ def open_photo(path: str | Path, exif: bool = False, photos: PhotoFormat = AS_ST
             return Photo(raster.size, lambda top, bottom: _rows_of_raster(path, photos, top, bottom),
                          raster.georeference)
     with opened(path, max_pixels=photos.max_pixels) as image:
-        turn = UPRIGHT.get(image.getexif().get(ORIENTATION)) if exif else None      # TIFF is upright once it is loaded
-        read = part_reader(image, photos)
+        read = part_reader(image, photos)               # loads it: a TIFF is upright after that, and has no orientation
+        turn = UPRIGHT.get(image.getexif().get(ORIENTATION)) if exif else None
         size = image.size
         upright = size[::-1] if turn in SIDEWAYS else size
         pixels = scratch_array((*upright[::-1], photos.channels), np.uint8)

@@ -300,6 +300,8 @@ def read_las(path: Path, columns: Sequence[str], wanted: Callable, warnings: lis
         begin += len(points)
     if found and begin != len(found["coord"]):
         raise ValueError(f"{begin:,} of {len(found['coord']):,} points")
+    if "color" in found and not found["color"].any():       # a format with such fields in a file without colours
+        del found["color"]
     return found
 
 

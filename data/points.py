@@ -343,7 +343,7 @@ class PointDataset(Dataset):
         if most == "neighbours" or len(set(found)) > 1:
             self.messages.append(f"data.normal_view={most}: seen from inside, more than {100 * MOST_BELOW:g} % of the "
                                  f"ground looks down in {found.count('neighbours')} of {len(found)} clouds")
-            self.spec = replace(self.spec, normal_view=most)
+        self.spec = replace(self.spec, normal_view=most)
         for index, view in enumerate(views):
             if view not in (None, most) and index in self._kept:
                 self._kept[index] = self._read(self.files[index])[0]

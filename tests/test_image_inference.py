@@ -12,8 +12,10 @@ from utils.image_inference import (
     View,
     evaluate_images,
     pad_to_multiple,
+    resize_image,
     resize_rows,
     resized_shape,
+    rows_of,
     segment_image,
     slide,
     window_starts,
@@ -202,3 +204,19 @@ def test_only_the_best_and_worst_predictions_are_kept(monkeypatch):
     scores = {index: score for index, _, score in result["examples"]}
     finite = [index for index in scores if np.isfinite(scores[index])]
     assert set(result["predictions"]) == {min(finite, key=scores.get), max(finite, key=scores.get)} and len(scores) == 5
+
+
+@pytest.mark.parametrize("shape", [(30, 40), (16, 16), (60, 20)])
+def test_photographs_smaller_than_the_window_are_seen_whole(shape):
+    """A stride that suits the window is too long for them."""
+    image = torch.randint(0, 256, (3, *shape), dtype=torch.uint8)
+    result = segment_image(lambda part: part, as_float, image, View(None, 50, 45), 2)
+    assert (result["label"] == image.float().argmax(0).numpy()).mean() > 0.99 and np.isfinite(result["confidence"]).all()
+
+
+def test_a_photograph_resized_in_strips_has_no_column_of_its_own(monkeypatch):
+    image = torch.randint(0, 256, (3, 70, 93), dtype=torch.uint8)
+    whole = resize_image(rows_of(image), (64, 85)).read(0, 64)
+    for limit in (1680, 4000, 8000):                                      # of some, one column would be left
+        monkeypatch.setattr("utils.image_inference.RESIZE_BYTES", limit)
+        assert torch.equal(resize_image(rows_of(image), (64, 85)).read(0, 64), whole)

@@ -45,7 +45,7 @@ def test_features_as_colours_lie_on_their_pixels():
     features[:, :, 2] = 50                                                    # a column that only covers padding
     whole = np.array(feature_picture(features, (30, 20)))
     assert whole.shape == (20, 30, 3) and (whole[:, 20:] == whole[0, 20]).all() and (whole[:10, :10] == whole[0, 0]).all()
-    cut = np.array(feature_picture(features, (20, 13), patch_size=10))
+    cut = np.array(feature_picture(features, (20, 13), cells=(2.0, 1.3)))
     assert cut.shape == (13, 20, 3) and (cut == whole[:13, :20]).all()
 
 

@@ -120,7 +120,7 @@ def test_clouds_choose_their_view_together_and_say_so(tmp_path, rng):
     assert any("estimated from neighbours, the ground turned up" in line for line in dataset.messages)
 
     dataset = PointDataset(rooms, PointSpec(0.5), 1)
-    assert right(dataset.cloud(0)["normal"], inward) > 0.999 and dataset.spec.normal_view is None
+    assert right(dataset.cloud(0)["normal"], inward) > 0.999 and dataset.spec.normal_view == "inside"
     assert any("1.5 m above the lowest point (data.normal_view=inside)" in line for line in dataset.messages)
 
     dataset = PointDataset([*rooms, hilly[0]], PointSpec(0.5), 1)                        # one odd cloud changes no other
@@ -141,7 +141,7 @@ def test_roofs_of_a_flat_tile_look_up(tmp_path, rng):
     dataset = PointDataset([save(tmp_path / "a.npz", coord)], PointSpec(0.5), 1)
     assert dataset.spec.normal_view == "neighbours" and (dataset.cloud(0)["normal"][:, 2] > 0).mean() > 0.99
     dataset = PointDataset([save(tmp_path / "b.npz", coord[~roof])], PointSpec(0.5), 1)
-    assert dataset.spec.normal_view is None and (dataset.cloud(0)["normal"][:, 2] > 0).mean() > 0.99
+    assert dataset.spec.normal_view == "inside" and (dataset.cloud(0)["normal"][:, 2] > 0).mean() > 0.99
 
 
 def test_a_viewpoint_has_the_coordinates_of_the_file(tmp_path, rng):

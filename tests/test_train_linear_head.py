@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import predict
 import train_linear_head as script
 from models.dinov3 import VisionTransformer
 from tests.tiny_heads import add_tiny_backbone, score, train, weights, write_backbone, write_data
@@ -87,3 +89,14 @@ def test_class_weights_of_the_training_set(data, tmp_path):
         losses[name] = read_log(tmp_path / name / "log" / "log.jsonl")[0]["loss"]
     assert losses["plain"] == pytest.approx(losses["ones"], rel=1e-6) and losses["first"] == pytest.approx(losses["tenth"], rel=1e-5)
     assert len({round(loss, 4) for loss in losses.values()}) == 3
+
+
+def test_features_of_photographs_of_any_size_are_shown(data, tmp_path):
+    train(script, data, tmp_path / "out", "--epochs", "1", "--limit-batches", "1")
+    (tmp_path / "photos").mkdir()
+    for width, height in ((93, 70), (32, 32), (300, 200)):                     # below, at and above --image-size
+        noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / "photos" / f"{width}.png")
+    predict.main([str(tmp_path / "out" / "model" / "model_last.pth"), str(tmp_path / "photos"), "--output", str(tmp_path / "pred"), "--pca",
+                  "--device", "cpu"])
+    assert {Image.open(tmp_path / "pred" / f"{width}_pca.png").size for width in (93, 32, 300)} == {(93, 70), (32, 32), (300, 200)}

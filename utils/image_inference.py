@@ -141,7 +141,9 @@ def resize_image(image: Rows, shape: tuple[int, int]) -> Rows:
     if 4 * bands * height * width <= RESIZE_BYTES:
         return rows_of(resize(image.read(0, height)[None].float(), shape).round_().clamp_(0, 255).byte()[0])
     resized = torch.from_numpy(scratch_array((bands, *shape), np.uint8))
-    columns = max(1, RESIZE_BYTES // (8 * bands * height))
+    columns = max(2, RESIZE_BYTES // (8 * bands * height))
+    while shape[1] % columns == 1 < shape[1]:               # PyTorch resizes a single column in another way
+        columns += 1
     rows = max(1, RESIZE_BYTES // (8 * bands * max(width, shape[1])))
     for left in range(0, shape[1], columns):
         right, strips = min(left + columns, shape[1]), []
@@ -263,8 +265,9 @@ def probabilities(score: Callable[[Tensor], Tensor], normalize: Callable[[Tensor
         shape = resized_shape(height, width, view.size, scale)
         resized = resize_image(image, shape)
         window = min(shape) if view.window and max(shape) < view.window else view.window
+        stride = view.stride if None in (view.stride, window) else min(view.stride, window)
         for flip in (False, True)[:1 + view.flip]:
-            blocks = slide(score, resized, window, view.stride, batch_size, normalize, flip)
+            blocks = slide(score, resized, window, stride, batch_size, normalize, flip)
             views.append(_View(blocks, shape, (height, width)))
     begin = 0
     while begin < height:

@@ -416,7 +416,7 @@ def label_photo(model: nn.Module, path: str | Path, amp_dtype: torch.dtype | Non
 def write_photo_label(model: nn.Module, path: Path, prediction: dict, stem: Path, options) -> list[Path]:
     """Write what predict.py's options ask for as STEM*: labels in the numbers of the training masks, an overlay, the
     frozen backbone's features as colours."""
-    features = patch_size = None
+    features = cells = None
     if options.pca:
         device = next(model.parameters()).device
         photo = prediction["photo"].image()
@@ -424,9 +424,9 @@ def write_photo_label(model: nn.Module, path: Path, prediction: dict, stem: Path
         image = torch.from_numpy(np.array(photo.resize((width, height)))).permute(2, 0, 1)[None].to(device)
         image = pad_to_multiple(model.normalize(image), model.backbone.multiple)
         features = model.backbone.last_map(image)[0].float().cpu().numpy()                  # (D, h, w)
-        patch_size = model.backbone.patch_size
+        cells = (width / model.backbone.patch_size, height / model.backbone.patch_size)
     return write_image_result(stem, prediction, model.palette, options.labels, options.picture,
-                              model.masks.ignore_label, model.masks.reduce_zero_label, features, patch_size,
+                              model.masks.ignore_label, model.masks.reduce_zero_label, features, cells,
                               label_map_of(model.masks), options.confidence)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +58,7 @@ def mesh_label_map(config: Config) -> LabelMap | None:
 
 
 def check_labels(config: Config) -> None:
-    """ValueError for settings of labels that do not go together."""
+    """ValueError for settings of labels that do not go together. A label map in a file becomes part of the config."""
     data = config.data
     named = data.label_kind in NAMED_KINDS
     if data.label_map is not None:
@@ -68,9 +68,20 @@ def check_labels(config: Config) -> None:
         if (given := mesh_label_map(config).num_classes) != config.model.n_classes:
             raise ValueError(f"data.label_map has {given} classes and model.n_classes={config.model.n_classes}; set "
                              f"model.n_classes to {given}")
+        data.label_map = mesh_label_map(config).text()
+    if named and data.label_offset:
+        raise ValueError(f"data.label_offset={data.label_offset}: names of data.label_kind: {data.label_kind} are no "
+                         f"numbers; leave it out")
     if not named and any(isinstance(value, str) for value in data.ignore_labels):
         raise ValueError(f"data.ignore_labels={data.ignore_labels}: expected numbers; names are for data.label_kind: "
                          f"material or group")
+
+
+def check_same_up(checkpoint: Mapping | None, config: Config) -> None:
+    """ValueError where the resumed run saw its meshes turned in another way."""
+    before = config.data.up if checkpoint is None else checkpoint["config"]["data"].get("up", config.data.up)
+    if before != config.data.up:
+        raise ValueError(f"data.up={config.data.up}: the resumed run has {before}; resume with that")
 
 
 def name_classes(config: Config, files: Sequence[Path]) -> None:

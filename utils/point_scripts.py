@@ -8,6 +8,8 @@ the script's `attach` gives it. R raw points of a cloud.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ from data.point_results import example_clouds, write_point_result
 from data.point_tiles import part_of, split_tiles
 from data.point_transforms import VIEWS
 from data.point_values import file_labels
-from data.points import PointDataset, PreciseTest, collate_points, complete, evaluation_sample, to_cloud
+from data.points import WIDEST, PointDataset, PreciseTest, collate_points, complete, evaluation_sample, to_cloud
 from models.point_transformer import SonataSegmenter, upcast
 from utils.config import Config
 from utils.distributed import all_reduce_sum, own_share, unwrap
@@ -193,13 +195,27 @@ def label_tiles(model: SonataSegmenter, raw: PointCloud, side: float, path: str 
     label = np.empty(len(raw.coord), np.int16)
     confidence = np.empty(len(raw.coord), np.float32)
     count, tiles = split_tiles(raw.coord, side / spec.unit)
-    for index, own in progress(tiles, f"{count} tiles", count):
-        cloud = to_cloud(complete(part_of(raw, index), spec, path)[0], spec)
+    if (extent := np.ptp(raw.coord, 0).max() * spec.unit) > WIDEST:
+        print(f"{path}: the cloud is {extent:.0f} m wide; is it in millimetres? Set data.unit=0.001", flush=True)
+    for number, (index, own) in enumerate(progress(tiles, f"{count} tiles", count)):
+        part, missing = complete(part_of(raw, index), spec, path)
+        if number == 0:                                     # what goes for all tiles
+            print(*missing_lines(path, part, missing), sep="\n", end="\n" if missing else "", flush=True)
+            spec = replace(spec, normal_view=part.normal_view or spec.normal_view)
+        cloud = to_cloud(part, spec)
         pred, share, _ = label_cloud(model, cloud, model.config.evaluation.precise, name=path,
                                      quiet=MANY_PASSES)
         label[index[own]] = pred.numpy()[own]
         confidence[index[own]] = share.numpy()[own]
     return label, confidence
+
+
+def missing_lines(path: str | Path, cloud: PointCloud, missing: Sequence[str]) -> list[str]:
+    """What a file lacked, and how `complete` made up for it."""
+    lines = [f"{path}: no {name}s in the file" for name in missing]
+    if cloud.normal_view is not None:
+        lines[-1] += f"; estimated, {describe_view(cloud.normal_view)}"
+    return lines
 
 
 def label_cloud_file(model: SonataSegmenter, path: str | Path, amp_dtype: torch.dtype | None = None,
@@ -214,9 +230,7 @@ def label_cloud_file(model: SonataSegmenter, path: str | Path, amp_dtype: torch.
         return {"label": label, "confidence": confidence,
                 "coord": raw.coord if raw.exact is None else raw.exact}
     raw, missing = complete(raw, model.spec, path, model.config.paths.cache_dir)
-    lines = [*raw.warnings, *(f"{path}: no {name}s in the file" for name in missing)]
-    if raw.normal_view is not None:
-        lines[-1] += f"; estimated, {describe_view(raw.normal_view)}"
+    lines = [*raw.warnings, *missing_lines(path, raw, missing)]
     print(*lines, sep="\n", end="\n" if lines else "", flush=True)
     cloud = {name: value for name, value in to_cloud(raw, model.spec).items() if name != "label"}
     label, confidence, _ = label_cloud(model, cloud, model.config.evaluation.precise, name=path)
@@ -237,12 +251,17 @@ def write_cloud_label(model: SonataSegmenter, path: Path, prediction: dict, stem
         colors["_pca"] = pca_colors(features)[sample["inverse"].numpy()]
     numbers = file_labels(np.arange(model.num_classes), model.config.data)
     prediction = {**prediction, "label": numbers.astype(np.int32)[prediction["label"]]}
-    written = write_point_result(stem, prediction, colors, options.labels, options.picture)
+    written = []
     if path.suffix.lower() in (".las", ".laz") and options.picture != "none":
-        written.append(stem.with_name(stem.name + path.suffix.lower()))
-        with replacing(written[-1]) as file:
-            write_las(file, path, prediction["label"])
-    return written
+        if numbers.min() < 0 or numbers.max() > 255:
+            print(f"{path}: classes from {numbers.min()} to {numbers.max()} do not fit into the classification field, "
+                  f"which holds 0 to 255: no {path.suffix} is written", flush=True)
+        else:
+            written.append(stem.with_name(stem.name + path.suffix.lower()))
+            with replacing(written[-1]) as file:
+                write_las(file, path, prediction["label"])
+    # the labels last: where they are, everything is
+    return written + write_point_result(stem, prediction, colors, options.labels, options.picture)
 
 
 def cloud_pictures(model: SonataSegmenter, dataset: PointDataset, index: int, pred: np.ndarray):

@@ -43,7 +43,8 @@ def add_run_flags(parser: ArgumentParser, script: str, num_workers: int | None =
     add("--seed", type=int, default=0)
     add("--deterministic", action="store_true", help="deterministic GPU kernels, slower")
     add("--device", help="cpu, cuda, cuda:1, mps; default: the best there is")
-    add("--amp-dtype", choices=tuple(AMP_DTYPES), help="default: bfloat16 on CUDA, else float32")
+    add("--amp-dtype", choices=tuple(AMP_DTYPES), help="default: bfloat16 on CUDA, else float32; "
+        "of --test-only on a CPU that computes in bfloat16: what the checkpoint was trained in")
     add("--compile", action="store_true", help="torch.compile the network")
     add("--threads", type=AtLeast(1), metavar="N", help="of PyTorch's on a CPU; default: OMP_NUM_THREADS or all cores")
     add("--num-workers", type=AtLeast(0), default=num_workers, help="loader processes; 0: load in the main process")
@@ -75,7 +76,8 @@ class Run:
         self.resume_path, self.messages = find_resume(args.resume, self.folder.model, script)
         self.checkpoint = open_checkpoint(args, self.resume_path, script, defaults, self.folder.model,
                                           needs_checkpoint if args.test_only else None)
-        self.amp_dtype, self.scaler = amp_settings(self.device, args.amp_dtype, self.checkpoint)
+        amp_dtype = args.amp_dtype or ("native" if args.test_only else None)            # as evaluate.py
+        self.amp_dtype, self.scaler = amp_settings(self.device, amp_dtype, self.checkpoint)
         self.messages += slow_dtype(self.device, self.amp_dtype)
         self.epoch = self.batch = self.step = 0
         self.data: dict = {}
