@@ -34,7 +34,7 @@ from data.mesh import (
     repeated,
     split_meshes,
 )
-from data.mesh_io import MESH_SUFFIXES, NAMED_KINDS, list_meshes
+from data.mesh_io import MESH_SUFFIXES, list_meshes
 from data.mesh_surfaces import SurfaceSpec, open_meshes
 from models.diffusion_net import DiffusionNet
 from models.downstream import DownstreamClassifier, SurfaceClassifier, face_logits, share_of
@@ -606,8 +606,7 @@ def main(argv=None) -> dict:
         args.resume = "auto"
     command_line_wins(config, args, "paths.checkpoint_dir", "paths.log_dir")
     run = Run(args, SCRIPT, DEFAULTS, config.paths.checkpoint_dir, config.paths.log_dir)
-    if config.data.label_kind in NAMED_KINDS:
-        name_classes(config, split_files(config, "train")[0])
+    name_classes(config, lambda: split_files(config, "train")[0])
     if args.test_only:
         return test_only(run, config)
     run.messages += not_needed_lines(config, NOT_NEEDED)

@@ -333,7 +333,7 @@ def build_probe(config: Config, train_files: list[Path], val_files: list[Path],
     if paths.val_mesh_dir is not None:
         val_label_dir = paths.val_label_dir or paths.val_mesh_dir
     every = -(-sum(num_faces) // config.probe.max_faces)
-    name_classes(config, train_files)
+    name_classes(config, lambda: train_files)
     val_root = paths.val_mesh_dir or paths.mesh_dir
     return Probe(config, fixed_dataset(config, train_files[::every], label_dir, paths.mesh_dir),
                  fixed_dataset(config, val_files, val_label_dir, val_root))

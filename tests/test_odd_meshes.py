@@ -151,11 +151,30 @@ def test_materials_become_classes(tmp_path):
     ({"label_map": "0:0,1:1,2:2", "label_offset": -1}, "data.label_map: leave it out with data.label_offset"),
     ({"label_map": "0:0,1:1,2:2", "label_kind": "group"}, "data.label_map: leave it out"),
     ({"label_map": "zero"}, "label map 'zero'"), ({"ignore_labels": ["wall"]}, "data.ignore_labels=.*expected numbers"),
+    ({"label_kind": "group", "label_offset": -1}, "data.label_offset=-1: names of data.label_kind: group are no numbers"),
     ({"up": "x"}, "data.up.*expected one of auto, z, y")])
 def test_settings_that_do_not_go_together(tmp_path, options, message):
     write_set(tmp_path / "meshes", 3)
     with pytest.raises(ValueError, match=message):
         train(tmp_path, **options)
+
+
+def test_what_a_checkpoint_needs_is_in_it(tmp_path):
+    """The label map in its file may change, the meshes it was trained on may go; how they are turned may not change."""
+    write_set(tmp_path / "meshes", 3)
+    for path in (tmp_path / "meshes").glob("*.txt"):
+        np.savetxt(path, np.array([5, 7, 9])[np.loadtxt(path, int)], "%d")
+    (tmp_path / "map.json").write_text(json.dumps({"5": 0, "7": 1, "9": 2}))
+    _, checkpoint = train(tmp_path, label_map=str(tmp_path / "map.json"))
+    with pytest.raises(ValueError, match="data.up=y: the resumed run has auto"):
+        train_downstream.main([settings(tmp_path, label_map=str(tmp_path / "map.json")), "--output-dir", str(tmp_path / "run"), "--device", "cpu",
+                               "--num-workers", "0", "--resume", checkpoint, "data.up=y"])
+    (tmp_path / "map.json").unlink()
+    (tmp_path / "meshes").rename(tmp_path / "new")
+    for _ in range(2):                                      # results in the folder are no input of the next call
+        found = predict.main([checkpoint, str(tmp_path / "new"), "--device", "cpu", "--output", str(tmp_path / "new" / "out"), "--picture", "glb"])
+        assert len(found) == 3
+    assert {*np.loadtxt(next((tmp_path / "new" / "out").glob("*.txt")), int)} <= {5, 7, 9}
 
 
 def test_pretraining_knows_the_same_labels(tmp_path):

@@ -17,6 +17,7 @@ from data.point_formats import check_columns, lzf_decompress, write_las
 from data.point_tiles import MARGIN, part_of, split_tiles
 from data.points import PointDataset, PointSpec
 from tests.tiny_clouds import ENCODER, tiny_cloud, write_config
+from utils import point_scripts
 from utils.log import read_log
 from utils.point_scripts import items_of_piece
 
@@ -250,6 +251,11 @@ def test_las(cloud, tmp_path, suffix, point_format):
             read_cloud(path)
 
 
+def test_las_of_a_format_with_colours_but_without_any(cloud, tmp_path):
+    path = write_las_file(tmp_path / "a.las", {**cloud, "color": np.zeros_like(cloud["color"])}, 3)
+    assert read_cloud(path).color is None and read_cloud(path).warnings == ()
+
+
 def test_las_without_laspy_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "laspy", None)
     (tmp_path / "a.laz").write_bytes(b"LASF")
@@ -384,6 +390,24 @@ def test_las_tiles_through_all_scripts(las_run, tmp_path, capsys):
     np.testing.assert_array_equal(old.xyz, new.xyz)
     ply = read_ply_vertices(tmp_path / "out" / "tile_90.ply")
     np.testing.assert_allclose(np.c_[ply["x"], ply["y"], ply["z"]], old.xyz, atol=1e-9)
+
+
+def test_a_result_without_its_las_is_not_taken_for_done(las_run, tmp_path, monkeypatch):
+    root, checkpoint, _ = las_run
+    call = [str(checkpoint), str(root / "new" / "tile_90.las"), "--device", "cpu", "--output", str(tmp_path), "--skip-existing"]
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
+        patch.setattr(point_scripts, "write_las", lambda *_: (_ for _ in ()).throw(OSError("full")))
+        predict.main(call)
+    predict.main(call)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".las", ".npy", ".ply"}
+
+
+def test_numbers_that_no_las_file_holds_leave_it_out(las_run, tmp_path, capsys):
+    root, checkpoint, _ = las_run
+    predict.main([str(checkpoint), "data.label_map=1000:0,2000:1,3000:2,7:ignore", str(root / "new" / "tile_90.las"), "--device", "cpu",
+                  "--output", str(tmp_path)])
+    assert "classes from 1000 to 3000 do not fit into the classification field" in capsys.readouterr().out
+    assert {*np.unique(np.load(tmp_path / "tile_90.npy"))} <= {1000, 2000, 3000} and not (tmp_path / "tile_90.las").exists()
 
 
 def test_classes_beyond_31_change_an_old_point_format(las_run, tmp_path):

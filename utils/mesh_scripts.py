@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -84,13 +84,13 @@ def check_same_up(checkpoint: Mapping | None, config: Config) -> None:
         raise ValueError(f"data.up={config.data.up}: the resumed run has {before}; resume with that")
 
 
-def name_classes(config: Config, files: Sequence[Path]) -> None:
-    """With data.label_kind material or group and no data.class_names: take the names in these files, sorted.
+def name_classes(config: Config, find_files: Callable[[], Sequence[Path]]) -> None:
+    """With data.label_kind material or group and no data.class_names: take the names in the files found, sorted.
     ValueError where they are not model.n_classes."""
     data = config.data
     if data.label_kind not in NAMED_KINDS or data.class_names:
         return
-    names = label_names(files, data.label_kind, data.ignore_labels)
+    names = label_names(find_files(), data.label_kind, data.ignore_labels)
     if len(names) != config.model.n_classes:
         shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
         raise ValueError(f"data.label_kind: {data.label_kind}: the meshes have {len(names)} names ({shown}) and "
