@@ -76,7 +76,7 @@ class Run:
         self.resume_path, self.messages = find_resume(args.resume, self.folder.model, script)
         self.checkpoint = open_checkpoint(args, self.resume_path, script, defaults, self.folder.model,
                                           needs_checkpoint if args.test_only else None)
-        amp_dtype = args.amp_dtype or ("native" if args.test_only else None)            # as evaluate.py
+        amp_dtype = args.amp_dtype or ("native" if args.test_only and self.checkpoint else None)    # as evaluate.py
         self.amp_dtype, self.scaler = amp_settings(self.device, amp_dtype, self.checkpoint)
         self.messages += slow_dtype(self.device, self.amp_dtype)
         self.epoch = self.batch = self.step = 0
