@@ -33,6 +33,7 @@ from data.point_files import ClassList, find_clouds, list_clouds, read_classes
 from data.point_transforms import PointAugmentation
 from data.point_values import check_label_settings
 from data.points import PointDataset, PointSpec, collate_points, spec_of
+from data.upright import UP
 from models.point_networks import data_warning, describe_network
 from models.point_transformer import MODES, SonataSegmenter, build_segmenter, with_decoder
 from models.sonata_weights import guess_config, load_sonata, read_linear_head, read_sonata
@@ -106,7 +107,7 @@ DEFAULTS = {
         "features": ["coord", "color", "normal"],
         "shape_sizes": [0.02, 0.04, 0.08],
         "missing_normal": Setting("estimate", (str,), ("estimate", "zeros", "error")),
-        "up": Setting("auto", (str,), ("auto", "z", "y")),      # the files' up axis; auto: z
+        "up": Setting("auto", (str,), UP),                      # the files' up axis; auto: z
         # Estimated normals look to: inside | above | neighbours | [x, y, z], the scanner's place.
         # null: inside, or neighbours where the ground would look down (aerial clouds)
         "normal_view": Setting(None, (str, list), items=(float,)),

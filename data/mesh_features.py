@@ -22,6 +22,7 @@ from data.mesh_operators import (
     corner_cotangents,
     smallest_eigenpairs,
 )
+from data.upright import UP, z_up
 from utils.checks import check_choice, did_you_mean, nearest
 
 HKS_TIMES = 16
@@ -32,7 +33,6 @@ GROUND_BELOW, GROUND_ABOVE = 0.99, 0.01     # pull on the ground plane of what l
 GROUND_CELL = 0.05              # roughness: cell of the grid, as a share of the mesh's diameter
 TINY = 1e-12
 HEAT_RADII = (0.1, 0.25, 0.5)   # of the surroundings in `surface_descriptors`, in square roots of the mesh's area
-UP = ("auto", "z", "y")
 NUM_DESCRIPTORS = HKS_TIMES * (1 + len(HEAT_RADII))
 
 # name -> width; the order here is the order of the columns. All but the last are computed from the augmented vertices.
@@ -90,7 +90,7 @@ class FeatureSpec:
     def z_up(self, vertices: np.ndarray, path: str | Path) -> np.ndarray:
         """vertices (V, 3) of the file at `path`, turned about x where its y points up."""
         if self.up == "y" or (self.up == "auto" and Path(path).suffix.lower() == ".glb"):
-            return vertices[:, [0, 2, 1]] * (1, -1, 1)
+            return z_up(vertices)
         return vertices
 
     def to_dict(self) -> dict:

@@ -57,6 +57,7 @@ from data.point_transforms import (
     voxelize,
 )
 from data.point_values import to_labels
+from data.upright import UP, z_up
 from utils.array_file import load_checked, save_checked
 from utils.checks import check_choice, did_you_mean, nearest
 from utils.files import remove_leftovers_once, replacing
@@ -99,7 +100,7 @@ class PointSpec:
 
     def __post_init__(self) -> None:
         check_columns(self.columns)
-        check_choice("data.up", self.up, ("auto", "z", "y"))
+        check_choice("data.up", self.up, UP)
         names = [_name_and_scale(feature)[0] for feature in self.features]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"data.features={list(self.features)}: expected one feature or more, each named once")
@@ -138,13 +139,8 @@ class PointSpec:
                            [field for field, _ in self.fields.values()])
         if self.up != "y":
             return cloud
-        return cloud._replace(coord=_z_up(cloud.coord), normal=None if cloud.normal is None else _z_up(cloud.normal),
+        return cloud._replace(coord=z_up(cloud.coord), normal=None if cloud.normal is None else z_up(cloud.normal),
                               exact=cloud.coord if cloud.exact is None else cloud.exact)
-
-
-def _z_up(vectors):
-    """(N, 3) of files whose y points up."""
-    return np.ascontiguousarray(vectors[:, [0, 2, 1]] * np.array((1, -1, 1), vectors.dtype))
 
 
 def _name_and_scale(feature: str) -> tuple[str, float]:
@@ -221,7 +217,7 @@ def _with_normals(cloud, spec, cache_dir):
     if not isinstance(view, str):                           # where the cloud was moved, the viewpoint moves with it
         point, first = np.array([view], np.float64), cloud.coord[:1] if cloud.exact is None else cloud.exact[:1]
         if spec.up == "y":
-            point, first = _z_up(point), _z_up(first)
+            point, first = z_up(point), z_up(first)
         point = tuple(((point - (first - cloud.coord[:1])) * spec.unit)[0].tolist())
         return cloud._replace(normal=_cached_normals(coord, cache_dir, point), normal_view=view)
     normal = _cached_normals(coord, cache_dir, view)

@@ -19,11 +19,11 @@ from torch.utils.data import DataLoader, Subset
 
 from data.label_map import LabelMap, read_label_map
 from data.mesh import CachedFeatures, MeshDataset, each_face_once
-from data.mesh_features import UP
 from data.mesh_io import LABEL_KINDS, NAMED_KINDS, label_names, read_mesh
 from data.mesh_planes import plane_units, pooled
 from data.mesh_results import write_mesh_result
 from data.mesh_surfaces import open_meshes
+from data.upright import UP
 from models.downstream import DownstreamClassifier, SurfaceClassifier, face_logits, share_of, texture_of
 from utils.config import Config, Setting
 from utils.device import autocast
