@@ -35,7 +35,7 @@ from evaluate import load
 from models.dinov3 import VisionTransformer
 from utils.checkpoint import check_writable
 from utils.cli import ArgumentParser, AtLeast, run_main
-from utils.image_scripts import score_function
+from utils.image_inference import pad_to_multiple
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 SMALLEST = 64                       # side of an image, in pixels; below, maps of one cell occur
@@ -66,10 +66,13 @@ class Exported(nn.Module):
         super().__init__()
         self.model = model
         self.frozen = model.backbone and model.backbone.vit         # its weights go into the file
-        self.score = score_function(model, torch.device("cpu"), None)
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.score(self.model.normalize(image))
+        height, width = image.shape[-2:]
+        shown = pad_to_multiple(self.model.normalize(image), self.model.multiple)
+        scores = self.model.scores(shown).float()                   # (1, C, H, W), padded
+        # A slice, [:height, :width], has strides that depend on whether there was any padding.
+        return scores.index_select(2, torch.arange(height)).index_select(3, torch.arange(width))
 
 
 # -- before the work -------------------------------------------------------------------------------
