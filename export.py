@@ -174,8 +174,11 @@ def metadata_of(model: nn.Module, script: str, sizes: dict) -> dict[str, str]:
 def write_onnx(program, path: Path, metadata: dict[str, str]) -> Callable[[Tensor], np.ndarray]:
     """Write the file; returns what onnxruntime makes of it: image -> scores."""
     import onnxruntime
-    onnx = torch.onnx.export(program, dynamo=True, verbose=False, input_names=["image"],
-                             output_names=["scores"])
+    # Not optimised here, which takes minutes for deformable attention: every runner does it anyway.
+    onnx = torch.onnx.export(program, dynamo=True, verbose=False, optimize=False,
+                             input_names=["image"], output_names=["scores"])
+    for node in onnx.model.graph:
+        node.metadata_props.clear()                                 # stack traces, with local paths
     onnx.model.metadata_props.update(metadata)
     onnx.save(path, external_data=False)
     options = onnxruntime.SessionOptions()
