@@ -148,7 +148,8 @@ def trace(network: Exported, size: tuple[int, int], fixed: bool,
           bands: int) -> torch.export.ExportedProgram:
     """torch.export of the network, for images of that size or of any. Sizes are reasoned about as
     symbols; what PyTorch cannot prove of them becomes a check when the program runs."""
-    sides = {2: torch.export.Dim("height", min=SMALLEST), 3: torch.export.Dim("width", min=SMALLEST)}
+    sides = {axis: torch.export.Dim(name, min=SMALLEST) for axis, name in ((2, "height"),
+                                                                           (3, "width"))}
     return torch.export.export(network, (made_image(*size, bands, 0),),
                                dynamic_shapes=None if fixed else (sides,),
                                prefer_deferred_runtime_asserts_over_guards=True)
