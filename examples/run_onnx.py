@@ -21,8 +21,7 @@ Path(args.output).mkdir(parents=True, exist_ok=True)
 
 
 def resize(maps, shape):                                                    # (n, h, w) -> (n, *shape) float32
-    maps = map(Image.fromarray, maps.astype(np.float32))
-    return np.stack([one.resize(shape[::-1], Image.Resampling.BILINEAR) for one in maps])
+    return np.stack([Image.fromarray(one).resize(shape[::-1], Image.Resampling.BILINEAR) for one in np.float32(maps)])
 
 
 for path in args.photos:
