@@ -130,7 +130,8 @@ def record_of(args, what: str, result: dict, model, dataset, checkpoint: dict, d
 
 def facts_of(record: dict, result: dict, checkpoint: dict) -> list[tuple]:
     """The lines at the top of the report."""
-    encoder = (checkpoint.get("encoder") or {}).get("file", "trained with the head")
+    entry = checkpoint.get("encoder") or {"file": "trained with the head"}
+    encoder = entry["file"] or "random weights"         # as they were initialised
     facts = [("checkpoint", record["checkpoint"]), ("sha256", record["sha256"][:16]),
              ("epoch", record["epoch"]), ("encoder", encoder), ("data", record["data"]),
              ("files", record["files"]), ("elements", int(result["matrix"].sum())),
