@@ -20,7 +20,7 @@ def name(page):
 
 def fences(page):
     """The page's text outside its fenced code blocks, and inside."""
-    parts = re.split(r"^```.*$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    parts = re.split(r"^ *```.*$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return "\n".join(parts[::2]), "\n".join(parts[1::2])
 
 
