@@ -407,8 +407,8 @@ def momentum_advice(momentum: float, steps: int) -> str:
         text += "; slower than steps / 5, the teacher will hardly leave its start"
     elif constant < steps / 20:
         text += "; faster than steps / 20, which may collapse"
-    if steps < 2000:
-        text += "; so few steps rarely teach anything, some thousand are the least"
+    if steps < 1000:
+        text += "; so few steps teach little, a thousand are the least"
     return text
 
 
