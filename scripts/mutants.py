@@ -12,6 +12,7 @@ equivalent mutant) or needs a test.
 
 import argparse
 import ast
+import functools
 import importlib
 import os
 import random
@@ -94,11 +95,16 @@ def draw(count: int, seed: int, only: list[str]) -> list[Mutant]:
     return [planted(*found[index]) for index in sorted(chosen)]
 
 
+@functools.cache
+def text_of(path: Path) -> str:
+    return path.read_text()
+
+
 def importers(path: str, of: str) -> list[str]:
     """Files that match the pattern `of` and import the module at `path`."""
     folder, name = Path(path).parent, Path(path).stem
     pattern = rf"(from|import) {folder}\.{name}\b|from {folder} import [^\n]*\b{name}\b"
-    return sorted(str(other.relative_to(ROOT)) for other in ROOT.glob(of) if re.search(pattern, other.read_text()))
+    return sorted(str(other.relative_to(ROOT)) for other in ROOT.glob(of) if re.search(pattern, text_of(other)))
 
 
 def tests_of(path: str) -> tuple[str, ...]:
