@@ -14,6 +14,8 @@ This file knows no method.
 
 from __future__ import annotations
 
+import utils.before_torch  # noqa: F401  answers --help and mistakes in the command line
+
 import importlib
 import json
 import re

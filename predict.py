@@ -18,6 +18,8 @@ images   OUT/NAME.png (or .npy), one class id per pixel at the photograph's own 
 
 from __future__ import annotations
 
+import utils.before_torch  # noqa: F401  answers --help and mistakes in the command line
+
 import math
 from collections.abc import Mapping
 from pathlib import Path

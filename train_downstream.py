@@ -19,6 +19,8 @@ docs/diffusion_net.md.
 
 from __future__ import annotations
 
+import utils.before_torch  # noqa: F401  answers --help and mistakes in the command line
+
 from functools import partial
 from pathlib import Path
 

@@ -16,6 +16,8 @@ teacher and predictor for labels and head; a weight decay that grows.
 
 from __future__ import annotations
 
+import utils.before_torch  # noqa: F401  answers --help and mistakes in the command line
+
 import copy
 from dataclasses import replace
 from pathlib import Path

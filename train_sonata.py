@@ -20,6 +20,8 @@ number logged and every deviation from upstream: docs/sonata.md.
 
 from __future__ import annotations
 
+import utils.before_torch  # noqa: F401  answers --help and mistakes in the command line
+
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
