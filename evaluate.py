@@ -51,7 +51,7 @@ def parse_args(argv=None):
     # evaluation
     parser.add_argument("--batch-size", type=AtLeast(1), default=8)
     parser.add_argument("--limit-batches", type=AtLeast(0), default=0, metavar="N",
-                        help="only N batches")
+                        help="only N batches; 0: all")
     parser.add_argument("--examples", type=AtLeast(0), default=6, metavar="N",
                         help="pictures of the N worst and N best in the report")
     # run

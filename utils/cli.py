@@ -73,7 +73,7 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(*args, **kwargs)
 
     def add_argument(self, *args, **kwargs) -> argparse.Action:
-        action = super().add_argument(*args, **kwargs)
+        action = _with_default(super().add_argument(*args, **kwargs))
         self.actions.append(action)
         return action
 
@@ -82,7 +82,7 @@ class ArgumentParser(argparse.ArgumentParser):
         declare = group.add_argument
 
         def add_argument(*more, **settings) -> argparse.Action:
-            action = declare(*more, **settings)
+            action = _with_default(declare(*more, **settings))
             self.actions.append(action)
             self.groups.setdefault(group.title, []).append(action)
             return action
@@ -123,6 +123,16 @@ class ArgumentParser(argparse.ArgumentParser):
                 flag = declared.get(flag.replace("_", "-"), flag)
             result.append(f"{flag}{equals}{value}")
         return result + args[len(result):]
+
+
+def _with_default(action: argparse.Action) -> argparse.Action:
+    """Add the default to the help, where there is one and the help has no word about it."""
+    default, text = action.default, action.help or ""
+    named = re.search(r"\bdefault\b", text) or text == argparse.SUPPRESS
+    if not named and default is not None and default is not False and default not in ("", [], (), argparse.SUPPRESS):
+        shown = " ".join(map(str, default)) if isinstance(default, list | tuple) else str(default)
+        action.help = f"{text}{'; ' if text else ''}default: {shown.replace('%', '%%')}"
+    return action
 
 
 def flags_config(parser: ArgumentParser, args: argparse.Namespace) -> Config:

@@ -48,7 +48,7 @@ def add_run_flags(parser: ArgumentParser, script: str, num_workers: int | None =
     add("--compile", action="store_true", help="torch.compile the network")
     add("--threads", type=AtLeast(1), metavar="N", help="of PyTorch's on a CPU; default: OMP_NUM_THREADS or all cores")
     add("--num-workers", type=AtLeast(0), default=num_workers, help="loader processes; 0: load in the main process")
-    add("--limit-batches", type=AtLeast(0), default=0, metavar="N", help="only N batches per epoch or evaluation")
+    add("--limit-batches", type=AtLeast(0), default=0, metavar="N", help="N batches per epoch or evaluation; 0: all")
     add("--wandb", action="store_true", help="also log to Weights & Biases")
     add("--debug", action="store_true", help="show the traceback of an error")
 
