@@ -70,7 +70,7 @@ DEFAULTS = {
         "cache_dir": Setting(".cache/meshes", (str, type(None))),       # null: no cache
     },
     "data": {
-        "val_split": [],                # as in train_downstream.py; [] and no probe: no validation
+        "val_split": Setting([], (list, float)),    # as train_downstream.py; [], no probe: none
         "class_names": [],              # only with label_kind material or group
         **LABEL_SETTINGS,               # recursive, up, label_map ...: utils/mesh_scripts.py
     },

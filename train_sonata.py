@@ -54,6 +54,7 @@ from utils.point_scripts import (
     describe_steps,
     evaluate_clouds,
     items_of_piece,
+    kind_of_test,
     label_cloud_file,
     write_cloud_label,
 )
@@ -433,7 +434,7 @@ def official_mean(result: dict) -> dict:
 
 
 def test_only(run: Run, config: Config) -> dict:
-    """The precise test (evaluation.precise) of a checkpoint on the test split, or on validation
+    """The test (evaluation.precise: 13 views) of a checkpoint on the test split, or on validation
     where there is none."""
     checkpoint = run.checkpoint
     check_same_run(checkpoint, config, checkpoint["total_steps"], ("model",))
@@ -444,10 +445,10 @@ def test_only(run: Run, config: Config) -> dict:
     split = "test" if has_test_split(config) else "val"
     result = evaluate(model, build_dataset(config, split), run.device,
                       num_workers=run.args.num_workers, limit_batches=run.args.limit_batches)
-    how = "precise test" if config.evaluation.precise else "single view"
     official = result["tables"][OFFICIAL]
-    run.report(f"{run.resume_path} on the {split} split, {how}, raw points; means over the classes "
-               f"that occur:", metrics_table(result["metrics"], model.class_names),
+    run.report(f"{run.resume_path} on the {split} split, {kind_of_test(config)}, raw points; "
+               f"means over the classes that occur:",
+               metrics_table(result["metrics"], model.class_names),
                f"over {OFFICIAL}: mIoU {100 * official['miou']:.2f}, mAcc "
                f"{100 * official['mean_accuracy']:.2f}")
     return {**headline(result), **official_mean(result)}
@@ -533,7 +534,8 @@ def main(argv=None) -> dict:
                                   limit_batches=args.limit_batches, precise=False)
             more = official_mean(result) if result else None
             run.end_epoch(result, SHOWN, score="official_miou", more=more)
-        run.log.info(f"the precise test: python evaluate.py {run.folder.model}/model_best.pth")
+        run.log.info(f"the {kind_of_test(config)}: python evaluate.py "
+                     f"{run.folder.model}/model_best.pth")
     return run.summary()
 
 

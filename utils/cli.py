@@ -20,7 +20,7 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,9 +63,11 @@ class ArgumentParser(argparse.ArgumentParser):
 
     Positional arguments may stand before, between and after flags (`train.py CONFIG --seed 1 optim.lr=1e-4`).
     A wrong command line prints `error: ...` to stderr and exits with status 2, as argparse does.
+    instead: {flag of other programs, which is unknown here: what to write in its place}.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, instead: Mapping[str, str] | None = None, **kwargs):
+        self.instead = instead or {}
         kwargs.setdefault("allow_abbrev", False)
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         self.actions: list[argparse.Action] = []               # all, in the order of their declaration
@@ -98,7 +100,9 @@ class ArgumentParser(argparse.ArgumentParser):
         for flag in (token.partition("=")[0] for token in _before_separator(args) if token.startswith("--")):
             if flag not in declared and " " not in flag:
                 hint = did_you_mean(nearest(flag, declared))
-                if not hint and "." in flag:                   # the habit of other configuration tools
+                if flag.replace("_", "-") in self.instead:
+                    hint = f"; {self.instead[flag.replace('_', '-')]}"
+                elif not hint and "." in flag:                   # the habit of other configuration tools
                     hint = f"; write {flag[2:]}=VALUE without hyphens"
                 self.error(f"unknown flag {flag}{hint}")
         parsed, rest = self.parse_known_intermixed_args(args, namespace)

@@ -236,12 +236,12 @@ class Run:
         optimizer_step(self.optimizer, self.scheduler, self.scaler, clip_norm)
 
     def count_step(self) -> None:
-        """Count the step; every log_interval steps log its terms, where Run waits for the GPU. FloatingPointError where
-        the loss is not finite."""
+        """Count the step; every log_interval steps log its terms, where Run waits for the GPU, and between them, where
+        that takes long, that the run goes on. FloatingPointError where the loss is not finite."""
         self.step += 1
         self.totals.end_step()
         if self.step % self.log_interval:
-            return
+            return self.log.still_running(self.step)
         means = self.totals.step_means()
         loss = means.pop("total") if "total" in means else means.pop("loss")
         rate = max(self.scheduler.get_last_lr())            # of the group with the largest rate
@@ -300,6 +300,7 @@ class Run:
         snapshot = self.snapshot()
         if is_main() and self.keeper.save_all(snapshot, epoch, score):
             self.log.info(f"New best {self.monitor}: {score:.4f}. Checkpoint saved.")
+        self.log.pause(self.step)
 
     def stop_requested(self) -> int:
         """The signal by which any process was asked to stop, else 0. Every process has to call it."""
