@@ -534,8 +534,8 @@ def main(argv=None) -> dict:
                                   limit_batches=args.limit_batches, precise=False)
             more = official_mean(result) if result else None
             run.end_epoch(result, SHOWN, score="official_miou", more=more)
-        run.log.info(f"the {kind_of_test(config)}: python evaluate.py "
-                     f"{run.folder.model}/model_best.pth")
+        best = run.folder.model / "model_best.pth"
+        run.log.info(f"{kind_of_test(config)}: python evaluate.py {best}")
     return run.summary()
 
 

