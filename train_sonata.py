@@ -54,8 +54,8 @@ from utils.point_scripts import (
     describe_steps,
     evaluate_clouds,
     items_of_piece,
-    kind_of_test,
     label_cloud_file,
+    which_test,
     write_cloud_label,
 )
 from utils.render import palette
@@ -446,7 +446,7 @@ def test_only(run: Run, config: Config) -> dict:
     result = evaluate(model, build_dataset(config, split), run.device,
                       num_workers=run.args.num_workers, limit_batches=run.args.limit_batches)
     official = result["tables"][OFFICIAL]
-    run.report(f"{run.resume_path} on the {split} split, {kind_of_test(config)}, raw points; "
+    run.report(f"{run.resume_path} on the {split} split, {which_test(config)}, raw points; "
                f"means over the classes that occur:",
                metrics_table(result["metrics"], model.class_names),
                f"over {OFFICIAL}: mIoU {100 * official['miou']:.2f}, mAcc "
@@ -534,8 +534,7 @@ def main(argv=None) -> dict:
                                   limit_batches=args.limit_batches, precise=False)
             more = official_mean(result) if result else None
             run.end_epoch(result, SHOWN, score="official_miou", more=more)
-        best = run.folder.model / "model_best.pth"
-        run.log.info(f"{kind_of_test(config)}: python evaluate.py {best}")
+        run.log.info(f"{which_test(config)}: python evaluate.py {run.folder.model}/model_best.pth")
     return run.summary()
 
 

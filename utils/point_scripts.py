@@ -70,7 +70,7 @@ def describe_data(train_set: PointDataset, val_set: PointDataset, names: list[st
     return lines
 
 
-def kind_of_test(config: Config) -> str:
+def which_test(config: Config) -> str:
     return "precise test" if config.evaluation.precise else "single-view test"
 
 
