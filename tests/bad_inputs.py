@@ -602,7 +602,7 @@ FLAGS = group(
     ("a setting the model does not have", PREDICT, predict(SONATA, None, "test", "evaluation.precice=false"), "evaluation.precice", "did you mean evaluation.precise"),
     ("results into a file", PREDICT, predict(UNET, put("out", ""), "images/test"), "out", "choose another output folder"),
     ("results into a file", EVAL, evaluate(SONATA, put("out", "")), "out", "choose another output folder"),
-    ("a name nobody offers", FREE, lambda f: ["imagenet"], "imagenet", "choose from"),
+    ("a name nobody offers", FREE, lambda f: ["imagenet"], "imagenet", "expected one of"),
 )
 
 

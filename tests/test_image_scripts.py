@@ -99,7 +99,8 @@ def test_every_reader_agrees(script, data, tmp_path, capsys):
     scored = evaluate.main([last, "--split", "val", "--device", "cpu", "--output-dir", str(tmp_path / "scores"), "--batch-size", "3"])
     assert scored["miou"] == pytest.approx(result["miou"], abs=1e-9)
     assert score(out, data / "test")["miou"] == pytest.approx(again["miou"], abs=1e-9)
-    assert (tmp_path / "scores" / "report.html").is_file()
+    report = (tmp_path / "scores" / "report.html").read_text()
+    assert "random weights" in report and "None" not in report
 
     labels = predict.main([last, f"{data}/val/images", "--output", str(tmp_path / "pred"), "--device", "cpu",
                            *(["--pca"] if script in FROZEN else [])])
@@ -196,7 +197,8 @@ def test_test_time_augmentation_and_whole_images_run(script, data, tmp_path):
 @two
 def test_random_weights_are_announced_and_no_weights_refused(script, data, tmp_path, capsys):
     train(script, data, tmp_path, "--epochs", "1", "--limit-batches", "1")
-    assert "randomly initialised" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "randomly initialised (seed 0), as --backbone-weights random asks for" in printed and "no weights" not in printed
     command = flags(script, data, tmp_path / "b")
     at = command.index("--backbone-weights")
     with pytest.raises(ValueError, match="--backbone-weights is missing"):

@@ -344,7 +344,7 @@ def test_every_reader_agrees(root, whole, tmp_path, capsys):
     more = ["--resume", str(last(out)), "--test-only", "--device", "cpu", "--num-workers", "0"]
     again = SCRIPT.main([config, *more])
     printed = capsys.readouterr().out
-    assert "on the val split, single view, raw points" in printed
+    assert "on the val split, single-view test, raw points" in printed
     assert numbers(printed, "(the official mean): mIoU") == pytest.approx(100 * val["official_miou"], abs=0.006)
     scored = score(last(out), tmp_path / "scores")
     assert again["miou"] == scored["miou"] == val["miou"] and again["loss"] == pytest.approx(val["loss"], rel=1e-12)
