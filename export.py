@@ -13,6 +13,8 @@ packages onnx, onnxscript and onnxruntime for .onnx. This file knows no method. 
 
 from __future__ import annotations
 
+import utils.before_torch  # noqa: F401  answers --help and mistakes in the command line
+
 import contextlib
 import importlib.util
 import json
