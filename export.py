@@ -231,7 +231,7 @@ def main(argv=None) -> dict:
     sizes = check_sizes(model, args.size)
     images = [made_image(*size, bands, seed) for seed, size in enumerate(sizes)]
     output.parent.mkdir(parents=True, exist_ok=True)
-    part, begin = output.with_name(f".{output.name}.part"), time.monotonic()
+    part, begin = output.with_name(f".{output.stem}.part{output.suffix}"), time.monotonic()
     try:
         with quiet():
             program = trace(network, sizes[-1], bool(args.size), bands)
