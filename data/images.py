@@ -2,7 +2,6 @@
 data/photos.py and data/masks.py read them.
 
 In memory labels are int64 with IGNORE_INDEX; files keep their own numbers.
-their own numbers.
 Shapes: H, W of the photograph, S, T height and width of a training crop, C classes.
 """
 

@@ -56,7 +56,8 @@ class Picture(NamedTuple):
 @dataclass
 class Inspection:
     """unit: pixels, faces or points. counts, presence {split: (C,)}: elements, and files, of each class; files {split:
-    number}; ignored {split: share of the elements}; tables: (title, header, rows); settings: what the plan needs."""
+    number}; ignored {split: share of the elements}; tables: (title, header, rows); pairs {split: files}, also those that are not looked at; settings: what the plan
+    needs."""
 
     title: str
     unit: str
@@ -70,6 +71,7 @@ class Inspection:
     ignored: dict[str, float] = field(default_factory=dict)
     tables: list[tuple[str, Sequence[str], list[Sequence]]] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
+    pairs: dict[str, list] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
     def add(self, level: str, kind: str, text: str, file: str | Path = "") -> None:
@@ -169,15 +171,18 @@ def check_names(found: Inspection, files: Sequence[tuple[str, Path]]) -> None:
                       f"{both[0]}; of other content unless a line above says so")
 
 
-def sampled(items: Mapping[str, list], most: int, seed: int) -> tuple[dict[str, list], int]:
-    """At most `most` items of all splits together, each split's share, in their order; how many there are."""
+def sampled(found: Inspection, items: Mapping[str, list], most: int, seed: int) -> dict[str, list]:
+    """At most `most` items of all splits together, of each split its share, in their order, with a note that says
+    so."""
     total = sum(map(len, items.values()))
     if total <= most:
-        return dict(items), total
+        return dict(items)
     rng = np.random.default_rng(seed)
-    chosen = {split: sorted(rng.permutation(len(listed))[:max(1, most * len(listed) // total)])
+    chosen = {split: sorted(rng.permutation(len(listed))[:max(1, most * len(listed) // total)].tolist())
               for split, listed in items.items()}
-    return {split: [items[split][i] for i in chosen[split]] for split in items}, total
+    found.add("note", "sample", f"a random sample of {sum(map(len, chosen.values()))} of {total} items was looked at; "
+              f"--max-items {total} looks at all")
+    return {split: [items[split][i] for i in chosen[split]] for split in items}
 
 
 def spread(values: Sequence[float], unit: str = "") -> str:
