@@ -24,7 +24,7 @@ LEVELS = {"fault": "training refuses these, or they are wrong whatever the setti
           "doubt": "training accepts these, and they are rarely meant", "note": "good to know"}
 SHOWN, NAMED = 3, 12                        # lines of one kind that are printed; names of further files
 RARE_SHARE = 0.001                          # of the labelled elements; or in fewer than
-RARE_FILES = 3                              # training files, where there are ten times as many
+RARE_FILES = 3                              # training files, and a tenth of them
 UNEVEN = 20                                 # from this ratio of shares on, weights of classes are planned
 CSS = """
 pre { background: var(--card); border-radius: 10px; padding: 16px 20px; overflow-x: auto; font-size: 13px; }
@@ -110,7 +110,7 @@ def check_classes(found: Inspection) -> None:
         elif not train[c]:
             found.add("note", "absent class", f"class {c} ({name}) is in no training file; lower the number of "
                       f"classes, or correct the class list, if it does not exist")
-        elif found.presence["train"][c] < RARE_FILES <= found.files["train"] / 10:
+        elif found.presence["train"][c] < min(RARE_FILES, 0.1 * found.files["train"]):
             found.add("doubt", "rare class", f"rare class {c} ({name}): in {found.presence['train'][c]} of "
                       f"{found.files['train']} training files, {100 * share[c]:.2g} % of the {found.unit}; label more "
                       f"of it, merge it with another class (label map), or ignore it")
@@ -211,7 +211,7 @@ def _yaml_line(key, value, indent):
     value, why = value if isinstance(value, tuple) else (value, "")
     text = yaml.safe_dump(value, default_flow_style=True, width=1_000_000, allow_unicode=True, sort_keys=False)
     line = f"{indent}{key}: {text.removesuffix('...' + chr(10)).strip()}"
-    return f"{line:<44}# {why}" if why else line
+    return f"{line:<44}  # {why}" if why else line
 
 
 # -- page --------------------------------------------------------------------------------------------------------------
