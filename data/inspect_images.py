@@ -33,6 +33,7 @@ SIDE = 96                                   # longest side of the small copies
 GRID = (24, 32)                             # points of every photograph at which all masks are tried
 LEVELS = 5                                  # of each channel: 125 colours; or
 GREYS = 32                                  # of grey photographs
+ROWS = 3                                    # upper, middle and lower part of a photograph
 TURNS = {"mirrored left to right": lambda a: a[:, ::-1], "upside down": lambda a: a[::-1],
          "rotated by 180 degrees": lambda a: a[::-1, ::-1]}
 QUARTERS = {"rotated by 90 degrees": lambda a: np.rot90(a), "rotated by 270 degrees": lambda a: np.rot90(a, 3),
@@ -40,7 +41,7 @@ QUARTERS = {"rotated by 90 degrees": lambda a: np.rot90(a), "rotated by 270 degr
 MOVES = [(y, x) for y in range(-6, 7, 2) for x in range(-6, 7, 2)]      # small pixels
 # Calibrated on road scenes: the largest gains of right masks are below 0 for turns and swaps, 0.16 for another class.
 TURN_GAIN = 0.08, 0.03                      # of the mean log likelihood ratio of a pixel, of the mutual information
-SWAP_GAIN, SHIFT_GAIN = 0.15, 0.5
+SWAP_GAIN, EACH_GAIN, SHIFT_GAIN = 0.2, 0.06, 0.5
 SET_GAIN, SET_ERRORS, SET_SHARE = 0.02, 5, 0.8      # of the whole set: mean, in standard errors, share of photographs
 MANY_VALUES, FEW_PIXELS = 8, 0.01           # of a mask, most of them at less than 1 % of its pixels: blurred?
 FEW = 6                                     # photographs: below this nothing is said of how masks lie
@@ -187,14 +188,14 @@ def _colors_as_classes(found, records, settings):
     settings["class_text"] = json.dumps({"classes": [f"class {c}" for c in range(len(keys))],
                                          "palette": [list(map(int, color_of(key))) for key in keys]}, indent=1)
     found.add("doubt", "colour masks", f"masks are in colours ({len(counts)} of them, the most frequent "
-              f"{', '.join(str(color_of(key)) for key in keys[:5])}), which training reads where a class file has their "
-              f"palette; planned: the classes.json beside the plan, in which you name them (--classes)")
+              f"{', '.join(str(color_of(key)) for key in keys[:5])}), which training reads where a class file has them "
+              f"as its palette; planned: the classes.json beside the plan, in which you name them (--classes)")
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
 
 def _is_blurred(record):
-    """Whether a mask has many numbers that are nearly all single pixels: made by interpolation, or by a lossy format."""
+    """Whether a mask has many numbers that are nearly all single pixels: interpolated, or lossy once."""
     counts = np.array(list(record["histogram"].values()))
     if len(counts) < MANY_VALUES or 2 * (counts < FEW_PIXELS * counts.sum()).sum() < len(counts):
         return False
@@ -252,8 +253,8 @@ def _check_masks_of_two(found, listed, records, hashes):
             continue
         before = first.setdefault((record["digest"], *record["mask_size"]), i)
         if before != i and hashes[before] != hashes[i]:
-            found.add("doubt", "one mask of two photographs", f"{listed[i][2]} is the same mask as {listed[before][2]}, "
-                      f"of other photographs: is one of them the mask of another image?", listed[i][2])
+            found.add("doubt", "one mask of two photographs", f"{listed[i][2]} is the same mask as {listed[before][2]} "
+                      f"of another photograph: is one of them the mask of another image?", listed[i][2])
 
 
 def _count(found, listed, records, good, masks, settings):
@@ -290,7 +291,7 @@ def _count(found, listed, records, good, masks, settings):
         found.ignored[split] = float(own[:, C].sum() / max(own.sum(), 1))
     if good:
         check_classes(found)
-        _attempt(found, "one class", lambda: check_counts(found.class_names, found.counts["train"], "look at the masks"))
+        _attempt(found, "one class", check_counts, found.class_names, found.counts["train"], "look at the masks")
     return by_file[:, :C]
 
 
@@ -350,19 +351,26 @@ def check_alignment(found: Inspection, pairs: Sequence[tuple[Path, Path]], small
     places = list(small)
     labels = [np.where(small[i][1] == IGNORE_INDEX, num_classes, small[i][1]) for i in places]
     colors, K = _color_bins([small[i][0] for i in places])
-    joint = np.stack([_joint(color, label, K, num_classes) for color, label in zip(colors, labels, strict=True)])
-    total = joint.sum(0, dtype=np.float64)                              # (K, C)
+    placed = [color + K * (np.arange(len(color)) * ROWS // len(color))[:, None] for color in colors]
+    joint = np.stack([_joint(color, label, ROWS * K, num_classes) for color, label in zip(placed, labels, strict=True)])
+    total = joint.sum(0, dtype=np.float64)                              # (ROWS K, C)
     information, likelihood, tables = [], [], []
-    for color, label, own in zip(colors, labels, joint, strict=True):
-        ratio = _log_ratio(total - own)                                 # (K, C + 1), of all other files
+    for color, place, label, own in zip(colors, placed, labels, joint, strict=True):
+        ratio = _log_ratio(total - own)                                 # (ROWS K, C + 1), of all other files
         turned = [label, *(turn(label) for turn in _turns(label).values())]
         information.append([_mutual_information(_joint(color, other, K, num_classes)) for other in turned])
-        likelihood.append([ratio[color, other].mean() for other in turned])
+        likelihood.append([ratio[place, other].mean() for other in turned])
         tables.append(ratio)
-    told = _check_turns(found, pairs, places, labels, information, likelihood)
-    _check_shift(found, pairs, [place for place in places if place not in told], places, joint, tables)
-    _check_swaps(found, pairs, places, told, colors, labels, tables)
-    if not told:
+    if _check_all_turned(found, pairs, places, labels, information):
+        return dict.fromkeys(places, 0.0)
+    turned = {place: gain for place, label, own, fits in zip(places, labels, information, likelihood, strict=True)
+              if (gain := _turn_gain(label, own, fits))}
+    swapped = _check_swaps(found, pairs, places, turned, placed, labels, tables)
+    for place in turned.keys() - swapped:
+        found.add("fault", "turned mask", f"{pairs[place][1]}: the mask seems {turned[place][1]}: turned back it fits "
+                  f"{pairs[place][0].name} better; look at both, and turn it back", pairs[place][1])
+    _check_shift(found, pairs, places, turned.keys() | swapped, joint, tables)
+    if not turned and not swapped:
         _check_moves(found, colors, labels, K, num_classes)
     return {place: fits[0] for place, fits in zip(places, likelihood, strict=True)}
 
@@ -407,31 +415,33 @@ def _is_strong(gains):
     return gains.mean() > max(SET_GAIN, SET_ERRORS * error) and (gains > 0).mean() > SET_SHARE
 
 
-def _check_turns(found, pairs, places, labels, information, likelihood):
-    """Report turned masks of the set, else of files; returns the places told of."""
-    for name in [name for name in {**TURNS, **QUARTERS} if all(name in _turns(label) for label in labels)]:
-        k = 1 + list({**TURNS, **QUARTERS}).index(name)
-        gains = np.array([fits[k] - fits[0] for fits in information])
-        if _is_strong(gains) and gains.mean() >= max(np.mean([np.subtract(fits[1:], fits[0]) for fits in information],
-                                                             axis=0)):
-            found.add("fault", "turned masks", f"masks are {name} in {(gains > 0).sum()} of {len(gains)} files, as "
-                      f"{pairs[places[int(gains.argmax())]][1]}: turned back they fit the edges and colours of their "
-                      f"photographs better; turn them back")
-            return set(places)
-    told = set()
-    for place, label, own, fits in zip(places, labels, information, likelihood, strict=True):
-        gains = np.minimum(np.subtract(fits[1:], fits[0]) / TURN_GAIN[0], np.subtract(own[1:], own[0]) / TURN_GAIN[1])
-        if gains.max() > 1:
-            name = list(_turns(label))[int(gains.argmax())]
-            told.add(place)
-            found.add("fault", "turned mask", f"{pairs[place][1]}: the mask seems {name}: turned back it fits "
-                      f"{pairs[place][0].name} better; look at both, and turn it back", pairs[place][1])
-    return told
+def _check_all_turned(found, pairs, places, labels, information):
+    """Report and return whether masks of the whole set are turned."""
+    names = list(_turns(labels[0]))
+    if any(list(_turns(label)) != names for label in labels):
+        names = list(TURNS)
+    gains = np.array([np.subtract(own[1:1 + len(names)], own[0]) for own in information])       # (N, turns)
+    k = int(gains.mean(0).argmax())
+    if not _is_strong(gains[:, k]):
+        return False
+    found.add("fault", "turned masks", f"masks are {names[k]} in {(gains[:, k] > 0).sum()} of {len(gains)} files, as "
+              f"{pairs[places[int(gains[:, k].argmax())]][1]}: turned back they fit the edges and colours of their "
+              f"photographs better; turn them back")
+    return True
 
 
-def _check_shift(found, pairs, wanted, places, joint, tables):
+def _turn_gain(label, information, likelihood):
+    """(gain, name) of the turn that a mask fits its photograph better by, None where none is clear."""
+    gains = np.subtract(likelihood[1:], likelihood[0])
+    clear = np.minimum(gains / TURN_GAIN[0], np.subtract(information[1:], information[0]) / TURN_GAIN[1])
+    k = int(clear.argmax())
+    return (float(gains[k]), list(_turns(label))[k]) if clear[k] > 1 else None
+
+
+def _check_shift(found, pairs, places, told, joint, tables):
+    """Report files whose numbers are one off, others than those told of."""
     for place, own, ratio in zip(places, joint, tables, strict=True):
-        if place not in wanted or own.sum() == 0:
+        if place in told or own.sum() == 0:
             continue
         fits = own.T @ ratio[:, :-1] / own.sum()                        # (C, C): pixels of class c read as c'
         for step in (-1, 1):
@@ -442,8 +452,8 @@ def _check_shift(found, pairs, wanted, places, joint, tables):
                           f"number it as the others", pairs[place][1])
 
 
-def _check_swaps(found, pairs, places, told, colors, labels, tables):
-    """Report two photographs whose masks fit better exchanged."""
+def _check_swaps(found, pairs, places, turned, colors, labels, tables):
+    """Report two photographs whose masks fit better exchanged, and more so than turned; returns their places."""
     grids = [[((np.arange(count) + 0.5) * length / count).astype(int) for count, length in
               zip(GRID, label.shape, strict=True)] for label in labels]
     seen = np.stack([ratio[color[rows[:, None], columns]].ravel() for ratio, color, (rows, columns) in
@@ -454,16 +464,19 @@ def _check_swaps(found, pairs, places, told, colors, labels, tables):
     fits = seen @ hot.T / np.prod(GRID)                                 # (N, N): photograph i with mask j
     own = np.diag(fits)
     gains = fits + fits.T - own[:, None] - own
-    done = set(told)
+    done = set()
     for flat in np.argsort(-gains, axis=None)[:len(places)]:
         i, j = divmod(int(flat), len(places))
         both = {places[i], places[j]}
-        if gains[i, j] < SWAP_GAIN or done & both or min(fits[i, j] - own[i], fits[j, i] - own[j]) < 0.02:
+        least = [max(EACH_GAIN, turned.get(place, (0.0,))[0]) for place in (places[i], places[j])]
+        if (gains[i, j] < SWAP_GAIN or done & both or fits[i, j] - own[i] < least[0]
+                or fits[j, i] - own[j] < least[1]):
             continue
         done |= both
         found.add("fault", "swapped masks", f"{pairs[places[i]][1]} and {pairs[places[j]][1]} seem swapped: each fits "
                   f"the other's photograph better (a swapped pair); look at both, and exchange the masks",
                   pairs[places[i]][1])
+    return done
 
 
 def _check_moves(found, colors, labels, K, num_classes):

@@ -56,8 +56,8 @@ class Picture(NamedTuple):
 @dataclass
 class Inspection:
     """unit: pixels, faces or points. counts, presence {split: (C,)}: elements, and files, of each class; files {split:
-    number}; ignored {split: share of the elements}; tables: (title, header, rows); pairs {split: files}, also those that are not looked at; settings: what the plan
-    needs."""
+    number}; ignored {split: share of the elements}; tables: (title, header, rows); pairs {split: files}, also of those
+    that are not looked at; settings: what the plan needs."""
 
     title: str
     unit: str
