@@ -231,18 +231,21 @@ def _check_files(found, listed, records, blurred, masks, photos):
     usual = Counter(json.dumps(records[i]["palette"]) for i in palettes).most_common(1)
     reference = next((records[i] for i in palettes if json.dumps(records[i]["palette"]) == usual[0][0]), None)
     for i in palettes:
-        _attempt(found, "wrong palette", lambda pair: masks.check_palettes(pair), [reference, records[i]],
-                 file=listed[i][2])
+        if _attempt(found, "wrong palette", masks.check_palettes, [reference, records[i]], file=listed[i][2]):
+            good.remove(i)
     _attempt(found, "numbers of photographs", lambda: [found.add("doubt", "fourth band", line.removeprefix("WARNING: "))
                                                        for line in set_doubts([records[i] for i in good], photos)])
     return good
 
 
 def _attempt(found, kind, check, *args, file=""):
+    """Whether a check of training refuses, which is reported."""
     try:
         check(*args)
     except ValueError as error:
         found.add("fault", kind, str(error), file)
+        return True
+    return False
 
 
 def _check_masks_of_two(found, listed, records, hashes):
@@ -502,6 +505,8 @@ def _check_moves(found, colors, labels, K, num_classes):
 
 def _facts(found, splits, pairs, records):
     readable = [record for record in records if "size" in record]
+    if not readable:
+        return
     sides = np.array([record["size"] for record in readable]).reshape(-1, 2)
     found.settings |= {"short_side": int(np.median(sides.min(1))), "megapixels": float(np.median(sides.prod(1))) / 1e6}
     found.facts[:0] = [("pairs", ", ".join(f"{len(listed)} {split}" for split, listed in pairs.items())),
