@@ -456,6 +456,7 @@ def main(argv=None) -> dict:
         found = inspect_meshes(folders, given_by_flags, *shared)
     else:
         found = inspect_clouds(args.cloud_root, given_by_flags, *shared)
+    found.draw()
     script, plan = PLANS[kind]
     plans = []
     if found.files["train"]:

@@ -14,6 +14,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +75,7 @@ def inspect_images(splits: Mapping[str, tuple], data: dict, most: int, workers: 
     small = _small_copies(found, [(listed[i][1:], i) for i in good], masks, photos, workers)
     odd = check_alignment(found, [pair[1:] for pair in listed], small, len(found.class_names)) if small else {}
     _facts(found, splits, pairs, records)
-    _add_pictures(found, listed, good, by_file, odd, masks, photos, seed)
+    found.draw = partial(_add_pictures, found, listed, good, by_file, odd, masks, photos, seed)
     found.settings |= settings
     return found
 

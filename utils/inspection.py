@@ -7,7 +7,7 @@ rarely meant, or what a setting of the plan settles; a note is good to know.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -57,7 +57,7 @@ class Picture(NamedTuple):
 class Inspection:
     """unit: pixels, faces or points. counts, presence {split: (C,)}: elements, and files, of each class; files {split:
     number}; ignored {split: share of the elements}; tables: (title, header, rows); pairs {split: files}, also of those
-    that are not looked at; settings: what the plan needs."""
+    that are not looked at; draw(): fills pictures; settings: what the plan needs."""
 
     title: str
     unit: str
@@ -71,6 +71,7 @@ class Inspection:
     ignored: dict[str, float] = field(default_factory=dict)
     tables: list[tuple[str, Sequence[str], list[Sequence]]] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
+    draw: Callable[[], None] | None = None
     pairs: dict[str, list] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
