@@ -246,15 +246,20 @@ def plan_meshes(found: Inspection, args, device: torch.device, output: Path) -> 
     surfaces = data["connected"] and faces < MOST_FACES
     ratio = uneven(found)
     share = found.counts["train"] / max(found.counts["train"].sum(), 1)
+    listed = len(found.pairs["train"])
     mode = "z" if data["upright"] == 2 else "so3"
     model, training, augmentation = (surface_settings if surfaces else cluster_settings)(data, faces, mode)
+    val = {"val_split": ([0.15 if listed >= 7 else round(1 / listed, 3)], "every so many files; name patterns "
+                         "(faust_08*) keep copies and poses of one thing together")}
+    if args.val_mesh_dir or listed < 2:
+        val = {}
     sections = {
         "paths": {"mesh_dir": args.mesh_dir, **given("label_dir", args.label_dir, "one file a mesh, of its name"),
                   **{f"{split}_{kind}_dir": value for split in ("val", "test") for kind in ("mesh", "label")
-                     if (value := getattr(args, f"{split}_{kind}_dir"))}},
-        "data": {**({} if args.val_mesh_dir else {"val_split": (
-                     [0.15], "every seventh; name patterns (faust_08*) keep copies and poses of one thing together")}),
-                 **label_settings(found),
+                     if (value := getattr(args, f"{split}_{kind}_dir"))},
+                  **({"val_mesh_dir": (args.mesh_dir, "the only mesh: the score is of training")}
+                     if listed < 2 and not args.val_mesh_dir else {})},
+        "data": {**val, **label_settings(found),
                  **given("suffixes", data["suffixes"], "the same meshes are there in other formats too"),
                  **given("recursive", data["recursive"], "the meshes lie in folders")},
         "model": {"n_classes": (data["num_classes"], f"of the {'class file' if data['names'] else 'labels'}"), **model},
@@ -398,19 +403,19 @@ def write_split(found: Inspection, root: Path, output: Path) -> dict:
 
 
 def cloud_seconds(config: Config, found: Inspection, device: torch.device) -> float:
-    """Measured: a step of the planned batch size."""
+    """Measured: a step of the planned batch size, by one of its clouds."""
     files = [path for path in found.pairs["train"] if path not in found.settings["bad_files"]]
     data = config.data
     dataset = train_sonata.PointDataset(
-        files[:config.training.batch_size], train_sonata.point_spec(config), config.model.num_classes,
+        files[:1], train_sonata.point_spec(config), config.model.num_classes,
         train_sonata.build_augmentation(config), data.label_field, data.ignore_labels,
         label_offset=data.label_offset or 0, label_map=label_map_of(data), description="measuring")
     model = train_sonata.build_model(config, config.model.encoder.to_dict()).to(device)
-    batch = to_device(collate_points([dataset[i] for i in range(config.training.batch_size)]), device)
+    batch = to_device(collate_points([dataset[0]]), device)
 
     def step():
         torch.nn.functional.cross_entropy(model(batch), batch["label"], ignore_index=IGNORE_INDEX).backward()
-    return measured(step, device, repeats=2)
+    return config.training.batch_size * measured(step, device, repeats=2)
 
 
 # -- all kinds -------------------------------------------------------------------------------------
@@ -478,12 +483,12 @@ def main(argv=None) -> dict:
 
 def kind_of(args) -> str:
     """images, meshes or clouds; ValueError for none and for two."""
-    asked = {"images": args.image_paths, "meshes": args.mesh_dir, "clouds": args.cloud_root}
-    kinds = [kind for kind, value in asked.items() if value]
-    if len(kinds) != 1:
-        raise ValueError(f"expected --image-paths and --mask-paths, --mesh-dir or --cloud-root, got "
-                         f"{' and '.join(kinds) or 'none of them'}")
-    return kinds[0]
+    flags = {"--image-paths": "images", "--mesh-dir": "meshes", "--cloud-root": "clouds"}
+    asked = [flag for flag in flags if getattr(args, flag[2:].replace("-", "_"))]
+    if len(asked) != 1:
+        raise ValueError(f"expected --image-paths and --mask-paths, --mesh-dir or --cloud-root; got "
+                         f"{' and '.join(asked) or 'none of them'}")
+    return flags[asked[0]]
 
 
 PLANS = {"images": (train_segmentation, plan_images), "meshes": (train_downstream, plan_meshes),

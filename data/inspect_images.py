@@ -24,7 +24,7 @@ from data.image_pairs import common_ending, find_files, stems_of
 from data.image_results import overlay
 from data.image_splits import check_counts, class_file, mask_reader, mask_suffixes, read_class_file, read_classes
 from data.images import pair_problems, scan_pairs, take_part
-from data.masks import color_of, load_mask, to_label
+from data.masks import MaskReader, color_of, load_mask, to_label
 from data.photos import photo_format, read_image, set_doubts
 from utils.inspection import Inspection, Picture, check_classes, check_duplicates, check_names, sampled, spread
 from utils.log import progress
@@ -66,7 +66,7 @@ def inspect_images(splits: Mapping[str, tuple], data: dict, most: int, workers: 
     blurred = [_is_blurred(record) for record in records]
     _find_classes(found, [pair[1:] for pair in listed], settings)
     _find_meaning(found, [record for record, bad in zip(records, blurred, strict=True) if not bad], settings)
-    masks, photos = mask_reader(settings, settings["num_classes"]), photo_format(settings)
+    masks, photos = _reader(settings), photo_format(settings)
     good = _check_files(found, listed, records, blurred, masks, photos)
     check_duplicates(found, [pair[:2] for pair in listed], hashes, [record.get("digest") for record in records])
     _check_masks_of_two(found, listed, records, hashes)
@@ -167,6 +167,13 @@ def _find_meaning(found, records, settings):
                   f"reduce_zero_label: true (--reduce-zero-label)")
     else:
         settings["num_classes"] = max(others) + 1
+
+
+def _reader(settings):
+    """How training reads the masks as planned."""
+    if "class_text" in settings:
+        return MaskReader(settings["num_classes"], colors=np.array(json.loads(settings["class_text"])["palette"]))
+    return mask_reader(settings, settings["num_classes"])
 
 
 def _pairs_of_map(text):

@@ -47,7 +47,8 @@ UNIT_RATIO, FEW_SHARE = 30, 0.06            # sizes that differ by more are othe
 TURN_RATIO = 0.4                            # distance to the others after a turn, over that before
 QUANTILES = np.linspace(0, 1, 33)
 SAME_SHAPE = 2e-5                           # largest difference of the quantiles of two copies
-UPRIGHT_RATIO = 2                           # how far classes lie apart, over how far files differ: all have one axis up
+UPRIGHT_RATIO = 1.2                         # how far classes lie apart, over how far files differ: all have one axis up
+FACING = 1.25                               # squares that face the viewer are drawn darker by so much
 PICTURES, POINTS_SHOWN, FACES_SHOWN = 6, 20_000, 150_000
 
 
@@ -110,7 +111,7 @@ def examine_cloud(path: Path, label_field: str | None = None) -> dict:
     shape = _shape(coord, middle)
     rng = np.random.default_rng(0)
     chosen = rng.permutation(len(coord))[:NEIGHBORS_SEEN]
-    distance, nearest = cKDTree(coord).query(coord[chosen], min(2, len(coord)))
+    distance, nearest = cKDTree(coord, balanced_tree=False, compact_nodes=False).query(coord[chosen], min(2, len(coord)))
     distance, nearest = distance.reshape(len(chosen), -1), nearest.reshape(len(chosen), -1)
     peaks = [np.histogram(coord[:, axis], 100)[0].max() / len(coord) for axis in range(3)]
     far = np.quantile(np.linalg.norm(coord - middle, axis=1), 0.99) * 3
@@ -182,7 +183,8 @@ def inspect_meshes(folders: Mapping[str, tuple], data: dict, most: int, workers:
                  middle["open"] < 0.02, "elements": [records[i]["elements"] for i in good]}
     found.facts += [("textured", f"{sum(textured)} of {len(textured)}"),
                     ("closed", f"{sum(records[i]['open'] == 0 for i in good)} of {len(good)}")]
-    draw = partial(_draw_mesh, colors=found.palette, meaning=settings["meaning"])
+    up = "auto" if settings["upright"] is None else "xyz"[settings["upright"]]
+    draw = partial(_draw_mesh, colors=found.palette, meaning=settings["meaning"], up=up)
     found.draw = partial(_add_pictures, found, files, records, seed, draw)
     return found
 
@@ -618,11 +620,11 @@ def _add_pictures(found, files, records, seed, draw):
         found.pictures.append(Picture(heading, files[i][1].name, f"{files[i][0]}; {caption or sides}", drawn[i]))
 
 
-def _draw_mesh(path, record, colors, meaning):
+def _draw_mesh(path, record, colors, meaning, up):
     mesh = read_mesh(path)
     keep = slice(None, None, max(1, len(mesh.faces) // FACES_SHOWN))
     return render_mesh(mesh.vertices, mesh.faces[keep], label_colors(_classes(record["label"][keep], meaning), colors),
-                       size=240)
+                       size=240, up=up)
 
 
 def _classes(label, meaning):
@@ -641,4 +643,5 @@ def _draw_cloud(path, record, colors, meaning):
     first = 4 * np.arange(len(coord))[:, None]
     faces = np.concatenate([first + [0, 1, 2], first + [0, 2, 3]])
     color = label_colors(_classes(cloud.label[chosen], meaning), colors)
+    color = np.minimum(color * FACING, 255).astype(np.uint8)
     return render_mesh(vertices, faces, np.concatenate([color, color]), size=240, view=(20.0, 35.0), up="z")
