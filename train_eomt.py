@@ -15,7 +15,7 @@ pixel decoder and no decoder; masks steer the queries in training only and are s
 block, so that what remains is a plain ViT. Checkpoints hold the whole network: a licence of the
 backbone's weights (DINOv3's) reaches them. A released file for DINOv3 holds differences to the
 backbone and needs --backbone-weights too. Every number logged and every deviation from the paper:
-docs/dinov3_heads.md.
+docs/eomt.md.
 """
 
 from __future__ import annotations

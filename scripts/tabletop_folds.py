@@ -40,7 +40,7 @@ FOLDS = (("red", "stripes", "flat", "pan", "tube"), ("orange", "kids", "green", 
 
 def parse_args(argv=None):
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("source", type=Path, help="the data as docs/sonata.md describes it")
+    parser.add_argument("source", type=Path, help="the data as docs/clouds.md describes them")
     parser.add_argument("target", type=Path)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)

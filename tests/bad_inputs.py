@@ -476,7 +476,7 @@ SETTINGS = group(
     ("not UTF-8 (Latin-1)", SONATA, start(SONATA, put("config.yaml", "data: {root: Stühle}".encode("latin-1"))), "config.yaml: not UTF-8", "wrong file"),
     ("a date for a text", DOWN, start(DOWN, put("config.yaml", "paths: {mesh_dir: !!timestamp 2024-01-31}\n")), "config.yaml", "no setting"),
     ("JSON that is cut short", DOWN, named(DOWN, "config.json", put("config.json", '{"paths": {"mesh_dir": ')), "config.json: not valid JSON", "line 1"),
-    ("TOML that is none", JEPA, named(JEPA, "config.toml", put("config.toml", "paths = [\n")), "config.toml", "not valid TOML"),
+    ("TOML that is not valid", JEPA, named(JEPA, "config.toml", put("config.toml", "paths = [\n")), "config.toml", "not valid TOML"),
     ("an unknown key", DOWN, start(DOWN, lambda f: change_yaml(f, {"training": {"epoch": 3}})), "unknown key training.epoch", "did you mean training.epochs"),
     ("an unknown section", SONATA, start(SONATA, lambda f: change_yaml(f, {"optimiser": {"lr": 1}})), "unknown section optimiser", "did you mean optimizer"),
     ("a key of another section", UNET, start(UNET, None, "training.lr=0.1"), "unknown key training.lr", "optimizer.lr"),
@@ -497,7 +497,7 @@ SETTINGS = group(
     ("a negative learning rate", SONATA, start(SONATA, None, "optimizer.lr=-0.1"), "optimizer.lr", "must be a number above 0"),
     ("a negative learning rate", PROTO, start(PROTO, None, "optimizer.backbone_lr=-0.1"), "optimizer.backbone_lr", "must be a number above 0"),
     ("a negative learning rate", JEPA, start(JEPA, None, "optimizer.learning_rate=-0.1"), "optimizer.learning_rate", "must be a number above 0"),
-    ("a whole section as one number", JEPA, start(JEPA, lambda f: put("jepa.yaml", "model: 3\npaths: {mesh_dir: train}\n")(f)), "jepa.yaml: model", "expected a section"),
+    ("a complete section as one number", JEPA, start(JEPA, lambda f: put("jepa.yaml", "model: 3\npaths: {mesh_dir: train}\n")(f)), "jepa.yaml: model", "expected a section"),
     ("no epochs", DOWN, start(DOWN, None, "training.epochs=0"), "training.epochs", "or 1 epoch and more"),
     ("a dropout of 2", UNET, start(UNET, None, "model.dropout=2"), "model.dropout", "from 0 to 1"),
     ("a misspelt choice", UNET, start(UNET, None, "scheduler.name=cosin"), "scheduler.name", "did you mean cosine"),
@@ -536,14 +536,14 @@ FLAGS = group(
     ("a misspelt flag", DOWN, start(DOWN, None, "--sead", "1"), "unknown flag --sead", "did you mean --seed"),
     ("a setting with hyphens", SONATA, start(SONATA, None, "--optimizer.lr=1"), "unknown flag --optimizer.lr", "write optimizer.lr=VALUE without hyphens"),
     ("text for a number", M2F, start(M2F, None, "--epochs", "ten"), "--epochs", "invalid int value: 'ten'"),
-    ("a choice that is none", UPER, start(UPER, None, "--scheduler", "linear"), "--scheduler", "choose from"),
+    ("a value that is not a choice", UPER, start(UPER, None, "--scheduler", "linear"), "--scheduler", "choose from"),
     ("a flag without its value", PROTO, start(PROTO, None, "--seed"), "--seed", "expected one argument"),
     ("no arguments at all", PREDICT, lambda f: [], "arguments are required", "--help"),
     ("loader processes below none", UNET, start(UNET, None, "--num-workers", "-1"), "--num-workers", "expected a number from 0"),
     ("batches below none", JEPA, start(JEPA, None, "--limit-batches", "-1"), "--limit-batches", "expected a number from 0"),
     ("a negative seed", DOWN, start(DOWN, None, "--seed", "-1"), "seed", "expected an integer from 0"),
-    ("a seed beyond 64 bits", M2F, start(M2F, None, "--seed", "99999999999999999999999"), "seed", "expected an integer from 0"),
-    ("a device that is none", SONATA, start(SONATA, None, "--device", "gpu"), "--device", "cuda"),
+    ("a seed above 64 bits", M2F, start(M2F, None, "--seed", "99999999999999999999999"), "seed", "expected an integer from 0"),
+    ("a device that does not exist", SONATA, start(SONATA, None, "--device", "gpu"), "--device", "cuda"),
     ("a GPU that is not there", UPER, start(UPER, None, "--device", "cuda:9"), "--device", "cpu"),
     ("clouds compiled", SONATA, start(SONATA, None, "--compile"), "--compile", "every size of cloud"),
     ("to test what was never trained", UNET, start(UNET, None, "--test-only"), "--test-only needs a checkpoint", "add --resume PATH or --resume auto"),
@@ -567,12 +567,12 @@ FLAGS = group(
     ("a stride of 0", M2F, start(M2F, None, "--eval-stride", "0"), "--eval-stride 0", "a stride from 1"),
     ("a crop that is too small", M2F, start(M2F, None, "--image-size", "32"), "--image-size", "from 64"),
     ("a crop that patches do not fill", LINEAR, start(LINEAR, None, "--image-size", "72"), "--image-size 72", "must be a multiple of 16"),
-    ("a number of blocks that is no choice", LINEAR, start(LINEAR, None, "--layers", "2"), "--layers", "choose from"),
+    ("a number of blocks that is not a choice", LINEAR, start(LINEAR, None, "--layers", "2"), "--layers", "choose from"),
     ("blocks that the backbone does not have", PMT, start(PMT, None, "--taps", "0", "4"), "--taps 0 4", "from 0 to 3"),
     ("blocks in another order", PMT, start(PMT, None, "--taps", "2", "0"), "--taps 2 0", "in their order"),
     ("heads that cannot share the width", M2F, start(M2F, None, "--hidden-dim", "30"), "--hidden-dim", "multiple"),
     ("features of a backbone that is trained", EOMT, start(EOMT, None, "--augment", "windows", "--cache-features"), "--cache-features", "leave the flag out"),
-    ("a crop of no whole patches", EOMT, start(EOMT, None, "--image-size", "72"), "--image-size 72", "multiple of 16"),
+    ("a crop that is not a multiple of the patch", EOMT, start(EOMT, None, "--image-size", "72"), "--image-size 72", "multiple of 16"),
     ("more blocks with queries than there are", EOMT, start(EOMT, None, "--joint-blocks", "5"), "--joint-blocks 5", "has 4 blocks"),
     ("more frozen blocks than there are", EOMT, start(EOMT, None, "--freeze-blocks", "5"), "--freeze-blocks 5", "has 4 blocks"),
     ("warm-ups longer than the run", EOMT, start(EOMT, None, "--head-warmup", "0.6", "--encoder-warmup", "0.5"), "--encoder-warmup", "from 0 to 0.3"),
@@ -592,7 +592,7 @@ FLAGS = group(
     ("results beside the input", PREDICT, predict(UNET, None, "images/test", "--output", "images/test"), "--output images/test holds the input", "use another folder"),
     ("a page to turn a photograph in", PREDICT, predict(UNET, None, "images/test", "--html"), "--html", "leave it out"),
     ("reasons of a network that has none", PREDICT, predict(UNET, None, "images/test", "--explain", "1,1"), "--explain", "train_prototype.py"),
-    ("a pixel that is none", PREDICT, predict(PROTO, None, "images/test", "--explain", "here"), "--explain", "invalid pixel value"),
+    ("text for a pixel", PREDICT, predict(PROTO, None, "images/test", "--explain", "here"), "--explain", "invalid pixel value"),
     ("a pixel outside of the photograph", PREDICT, predict(PROTO, None, "images/test", "--explain", "500,500"), "pixel 500,500 is not on the photograph", "correct --explain"),
     ("a format of other data", PREDICT, predict(UNET, None, "images/test", "--labels", "txt"), "--labels", "expected one of auto, png, npy, tif"),
     ("probabilities of a mesh", PREDICT, predict(DOWN, None, "test", "--confidence"), "--confidence", "leave it out"),
@@ -667,7 +667,7 @@ MESHES = group(
     ("a dangling link", PREDICT, predict(DOWN, link("odd.obj", "nowhere.obj"), "odd.obj"), "odd.obj", "no such file"),
     ("two meshes of one name", DOWN, start(DOWN, put("train/mesh_00.off", "OFF\n")), "mesh_00.obj and mesh_00.off", "keep one"),
     ("no texture coordinates", DOWN, start(DOWN, put(MESH, "v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 9\n"), data=textured_base), f"{MESH}: line 4", "is the file cut short?"),
-    ("a texture that is no picture", DOWN, start(DOWN, put("train/red_00.png", "not a picture"), data=textured_base), "train/red_00.png", "cannot be read"),
+    ("a texture that is not a picture", DOWN, start(DOWN, put("train/red_00.png", "not a picture"), data=textured_base), "train/red_00.png", "cannot be read"),
     ("a texture of 10^10 pixels", DOWN, start(DOWN, put("train/red_00.png", png_header(100_000, 100_000)), data=textured_base), "train/red_00.png", "cannot be read"),
     ("a mesh without its library of materials", DOWN, start(DOWN, gone("train/mesh_00.mtl"), data=textured_base), "train/mesh_00", "mesh_00.mtl"),
     ("a mesh without its pictures", DOWN, start(DOWN, both(gone("train/red_00.png"), gone("train/blue_00.png")), data=textured_base), "train/blue_00.png: no such picture", "put it there"),
@@ -755,7 +755,7 @@ CLOUDS = group(
     ("a misspelt split", SONATA, start(SONATA, None, "data.train=trian"), "no split 'trian'", "did you mean train"),
     ("an empty split", SONATA, start(SONATA, both(gone("val"), folder_at("val"))), "split 'val' is empty", "clouds are .npz"),
     ("a list that names a missing cloud", SONATA, start(SONATA, put("splits.json", '{"train": ["train/cloud_007"]}')), "splits.json names train/cloud_007", "no such cloud"),
-    ("a list of splits that is no JSON", SONATA, start(SONATA, put("splits.json", "train: cloud_000")), "splits.json", "line 1"),
+    ("a list of splits that is not JSON", SONATA, start(SONATA, put("splits.json", "train: cloud_000")), "splits.json", "line 1"),
     ("a list of splits that is 100,000 brackets deep", SONATA, start(SONATA, put("splits.json", "[" * 100_000)), "splits.json: cannot be read as JSON", "recursion"),
     ("a cloud cut short", SONATA, start(SONATA, cut(CLOUD)), f"{CLOUD}: cannot be read", "cut short or damaged"),
     ("a cloud of 0 bytes", SONATA, start(SONATA, put(CLOUD, "")), f"{CLOUD}: cannot be read", "cut short or damaged"),
@@ -800,7 +800,7 @@ CLOUDS = group(
     ("a label map of too few classes", SONATA, start(SONATA, None, "data.label_map=0:0,1:1"), "data.label_map has 2 classes", "set one to the other"),
     ("a label map without one of the labels", SONATA, start(SONATA, None, "data.label_map=0:0,1:1,7:2"), f"{CLOUD}: value 2", "not in the label map"),
     ("a label map and an offset", SONATA, start(SONATA, None, "data.label_map=0:0,1:1,2:2", "data.label_offset=-1"), "data.label_offset and data.label_map", "leave one out"),
-    ("colours beyond the range that was named", SONATA, start(SONATA, None, "data.color_range=1"), f"{CLOUD}: colours from", "expected 0..1, as data.color_range says"),
+    ("colours outside the range that was named", SONATA, start(SONATA, None, "data.color_range=1"), f"{CLOUD}: colours from", "expected 0..1, as data.color_range says"),
     ("normals that look nowhere", SONATA, start(SONATA, None, "data.normal_view=up"), "data.normal_view", "neighbours"),
     ("a cloud 3,000 m wide that turns could make wider", SONATA, start(SONATA, array(CLOUD, coord=at(0, 3000.0))), f"{CLOUD}: augmentation can make the cloud", "set data.grid_size=0.0"),
     ("labels of a name nobody knows", SONATA, start(SONATA, lambda f: [array(f"{p.parent.name}/{p.name}", segment=None)(f) for p in f.glob("*/*.npz")]), "no labelled point in 3 clouds", "expected a field named segment"),
@@ -809,7 +809,7 @@ CLOUDS = group(
     ("a cloud 10^300 m wide", SONATA, start(SONATA, array(CLOUD, coord=at(0, 1e300))), f"{CLOUD}: 1 of", "beyond 1e+15"),
     ("a PLY without vertices", PREDICT, predict(SONATA, put("odd.ply", "ply\nformat ascii 1.0\nelement face 0\nproperty list uchar int vertex_indices\nend_header\n"), "odd.ply"), "odd.ply: cannot be read", "damaged"),
     ("two clouds of one name", PREDICT, predict(SONATA, None, "train/cloud_000.npz", "train"), "", "the same file twice counts once", lambda f, result: len(result) == 3),
-    ("classes.json that is no JSON", SONATA, start(SONATA, put("classes.json", "floor, box, ball")), "classes.json: expected a list of class names", "JSONDecodeError"),
+    ("classes.json that is not JSON", SONATA, start(SONATA, put("classes.json", "floor, box, ball")), "classes.json: expected a list of class names", "JSONDecodeError"),
     ("classes.json 100,000 brackets deep", SONATA, start(SONATA, put("classes.json", "[" * 100_000)), "classes.json: expected a list of class names", "RecursionError"),
     ("classes.json with one name twice", SONATA, start(SONATA, put("classes.json", '["floor", "box", "box"]')), "classes.json", "each once"),
     ("classes.json for other classes", SONATA, start(SONATA, put("classes.json", '["floor", "box"]')), "2 class names for model.num_classes=3", "correct data.class_names"),
@@ -852,7 +852,7 @@ PHOTOS = group(
     ("binary masks of 0 and 255", PROTO, start(PROTO, binary_masks), "all labelled pixels of the training masks are sky", "label_map: 0:0,255:1"),
     ("masks of numbers that the label map does not have", M2F, start(M2F, None, "--label-map", "0:0,2:1,7:2"), f"{MASK}: value 1 (", "not in the label map"),
     ("a label map of other classes", UNET, start(UNET, None, "dataset.label_map=0:0,255:1"), "has 2 classes and num_classes=3", "set num_classes to 2"),
-    ("a label map that is none", PROTO, start(PROTO, None, "dataset.label_map=zero"), "label map 'zero'", "VALUE:CLASS pairs such as 0:0,255:1"),
+    ("a word for a label map", PROTO, start(PROTO, None, "dataset.label_map=zero"), "label map 'zero'", "VALUE:CLASS pairs such as 0:0,255:1"),
     ("masks whose names have an ending", UNET, start(UNET, lambda f: [p.rename(p.with_name(f"{p.stem}_mask.png")) for p in (f / "masks").glob("*/*.png")]), "4 of 4 files have no partner", "set mask_suffix: _mask (--mask-suffix _mask)"),
     ("a value range upside down", M2F, start(M2F, None, "--value-range", "9", "3"), "value_range=[9.0, 3.0]", "[low, high]"),
     ("four bands for a frozen backbone", M2F, start(M2F, None, "--bands", "1", "2", "3", "4"), "bands=[1, 2, 3, 4]: expected three bands", "train_segmentation.py takes any number"),
@@ -874,11 +874,11 @@ PHOTOS = group(
     ("a palette of text", UNET, start(UNET, put("classes.json", '{"classes": ["a", "b", "c"], "palette": "red"}')), "classes.json: expected", "palette"),
     ("no class file", M2F, start(M2F, gone("classes.json")), "classes.json: expected", "FileNotFoundError"),
     ("class numbers with a gap", UNET, start(UNET, both(gone("classes.json"), put("classes.txt", "0 sky\n1 ground\n3 box\n"))), "classes.txt: the numbers of 3 classes are 0, 1, 3", "each of 0 to 2 once"),
-    ("a folder of VOC that is none", PROTO, start(PROTO, None, "dataset.name=pascal", "model.num_classes=21", "model.prototype_shape=[21, 8, 1, 1]"), "no VOCdevkit/VOC2012/JPEGImages", "scripts/download_voc.py"),
-    ("a folder of Cityscapes that is none", PROTO, start(PROTO, None, "dataset.name=cityscapes", "model.num_classes=19", "model.prototype_shape=[19, 8, 1, 1]"), "leftImg8bit/train: no such folder", "download_datasets.py cityscapes"),
+    ("a folder that is not VOC", PROTO, start(PROTO, None, "dataset.name=pascal", "model.num_classes=21", "model.prototype_shape=[21, 8, 1, 1]"), "no VOCdevkit/VOC2012/JPEGImages", "scripts/download_voc.py"),
+    ("a folder that is not Cityscapes", PROTO, start(PROTO, None, "dataset.name=cityscapes", "model.num_classes=19", "model.prototype_shape=[19, 8, 1, 1]"), "leftImg8bit/train: no such folder", "download_datasets.py cityscapes"),
     ("a dangling link among the photographs", UNET, start(UNET, link(IMAGE, "nowhere.png")), "masks/train: 1 of 4 files have no partner", "picture_000.png"),
     *((f"a photograph in mode {mode}", PREDICT, predict(UNET, photo_of(mode), "odd.tif" if mode == "CMYK" else "odd.png"), "", outcome, photo_labelled)
-      for mode, outcome in (("I;16", "the full range of 16 bits, or value_range, becomes 0 to 255"), ("CMYK", "as RGB"), ("P", "as RGB"), ("RGBA", "what a PNG says is transparent is white; a fourth band of a TIFF, or of many values, is not shown"), ("1", "black and white"), ("LA", "as RGBA"))),
+      for mode, outcome in (("I;16", "the full range of 16 bits, or value_range, becomes 0 to 255"), ("CMYK", "as RGB"), ("P", "as RGB"), ("RGBA", "what a PNG declares transparent is white; a fourth band of a TIFF, or of many values, is not shown"), ("1", "black and white"), ("LA", "as RGBA"))),
     ("a photograph of one pixel", PREDICT, predict(UNET, lambda f: Image.new("RGB", (1, 1)).save(f / "odd.png"), "odd.png"), "", "labelled", lambda f, result: Image.open(f / "out/odd.png").size == (1, 1)),
     ("a photograph of 1 x 30 pixels", PREDICT, predict(M2F, lambda f: Image.new("RGB", (30, 1)).save(f / "odd.png"), "odd.png"), "", "labelled", lambda f, result: Image.open(f / "out/odd.png").size == (30, 1)),
     ("a mask as palette picture in the colours of the classes", UNET, start(UNET, picture(MASK, lambda m: palette_mask(m, COLORS))), "", "its indices count", lambda f, result: result["miou"] >= 0),
@@ -913,7 +913,7 @@ WEIGHTS = group(
     ("a backbone of another size", M2F, start(M2F, None, "--backbone", "dinov3_vits16", "--backbone-weights", "backbone.pth"), "backbone.pth: holds dinov3_tiny, not dinov3_vits16", "Choose that backbone"),
     ("a backbone in place of a network", EOMT, with_network(None, "--network-weights", "backbone.pth"), "backbone.pth: no EoMT", "a checkpoint of train_eomt.py"),
     ("differences without their backbone", EOMT, with_network(entry("model.pth", as_differences)), "model.pth: holds differences", "--backbone-weights FILE"),
-    ("a whole network as differences", EOMT, with_network(None, "--backbone-weights", "backbone.pth"), "model.pth: holds a whole network", "leave --backbone-weights out"),
+    ("a complete network as differences", EOMT, with_network(None, "--backbone-weights", "backbone.pth"), "model.pth: holds a whole network", "leave --backbone-weights out"),
     ("a network with other joint blocks", EOMT, with_network(None, "--joint-blocks", "3"), "model.pth: has queries in its last 2 blocks", "--joint-blocks 2"),
     ("a network on another backbone", EOMT, with_network(None, "--backbone", "dinov3_vits16"), "model.pth", "Is it of this --backbone?"),
     ("a backbone with NaN in it", UPER, start(UPER, entry("backbone.pth", spoil), "--backbone-weights", "backbone.pth"), "backbone.pth", "not finite"),
@@ -954,13 +954,13 @@ def rooms(edit, *more: str):
 
 RAW = group(
     "Raw scans and downloads",
-    ("a folder that is none of S3DIS", S3DIS, rooms(gone("raw/Area_1")), "raw/Area_1: no ROOM/Annotations folders", "give the folder that holds Area_1"),
+    ("a folder that is not S3DIS", S3DIS, rooms(gone("raw/Area_1")), "raw/Area_1: no ROOM/Annotations folders", "give the folder that holds Area_1"),
     ("a room without points", S3DIS, rooms(put(ROOM, "")), "raw/Area_1/office_1: no points", "is the download complete?"),
     ("a line of three numbers", S3DIS, rooms(put(ROOM, "1 2 3 4 5 6\n1 2 3\n")), f"{ROOM}, line 2", "correct it by hand"),
     ("a colour of 400", S3DIS, rooms(put(ROOM, "1 2 3 400 5 6\n")), "raw/Area_1/office_1: colours from 5 to 400", "expected 0..255"),
     ("NaN for a coordinate", S3DIS, rooms(put(ROOM, "nan 2 3 4 5 6\n")), "chair_1.txt", "correct it by hand"),
     ("no file of angles", S3DIS, rooms(put("raw/x", ""), "--align-angle"), "Area_1_alignmentAngle.txt", "No such file"),
-    ("a file of angles that is none", S3DIS, rooms(put("raw/Area_1/Area_1_alignmentAngle.txt", HTML), "--align-angle"), "Area_1_alignmentAngle.txt", "room degrees"),
+    ("a file that holds no angles", S3DIS, rooms(put("raw/Area_1/Area_1_alignmentAngle.txt", HTML), "--align-angle"), "Area_1_alignmentAngle.txt", "room degrees"),
     ("a room without an angle", S3DIS, rooms(put("raw/Area_1/Area_1_alignmentAngle.txt", "hall_1 90\n"), "--align-angle"), "Area_1_alignmentAngle.txt has no angle", "office_1"),
     ("results into a file", S3DIS, rooms(put("out", "")), "out", "choose another output folder"),
     ("no split lists", SCANNET, lambda f: ["raw", "out", "--splits", "splits"], "scannetv2_train.txt is missing", "ScanNet's repository"),
@@ -991,10 +991,11 @@ def document() -> str:
     refused, accepted = ([case for case in CASES if (case.check is None) == wanted] for wanted in (True, False))
     text = [f"""# Wrong, odd and hostile input
 
-What the scripts say to {len(refused)} inputs that are wrong, and {len(accepted)} that are odd and yet right; `tests/bad_inputs.py` makes each of them, and
-`tests/test_bad_inputs.py` runs them. A wrong one ends the script with exit status 2 and one line `error: ...` on stderr that holds
-what the last two columns say: the place, and what is wrong or what to do. No file of yours is changed, and nothing half-written stays.
-`--debug` shows where the error was raised. How hostile pickles, archives and names are met: `tests/test_security.py`.
+How the scripts answer {len(refused)} inputs that are wrong, and {len(accepted)} that are odd but right. A wrong input ends the script with exit status 2 and one line
+`error: ...` on stderr that holds what the last two columns show: the place, and what is wrong or what to do. No file of yours is changed, and nothing
+half-written stays. `--debug` shows where the error was raised.
+
+`tests/bad_inputs.py` makes each input, and `tests/test_bad_inputs.py` runs it. How hostile pickles, archives and names are refused: `tests/test_security.py`.
 
 Printed by `python -m tests.bad_inputs`; do not edit by hand."""]
 

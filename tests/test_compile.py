@@ -18,8 +18,8 @@ pytestmark = pytest.mark.slow
 EPOCHS = 3
 # name: (graphs of the network at most, the last step at which one may be made: 1, the second shape). I-JEPA's masks decide about sizes
 # (`nonzero`), which cut its network into pieces; one of the sizes first changes later.
-GRAPHS = {"downstream": (1, 1), "jepa": (5, 3), "m2f_head": (1, 1), "upernet_head": (1, 1), "segmentation": (1, 1), "prototype": (1, None),
-          "eomt": (1, None)}
+GRAPHS = {"downstream": (1, 1), "jepa": (5, 3), "m2f_head": (1, 1), "upernet_head": (1, 1), "linear_head": (1, 1), "pmt_head": (1, None),
+          "segmentation": (1, 1), "prototype": (1, None), "eomt": (1, None)}
 
 
 def watch(into: Path, backend: str = "aot_eager"):
