@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.inspect_shapes import _one_off, inspect_clouds, inspect_meshes
+from data.inspect_clouds import inspect_clouds
+from data.inspect_meshes import inspect_meshes
+from data.inspect_shapes import _one_off
 from data.mesh_io import read_mesh
 from data.synthetic import make_mesh_set
 from data.synthetic_points import make_point_set
