@@ -25,6 +25,7 @@ from pathlib import Path
 from data.inspect_clouds import inspect_clouds
 from data.inspect_images import inspect_images
 from data.inspect_meshes import inspect_meshes
+from data.label_map import read_label_map
 from utils.checkpoint import check_writable
 from utils.cli import ArgumentParser, AtLeast, run_main
 from utils.config import load_config
@@ -55,7 +56,7 @@ def parse_args(argv=None):
     add("--classes", metavar="FILE",
         help="class names and colours; default: classes.json beside or above the data")
     add("--num-classes", type=AtLeast(1), help="default: counted")
-    add("--label-map", metavar="PAIRS",
+    add("--label-map", metavar="PAIRS|FILE",
         help="classes of the files' numbers: 0:0,255:1,4:ignore; default: found out")
     # plan
     add("--minutes", type=AtLeast(1, float), default=40.0,
@@ -83,7 +84,9 @@ def kind_of(args) -> str:
 
 def inspect(args, kind: str) -> Inspection:
     """All that is found out about the data of the flags, without pictures."""
-    data = {name: getattr(args, name) for name in ("classes", "num_classes", "label_map")}
+    label_map = args.label_map and read_label_map(args.label_map)
+    data = {"classes": args.classes, "num_classes": args.num_classes,
+            "label_map": label_map and label_map.text()}
     shared = args.max_items, args.num_workers, args.seed
     if kind == "clouds":
         return inspect_clouds(args.cloud_root, data, *shared)

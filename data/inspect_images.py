@@ -24,6 +24,7 @@ from data.image_pairs import common_ending, find_files, stems_of
 from data.image_results import overlay
 from data.image_splits import check_counts, class_file, mask_reader, mask_suffixes, read_class_file, read_classes
 from data.images import pair_problems, scan_pairs, take_part
+from data.label_map import read_label_map
 from data.masks import MaskReader, color_of, load_mask, to_label
 from data.photos import photo_format, read_image, set_doubts
 from utils.inspection import Inspection, Picture, check_classes, check_duplicates, check_names, sampled, spread
@@ -136,7 +137,7 @@ def _find_meaning(found, records, settings):
     colors = [record for record in records if record.get("kind") == "colors" and not record["histogram"]]
     files = Counter(value for record in records for value in record["histogram"])
     if settings["label_map"]:
-        settings["num_classes"] = settings["num_classes"] or len(set(_pairs_of_map(settings["label_map"])))
+        settings["num_classes"] = settings["num_classes"] or read_label_map(settings["label_map"]).num_classes
         return
     if colors and not files:
         _colors_as_classes(found, colors, settings)
@@ -174,10 +175,6 @@ def _reader(settings):
     if "class_text" in settings:
         return MaskReader(settings["num_classes"], colors=np.array(json.loads(settings["class_text"])["palette"]))
     return mask_reader(settings, settings["num_classes"])
-
-
-def _pairs_of_map(text):
-    return [pair.partition(":")[2] for pair in text.split(",") if not pair.endswith("ignore")]
 
 
 def _is_stray(value, files, total):

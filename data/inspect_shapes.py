@@ -16,7 +16,7 @@ import numpy as np
 from scipy.spatial import cKDTree
 
 from data.image_splits import read_class_file
-from data.label_map import LabelMap
+from data.label_map import read_label_map
 from data.mesh_features import face_neighbors, weld
 from data.mesh_io import check_label_range, read_mesh
 from data.point_files import read_classes
@@ -88,8 +88,7 @@ def find_numbers(found: Inspection, files: Sequence[tuple[str, Path]], records: 
                       (value < 0 or value - 1 not in values) and value > 1 or value < -1 and values[value] == 1)]
     settings["ignore_labels"] = list(ignored)
     if settings["label_map"]:
-        settings["num_classes"] = settings["num_classes"] or len({
-            pair.partition(":")[2] for pair in settings["label_map"].split(",") if not pair.endswith("ignore")})
+        settings |= {"num_classes": read_label_map(settings["label_map"]).num_classes, "label_offset": 0}
         return
     beyond = [value for value in known if value < 0 or (value == 255 and 254 not in values)]
     for value in [value for value in beyond if value not in ignored]:
@@ -133,6 +132,8 @@ def compare(found, files, records, names, key, ignored):
                 found.add("fault", kind, record[kind], path)
     find_numbers(found, files, records, names[0] if names else None, [*ignored, *_integers(names)], key)
     C = settings["num_classes"]
+    if names is None and settings["label_map"] and (own := read_label_map(settings["label_map"]).names):
+        names = own, None, ()
     use_names = names is not None and len(names[0]) == C
     found.class_names = list(names[0]) if use_names else [f"class {c}" for c in range(C)]
     found.palette = np.asarray(names[1], np.uint8) if use_names and names[1] is not None else palette(C)
@@ -173,10 +174,10 @@ def _integers(names):
 
 
 def _meaning(settings):
-    """A mapping {number in files: class}; get() gives None for what is no class."""
+    """{number in files: class}, of what is a class."""
     if settings["label_map"]:
-        pairs = (pair.split(":") for pair in settings["label_map"].split(","))
-        return {int(value): int(c) for value, c in pairs if c != "ignore"}
+        targets = read_label_map(settings["label_map"]).targets
+        return {value: c for value, c in targets.items() if c != IGNORE_INDEX}
     return {c - settings["label_offset"]: c for c in range(settings["num_classes"])
             if c - settings["label_offset"] not in settings["ignore_labels"]}
 
@@ -184,12 +185,11 @@ def _meaning(settings):
 def _check_labels(found, files, records, meaning, names):
     """What training refuses of the numbers, once their meaning is settled."""
     settings = found.settings
-    offset, C = settings["label_offset"] if not settings["label_map"] else 0, settings["num_classes"]
+    offset, C = settings["label_offset"], settings["num_classes"]
+    label_map = settings["label_map"] and read_label_map(settings["label_map"]).ignoring(settings["ignore_labels"])
     for (_, path), record in zip(files, records, strict=True):
         values = np.array([value for value in record.get("values", {}) if value != IGNORE_INDEX], np.int64)
         counts = [record["values"][value] for value in values.tolist()]
-        label_map = settings["label_map"] and LabelMap({**meaning, **dict.fromkeys(
-            settings["ignore_labels"], IGNORE_INDEX)})
         try:
             if found.unit == "points":
                 to_labels(np.repeat(values, counts), C, settings["ignore_labels"], path, offset, label_map)
