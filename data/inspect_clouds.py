@@ -96,10 +96,12 @@ def _check_points(found, files, records):
     for name, remedy in (("color", "data.missing_color"), ("normal", "data.missing_normal")):
         without = [i for i in good if name not in records[i]["has"]]
         word = "colours" if name == "color" else "normals"
-        if without and len(without) < len(good):
-            for i in without:
-                found.add("doubt", f"no {word}", f"{files[i][1]}: no {word}, which {len(good) - len(without)} other "
-                          f"clouds have; {remedy} says what takes their place", files[i][1])
+        if 0 < len(without) < len(good):
+            few = without if 2 * len(without) <= len(good) else [i for i in good if i not in without]
+            what = f"no {word}, which" if few is without else f"it has {word}, which none of the"
+            for i in few:
+                found.add("doubt", f"no {word}", f"{files[i][1]}: {what} {len(good) - len(few)} other clouds have; "
+                          f"{remedy} says what takes the place of missing ones", files[i][1])
         elif without:
             found.add("note", f"no {word}", f"clouds have no {word}"
                       f"{'; planned: data.missing_normal: estimate' if name == 'normal' else ''}")

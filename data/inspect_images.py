@@ -44,6 +44,7 @@ MOVES = [(y, x) for y in range(-6, 7, 2) for x in range(-6, 7, 2)]      # small 
 # Calibrated on road scenes: the largest gains of right masks are below 0 for turns and swaps, 0.16 for another class.
 TURN_GAIN = 0.08, 0.03                      # of the mean log likelihood ratio of a pixel, of the mutual information
 SWAP_GAIN, EACH_GAIN, SHIFT_GAIN = 0.2, 0.06, 0.5
+SAME_GREY, SAME_LABELS = 4.0, 0.97           # mean difference of two copies in 0..255, share of equal labels
 SET_GAIN, SET_ERRORS, SET_SHARE = 0.02, 5, 0.8      # of the whole set: mean, in standard errors, share of photographs
 MANY_VALUES, FEW_PIXELS = 8, 0.01           # of a mask, most of them at less than 1 % of its pixels: blurred?
 FEW = 6                                     # photographs: below this nothing is said of how masks lie
@@ -74,6 +75,7 @@ def inspect_images(splits: Mapping[str, tuple], data: dict, most: int, workers: 
     by_file = _count(found, listed, records, good, masks, settings)
     _check_photos(found, records)
     small = _small_copies(found, [(listed[i][1:], i) for i in good], masks, photos, workers)
+    check_copies(found, [pair[:2] for pair in listed], small, hashes)
     odd = check_alignment(found, [pair[1:] for pair in listed], small, len(found.class_names)) if small else {}
     _facts(found, splits, pairs, records)
     found.draw = partial(_add_pictures, found, listed, good, by_file, odd, masks, photos, seed)
@@ -327,6 +329,37 @@ def _check_photos(found, records):
 
 # -- does each mask lie on its photograph? -----------------------------------------------------------------------------
 
+def check_copies(found: Inspection, files: Sequence[tuple[str, Path]], small: Mapping[int, tuple],
+                 hashes: Sequence[object]) -> None:
+    """Report photographs that are nearly the same, and labelled alike: at another size, or stored again.
+
+    files: (split, photograph); small: see check_alignment; what has the same hash was reported before.
+    """
+    places = list(small)
+    if len(places) < 2:
+        return
+    image, label = (np.stack([_on_grid(small[i][k]) for i in places]).reshape(len(places), np.prod(GRID), -1)
+                    for k in (0, 1))
+    mean = image.mean(2).astype(np.float32)                             # (N, points) grey
+    for a in range(len(places)):
+        alike = np.abs(mean[a + 1:] - mean[a]).mean(1) < SAME_GREY
+        for b in a + 1 + np.flatnonzero(alike):
+            i, j = places[a], places[int(b)]
+            if hashes[i] != hashes[j] and (label[a] == label[b]).mean() > SAME_LABELS:
+                across = files[i][0] != files[j][0]
+                found.add("doubt", "near-duplicate", f"{files[j][1]} ({files[j][0]}) is a near-duplicate of "
+                          f"{files[i][1]} ({files[i][0]}), of another size or stored again"
+                          f"{': a duplicate in two splits makes the score too good' if across else ''}; remove one",
+                          files[j][1])
+
+
+def _on_grid(values):
+    """(24, 32, ...) of (h, w, ...)."""
+    rows, columns = (((np.arange(count) + 0.5) * length / count).astype(int)
+                     for count, length in zip(GRID, values.shape[:2], strict=True))
+    return values[rows[:, None], columns]
+
+
 def _small_copies(found, places, masks, photos, workers):
     """{place: (photograph (h, w, 3) uint8, label (h, w))} of files that training takes."""
     def read(item):
@@ -462,13 +495,10 @@ def _check_shift(found, pairs, places, told, joint, tables):
 
 def _check_swaps(found, pairs, places, turned, colors, labels, tables):
     """Report two photographs whose masks fit better exchanged, and more so than turned; returns their places."""
-    grids = [[((np.arange(count) + 0.5) * length / count).astype(int) for count, length in
-              zip(GRID, label.shape, strict=True)] for label in labels]
-    seen = np.stack([ratio[color[rows[:, None], columns]].ravel() for ratio, color, (rows, columns) in
-                     zip(tables, colors, grids, strict=True)]).astype(np.float32)
+    seen = np.stack([ratio[_on_grid(color)].ravel() for ratio, color in zip(tables, colors, strict=True)])
     C = tables[0].shape[1]
-    hot = np.stack([np.eye(C, dtype=np.float32)[label[rows[:, None], columns]].ravel() for label, (rows, columns) in
-                    zip(labels, grids, strict=True)])
+    hot = np.stack([np.eye(C, dtype=np.float32)[_on_grid(label)].ravel() for label in labels])
+    seen = seen.astype(np.float32)
     fits = seen @ hot.T / np.prod(GRID)                                 # (N, N): photograph i with mask j
     own = np.diag(fits)
     gains = fits + fits.T - own[:, None] - own

@@ -30,6 +30,7 @@ from utils.render import palette
 ERRORS = (ValueError, OSError, MemoryError)
 ROUGH = 0.15                                # so much less agreement of neighbours than usual, see _order, is odd
 UNIT_RATIO, FEW_SHARE = 30, 0.06            # sizes that differ by more are other units; of fewer files a mistake
+FEW_ELEMENTS = 0.01                         # of the usual number of faces or points: cut short?
 TURN_RATIO = 0.4                            # distance to the others after a turn, over that before
 QUANTILES = np.linspace(0, 1, 33)
 SAME_SHAPE = 2e-5                           # largest difference of the quantiles of two copies
@@ -160,6 +161,7 @@ def compare(found, files, records, names, key, ignored):
     settings["bad_files"] = {path for i, (_, path) in enumerate(files) if i not in good}
     _check_copies(found, files, records)
     _check_units(found, files, records)
+    _check_few(found, files, records)
     _check_one_class(found, files, good, by_file[:, :C])
     _check_label_places(found, files, records, good, by_file[:, :C], meaning)
     sides = np.array([record["sides"] for record in records if "sides" in record]).reshape(-1, 3)
@@ -232,6 +234,16 @@ def _check_units(found, files, records):
         more = "" if few else f", and so are {len(odd) - 1} other files"
         found.add(level, "unit", f"{path}: {ratio[k]:.3g} times as large as the median of the set{more}: is it in "
                   f"another unit (millimetres among metres)? Scale it to the others'", path)
+
+
+def _check_few(found, files, records):
+    """Files of hardly any elements, which may be cut short."""
+    count = {i: record["elements"] for i, record in enumerate(records) if "elements" in record}
+    usual = np.median(list(count.values()) or [0])
+    for i, number in count.items():
+        if number < FEW_ELEMENTS * usual:
+            found.add("doubt", "few elements", f"{files[i][1]}: {number} {found.unit}, where the usual number is "
+                      f"{usual:.0f}: is it cut short?", files[i][1])
 
 
 def _check_one_class(found, files, good, by_file):
@@ -322,7 +334,7 @@ def _check_turned(found, files, records, good, meaning):
     sides = np.concatenate([place, -place], 2) - usual[:, k, None]      # (N, C, 6): the file's +x to -z as axis k
     other = np.sqrt(np.nanmean(sides ** 2, 1))
     turned = [n for n in range(len(good)) if away[n, k] > 2 * typical
-              and other[n].min() < min(TURN_RATIO * away[n, k], 1.5 * typical)]
+              and other[n].min() < min(TURN_RATIO * away[n, k], 4 * typical)]
     few = len(turned) <= max(1, FEW_SHARE * len(good))
     found.settings["upright"] = k if few else None
     for n in turned[:None if few else 1]:
