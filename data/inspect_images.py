@@ -40,11 +40,13 @@ TURNS = {"mirrored left to right": lambda a: a[:, ::-1], "upside down": lambda a
          "rotated by 180 degrees": lambda a: a[::-1, ::-1]}
 QUARTERS = {"rotated by 90 degrees": lambda a: np.rot90(a), "rotated by 270 degrees": lambda a: np.rot90(a, 3),
             "transposed": lambda a: a.T, "transposed and rotated by 180 degrees": lambda a: np.rot90(a.T, 2)}
-MOVES = [(y, x) for y in range(-6, 7, 2) for x in range(-6, 7, 2)]      # small pixels
-# Calibrated on road scenes: the largest gains of right masks are below 0 for turns and swaps, 0.16 for another class.
+MOVES = [(y, x) for y in range(-6, 7, 2) for x in range(-6, 7, 2)]      # small pixels, of a whole set
+FAR_MOVES = [(y, x) for y in (-6, 0, 6) for x in (-6, 0, 6)]            # of single files
+# Calibrated on road scenes: the largest gains of right masks are below 0 for turns, moves and swaps, 0.16 for a shift.
 TURN_GAIN = 0.08, 0.03                      # of the mean log likelihood ratio of a pixel, of the mutual information
-SWAP_GAIN, EACH_GAIN, SHIFT_GAIN = 0.2, 0.06, 0.5
-SAME_GREY, SAME_LABELS = 4.0, 0.97           # mean difference of two copies in 0..255, share of equal labels
+SWAP_GAIN, EACH_GAIN, SHIFT_GAIN, MOVE_GAIN = 0.2, 0.06, 0.5, 0.04
+SAME = {2.0: 0.93, 4.0: 0.97}               # of two copies: mean difference in 0..255 below, share of equal labels
+SET_FILES = 60                              # of which finer moves are tried
 SET_GAIN, SET_ERRORS, SET_SHARE = 0.02, 5, 0.8      # of the whole set: mean, in standard errors, share of photographs
 MANY_VALUES, FEW_PIXELS = 8, 0.01           # of a mask, most of them at less than 1 % of its pixels: blurred?
 FEW = 6                                     # photographs: below this nothing is said of how masks lie
@@ -342,10 +344,11 @@ def check_copies(found: Inspection, files: Sequence[tuple[str, Path]], small: Ma
                     for k in (0, 1))
     mean = image.mean(2).astype(np.float32)                             # (N, points) grey
     for a in range(len(places)):
-        alike = np.abs(mean[a + 1:] - mean[a]).mean(1) < SAME_GREY
-        for b in a + 1 + np.flatnonzero(alike):
-            i, j = places[a], places[int(b)]
-            if hashes[i] != hashes[j] and (label[a] == label[b]).mean() > SAME_LABELS:
+        difference = np.abs(mean[a + 1:] - mean[a]).mean(1)
+        for b in np.flatnonzero(difference < max(SAME)):
+            i, j = places[a], places[a + 1 + int(b)]
+            least = next(share for most, share in SAME.items() if difference[b] < most)
+            if hashes[i] != hashes[j] and (label[a] == label[a + 1 + b]).mean() > least:
                 across = files[i][0] != files[j][0]
                 found.add("doubt", "near-duplicate", f"{files[j][1]} ({files[j][0]}) is a near-duplicate of "
                           f"{files[i][1]} ({files[i][0]}), of another size or stored again"
@@ -411,8 +414,7 @@ def check_alignment(found: Inspection, pairs: Sequence[tuple[Path, Path]], small
         found.add("fault", "turned mask", f"{pairs[place][1]}: the mask seems {turned[place][1]}: turned back it fits "
                   f"{pairs[place][0].name} better; look at both, and turn it back", pairs[place][1])
     _check_shift(found, pairs, places, turned.keys() | swapped, joint, tables)
-    if not turned and not swapped:
-        _check_moves(found, colors, labels, K, num_classes)
+    _check_moves(found, pairs, places, turned.keys() | swapped, colors, labels, K, num_classes)
     return {place: fits[0] for place, fits in zip(places, likelihood, strict=True)}
 
 
@@ -517,23 +519,39 @@ def _check_swaps(found, pairs, places, turned, colors, labels, tables):
     return done
 
 
-def _check_moves(found, colors, labels, K, num_classes):
-    """Report masks that all lie beside what they show."""
-    chosen = range(0, len(labels), max(1, len(labels) // 60))
-    fits = np.zeros((len(chosen), len(MOVES)))
-    for row, i in enumerate(chosen):
-        for column, (y, x) in enumerate(MOVES):
-            color, label = colors[i], labels[i]
-            height, width = label.shape
-            here = np.s_[max(0, y):height + min(0, y), max(0, x):width + min(0, x)]
-            there = np.s_[max(0, -y):height + min(0, -y), max(0, -x):width + min(0, -x)]
-            fits[row, column] = _mutual_information(_joint(color[here], label[there], K, num_classes))
-    gains = fits - fits[:, [MOVES.index((0, 0))]]
+def _check_moves(found, pairs, places, told, colors, labels, K, num_classes):
+    """Report masks that lie beside what they show: all of them, else single files that are not told of."""
+    chosen = range(0, len(labels), max(1, len(labels) // SET_FILES))
+    gains = np.array([_move_gains(colors[i], labels[i], MOVES, K, num_classes) for i in chosen])
     best = int(gains.mean(0).argmax())
-    if _is_strong(gains[:, best]):
-        y, x = (100 * step / SIDE for step in MOVES[best])
-        found.add("fault", "moved masks", f"masks of the whole set seem shifted: moved by {x:+.0f} % of the longest "
-                  f"side to the right and {y:+.0f} % down they fit their photographs better; store them again unmoved")
+    if not told and _is_strong(gains[:, best]):
+        found.add("fault", "moved masks", f"masks of the whole set seem shifted: moved {_direction(MOVES[best])} they "
+                  f"fit their photographs better; store them again unmoved")
+        return
+    for place, color, label in zip(places, colors, labels, strict=True):
+        gains = _move_gains(color, label, FAR_MOVES, K, num_classes)
+        if gains.max() > MOVE_GAIN and place not in told:
+            found.add("fault", "moved mask", f"{pairs[place][1]}: the mask seems shifted: moved "
+                      f"{_direction(FAR_MOVES[int(gains.argmax())])} it fits {pairs[place][0].name} better; look at "
+                      f"both, and store it unmoved", pairs[place][1])
+
+
+def _direction(move):
+    y, x = (round(100 * step / SIDE) for step in move)
+    parts = [f"by about {abs(x)} % to the {'right' if x > 0 else 'left'}"] * bool(x) + [
+        f"by about {abs(y)} % {'down' if y > 0 else 'up'}"] * bool(y)
+    return f"{' and '.join(parts)} (of the longest side)"
+
+
+def _move_gains(color, label, moves, K, num_classes):
+    """Mutual information of colour and class for masks moved (down, right), minus that of the mask as it is."""
+    height, width = label.shape
+    fits = []
+    for y, x in moves:
+        here = np.s_[max(0, y):height + min(0, y), max(0, x):width + min(0, x)]
+        there = np.s_[max(0, -y):height + min(0, -y), max(0, -x):width + min(0, -x)]
+        fits.append(_mutual_information(_joint(color[here], label[there], K, num_classes)))
+    return np.array(fits) - fits[moves.index((0, 0))]
 
 
 # -- facts and pictures ------------------------------------------------------------------------------------------------

@@ -90,6 +90,11 @@ def copy_within(root):
         shutil.copy(source, source.with_name(f"copied{source.suffix}"))
 
 
+def small_copy(root):
+    for kind, resample in ((images, Image.Resampling.BICUBIC), (masks, Image.Resampling.NEAREST)):
+        Image.open(kind(root)[4]).resize((96, 72), resample).save(root / kind.__name__ / "val" / "copied.png")
+
+
 def same_name(root):
     for kind in (images, masks):
         for number, path in enumerate(kind(root, "val")):
@@ -208,6 +213,8 @@ FAULTS = {
     "all mirrored": (each(lambda v: v[:, ::-1]), "fault", "", "mirrored left to right"),
     "all upside down": (each(lambda v: v[::-1]), "fault", "", "upside down"),
     "all moved": (each(lambda v: np.roll(v, 11, 1)), "fault", "", "shifted"),
+    "moved mask": (one(lambda v: np.roll(v, 9, 1)), "fault", "street_003.png", "shifted: moved by about 6 % to the left"),
+    "small copy": (small_copy, "doubt", "copied.png", "near-duplicate"),
     "swapped pair": (swap, "fault", "street_009.png", "swapped"),
     "shifted labels": (one(lambda v: np.where(v < 6, v + 1, 255)), "fault", "street_003.png", "shifted labels"),
     "labels from 1": (from_one, "doubt", "", "labels count from 1"),
