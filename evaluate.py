@@ -14,6 +14,8 @@ This file knows no method.
 
 from __future__ import annotations
 
+import utils.before_torch  # noqa: F401  answers --help and mistakes in the command line
+
 import importlib
 import json
 import re
@@ -33,9 +35,15 @@ from utils.metrics import metrics_table, single_numbers
 from utils.report import write_report
 from utils.weights import sha256_file
 
+CHECKPOINT_FIRST = "name the checkpoint first, without a flag"
+CONFIG_INSIDE = "leave it out: the checkpoint holds its config, section.key=value changes it"
+# Flags of other programs.
+INSTEAD = {"--checkpoint": CHECKPOINT_FIRST, "--options": CHECKPOINT_FIRST,
+           "--config": CONFIG_INSIDE, "--config-file": CONFIG_INSIDE}
+
 
 def parse_args(argv=None):
-    parser = ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__, instead=INSTEAD)
     # data
     parser.add_argument("checkpoint", help="file written by a train_*.py of this folder")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value",
@@ -49,7 +57,7 @@ def parse_args(argv=None):
     # evaluation
     parser.add_argument("--batch-size", type=AtLeast(1), default=8)
     parser.add_argument("--limit-batches", type=AtLeast(0), default=0, metavar="N",
-                        help="only N batches")
+                        help="only N batches; 0: all")
     parser.add_argument("--examples", type=AtLeast(0), default=6, metavar="N",
                         help="pictures of the N worst and N best in the report")
     # run
@@ -130,10 +138,11 @@ def record_of(args, what: str, result: dict, model, dataset, checkpoint: dict, d
 
 def facts_of(record: dict, result: dict, checkpoint: dict) -> list[tuple]:
     """The lines at the top of the report."""
-    encoder = (checkpoint.get("encoder") or {}).get("file", "trained with the head")
+    encoder = checkpoint.get("encoder") or {"file": "trained with the head"}
     facts = [("checkpoint", record["checkpoint"]), ("sha256", record["sha256"][:16]),
-             ("epoch", record["epoch"]), ("encoder", encoder), ("data", record["data"]),
-             ("files", record["files"]), ("elements", int(result["matrix"].sum())),
+             ("epoch", record["epoch"]), ("encoder", encoder["file"] or "random weights"),
+             ("data", record["data"]), ("files", record["files"]),
+             ("elements", int(result["matrix"].sum())),
              ("time", f"{result['seconds']:.1f} s on {record['device']}")]
     for name, other in result["tables"].items():
         facts.append((name, f"accuracy {100 * other['overall_accuracy']:.2f}, mIoU "

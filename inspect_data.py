@@ -16,6 +16,8 @@ docs/inspect_data.md.
 
 from __future__ import annotations
 
+import utils.before_torch  # noqa: F401  answers --help and mistakes in the command line
+
 import importlib
 import os
 import sys
@@ -69,7 +71,9 @@ def parse_args(argv=None):
     add("--num-workers", type=AtLeast(1), default=min(8, os.cpu_count() or 1),
         help="files that are read at once")
     add("--debug", action="store_true", help="show the traceback of an error")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.kind = kind_of(args)
+    return args
 
 
 def kind_of(args) -> str:
@@ -82,12 +86,13 @@ def kind_of(args) -> str:
     return flags[asked[0]]
 
 
-def inspect(args, kind: str) -> Inspection:
+def inspect(args) -> Inspection:
     """All that is found out about the data of the flags, without pictures."""
     label_map = args.label_map and read_label_map(args.label_map)
     data = {"classes": args.classes, "num_classes": args.num_classes,
             "label_map": label_map and label_map.text()}
     shared = args.max_items, args.num_workers, args.seed
+    kind = args.kind
     if kind == "clouds":
         return inspect_clouds(args.cloud_root, data, *shared)
     names = ("image_paths", "mask_paths") if kind == "images" else ("mesh_dir", "label_dir")
@@ -103,15 +108,15 @@ def inspect(args, kind: str) -> Inspection:
     return inspect_meshes(splits, data, *shared)
 
 
-def write_plans(args, kind: str, found: Inspection, device, output: Path) -> list[tuple[str, str]]:
+def write_plans(args, found: Inspection, device, output: Path) -> list[tuple[str, str]]:
     """(title, text) of what was written: a config, for images a command line too; nothing where not
     one training file can be read."""
     if not found.files["train"]:
         return []
-    name, plan = PLANS[kind]
+    name, plan = PLANS[args.kind]
     script = importlib.import_module(name)
     texts = {"plan.yaml": plan(found, script, args, device, output)}
-    if kind == "images":
+    if args.kind == "images":
         texts["plan.sh"] = linear_head_command(found, args)
     for file, text in texts.items():
         (output / file).write_text(text, encoding="utf-8")
@@ -123,14 +128,13 @@ def write_plans(args, kind: str, found: Inspection, device, output: Path) -> lis
 def main(argv=None) -> dict:
     args = parse_args(argv)
     started = time.monotonic()
-    kind = kind_of(args)
     device = pick_device(args.device)
     output = Path(args.output_dir)
     check_writable(output)
-    found = inspect(args, kind)
+    found = inspect(args)
     found.draw()
     output.mkdir(parents=True, exist_ok=True)
-    plans = write_plans(args, kind, found, device, output)
+    plans = write_plans(args, found, device, output)
     found.facts.append(("time", f"{time.monotonic() - started:.1f} s on {describe(device)}"))
     write_inspection(output / "report.html", found, plans)
     for key, value in found.facts:

@@ -18,6 +18,8 @@ images   OUT/NAME.png (or .npy), one class id per pixel at the photograph's own 
 
 from __future__ import annotations
 
+import utils.before_torch  # noqa: F401  answers --help and mistakes in the command line
+
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,10 +36,15 @@ from utils.log import progress
 from utils.scratch import release
 
 CHUNK = 1 << 22                     # labels counted at once
+# Flags of other programs.
+INSTEAD = {"--checkpoint": "name the checkpoint first, without a flag",
+           "--images": "files and folders follow the checkpoint, without a flag",
+           "--image-size": "leave it out: results have the photograph's own size, the checkpoint "
+                           "says how it is shown to the network (evaluation.size=N changes that)"}
 
 
 def parse_args(argv=None):
-    parser = ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__, instead=INSTEAD)
     # data
     parser.add_argument("checkpoint", help="file written by a train_*.py of this folder")
     parser.add_argument("inputs", nargs="+", metavar="INPUT",

@@ -19,12 +19,15 @@ docs/diffusion_net.md.
 
 from __future__ import annotations
 
+import utils.before_torch  # noqa: F401  answers --help and mistakes in the command line
+
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from data.label_map import unread_classes
 from data.mesh import (
     Augmentation,
     MeshDataset,
@@ -119,7 +122,7 @@ DEFAULTS = {
     "data": {
         "suffixes": [],                     # [.obj]: leave other kinds of files in a folder alone
         "test_split": [],                   # name patterns: kept out of mesh_dir for --test-only
-        "val_split": [],                    # name patterns ("faust_08*") or one number, a share
+        "val_split": Setting([], (list, float)),    # name patterns ("faust_08*") or a share (0.1)
         "repeat": [],                       # patterns of training meshes, so many times an epoch:
         "repeat_times": Setting(4, (int,), low=1),
         "class_names": [],
@@ -581,8 +584,9 @@ def test_only(run: Run, config: Config) -> dict:
 
 # -- main ------------------------------------------------------------------------------------------
 
-def describe_data(train_set: MeshDataset, val_set: MeshDataset) -> list[str]:
+def describe_data(train_set: MeshDataset, val_set: MeshDataset, names: list[str]) -> list[str]:
     """Lines for the log."""
+    unread = unread_classes(names, train_set.files[0].parent, "set data.class_names")
     faces = [sum(dataset.num_polygons) for dataset in (train_set, val_set)]
     line = (f"{len(train_set.files)} training and {len(val_set.files)} validation meshes, "
             f"{faces[0]:,} and {faces[1]:,} faces")
@@ -594,7 +598,7 @@ def describe_data(train_set: MeshDataset, val_set: MeshDataset) -> list[str]:
     notes = [note for dataset in (train_set, val_set) for note in dataset.notes]
     if len(notes) > 10:
         notes[10:] = [f"... and {len(notes) - 10} more such lines"]
-    return [*notes, line]
+    return [*notes, *unread, line]
 
 
 def main(argv=None) -> dict:
@@ -624,7 +628,7 @@ def main(argv=None) -> dict:
     names = class_names(config)
     model, encoder_entry, unfrozen = start_model(run, config, train_set)
     attach(model, config, names, palette(config.model.n_classes))
-    data_lines = describe_data(train_set, val_set)
+    data_lines = describe_data(train_set, val_set, names)
     if training.cache_features:
         (train_set, val_set), line = cache_embeddings(model.to(run.device), (train_set, val_set),
                                                       run.device, run.amp_dtype)

@@ -20,6 +20,8 @@ docs/eomt.md.
 
 from __future__ import annotations
 
+import utils.before_torch  # noqa: F401  answers --help and mistakes in the command line
+
 from pathlib import Path
 
 import numpy as np

@@ -16,6 +16,8 @@ teacher and predictor for labels and head; a weight decay that grows.
 
 from __future__ import annotations
 
+import utils.before_torch  # noqa: F401  answers --help and mistakes in the command line
+
 import copy
 from dataclasses import replace
 from pathlib import Path
@@ -68,7 +70,7 @@ DEFAULTS = {
         "cache_dir": Setting(".cache/meshes", (str, type(None))),       # null: no cache
     },
     "data": {
-        "val_split": [],                # as in train_downstream.py; [] and no probe: no validation
+        "val_split": Setting([], (list, float)),    # as train_downstream.py; [], no probe: none
         "class_names": [],              # only with label_kind material or group
         **LABEL_SETTINGS,               # recursive, up, label_map ...: utils/mesh_scripts.py
     },
@@ -407,8 +409,8 @@ def momentum_advice(momentum: float, steps: int) -> str:
         text += "; slower than steps / 5, the teacher will hardly leave its start"
     elif constant < steps / 20:
         text += "; faster than steps / 20, which may collapse"
-    if steps < 2000:
-        text += "; so few steps rarely teach anything, some thousand are the least"
+    if steps < 1000:
+        text += "; so few steps teach little, a thousand are the least"
     return text
 
 

@@ -16,6 +16,8 @@ logged, deviations from the paper: docs/dinov3_heads.md. To make it yours: docs/
 
 from __future__ import annotations
 
+import utils.before_torch  # noqa: F401  answers --help and mistakes in the command line
+
 from pathlib import Path
 
 import torch

@@ -19,6 +19,8 @@ Every number logged and every deviation from the papers: docs/dinov3_heads.md.
 
 from __future__ import annotations
 
+import utils.before_torch  # noqa: F401  answers --help and mistakes in the command line
+
 import math
 from pathlib import Path
 

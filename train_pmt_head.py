@@ -21,6 +21,8 @@ logged and every deviation from the paper: docs/dinov3_heads.md.
 
 from __future__ import annotations
 
+import utils.before_torch  # noqa: F401  answers --help and mistakes in the command line
+
 from pathlib import Path
 
 import torch

@@ -20,6 +20,8 @@ number logged and every deviation from upstream: docs/sonata.md.
 
 from __future__ import annotations
 
+import utils.before_torch  # noqa: F401  answers --help and mistakes in the command line
+
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -53,6 +55,7 @@ from utils.point_scripts import (
     evaluate_clouds,
     items_of_piece,
     label_cloud_file,
+    which_test,
     write_cloud_label,
 )
 from utils.render import palette
@@ -431,7 +434,7 @@ def official_mean(result: dict) -> dict:
 
 
 def test_only(run: Run, config: Config) -> dict:
-    """The precise test (evaluation.precise) of a checkpoint on the test split, or on validation
+    """The test (evaluation.precise: 13 views) of a checkpoint on the test split, or on validation
     where there is none."""
     checkpoint = run.checkpoint
     check_same_run(checkpoint, config, checkpoint["total_steps"], ("model",))
@@ -442,10 +445,10 @@ def test_only(run: Run, config: Config) -> dict:
     split = "test" if has_test_split(config) else "val"
     result = evaluate(model, build_dataset(config, split), run.device,
                       num_workers=run.args.num_workers, limit_batches=run.args.limit_batches)
-    how = "precise test" if config.evaluation.precise else "single view"
     official = result["tables"][OFFICIAL]
-    run.report(f"{run.resume_path} on the {split} split, {how}, raw points; means over the classes "
-               f"that occur:", metrics_table(result["metrics"], model.class_names),
+    run.report(f"{run.resume_path} on the {split} split, {which_test(config)}, raw points; "
+               f"means over the classes that occur:",
+               metrics_table(result["metrics"], model.class_names),
                f"over {OFFICIAL}: mIoU {100 * official['miou']:.2f}, mAcc "
                f"{100 * official['mean_accuracy']:.2f}")
     return {**headline(result), **official_mean(result)}
@@ -531,7 +534,7 @@ def main(argv=None) -> dict:
                                   limit_batches=args.limit_batches, precise=False)
             more = official_mean(result) if result else None
             run.end_epoch(result, SHOWN, score="official_miou", more=more)
-        run.log.info(f"the precise test: python evaluate.py {run.folder.model}/model_best.pth")
+        run.log.info(f"{which_test(config)}: python evaluate.py {run.folder.model}/model_best.pth")
     return run.summary()
 
 

@@ -18,6 +18,8 @@ every deviation from the papers: docs/dinov3_heads.md. To make it yours: docs/ad
 
 from __future__ import annotations
 
+import utils.before_torch  # noqa: F401  answers --help and mistakes in the command line
+
 import math
 from pathlib import Path
 

@@ -10,7 +10,6 @@ resident set of the whole process, of which Python, PyTorch and the network have
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -27,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from data.image_files import write_rows  # noqa: E402
 from data.rasters import library  # noqa: E402
+from utils.cli import ArgumentParser  # noqa: E402
 
 TILE = 500
 
@@ -74,7 +74,7 @@ def run(command: list) -> tuple[float, float]:
 
 
 def main(argv=None) -> list[tuple]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--megapixels", type=int, nargs="+", default=[1, 16, 100, 300])
     parser.add_argument("--suffixes", nargs="+", choices=("png", "tif"),
                         default=["png", "tif"] if library() else ["png"])

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import mesh_operators as operators_module  # noqa: E402
 from data.mesh_operators import NUM_EIGENPAIRS, mesh_operators, plain_signature  # noqa: E402
 from models.diffusion_net import DiffusionNet  # noqa: E402
-from utils.cli import ArgumentParser, run  # noqa: E402
+from utils.cli import ArgumentParser, run_main  # noqa: E402
 from utils.device import describe, pick_device  # noqa: E402
 from utils.surface_operators import Operators  # noqa: E402
 
@@ -108,4 +108,4 @@ def main(argv=None) -> dict:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

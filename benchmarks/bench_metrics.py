@@ -9,7 +9,6 @@ take turns, and how many times as long as ours. torchmetrics (pip install torchm
 without it its rows are skipped.
 """
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from sklearn.metrics import confusion_matrix
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from utils.cli import ArgumentParser
 from utils.losses import IGNORE_INDEX
 from utils.metrics import ConfusionMatrix
 
@@ -33,8 +33,7 @@ CASES = [("8 images 512 x 512, 19 classes", (8, 512, 512), 19), ("8 images 512 x
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--repeats", type=int, default=7, help="rounds; the best counts")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads of torch; default: its own")

@@ -8,7 +8,6 @@ network with that stride would at best say; then the same with --noise of the pi
 a network's output: tune on predictions of your own before you believe a gain. Times are per image, on one CPU.
 """
 
-import argparse
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from data.image_splits import class_info, folder_pairs
 from data.images import SegmentationDataset
 from data.synthetic_images import IMAGE_CLASSES, make_image_set
+from utils.cli import ArgumentParser
 from utils.metrics import ConfusionMatrix, segmentation_metrics
 from utils.postprocess import crf_refine, morphology
 
@@ -33,8 +33,7 @@ OPTIONS = {
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--data", help="folder of images/SPLIT and masks/SPLIT; default: made-up scenes, 480 x 360")
     parser.add_argument("--split", default="test")
     parser.add_argument("--num-classes", type=int, default=len(IMAGE_CLASSES))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from data.label_map import LabelMap
 from data.masks import label_to_file
 from data.photos import Photo, read_image, strips
 from data.rasters import Georeference
-from utils.files import move_results
+from utils.files import Together
 from utils.losses import IGNORE_INDEX
 from utils.render import IGNORE_COLOR, pca_colors
 from utils.scratch import release
@@ -158,25 +157,22 @@ def write_image_result(stem: Path, prediction: Mapping, palette: np.ndarray, lab
     label, photo = prediction["label"], prediction["photo"]
     labels, picture = (chosen_format(asked, photo.georeference) for asked in (labels, picture))
     place = photo.georeference if labels == "tif" else None
-    with tempfile.TemporaryDirectory(prefix=".writing_", dir=stem.parent) as folder:             # whole files, or none
-        written: list[Path] = []
-
-        def new(ending):                                                         # not with_suffix: names may have dots
-            written.append(Path(folder, f"{stem.name}{ending}"))
-            return written[-1]
-        write_labels(new(f".{labels}"), label, palette, ignore_label, reduce_zero_label, label_map, place)
+    with Together(stem) as files:
+        write_labels(files.new(f".{labels}"), label, palette, ignore_label, reduce_zero_label, label_map, place)
         if picture != "none":
             check_same_size(photo.size, label)
-            write_overlay(new(f"_overlay.{picture}"), photo, lambda top, bottom: label[top:bottom], palette)
+            write_overlay(files.new(f"_overlay.{picture}"), photo, lambda top, bottom: label[top:bottom], palette)
             release(label)
             if winner is not None:
-                write_overlay(new(f"_prototypes.{picture}"), photo, enlarged_rows(winner[0], photo.size), winner[1])
+                nearest, colors = winner
+                write_overlay(files.new(f"_prototypes.{picture}"), photo, enlarged_rows(nearest, photo.size), colors)
         if features is not None:
-            feature_picture(features, photo.size, cells).save(new("_pca.png"))
+            feature_picture(features, photo.size, cells).save(files.new("_pca.png"))
         if confidence:
-            write_confidence(new(f"_confidence.{'tif' if labels == 'tif' else 'png'}"), prediction["confidence"], place)
-            write_confidence(new("_confidence.npy"), prediction["confidence"])
-        return move_results(written, stem.parent)
+            ending = f"_confidence.{'tif' if labels == 'tif' else 'png'}"
+            write_confidence(files.new(ending), prediction["confidence"], place)
+            write_confidence(files.new("_confidence.npy"), prediction["confidence"])
+    return files.paths
 
 
 def example_pair(dataset: SegmentationDataset, index: int, pred: np.ndarray,

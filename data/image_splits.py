@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from data.images import Augmentation, PairSummary, SegmentationDataset, check_pairs, find_files, list_images, pair_files
-from data.label_map import label_map_of, read_label_map
+from data.label_map import label_map_of, read_label_map, unread_classes
 from data.masks import MaskReader
 from data.photos import photo_format
 from utils.checks import check_names, check_range
@@ -217,4 +217,5 @@ def training_doubts(names: list[str], dataset: SegmentationDataset, data: Mappin
         ignored = f"0 (reduce_zero_label) and {data['ignore_label']} (ignore_label) are unlabelled, not classes"
     if data.get("label_map"):
         ignored = f"the label map is {data['label_map'][:200]}"
-    return [*dataset.doubts, *check_counts(names, dataset.class_counts, ignored)]
+    unread = unread_classes(names, dataset.files[0].parent, "name it with --classes or, in a config, dataset.classes")
+    return [*dataset.doubts, *check_counts(names, dataset.class_counts, ignored), *unread]

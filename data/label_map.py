@@ -102,6 +102,17 @@ class LabelMap:
         return json.dumps({"map": {str(value): target for value, target in pairs.items()}, "names": self.names})
 
 
+def unread_classes(names: Sequence[str], folder: str | Path, remedy: str) -> list[str]:
+    """A line for the log where the classes have no names, though a class file lies in `folder` or up to three folders
+    above it (datasets/town of datasets/town/images/train). It is not read: it may belong to other data."""
+    if list(names) != [f"class {c}" for c in range(len(names))]:
+        return []
+    folder = Path(folder).absolute()
+    found = [path for place in (folder, *folder.parents[:3]) for path in (place / "classes.json", place / "classes.txt")
+             if path.is_file()]
+    return [f"note: the classes have no names; {found[0]} is not read: {remedy}"] if found else []
+
+
 def read_label_map(given: str | Mapping | Path) -> LabelMap:
     """The label map that a flag or a setting gives: VALUE:CLASS pairs, a mapping (or its JSON), or a .json or .yaml
     file with one.

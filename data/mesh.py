@@ -102,9 +102,10 @@ def _matching(files, patterns):
             if any(fnmatch.fnmatchcase(name(file, pattern), pattern) for pattern in map(str, patterns))]
 
 
-def split_meshes(files: Sequence[Path], val_split: Sequence[str] | Sequence[float]) -> tuple[list[Path], list[Path]]:
+def split_meshes(files: Sequence[Path], val_split: Sequence[str | float] | float) -> tuple[list[Path], list[Path]]:
     """(training, validation) files. val_split: patterns of names without suffix ("faust_08*"), or one number, a share:
-    [0.15] takes every seventh file. Raises ValueError where either part would be empty."""
+    0.15 (or [0.15]) takes every seventh file. Raises ValueError where either part would be empty."""
+    val_split = [val_split] if isinstance(val_split, float) else val_split
     if len(val_split) == 1 and isinstance(val_split[0], float) and 0 < val_split[0] < 1:
         every = max(2, round(1 / val_split[0]))
         val = list(files[every - 1::every])
@@ -113,7 +114,7 @@ def split_meshes(files: Sequence[Path], val_split: Sequence[str] | Sequence[floa
     train = [file for file in files if file not in val]
     if not val or not train:
         raise ValueError(f"data.val_split={list(val_split)} leaves {len(train)} training and {len(val)} validation "
-                         f"meshes of {len(files)}; set it to name patterns or a share such as [0.15], or set "
+                         f"meshes of {len(files)}; set it to name patterns or a share such as 0.15, or set "
                          f"paths.val_mesh_dir")
     return train, val
 

@@ -34,8 +34,9 @@ def recursive_bisection(centroid: np.ndarray, faces_per_cluster: int, rng: np.ra
             continue
         left = count // 2
         cut = round(len(member) * left / count)                            # within what `left` clusters can hold
-        extent = [np.ptp(axis[member]) for axis in centroid]
-        order = np.argpartition(centroid[int(np.argmax(extent))][member], cut)
+        points = centroid.take(member, 1)                                  # (3, faces of this part)
+        extent = points.max(1) - points.min(1)
+        order = points[extent.argmax()].argpartition(cut)
         stack += [(member[order[:cut]], first, left), (member[order[cut:]], first + left, count - left)]
     return _pad(parts)
 

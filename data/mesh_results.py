@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from data.mesh_io import write_glb, write_labels, write_ply
-from utils.files import move_results
+from utils.files import Together
 from utils.render import viewer_html
 
 
@@ -22,18 +21,14 @@ def write_mesh_result(stem: Path, prediction: Mapping, colors: Mapping[str, np.n
     {ending: (F, 3) uint8}. picture ply | glb | none.
     """
     vertices, faces = prediction["vertices"], prediction["faces"]
-    with tempfile.TemporaryDirectory(prefix=".writing_", dir=stem.parent) as folder:     # whole files, or none
-        written = [Path(folder, f"{stem.name}.{labels}")]                        # not with_suffix: names may have dots
-        write_labels(written[0], prediction["label"])
+    with Together(stem) as files:
+        write_labels(files.new(f".{labels}"), prediction["label"])
         for ending, color in colors.items():
             if picture == "ply":
-                written.append(Path(folder, f"{stem.name}{ending}.ply"))
-                write_ply(written[-1], vertices, faces, color,
+                write_ply(files.new(f"{ending}.ply"), vertices, faces, color,
                           None if ending else prediction["face_label"])
             elif picture == "glb":
-                written.append(Path(folder, f"{stem.name}{ending}.glb"))
-                write_glb(written[-1], vertices, faces, color)
+                write_glb(files.new(f"{ending}.glb"), vertices, faces, color)
             if html:
-                written.append(Path(folder, f"{stem.name}{ending}.html"))
-                written[-1].write_text(viewer_html(vertices, faces, color), encoding="utf-8")
-        return move_results(written, stem.parent)
+                files.new(f"{ending}.html").write_text(viewer_html(vertices, faces, color), encoding="utf-8")
+    return files.paths

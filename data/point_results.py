@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from data.point_files import write_ply
-from utils.files import move_results
+from utils.files import Together
 
 GREY = np.array([[200, 200, 200]], np.uint8)            # of points without a label
 SUPERSAMPLE = 2
@@ -24,17 +23,16 @@ def write_point_result(stem: Path, prediction: Mapping, colors: Mapping[str, np.
 
     prediction: label (R,) and coord (R, 3); colors {ending: (R, 3) uint8}.
     """
-    with tempfile.TemporaryDirectory(prefix=".writing_", dir=stem.parent) as folder:     # whole files, or none
-        written = [Path(folder, f"{stem.name}.{labels}")]                        # not with_suffix: names may have dots
+    with Together(stem) as files:
+        path = files.new(f".{labels}")
         if labels == "npy":
             large = np.abs(prediction["label"]).max(initial=0) > np.iinfo(np.int16).max
-            np.save(written[0], prediction["label"].astype(np.int32 if large else np.int16))
+            np.save(path, prediction["label"].astype(np.int32 if large else np.int16))
         else:
-            np.savetxt(written[0], prediction["label"], fmt="%d")
+            np.savetxt(path, prediction["label"], fmt="%d")
         for ending, color in colors.items() if picture == "ply" else ():
-            written.append(Path(folder, f"{stem.name}{ending}.ply"))
-            write_ply(written[-1], prediction["coord"], color, None if ending else prediction["label"])
-        return move_results(written, stem.parent)
+            write_ply(files.new(f"{ending}.ply"), prediction["coord"], color, None if ending else prediction["label"])
+    return files.paths
 
 
 def render_points(coord: np.ndarray, color: np.ndarray, size: int = 360, azimuth: float = 35.0,

@@ -10,6 +10,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +41,7 @@ class Georeference(NamedTuple):
     gcps: tuple
 
 
+@cache
 def library():
     """The module rasterio, None where it is not installed."""
     try:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from utils.memory import check_memory
-from utils.surface_operators import Operators
+from utils.surface_operators import Operators, uncompiled
 
 SMALLEST_TIME = 1e-8
 # Floats per vertex and channel, from the largest resident memory of passes over 20,000 to 250,000 vertices (CPU).
@@ -53,7 +53,7 @@ class LearnedTimeDiffusion(nn.Module):
         spectrum = eigenvectors.T @ (x * mass[:, None])                          # (k, C)
         return eigenvectors @ (torch.exp(-eigenvalues[:, None] * time) * spectrum)
 
-    @torch.compiler.disable
+    @uncompiled
     def _clamp(self) -> None:
         # .data: a second mesh of the batch must not look as if it changed what the first one's backward pass needs.
         self.diffusion_time.data.clamp_(min=SMALLEST_TIME)
@@ -172,7 +172,7 @@ class DiffusionNet(nn.Module):
             x = self.last_lin(x)
         return at_elements(x, where, elements, operators.mass)
 
-    @torch.compiler.disable
+    @uncompiled
     def _check_memory(self, features: Tensor) -> None:
         training, V = torch.is_grad_enabled(), len(features)
         check_memory(self.memory_needed(V, training), features.device, f"a mesh of {V:,} vertices",

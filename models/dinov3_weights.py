@@ -68,8 +68,8 @@ def load_backbone(name: str, weights: str | Path | None, seed: int = 0,
             vit = VisionTransformer(config)
         file = None
         found = ("imagenet", *NORMALIZATIONS["imagenet"])
-        message = (f"WARNING: {name} is randomly initialised (seed {seed}), because no weights are given "
-                   f"(--backbone-weights). Good for trying things out; results mean nothing")
+        message = (f"WARNING: {name} is randomly initialised (seed {seed}), as --backbone-weights random asks for. "
+                   f"Good for trying things out; results mean nothing")
     else:
         file = fetch(weights)
         content = read_file(file)

@@ -606,7 +606,7 @@ FLAGS = group(
     ("a setting the model does not have", PREDICT, predict(SONATA, None, "test", "evaluation.precice=false"), "evaluation.precice", "did you mean evaluation.precise"),
     ("results into a file", PREDICT, predict(UNET, put("out", ""), "images/test"), "out", "choose another output folder"),
     ("results into a file", EVAL, evaluate(SONATA, put("out", "")), "out", "choose another output folder"),
-    ("a name nobody offers", FREE, lambda f: ["imagenet"], "imagenet", "choose from"),
+    ("a name nobody offers", FREE, lambda f: ["imagenet"], "imagenet", "expected one of"),
     ("no data", LOOK, lambda f: ["--output-dir", "out"], "--mesh-dir or --cloud-root", "got none of them"),
     ("two kinds of data", LOOK, start(LOOK, None, "--mesh-dir", "train"), "got --image-paths and --mesh-dir", "expected"),
     ("photographs without masks", LOOK, without(LOOK, "--mask-paths", "masks/train"), "--image-paths and --mask-paths belong together", "only one"),

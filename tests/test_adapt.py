@@ -33,10 +33,13 @@ def project(tmp_path):
     return folder
 
 
-def run(project, *command):
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=project, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+def run(project, *commands):
+    """Commands (script, argument, ...) one after the other, in one process of the copy; what they print, by command."""
+    code = "import importlib, sys\nfor script, *arguments in " + repr([list(map(str, command)) for command in commands]) + ":\n" \
+           "    importlib.import_module(script.removesuffix('.py')).main(arguments)\n    print('-- end --')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=project, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    return done.stdout
+    return done.stdout.split("-- end --")
 
 
 def test_the_adapted_script_trains_resumes_is_scored_and_predicts(project, tmp_path):
@@ -45,14 +48,15 @@ def test_the_adapted_script_trains_resumes_is_scored_and_predicts(project, tmp_p
     common = ["--image-paths", data / "images", "--mask-paths", data / "masks", "--num-classes", "3", "--classes", data / "classes.json",
               "--backbone", "dinov3_vits16", "--backbone-weights", "random", "--image-size", "64", "--batch-size", "2", "--device", "cpu",
               "--num-workers", "0", "--cache-dir", tmp_path / "cache", "--output-dir", tmp_path / "out", "--lr", "0.01", "--epochs", "2"]
-    printed = run(project, "train_my_head.py", *common, "--val-image-paths", data / "images", "--val-mask-paths", data / "masks", "--validate")
-    assert "Val mIoU" in printed
     last = tmp_path / "out" / "model" / "model_last.pth"
+    printed, scored, *_ = run(
+        project, ("train_my_head.py", *common, "--val-image-paths", data / "images", "--val-mask-paths", data / "masks", "--validate"),
+        ("evaluate.py", last, "--data-dir", data / "images", "--label-dir", data / "masks", "--device", "cpu"),
+        ("predict.py", last, data / "images", "--output", tmp_path / "pred", "--device", "cpu"))
+    assert "Val mIoU" in printed
     checkpoint = load_checkpoint(last, "train_my_head.py")
     assert checkpoint["step"] == 4 and {"conv.weight", "up.0.weight", "up.2.weight"} < checkpoint["model"].keys()
-    scored = run(project, "evaluate.py", last, "--data-dir", data / "images", "--label-dir", data / "masks", "--device", "cpu")
     assert "overall accuracy" in scored and (tmp_path / "out" / "evaluation" / "report.html").is_file()
-    run(project, "predict.py", last, data / "images", "--output", tmp_path / "pred", "--device", "cpu")
     for path in (data / "images").iterdir():
         assert np.array(Image.open(tmp_path / "pred" / f"{path.stem}.png")).max() < 3
 

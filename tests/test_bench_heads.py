@@ -16,6 +16,7 @@ def tiny(monkeypatch):
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow                    # four seconds, of a benchmark
 def test_every_head_has_a_row(monkeypatch, capsys):
     monkeypatch.setattr(bench_heads, "peak_alone", lambda name, of, *_: {"head": 5.0, "inference": 10.0, "step": 20.0}[of])
     rows = bench_heads.main(["--backbone", "dinov3_tiny", "--shapes", "64x1", "--repeats", "1", "--heads", "pmt", "linear", "pyramid", "eomt"])

@@ -32,6 +32,7 @@ def command(tmp_path):
             "--device", "cpu", "--split", "val", "--views", "1"]
 
 
+@pytest.mark.slow                    # four seconds, of a benchmark
 def test_four_rows_and_the_picture(command, tmp_path, capsys):
     results = bench_pretraining.main([*command, "--labelled", "2", "--seeds", "0", "1", "--steps", "2",
                                       "--batch-size", "2"])

@@ -72,7 +72,7 @@ def test_features_run_in_processes(capfd):
     assert [line.split()[:2] for line in lines] == [["utonia_tiny", "9.3"], ["sonata_small", "38.6"]]
 
 
-@pytest.mark.parametrize("limit", [8, 0.2])
+@pytest.mark.parametrize("limit", [pytest.param(8, marks=pytest.mark.slow), 0.2])       # four seconds each, of a benchmark
 def test_modes_and_memory_run_in_processes(capfd, limit):
     bench_sonata.main(["modes", "--tiny", "--room", "10000", "--mode", "ft", "--limit-gib", str(limit)])
     out = capfd.readouterr().out

@@ -31,7 +31,18 @@ import models.point_transformer
 import models.upernet
 import utils.image_inference
 import utils.run
-from tests.tiny_runs import NAMES, ROOT, Forked, TinyRun, last_checkpoint, report, run_forked, same_weights, tiny_run
+from tests.tiny_runs import (
+    NAMES,
+    ROOT,
+    TinyRun,
+    last_checkpoint,
+    report,
+    run_forked,
+    run_pair,
+    same_weights,
+    start_pair,
+    tiny_run,
+)
 from utils.distributed import world_size
 from utils.log import read_log
 
@@ -57,33 +68,6 @@ def folder(tmp_path_factory):
 def check(name: str, held, what: str) -> None:
     HELD.setdefault(name, []).append(bool(held))
     assert held, what
-
-
-def start_pair(run: TinyRun, out: Path, *more, hook=None, world: int = 2) -> list[Forked]:
-    """`run` in processes with the environment of torchrun, all writing to `out`, their output beside it."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-
-    def join(rank):
-        os.environ |= {"WORLD_SIZE": str(world), "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "localhost",
-                       "MASTER_PORT": str(port)}
-        if hook is not None:
-            hook()
-
-    return [Forked(run, f"{out}-{rank}", *more, "--output-dir", out, hook=functools.partial(join, rank)) for rank in range(world)]
-
-
-def run_pair(run: TinyRun, out: Path, *more, hook=None, timeout: float = 300) -> list[Forked]:
-    pair = start_pair(run, out, *more, hook=hook)
-    try:
-        for child in pair:
-            child.wait(timeout)
-    finally:
-        for child in pair:
-            child.signal(9)
-    assert [child.code for child in pair] == [0, 0], pair[0].stderr[-2000:] + pair[1].stderr[-2000:]
-    return pair
 
 
 # -- two processes equal one -------------------------------------------------------------------------------------------

@@ -311,3 +311,12 @@ def test_free_things_are_fetched_and_cityscapes_is_explained(voc_server, tmp_pat
     asked = len(voc_server.asked)
     download_datasets.main(["resnet34", "voc", "ade20k", "--root", str(tmp_path)])
     assert len(voc_server.asked) == asked
+
+
+def test_without_a_name_they_are_listed(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    download_datasets.main([])
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == [*download_datasets.DATASETS, *download_datasets.FILES] and not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="vocc.*did you mean voc"):
+        download_datasets.main(["vocc"])

@@ -6,11 +6,12 @@ import signal
 import socket
 import stat
 import time
+from pathlib import Path
 
 import pytest
 
 import utils.files as files
-from utils.files import LOCK, RunLock, is_running, read_lock, remove_leftovers, replacing, started
+from utils.files import LOCK, RunLock, Together, is_running, read_lock, remove_leftovers, replacing, started
 
 
 def in_child(call) -> int:
@@ -264,3 +265,35 @@ def test_of_many_that_take_over_at_once_one_has_it(tmp_path):
     for pid in children:
         os.waitpid(pid, 0)
     assert len(list(tmp_path.glob("have_*"))) == 1 and not (tmp_path / LOCK).exists()
+
+
+# -- several files as one -------------------------------------------------------------------------------------------------
+
+def test_files_that_appear_together(tmp_path):
+    stem = tmp_path / f"{'n' * 240}.v2"                                    # as long as names may be, and no suffix
+    (tmp_path / f"{stem.name}.txt").write_text("old")
+    with Together(stem) as group:
+        group.new(".txt").write_text("labels")
+        group.new("_overlay.ply").write_text("picture")
+        assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == [f"{stem.name}.txt"]
+        assert (tmp_path / f"{stem.name}.txt").read_text() == "old"
+    assert [path.name for path in group.paths] == [f"{stem.name}.txt", f"{stem.name}_overlay.ply"]
+    assert sorted(tmp_path.iterdir()) == sorted(group.paths) and group.paths[0].read_text() == "labels"
+
+
+def test_the_first_file_appears_last(tmp_path, monkeypatch):
+    order, replace = [], Path.replace
+    monkeypatch.setattr(Path, "replace", lambda path, other: order.append(other.name) or replace(path, other))
+    with Together(tmp_path / "a") as group:
+        for ending in (".txt", ".ply", ".html"):
+            group.new(ending).write_text("")
+    assert order == ["a.ply", "a.html", "a.txt"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_none_appears_where_one_fails(tmp_path, error):
+    with pytest.raises(error), Together(tmp_path / "a") as group:
+        group.new(".txt").write_text("labels")
+        group.new(".ply")                                                  # not even begun
+        raise error
+    assert not list(tmp_path.iterdir())

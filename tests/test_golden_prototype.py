@@ -308,7 +308,8 @@ def test_polynomial_schedule():
 
 
 @pytest.mark.parametrize("name, phases", [("train_steps", ("warmup", "joint", "finetune")),
-                                          ("train_steps_multi_scale", ("joint", "joint_without_kld"))])
+                                          pytest.param("train_steps_multi_scale", ("joint", "joint_without_kld"),
+                                                       marks=pytest.mark.slow)])         # twelve seconds
 def test_train_steps(name, phases):
     golden = load(name)
     config = golden["config"]

@@ -1,11 +1,12 @@
 """Numbers of label files as classes, and back."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from data.label_map import LabelMap, read_label_map
+from data.label_map import LabelMap, read_label_map, unread_classes
 from utils.losses import IGNORE_INDEX
 
 
@@ -78,3 +79,35 @@ def test_everything_else_is_refused_in_one_line(given, message):
 def test_no_value_for_a_class():
     with pytest.raises(ValueError, match="its classes are 1; expected each of 0, 1, 2"):
         LabelMap({5: 1})
+
+
+# -- a class file that is not read ---------------------------------------------------------------------------------------
+
+def test_a_class_file_near_the_data_that_is_not_read_is_named(tmp_path):
+    folder = tmp_path / "town" / "images" / "train"
+    folder.mkdir(parents=True)
+    names = ["class 0", "class 1"]
+    assert unread_classes(names, folder, "do this") == []
+    (tmp_path / "town" / "classes.txt").write_text("0 sky\n1 road\n")
+    line, = unread_classes(names, folder, "do this")
+    assert line == f"note: the classes have no names; {tmp_path}/town/classes.txt is not read: do this"
+    assert unread_classes(["sky", "road"], folder, "do this") == []
+    (folder / "classes.json").write_text("{}")
+    assert "train/classes.json" in unread_classes(names, folder, "do this")[0]
+
+
+@pytest.mark.parametrize("kind", ["images", "clouds", "meshes"])
+def test_every_kind_of_data_says_so(kind, tmp_path):
+    import train_downstream
+    from data.image_splits import training_doubts
+    from utils import point_scripts
+    (tmp_path / "classes.json").write_text("[]")
+    data = SimpleNamespace(files=[tmp_path / "set" / "train" / "a.x"], doubts=[], messages=[], notes=[], class_counts=np.ones(2), num_points=[1],
+                           num_polygons=[1], num_faces=[1], ignored_classes=lambda: [], augmentation=SimpleNamespace(drop_color=0, drop_normal=0))
+    names = ["class 0", "class 1"]
+    lines = {"images": lambda: training_doubts(names, data, {"ignore_label": 255, "reduce_zero_label": False}),
+             "clouds": lambda: point_scripts.describe_data(data, data, names),
+             "meshes": lambda: train_downstream.describe_data(data, data, names)}[kind]()
+    remedy = {"images": "--classes or, in a config, dataset.classes", "clouds": "data.root, or write its names into data.class_names",
+              "meshes": "set data.class_names"}[kind]
+    assert [line for line in lines if "classes.json is not read" in line and remedy in line]

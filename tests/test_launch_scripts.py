@@ -1,8 +1,11 @@
 """scripts/*.sh with a stand-in for Python that prints what it was asked to run; the values of configs/sonata; pooling of the six folds."""
 
+import importlib.metadata
 import json
+import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +24,8 @@ READY_MADE = {"scannet_linear": "0a-scannet-lin", "scannet_decoder": "0b-scannet
 STAND_IN = """#!/bin/sh
 case "$1 $2" in
     "-c "*) echo "${GPUS:-0}" ;;                    # how many are visible?
-    "- "*) cat > /dev/null ;;                       # setup.sh checks the version
-    "-m pip") echo "pip" >> "$PIP_LOG" ;;
+    "- "*) cat > /dev/null; echo "${THERE-2.13.0}" ;;        # setup.sh asks for the version of PyTorch
+    "-m pip") echo "$@" >> "$PIP_LOG" ;;
     *) echo "program=$(basename "$0")"; printf '%s\\n' "$@" ;;
 esac
 """
@@ -74,6 +77,40 @@ def make_run(repository, name="mine"):
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "scripts").glob("*.sh")))
 def test_syntax(script):
     assert subprocess.run(["bash", "-n", str(ROOT / "scripts" / script)], capture_output=True).returncode == 0
+
+
+# -- setup.sh ----------------------------------------------------------------------------------------------------------
+
+def test_a_pytorch_that_is_there_is_left_alone(repository):
+    asked(launch(repository, *ARGUMENTS))
+    rest = "-m pip install --quiet --disable-pip-version-check -r requirements.txt"
+    assert (repository / "pip.log").read_text().splitlines() == [rest]
+    done = launch(repository, *ARGUMENTS, THERE="")
+    assert (repository / "pip.log").read_text().splitlines()[1:] == [rest.replace("-r requirements.txt", "torch==2.13.0"), rest]
+    assert done.stdout.startswith("Installing torch==2.13.0.") and "--index-url https://download.pytorch.org/whl/cpu" in done.stdout
+
+
+@pytest.mark.parametrize("version, python, printed", [
+    ("2.13.0+cpu", (3, 11), "2.13.0+cpu"), ("2.13.0+cu130", (3, 13), "2.13.0+cu130"), ("10.0.0a0+git1234", (3, 12), "10.0.0a0+git1234"),
+    (None, (3, 11), ""),                                                # setup.sh installs one
+    ("1.13.1", (3, 11), "error: PyTorch 1.13.1 in .* is too old; SegHeads needs .* does not replace what is there"),
+    ("2.13.0", (3, 10), "error: Python .* is too old; SegHeads needs 3.11 or newer")])
+def test_versions(monkeypatch, capsys, version, python, printed):
+    """The Python in setup.sh: prints the version of PyTorch, nothing where there is none, or ends with one line."""
+    def installed(name):
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", installed)
+    monkeypatch.setattr(sys, "version_info", python)
+    monkeypatch.chdir(ROOT)
+    code, = re.findall(r"<<'PY'\n(.*?)\nPY\n", (ROOT / "scripts" / "setup.sh").read_text(), re.DOTALL)
+    try:
+        exec(code, {})
+    except SystemExit as end:
+        print(end.code or "", end="")
+    assert re.fullmatch(re.escape(printed) if not printed.startswith("error") else f".*{printed}[^\n]*", capsys.readouterr().out.strip(), re.DOTALL)
 
 
 # -- train.sh ----------------------------------------------------------------------------------------------------------

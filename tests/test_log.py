@@ -60,15 +60,31 @@ def test_a_train_step_line(tmp_path, capsys, clock):
         "step 120/3000  lr_backbone 5.00e-01  grad_norm 2.0000  tiny 1.50e-05  n 7  zero 0.0000"]
 
 
-def test_pace_is_not_disturbed_by_a_pause_but_the_eta_counts_it(tmp_path, capsys, clock):
+def test_pace_does_not_count_evaluations_but_the_eta_does(tmp_path, capsys, clock):
+    """Every interval has one here, so that no median is rid of them."""
     log = RunLog(tmp_path, tensorboard=False, total_steps=60)
-    for step in (10, 20, 30):
-        clock(1.0)
+    for step in (10, 20, 30, 40):
+        clock(0.5)
+        log.pause(step - 5)
+        clock(24.0)                                            # an evaluation
+        log.pause(step - 5)
+        clock(0.5)
         log.train_step(step)
-    clock(96.0)                                                # an evaluation
-    clock(1.0)
-    log.train_step(40)
     assert capsys.readouterr().out.splitlines()[-1] == "step 40/60  0.10 s/step  ETA 0:00:50"
+
+
+def test_a_line_every_30_seconds_between_those_of_the_log_interval(tmp_path, capsys, clock):
+    log = RunLog(tmp_path, tensorboard=False, total_steps=100)
+    for step in range(1, 8):
+        clock(12.0)
+        log.still_running(step)
+    log.train_step(8, loss=0.5)
+    clock(29.0)
+    log.still_running(9)
+    RunLog(tmp_path / "other", rank=1).still_running(9)
+    assert capsys.readouterr().out.splitlines() == ["step 3/100  12.00 s/step  ETA 0:19:24", "step 6/100  12.00 s/step  ETA 0:18:48",
+                                                    "step 8/100  loss 0.5000  10.50 s/step  ETA 0:16:06"]
+    assert not (tmp_path / "log.jsonl").read_text() and "step 6/100" in (tmp_path / "train.log").read_text()
 
 
 def test_pace_after_resuming_counts_from_the_resumed_step(tmp_path, capsys, clock):
@@ -258,3 +274,14 @@ def test_a_bar_on_a_terminal_of_the_first_process_only(monkeypatch, capsys, stre
     assert list(progress(iter([1, 2, 3]), "val", total=3)) == [1, 2, 3]
     assert ("val:   0%" in output.getvalue()) == shown and bool(output.getvalue()) == shown
     assert capsys.readouterr().out == ""
+
+
+def test_lines_in_place_of_the_bar_where_nobody_could_see_it(monkeypatch, capsys, clock):
+    items = progress(iter("abcdef"), "evaluating", total=6)
+    for item in items:
+        assert item in "abcdef"
+        clock(11.0)
+    assert capsys.readouterr().err.splitlines() == ["evaluating: 3 of 6"]
+    for _ in progress((number for number in range(4)), "push"):
+        clock(16.0)
+    assert capsys.readouterr().err.splitlines() == ["push: 2"]

@@ -319,6 +319,7 @@ def test_a_mesh_that_is_read_already_is_not_parsed_again(folder, parsed):
 def test_parts_by_name_share_no_mesh():
     files = [Path(f"house_{i}{part}.obj") for i in range(4) for part in "ab"]
     rest, test = hold_out(files, ["house_1*", "house_3b"])
+    assert split_meshes(rest, 0.34) == split_meshes(rest, [0.34]) and len(split_meshes(rest, 0.34)[1]) == len(rest) // 3
     train, val = split_meshes(rest, ["house_2*"])
     assert [path.stem for path in test] == ["house_1a", "house_1b", "house_3b"]
     assert [path.stem for path in val] == ["house_2a", "house_2b"]

@@ -12,7 +12,14 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, jaccard_
 
 from utils import metrics
 from utils.losses import IGNORE_INDEX
-from utils.metrics import ConfusionMatrix, absent_as_zero, metrics_table, miou_of_each, segmentation_metrics
+from utils.metrics import (
+    ConfusionMatrix,
+    absent_as_zero,
+    metrics_table,
+    miou_of_each,
+    miou_of_labels,
+    segmentation_metrics,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -240,8 +247,18 @@ def test_table():
         metrics_table(segmentation_metrics(np.eye(3)), ["a", "b"])
 
 
-def test_miou_of_each_equals_the_metrics_of_each():
+def test_miou_of_each_is_over_the_classes_of_the_labels():
     matrices = np.random.default_rng(0).integers(0, 5, (6, 4, 4))
-    matrices[1, 2], matrices[1, :, 2], matrices[2] = 0, 0, 0               # a class that is absent, a matrix of nothing
-    expected = [segmentation_metrics(matrix)["miou"] for matrix in matrices]
+    matrices[1, 2], matrices[1, :, 2], matrices[2], matrices[3, 0] = 0, 0, 0, 0     # absent; a matrix of nothing; only predicted
+    expected = [segmentation_metrics(matrix)["iou"][matrix.sum(1) > 0].mean() if matrix.any() else np.nan for matrix in matrices]
     assert np.allclose(miou_of_each(matrices), expected, equal_nan=True) and np.isnan(expected[2])
+
+
+def test_one_stray_element_does_not_decide_the_rank_of_an_item():
+    label = np.array([0] * 50 + [1] * 50)
+    good, poor = label.copy(), label.copy()
+    good[0], poor[:20] = 2, 1                                              # one face of a class that the mesh does not have
+    for miou in (lambda pred: miou_of_labels(pred, label, 3),
+                 lambda pred: miou_of_each(np.histogram2d(label, pred, [[-0.5, 0.5, 1.5, 2.5]] * 2)[0][None])[0]):
+        assert miou(good) == pytest.approx((49 / 50 + 1) / 2) and miou(poor) == pytest.approx((30 / 50 + 50 / 70) / 2)
+    assert np.isnan(miou_of_labels(good, np.full(100, -100), 3))

@@ -25,7 +25,7 @@ MODEL = {"n_classes": 3, "features": ["centroid", "normal", "area"], "embedding_
 def settings(folder, **data):
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump({
-        "paths": {"mesh_dir": str(folder / "meshes"), "cache_dir": None}, "data": {"val_split": [0.34], **data}, "model": MODEL,
+        "paths": {"mesh_dir": str(folder / "meshes"), "cache_dir": None}, "data": {"val_split": 0.34, **data}, "model": MODEL,
         "training": {"epochs": 1, "batch_size": 2}, "optimizer": {"learning_rate": 0.01}, "logging": {"tensorboard": False}}))
     return str(path)
 

@@ -1,8 +1,6 @@
 """train_downstream.py with model.encoder: diffusion_net, run whole on tiny meshes: from scratch, with the file's head and no training,
 frozen, fine-tuned, with cached features, resumed, in two processes, and read by evaluate.py and predict.py."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ import predict
 import train_downstream
 from models.diffusion_net import DiffusionNet
 from tests.tiny_meshes import tiny_mesh, write_obj, write_set, write_textured_set
+from tests.tiny_runs import TinyRun, run_pair
 from tests.whole_runs import assert_equal, sigterm_in_call
 from utils.checkpoint import load_checkpoint
 from utils.cli import StopRequested
@@ -164,9 +163,8 @@ def test_files_that_do_not_fit_are_refused(config, tmp_path, official_like):
 def test_two_processes_equal_one_with_the_double_batch(config, tmp_path):
     options = ["training.epochs=1", "model.encoder_dropout=0", "augmentation.mode=none"]
     train(config, tmp_path / "one", *options, "training.batch_size=6")
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_downstream.py", config,
-                    "--output-dir", str(tmp_path / "two"), "--device", "cpu", "--num-workers", "0", *options, "training.batch_size=3"],
-                   cwd=ROOT, check=True, capture_output=True, timeout=300)
+    run = TinyRun("train_downstream.py", [config, "--device", "cpu", "--num-workers", "0", *options, "training.batch_size=3"], tmp_path)
+    run_pair(run, tmp_path / "two")
     first, second = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name, value in first["model"].items():
         torch.testing.assert_close(second["model"][name], value, rtol=1e-3, atol=2e-4)

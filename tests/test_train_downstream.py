@@ -18,6 +18,7 @@ import predict
 import train_downstream
 from data.mesh_io import read_mesh
 from tests.tiny_meshes import tiny_mesh, write_obj, write_set, write_textured_set
+from tests.tiny_runs import TinyRun, run_forked, run_pair, start_pair
 from tests.whole_runs import assert_equal, refused, sigterm_in_call
 from utils.checkpoint import load_checkpoint
 from utils.cli import StopRequested
@@ -504,41 +505,16 @@ def test_a_fresh_run_in_a_used_folder_keeps_the_old_checkpoints(config, tmp_path
 
 
 def test_command_line(config, tmp_path):
-    def call(*command):
-        return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-    for script in ("train_downstream.py", "evaluate.py", "predict.py"):
-        done = call(script, "--help")
-        assert done.returncode == 0 and "usage:" in done.stdout
-    done = call("train_downstream.py", config, "--ouput-dir", tmp_path / "run")
+    """In a process of its own, where run_main makes one line and an exit status of an error."""
+    done = subprocess.run([sys.executable, "train_downstream.py", config, "--ouput-dir", str(tmp_path / "run")], cwd=ROOT,
+                          capture_output=True, text=True)
     assert done.returncode == 2 and "--output-dir" in done.stderr and done.stderr.count("\n") == 1
-    done = call("train_downstream.py", config, "--output_dir", tmp_path / "run", "modle.n_classes=3")
-    assert done.returncode == 2 and "model" in done.stderr and "Traceback" not in done.stderr
+    done = run_forked(in_processes(config, "modle.n_classes=3"), tmp_path / "run")
+    assert done.code == 2 and "model" in done.stderr and "Traceback" not in done.stderr
 
 
-RESUME_DRIVER = """
-import os, signal, sys
-sys.path.insert(0, {root!r})
-import train_downstream, utils.run
-from utils.cli import StopRequested
-utils.run.cleanup = lambda: None                                                   # three runs in one process group
-update, count = train_downstream.EMA.update, []
-def update_and_kill(self, model):
-    count.append(1)
-    if len(count) == 2 and os.environ["RANK"] == "1":                              # a signal to any process stops all
-        os.kill(os.getpid(), signal.SIGTERM)
-    update(self, model)
-def train(output, *more):
-    train_downstream.main([{config!r}, "--output-dir", output, "--device", "cpu", "--num-workers", "0", "training.batch_size=1", *more])
-train({whole!r})
-train_downstream.EMA.update = update_and_kill
-try:
-    train({broken!r})
-except StopRequested:
-    train_downstream.EMA.update = update
-    train({broken!r}, "--resume", "auto")
-"""
+def in_processes(config, *more):
+    return TinyRun("train_downstream.py", [config, "--device", "cpu", "--num-workers", "0", *more], Path(config).parent)
 
 
 def test_resume_of_two_processes_is_exact(config, tmp_path):
@@ -546,12 +522,16 @@ def test_resume_of_two_processes_is_exact(config, tmp_path):
     write_set(tmp_path / "one", 1)
     text = Path(config).read_text().replace(yaml.safe_load(Path(config).read_text())["paths"]["val_mesh_dir"], str(tmp_path / "one"))
     Path(config).write_text(text)
-    (tmp_path / "driver.py").write_text(RESUME_DRIVER.format(root=str(ROOT), config=config, whole=str(tmp_path / "whole"),
-                                                             broken=str(tmp_path / "broken")))
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "driver.py")],
-                          cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "SIGTERM" in done.stderr
+    run = in_processes(config, "training.batch_size=1")
+    run_pair(run, tmp_path / "whole")
+
+    def sigterm_to_the_second():                                                   # a signal to any process stops all
+        if os.environ["RANK"] == "1":
+            sigterm_in_call(pytest.MonkeyPatch(), train_downstream.EMA, "update", 2)
+
+    pair = [child.wait() for child in start_pair(run, tmp_path / "broken", hook=sigterm_to_the_second)]
+    assert all(child.code for child in pair) and "SIGTERM" in pair[1].stderr, pair[0].stderr + pair[1].stderr
+    run_pair(run, tmp_path / "broken", "--resume", "auto")
     assert_same_run(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
 
 
@@ -561,11 +541,7 @@ def test_two_processes_equal_one_with_the_double_batch(config, data, tmp_path, m
     write_set(tmp_path / "train", meshes)
     more = ["model.encoder_dropout=0", "model.dropout=0", "model.drop_path=0", f"paths.mesh_dir={tmp_path / 'train'}"]
     one = train(config, tmp_path / "one", "training.batch_size=4", *more)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_downstream.py",
-                           config, "--output-dir", str(tmp_path / "two"), "--device", "cpu", "--num-workers", "0",
-                           "training.batch_size=2", *more], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_pair(in_processes(config, "training.batch_size=2", *more), tmp_path / "two")
     assert_close(weights(tmp_path / "one")["model"], weights(tmp_path / "two")["model"], 2e-3)
     records = [[r for r in read_log(tmp_path / name / "log" / "log.jsonl") if r["split"] == "val"] for name in ("one", "two")]
     assert len(records[0]) == len(records[1]) == 2

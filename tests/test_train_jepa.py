@@ -314,11 +314,6 @@ def test_shipped_configs_are_valid():
         assert config.paths.mesh_dir.startswith("datasets/") and isinstance(train_jepa.mesh_spec(config), MeshSpec)
 
 
-def test_help_works():
-    done = subprocess.run([sys.executable, "train_jepa.py", "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "--resume" in done.stdout and "I-JEPA" in done.stdout
-
-
 @pytest.mark.slow
 def test_two_processes_take_the_same_steps_as_one(config, tmp_path):
     """1 x 4 and 2 x 2: the same loss in every epoch, the same weights to rounding. Some processes have a step without a target."""

@@ -2,10 +2,7 @@
 exactly wherever it is stopped, and the pushed prototypes are patches of the photographs they name."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +18,7 @@ import train_prototype as script
 from data import cityscapes
 from models.prototype_push import NearestPatches, PushTable
 from tests.tiny_images import write_classes, write_pictures
+from tests.tiny_runs import TinyRun, run_pair
 from tests.whole_runs import assert_equal, sigterm_in_call
 from utils import prototype_scripts
 from utils.checkpoint import load_checkpoint
@@ -486,10 +484,8 @@ def test_two_processes_equal_one_with_the_double_batch(config, tmp_path):
     """Training, push and pruning; batch norm is frozen, because it would see other batches."""
     more = ["training.steps=[2,8,4]", "evaluation.interval=4", "model.freeze_bn=true"]
     train(config, tmp_path / "one", "training.batch_size=2", *more)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_prototype.py"]
-    done = subprocess.run([*launch, config, "training.batch_size=1", "--output-dir", str(tmp_path / "two"), "--device", "cpu", "--num-workers", "0", *more],
-                          cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    run = TinyRun("train_prototype.py", [config, "training.batch_size=1", "--device", "cpu", "--num-workers", "0", *more], tmp_path)
+    run_pair(run, tmp_path / "two")
     one, two = (checkpoint(tmp_path / name) for name in ("one", "two"))
     assert [entry["image"] for entry in one["prototypes"]] == [entry["image"] for entry in two["prototypes"]]
     for name, value in one["model"].items():

@@ -28,6 +28,7 @@ from tests.tiny_clouds import (
     write_encoder,
     write_every_format,
 )
+from tests.tiny_runs import TinyRun, run_pair
 from tests.whole_runs import assert_equal, refused, sigterm_in_call
 from utils import point_scripts
 from utils.checkpoint import load_checkpoint, save_checkpoint
@@ -343,7 +344,7 @@ def test_every_reader_agrees(root, whole, tmp_path, capsys):
     more = ["--resume", str(last(out)), "--test-only", "--device", "cpu", "--num-workers", "0"]
     again = SCRIPT.main([config, *more])
     printed = capsys.readouterr().out
-    assert "on the val split, single view, raw points" in printed
+    assert "on the val split, single-view test, raw points" in printed
     assert numbers(printed, "(the official mean): mIoU") == pytest.approx(100 * val["official_miou"], abs=0.006)
     scored = score(last(out), tmp_path / "scores")
     assert again["miou"] == scored["miou"] == val["miou"] and again["loss"] == pytest.approx(val["loss"], rel=1e-12)
@@ -687,10 +688,8 @@ def test_two_processes_train_together_and_score_like_one(root, tmp_path):
     """Three clouds for two processes: each is scored once."""
     config = write_config(tmp_path / "c.yaml", root, model={"mode": "dec"}, training={**ONE_STEP, "use_pretrained": None, "batch_size": 4})
     weights = write_encoder(tmp_path / "sonata.pth")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_sonata.py", config, "--device", "cpu",
-               "--num-workers", "0", "--output-dir", tmp_path / "out", "--pretrained_path", weights]
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    run = TinyRun("train_sonata.py", [config, "--device", "cpu", "--num-workers", "0", "--pretrained_path", weights], root)
+    run_pair(run, tmp_path / "out")
     together = read_log(tmp_path / "out" / "log" / "log.jsonl")[-1]
     checkpoint = load_checkpoint(last(tmp_path / "out"))
     assert together["split"] == "val" and checkpoint["step"] == 1 and len(checkpoint["rng_others"]) == 1

@@ -13,6 +13,7 @@ import importlib
 import os
 import shutil
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -218,6 +219,33 @@ def run_forked(run: TinyRun, out: str | Path, *more, hook: Callable[[], None] | 
     """`run` in a child process with one thread, until it ends: .code, .stdout, .stderr. hook is called in the child before the script:
     the place for patches, which stay there."""
     return Forked(run, out, *more, hook=hook).wait(timeout)
+
+
+def start_pair(run: TinyRun, out: Path, *more, hook=None, world: int = 2) -> list[Forked]:
+    """`run` in processes with the environment of torchrun, all writing to `out`, their output beside it."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+
+    def join(rank):
+        os.environ |= {"WORLD_SIZE": str(world), "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "localhost",
+                       "MASTER_PORT": str(port)}
+        if hook is not None:
+            hook()
+
+    return [Forked(run, f"{out}-{rank}", *more, "--output-dir", out, hook=functools.partial(join, rank)) for rank in range(world)]
+
+
+def run_pair(run: TinyRun, out: Path, *more, hook=None, timeout: float = 300) -> list[Forked]:
+    pair = start_pair(run, out, *more, hook=hook)
+    try:
+        for child in pair:
+            child.wait(timeout)
+    finally:
+        for child in pair:
+            child.signal(9)
+    assert [child.code for child in pair] == [0, 0], pair[0].stderr[-2000:] + pair[1].stderr[-2000:]
+    return pair
 
 
 # -- what a run left ---------------------------------------------------------------------------------------------------

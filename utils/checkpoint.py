@@ -176,6 +176,9 @@ def find_resume(resume: str | Path | None, model_dir: str | Path,
     """
     if resume is None:
         return None, []
+    if Path(resume).suffix == ".ckpt" and not Path(resume).exists():        # Lightning's
+        raise FileNotFoundError(f"{resume}: no such file; a run is saved as {Path(model_dir) / 'model_last.pth'}, from "
+                                f"which --resume auto goes on")
     if str(resume) != "auto":
         load_checkpoint(resume, script, map_location="meta")   # "meta": checksums and structure, no weights in memory
         return Path(resume), []

@@ -20,7 +20,7 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,9 +63,11 @@ class ArgumentParser(argparse.ArgumentParser):
 
     Positional arguments may stand before, between and after flags (`train.py CONFIG --seed 1 optim.lr=1e-4`).
     A wrong command line prints `error: ...` to stderr and exits with status 2, as argparse does.
+    instead: {flag of other programs, which is unknown here: what to write in its place}.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, instead: Mapping[str, str] | None = None, **kwargs):
+        self.instead = instead or {}
         kwargs.setdefault("allow_abbrev", False)
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         self.actions: list[argparse.Action] = []               # all, in the order of their declaration
@@ -73,7 +75,7 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(*args, **kwargs)
 
     def add_argument(self, *args, **kwargs) -> argparse.Action:
-        action = super().add_argument(*args, **kwargs)
+        action = _with_default(super().add_argument(*args, **kwargs))
         self.actions.append(action)
         return action
 
@@ -82,7 +84,7 @@ class ArgumentParser(argparse.ArgumentParser):
         declare = group.add_argument
 
         def add_argument(*more, **settings) -> argparse.Action:
-            action = declare(*more, **settings)
+            action = _with_default(declare(*more, **settings))
             self.actions.append(action)
             self.groups.setdefault(group.title, []).append(action)
             return action
@@ -98,7 +100,9 @@ class ArgumentParser(argparse.ArgumentParser):
         for flag in (token.partition("=")[0] for token in _before_separator(args) if token.startswith("--")):
             if flag not in declared and " " not in flag:
                 hint = did_you_mean(nearest(flag, declared))
-                if not hint and "." in flag:                   # the habit of other configuration tools
+                if flag.replace("_", "-") in self.instead:
+                    hint = f"; {self.instead[flag.replace('_', '-')]}"
+                elif not hint and "." in flag:                   # the habit of other configuration tools
                     hint = f"; write {flag[2:]}=VALUE without hyphens"
                 self.error(f"unknown flag {flag}{hint}")
         parsed, rest = self.parse_known_intermixed_args(args, namespace)
@@ -123,6 +127,16 @@ class ArgumentParser(argparse.ArgumentParser):
                 flag = declared.get(flag.replace("_", "-"), flag)
             result.append(f"{flag}{equals}{value}")
         return result + args[len(result):]
+
+
+def _with_default(action: argparse.Action) -> argparse.Action:
+    """Add the default to the help, where there is one and the help has no word about it."""
+    default, text = action.default, action.help or ""
+    named = re.search(r"\bdefault\b", text) or text == argparse.SUPPRESS
+    if not named and default is not None and default is not False and default not in ("", [], (), argparse.SUPPRESS):
+        shown = " ".join(map(str, default)) if isinstance(default, list | tuple) else str(default)
+        action.help = f"{text}{'; ' if text else ''}default: {shown.replace('%', '%%')}"
+    return action
 
 
 def flags_config(parser: ArgumentParser, args: argparse.Namespace) -> Config:

@@ -185,11 +185,36 @@ class RunLock:
         self._seen = self._stamp()
 
 
-def move_results(written: Sequence[Path], folder: Path) -> list[Path]:
-    """Move files into a folder, the first one last: where that is, all are. Returns the new paths in the same order."""
-    for path in (*written[1:], written[0]):
-        path.replace(folder / path.name)
-    return [folder / path.name for path in written]
+class Together:
+    """Files STEM + ending that appear together, or not at all on an error or Ctrl-C: `with Together(stem) as files`.
+
+    They are written under names that hide them, and renamed at the end, the first one last: where that is, all are.
+    A folder for each group would take longer than a small file. paths: under their own names, in order.
+    """
+
+    def __init__(self, stem: Path) -> None:
+        self.stem = stem
+        self.paths: list[Path] = []
+        self._temporary: list[Path] = []
+        self._token = secrets.token_hex(4)
+
+    def new(self, ending: str) -> Path:
+        """Where to write STEM + ending."""
+        self.paths.append(self.stem.with_name(f"{self.stem.name}{ending}"))      # not with_suffix: names may have dots
+        self._temporary.append(self.stem.with_name(f".writing_{self._token}{ending}"))
+        return self._temporary[-1]
+
+    def __enter__(self) -> Together:
+        return self
+
+    def __exit__(self, kind, *exception) -> None:
+        try:
+            moves = list(zip(self._temporary, self.paths, strict=True)) if kind is None else []
+            for temporary, path in (*moves[1:], *moves[:1]):
+                temporary.replace(path)
+        finally:
+            for temporary in self._temporary:
+                temporary.unlink(missing_ok=True)
 
 
 def read_lock(path: Path) -> dict[str, Any]:

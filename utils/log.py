@@ -7,7 +7,7 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import IO, Any
@@ -18,6 +18,8 @@ from tqdm import tqdm
 
 from utils.distributed import is_main
 from utils.files import replacing
+
+QUIET = 30.0            # seconds: something is printed at least this often
 
 
 class RunLog:
@@ -38,6 +40,7 @@ class RunLog:
         self.total_steps = total_steps
         self._text = self._records = self._board = self._wandb = None
         self._start = self._last = (time.monotonic(), resume_step or 0)      # (seconds, step)
+        self._printed = time.monotonic()
         self._resumed_at = set()                                             # the records at resume_step
         self._gone = False                                                   # noted: the terminal, or the pipe
         self._recent: deque[float] = deque(maxlen=9)                         # seconds per step, last intervals
@@ -71,6 +74,7 @@ class RunLog:
         if self.rank != 0:
             return
         print(message, flush=True)
+        self._printed = time.monotonic()
         self._add(message)
         if (gone := getattr(sys.stdout, "gone", None)) and not self._gone:
             self._gone = True
@@ -82,25 +86,37 @@ class RunLog:
     def train_step(self, step: int, **scalars: float) -> None:
         """Print one line; the scalars also go to TensorBoard as train/NAME.
 
-        s/step is the median over the last lines, which an evaluation between two of them does not disturb; the ETA uses
-        the mean since the start, which counts evaluations. A tensor is read here, which waits for the GPU.
+        s/step is the median over the last lines, without evaluations (see pause); the ETA uses the mean since the
+        start, which counts them. A tensor is read here, which waits for the GPU.
         """
         if self.rank != 0:
             return
         now = time.monotonic()
         scalars = {name: _number(value) for name, value in scalars.items()}
-        parts = [f"step {step}" if self.total_steps is None else f"step {step}/{self.total_steps}"]
-        parts += [f"{name} {_format(name, value)}" for name, value in scalars.items()]
         if step > self._last[1]:
             self._recent.append((now - self._last[0]) / (step - self._last[1]))
-            seconds = statistics.median(self._recent)
+        self._print_step(step, [f"{name} {_format(name, value)}" for name, value in scalars.items()], now)
+        self._last = (now, step)
+        self.scalars(step, {f"train/{name}": value for name, value in scalars.items()})
+
+    def still_running(self, step: int) -> None:
+        """Print a line without numbers, of a step that train_step leaves out, where nothing was for QUIET seconds."""
+        if self.rank == 0 and time.monotonic() - self._printed >= QUIET:
+            self._print_step(step, [], time.monotonic())
+
+    def pause(self, step: int) -> None:
+        """What was done since `step` (an evaluation, a checkpoint) counts in no s/step."""
+        self._last = (time.monotonic(), step)
+
+    def _print_step(self, step: int, parts: list[str], now: float) -> None:
+        parts = [f"step {step}" if self.total_steps is None else f"step {step}/{self.total_steps}", *parts]
+        if step > self._last[1]:
+            seconds = statistics.median(self._recent or [(now - self._last[0]) / (step - self._last[1])])
             parts.append(f"{seconds:.2f} s/step" if seconds >= 0.1 else f"{seconds:.2g} s/step")
             if self.total_steps is not None:
                 pace = (now - self._start[0]) / (step - self._start[1])
                 parts.append(f"ETA {timedelta(seconds=round(pace * max(self.total_steps - step, 0)))}")
-        self._last = (now, step)
         self.info("  ".join(parts))
-        self.scalars(step, {f"train/{name}": value for name, value in scalars.items()})
 
     def evaluation(self, epoch: int, step: int, split: str, metrics: Mapping[str, Any]) -> None:
         """Add {"epoch", "step", "split", **metrics} to log.jsonl; single numbers also go to TensorBoard as SPLIT/NAME.
@@ -160,9 +176,20 @@ class RunLog:
 
 
 def progress(iterable: Iterable, description: str, total: int | None = None) -> Iterable:
-    """A tqdm bar on stderr, on a terminal and in the first process only; elsewhere the items pass silently."""
-    disable = None if is_main() else True                      # None: off unless the output is a terminal
-    return tqdm(iterable, description, total, disable=disable, mininterval=2, leave=False, file=sys.stderr)
+    """A tqdm bar on stderr, or, where that is no terminal, a line every QUIET seconds; in the first process only."""
+    if is_main() and not sys.stderr.isatty():
+        return _with_lines(iterable, description, total)
+    return tqdm(iterable, description, total, disable=not is_main(), mininterval=2, leave=False, file=sys.stderr)
+
+
+def _with_lines(iterable: Iterable, description: str, total: int | None) -> Iterator:
+    total = len(iterable) if total is None and hasattr(iterable, "__len__") else total
+    printed = time.monotonic()
+    for number, item in enumerate(iterable):
+        if time.monotonic() - printed >= QUIET:
+            print(f"{description}: {number}{'' if total is None else f' of {total}'}", file=sys.stderr, flush=True)
+            printed = time.monotonic()
+        yield item
 
 
 def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:

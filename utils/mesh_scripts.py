@@ -122,7 +122,8 @@ def mesh_probabilities(model: DownstreamClassifier, dataset: MeshDataset, device
     The probability is the mean over the views of the mesh, with evaluation.pool_planes over each of its planes, and
     over the triangles of a polygon, by area; the loss (0 without criterion) is that of the first view.
     """
-    model.eval()
+    if model.training:                                      # a walk through all modules for each of many small files
+        model.eval()
     mine = set(own_share(len(dataset.files)))
     items = [item for item, (index, _, _) in enumerate(dataset.items) if index in mine]
     loader = DataLoader(Subset(dataset, items), batch_size, collate_fn=dataset.collate_fn, num_workers=num_workers,

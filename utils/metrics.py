@@ -150,18 +150,22 @@ def headline(result: Mapping) -> dict[str, float]:
 
 
 def miou_of_each(matrices: np.ndarray) -> np.ndarray:
-    """The mIoU (M,) of M confusion matrices (M, C, C), as segmentation_metrics has it; NaN where one is empty."""
-    hit = np.diagonal(matrices, axis1=1, axis2=2)                               # (M, C)
-    union = matrices.sum(1) + matrices.sum(2) - hit
-    return _ratio(_ratio(hit, np.maximum(union, 1)).sum(1), (union > 0).sum(1))
+    """The mIoU (M,) of M confusion matrices (M, C, C), each over the classes of its labels; NaN where it has none.
+
+    segmentation_metrics also counts a class that is only predicted, as 0. In the ranking of single items that would
+    weigh one stray element as much as a whole class.
+    """
+    hit, support = np.diagonal(matrices, axis1=1, axis2=2), matrices.sum(2)     # (M, C)
+    union = matrices.sum(1) + support - hit
+    return _ratio(_ratio(hit, np.maximum(union, 1)).sum(1), (support > 0).sum(1))
 
 
 def miou_of_labels(pred: np.ndarray, label: np.ndarray, num_classes: int) -> float:
     """The same for one item, from its class ids (P,) themselves and without a matrix: labels below 0 are ignored."""
     pred, label = pred[label >= 0], label[label >= 0]
-    hit, *sides = (np.bincount(ids, minlength=num_classes) for ids in (label[pred == label], label, pred))
-    union = sum(sides) - hit
-    return float(_ratio(_ratio(hit, np.maximum(union, 1)).sum(), (union > 0).sum()))
+    hit, support, found = (np.bincount(ids, minlength=num_classes) for ids in (label[pred == label], label, pred))
+    union = support + found - hit
+    return float(_ratio(_ratio(hit, np.maximum(union, 1)).sum(), (support > 0).sum()))
 
 
 def absent_as_zero(values: np.ndarray) -> float:

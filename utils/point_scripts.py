@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Subset
 
+from data.label_map import unread_classes
 from data.point_files import PointCloud
 from data.point_formats import write_las
 from data.point_normals import describe_view
@@ -51,7 +52,9 @@ def items_of_piece(training: Config, num_clouds: int) -> int:
 
 def describe_data(train_set: PointDataset, val_set: PointDataset, names: list[str]) -> list[str]:
     """Lines for the log."""
-    lines = [*train_set.messages, *val_set.messages]
+    lines = [*train_set.messages, *val_set.messages,
+             *unread_classes(names, train_set.files[0].parent,
+                             "move it to data.root, or write its names into data.class_names")]
     if both := {*train_set.files} & {*val_set.files}:
         lines.append(f"WARNING: {len(both)} of {len(val_set.files)} validation clouds are in "
                      f"training too, such as {min(both)}: their score says nothing about new "
@@ -65,6 +68,10 @@ def describe_data(train_set: PointDataset, val_set: PointDataset, names: list[st
     lines.append(f"{len(train_set.files)} training and {len(val_set.files)} validation clouds, "
                  f"{sum(train_set.num_points):,} and {sum(val_set.num_points):,} points")
     return lines
+
+
+def which_test(config: Config) -> str:
+    return "precise test" if config.evaluation.precise else "single-view test"
 
 
 def describe_steps(training: Config, train_set: PointDataset, total_steps: int) -> list[str]:

@@ -6,11 +6,6 @@ import warnings
 
 import numpy as np
 import torch
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.neighbors import KNeighborsClassifier
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from utils.metrics import ConfusionMatrix, segmentation_metrics
 
@@ -27,6 +22,12 @@ def probe(train: tuple[np.ndarray, np.ndarray], val: tuple[np.ndarray, np.ndarra
     L2 penalty 1 (scikit-learn's default); "knn": majority of the 20 nearest. Nothing is random. Returns the dict of
     `scores`. Raises ValueError for an unknown method, and where there are no two classes to tell apart.
     """
+    from sklearn.exceptions import ConvergenceWarning  # here: a second of imports, which most runs do without
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     if method not in METHODS:
         raise ValueError(f"probe.method: expected one of {', '.join(METHODS)}, got {method!r}")
     classes = np.unique(train[1])

@@ -28,6 +28,7 @@ from utils.log import RunLog
 from utils.metrics import single_numbers
 from utils.run_folder import check_same_data, claim_folder, open_checkpoint, restore_scaler, write_run_files
 from utils.seed import seed_everything
+from utils.step_times import StepTimes
 from utils.training import Totals, check_finite, check_same_run, optimizer_step, restore_rng, rng_entries
 from utils.weights import load_weights
 
@@ -48,7 +49,8 @@ def add_run_flags(parser: ArgumentParser, script: str, num_workers: int | None =
     add("--compile", action="store_true", help="torch.compile the network")
     add("--threads", type=AtLeast(1), metavar="N", help="of PyTorch's on a CPU; default: OMP_NUM_THREADS or all cores")
     add("--num-workers", type=AtLeast(0), default=num_workers, help="loader processes; 0: load in the main process")
-    add("--limit-batches", type=AtLeast(0), default=0, metavar="N", help="only N batches per epoch or evaluation")
+    add("--limit-batches", type=AtLeast(0), default=0, metavar="N", help="N batches per epoch or evaluation; 0: all")
+    add("--profile", type=AtLeast(1), default=0, metavar="N", help="also print where the time of N steps goes")
     add("--wandb", action="store_true", help="also log to Weights & Biases")
     add("--debug", action="store_true", help="show the traceback of an error")
 
@@ -83,9 +85,10 @@ class Run:
         self.data: dict = {}
         self.numbers: dict = {}                             # of the last evaluation
         self.stop = StopSignal()
+        self.times = StepTimes(args.profile, self.device)
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        return autocast(self.device, self.amp_dtype)
+        return self.times.forward(autocast(self.device, self.amp_dtype))
 
     def check_data(self, **datasets: Any) -> None:
         """Keep the fingerprint() of the run's data sets in checkpoints. ValueError where a resumed run had others."""
@@ -199,10 +202,13 @@ class Run:
         remaining = len(loader.batch_sampler) - self.batch
         limit = self.args.limit_batches or len(loader.batch_sampler)
         micro_batches: list = []
+        self.times.enter("data")
         for batch in loader if self.batch < limit else ():  # not where the run was stopped right at the limit
+            self.times.enter("prepare")
             remaining -= 1
             micro_batches.append(batch)
             if len(micro_batches) < self.accumulate and remaining:
+                self.times.enter("data")
                 continue
             yield micro_batches
             self.batch += len(micro_batches)
@@ -228,20 +234,25 @@ class Run:
         if weight is not None:
             weight = weight.clamp(min=1e-12)
             scaled = scaled / weight
+        self.times.enter("backward")
         self.scaler.scale(scaled).backward()
+        self.times.enter("prepare")
         self.totals.collect(terms or {"loss": loss}, 1 if weight is None else weight)
 
     def update(self, clip_norm: float = 0.0) -> None:
         """See optimizer_step."""
+        self.times.enter("update")
         optimizer_step(self.optimizer, self.scheduler, self.scaler, clip_norm)
 
     def count_step(self) -> None:
-        """Count the step; every log_interval steps log its terms, where Run waits for the GPU. FloatingPointError where
-        the loss is not finite."""
+        """Count the step; every log_interval steps log its terms, where Run waits for the GPU, and between them, where
+        that takes long, that the run goes on. FloatingPointError where the loss is not finite."""
         self.step += 1
         self.totals.end_step()
+        if table := self.times.end_step(self.step):
+            self.log.info(table)
         if self.step % self.log_interval:
-            return
+            return self.log.still_running(self.step)
         means = self.totals.step_means()
         loss = means.pop("total") if "total" in means else means.pop("loss")
         rate = max(self.scheduler.get_last_lr())            # of the group with the largest rate
@@ -300,6 +311,8 @@ class Run:
         snapshot = self.snapshot()
         if is_main() and self.keeper.save_all(snapshot, epoch, score):
             self.log.info(f"New best {self.monitor}: {score:.4f}. Checkpoint saved.")
+        self.log.pause(self.step)
+        self.times.pause()
 
     def stop_requested(self) -> int:
         """The signal by which any process was asked to stop, else 0. Every process has to call it."""

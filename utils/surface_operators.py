@@ -7,6 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# torch.compiler.disable, but the compiler, which takes 2 s, is imported by the first call.
+uncompiled = torch._disable_dynamo
+
 
 class Operators(NamedTuple):
     """For models/diffusion_net.py, made by data/mesh_surfaces.py: mass (V,), eigenvalues (k,), eigenvectors (V, k),
@@ -22,7 +25,7 @@ class Operators(NamedTuple):
     def to(self, device: torch.device, non_blocking: bool = False) -> Operators:
         return Operators(*(tensor.to(device, non_blocking=non_blocking) for tensor in self))
 
-    @torch.compiler.disable
+    @uncompiled
     def gradient(self) -> Tensor:
         """Both gradient matrices as one sparse matrix (2V, V), x over y."""
         V = len(self.mass)
