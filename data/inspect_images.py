@@ -192,8 +192,8 @@ def _colors_as_classes(found, records, settings):
         counts.update(record["colors"])
     if settings["classes"] and read_class_file(settings["classes"])[1] is not None:
         return
-    keys = sorted(counts, key=lambda key: -counts[key])[:254]
-    settings["num_classes"] = settings["num_classes"] or len(keys)
+    keys = sorted(counts, key=lambda key: -counts[key])[:settings["num_classes"] or 254]
+    settings["num_classes"] = len(keys)
     settings["class_text"] = json.dumps({"classes": [f"class {c}" for c in range(len(keys))],
                                          "palette": [list(map(int, color_of(key))) for key in keys]}, indent=1)
     found.add("doubt", "colour masks", f"masks are in colours ({len(counts)} of them, the most frequent "

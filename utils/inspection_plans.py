@@ -100,7 +100,7 @@ def plan_images(found: Inspection, script: ModuleType, args, device: torch.devic
     memory = (free_memory(device) or MEMORY) / 2
     for share in SIZES:
         side = max(64, int(share * data["short_side"]) // 4 * 4)
-        batch_size = int(np.clip(memory // (BYTES_PER_PIXEL * side ** 2), 2, min(8, max(2, number // 4))))
+        batch_size = int(np.clip(memory // (BYTES_PER_PIXEL * side ** 2), min(2, number), min(8, max(2, number // 4))))
         steps = max(1, number // batch_size)
         scoring = scored * seconds / 3 * data["megapixels"] * (side / data["short_side"]) ** 2
         epoch = seconds * batch_size * steps * side ** 2 / 1e6 + scoring / EVALUATE_EVERY
