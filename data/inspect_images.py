@@ -45,7 +45,8 @@ FAR_MOVES = [(y, x) for y in (-6, 0, 6) for x in (-6, 0, 6)]            # of sin
 # Calibrated on road scenes: the largest gains of right masks are below 0 for turns, moves and swaps, 0.16 for a shift.
 TURN_GAIN = 0.08, 0.03                      # of the mean log likelihood ratio of a pixel, of the mutual information
 SWAP_GAIN, EACH_GAIN, SHIFT_GAIN, MOVE_GAIN = 0.2, 0.06, 0.5, 0.04
-SAME = {2.0: 0.93, 4.0: 0.97}               # of two copies: mean difference in 0..255 below, share of equal labels
+SAME_VIEW = 0.995                           # correlation of two photographs that show the same
+SAME_LABELS, RESIZED_LABELS = 0.995, 0.93    # their equal labels, of the same size and of another
 SET_FILES = 60                              # of which finer moves are tried
 SET_GAIN, SET_ERRORS, SET_SHARE = 0.02, 5, 0.8      # of the whole set: mean, in standard errors, share of photographs
 MANY_VALUES, FEW_PIXELS = 8, 0.01           # of a mask, most of them at less than 1 % of its pixels: blurred?
@@ -77,7 +78,7 @@ def inspect_images(splits: Mapping[str, tuple], data: dict, most: int, workers: 
     by_file = _count(found, listed, records, good, masks, settings)
     _check_photos(found, records)
     small = _small_copies(found, [(listed[i][1:], i) for i in good], masks, photos, workers)
-    check_copies(found, [pair[:2] for pair in listed], small, hashes)
+    check_copies(found, [pair[:2] for pair in listed], small, hashes, [record.get("size") for record in records])
     odd = check_alignment(found, [pair[1:] for pair in listed], small, len(found.class_names)) if small else {}
     _facts(found, splits, pairs, records)
     found.draw = partial(_add_pictures, found, listed, good, by_file, odd, masks, photos, seed)
@@ -332,28 +333,28 @@ def _check_photos(found, records):
 # -- does each mask lie on its photograph? -----------------------------------------------------------------------------
 
 def check_copies(found: Inspection, files: Sequence[tuple[str, Path]], small: Mapping[int, tuple],
-                 hashes: Sequence[object]) -> None:
-    """Report photographs that are nearly the same, and labelled alike: at another size, or stored again.
+                 hashes: Sequence[object], sizes: Sequence[object]) -> None:
+    """Report photographs that show the same and are labelled alike: at another size, or stored again.
 
-    files: (split, photograph); small: see check_alignment; what has the same hash was reported before.
+    files: (split, photograph); small: see check_alignment; what has the same hash was reported before. Frames of a film
+    that stands still differ in their labels.
     """
     places = list(small)
     if len(places) < 2:
         return
-    image, label = (np.stack([_on_grid(small[i][k]) for i in places]).reshape(len(places), np.prod(GRID), -1)
-                    for k in (0, 1))
-    mean = image.mean(2).astype(np.float32)                             # (N, points) grey
-    for a in range(len(places)):
-        difference = np.abs(mean[a + 1:] - mean[a]).mean(1)
-        for b in np.flatnonzero(difference < max(SAME)):
-            i, j = places[a], places[a + 1 + int(b)]
-            least = next(share for most, share in SAME.items() if difference[b] < most)
-            if hashes[i] != hashes[j] and (label[a] == label[a + 1 + b]).mean() > least:
-                across = files[i][0] != files[j][0]
-                found.add("doubt", "near-duplicate", f"{files[j][1]} ({files[j][0]}) is a near-duplicate of "
-                          f"{files[i][1]} ({files[i][0]}), of another size or stored again"
-                          f"{': a duplicate in two splits makes the score too good' if across else ''}; remove one",
-                          files[j][1])
+    grey = np.stack([_on_grid(small[i][0]).mean(2).ravel() for i in places])
+    label = np.stack([_on_grid(small[i][1]).ravel() for i in places])
+    grey = grey - grey.mean(1, keepdims=True)
+    grey = (grey / np.maximum(np.linalg.norm(grey, axis=1, keepdims=True), 1e-6)).astype(np.float32)
+    for a, b in np.argwhere(np.triu(grey @ grey.T, 1) > SAME_VIEW):
+        i, j = places[a], places[b]
+        same = SAME_LABELS if sizes[i] == sizes[j] else RESIZED_LABELS
+        if hashes[i] != hashes[j] and (label[a] == label[b]).mean() > same:
+            across = files[i][0] != files[j][0]
+            found.add("doubt", "near-duplicate", f"{files[j][1]} ({files[j][0]}) is a near-duplicate of {files[i][1]} "
+                      f"({files[i][0]}), of another size or stored again"
+                      f"{': a duplicate in two splits makes the score too good' if across else ''}; remove one",
+                      files[j][1])
 
 
 def _on_grid(values):

@@ -25,7 +25,7 @@ from models.unet import UNet
 from utils.config import Config, load_config
 from utils.device import amp_settings, autocast, describe
 from utils.inspection import UNEVEN, Inspection, plan_text, uneven
-from utils.losses import IGNORE_INDEX
+from utils.losses import IGNORE_INDEX, lovasz_softmax_loss
 from utils.memory import free_memory
 from utils.training import to_device
 
@@ -191,13 +191,14 @@ def segmentation_seconds(backbone: str, num_classes: int, device: torch.device) 
     order = torch.channels_last
     model = UNet(ENCODERS[backbone](), num_classes).to(device, memory_format=order)
     image = torch.rand(4, 3, 160, 160, device=device).to(memory_format=order)
-    label = torch.zeros(4, 160, 160, dtype=torch.int64, device=device)
+    label = torch.randint(num_classes, (4, 160, 160), device=device)
     amp_dtype, _ = amp_settings(device, "native")
 
     def step():
         with autocast(device, amp_dtype):
             logits = model(image)
-        torch.nn.functional.cross_entropy(logits.float(), label).backward()
+        loss = torch.nn.functional.cross_entropy(logits.float(), label)
+        (loss + 0.5 * lovasz_softmax_loss(logits, label, class_dim=1)).backward()
     return measured(step, device) / (label.numel() / 1e6)
 
 
