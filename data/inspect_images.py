@@ -23,7 +23,7 @@ from PIL import Image
 from data.image_pairs import common_ending, find_files, stems_of
 from data.image_results import overlay
 from data.image_splits import check_counts, class_file, mask_reader, mask_suffixes, read_class_file, read_classes
-from data.images import pair_problems, scan_pairs, take_part
+from data.images import pair_problems, read_part, scan_pairs
 from data.label_map import read_label_map
 from data.masks import MaskReader, color_of, load_mask, to_label
 from data.photos import photo_format, read_image, set_doubts
@@ -77,7 +77,7 @@ def inspect_images(splits: Mapping[str, tuple], data: dict, most: int, workers: 
     _check_masks_of_two(found, listed, records, hashes)
     by_file = _count(found, listed, records, good, masks, settings)
     _check_photos(found, records)
-    small = _small_copies(found, [(listed[i][1:], i) for i in good], masks, photos, workers)
+    small = _small_copies(found, listed, records, good, masks, photos, workers)
     check_copies(found, [pair[:2] for pair in listed], small, hashes, [record.get("size") for record in records])
     odd = check_alignment(found, [pair[1:] for pair in listed], small, len(found.class_names)) if small else {}
     _facts(found, splits, pairs, records)
@@ -342,8 +342,8 @@ def check_copies(found: Inspection, files: Sequence[tuple[str, Path]], small: Ma
     places = list(small)
     if len(places) < 2:
         return
-    grey = np.stack([_on_grid(small[i][0]).mean(2).ravel() for i in places])
-    label = np.stack([_on_grid(small[i][1]).ravel() for i in places])
+    grey = np.stack([_at(small[i][0], GRID).mean(2).ravel() for i in places])
+    label = np.stack([_at(small[i][1], GRID).ravel() for i in places])
     grey = grey - grey.mean(1, keepdims=True)
     grey = (grey / np.maximum(np.linalg.norm(grey, axis=1, keepdims=True), 1e-6)).astype(np.float32)
     for a, b in np.argwhere(np.triu(grey @ grey.T, 1) > SAME_VIEW):
@@ -357,31 +357,28 @@ def check_copies(found: Inspection, files: Sequence[tuple[str, Path]], small: Ma
                       files[j][1])
 
 
-def _on_grid(values):
-    """(24, 32, ...) of (h, w, ...)."""
-    rows, columns = (((np.arange(count) + 0.5) * length / count).astype(int)
-                     for count, length in zip(GRID, values.shape[:2], strict=True))
-    return values[rows[:, None], columns]
-
-
-def _small_copies(found, places, masks, photos, workers):
+def _small_copies(found, listed, records, good, masks, photos, workers):
     """{place: (photograph (h, w, 3) uint8, label (h, w))} of files that training takes."""
-    def read(item):
-        (image_path, mask_path), i = item
+    def read(i):
+        _, image_path, mask_path = listed[i]
+        width, height = records[i]["size"]
+        size = tuple(max(8, round(side * SIDE / max(width, height))) for side in (width, height))
         try:
-            image = read_image(image_path, photos=photos)
-            label = to_label(mask := masks.open(mask_path), masks.table, mask_path)
+            shown, _ = read_part(image_path, size, (0, 0, *size), photos.shown())
+            label = to_label(masks.open(mask_path), masks.table, mask_path)
         except ValueError as error:
             found.add("fault", "unreadable", str(error), image_path)
             return i, None
-        scale = SIDE / max(image.size)
-        size = max(8, round(image.width * scale)), max(8, round(image.height * scale))
-        rows, columns = (((np.arange(small) + 0.5) * large / small).astype(int)
-                         for small, large in zip(size[::-1], mask.size[::-1], strict=True))
-        shown = take_part(image, image.size, size, (0, 0, *size), Image.Resampling.BOX)
-        return i, (np.asarray(shown), label[rows[:, None], columns])
+        return i, (np.asarray(shown), _at(label, size[::-1]))
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        return {i: small for i, small in progress(pool.map(read, places), "looking at images", len(places)) if small}
+        return {i: small for i, small in progress(pool.map(read, good), "looking at images", len(good)) if small}
+
+
+def _at(values, counts):
+    """Values (H, W, ...) at a grid of (h, w) places."""
+    rows, columns = (((np.arange(count) + 0.5) * length / count).astype(int)
+                     for count, length in zip(counts, values.shape[:2], strict=True))
+    return values[rows[:, None], columns]
 
 
 def check_alignment(found: Inspection, pairs: Sequence[tuple[Path, Path]], small: Mapping[int, tuple],
@@ -434,7 +431,7 @@ def _color_bins(images):
 def _joint(color, label, K, num_classes):
     """(K, C) pixels of each colour and class; label num_classes counts nowhere."""
     return np.bincount((color * (num_classes + 1) + label).ravel(), minlength=K * (num_classes + 1)).reshape(
-        K, num_classes + 1)[:, :num_classes]
+        K, num_classes + 1)[:, :num_classes].astype(np.int32)
 
 
 def _log_ratio(joint):
@@ -442,7 +439,7 @@ def _log_ratio(joint):
     C = joint.shape[1]
     given = (joint + 0.5) / (joint.sum(1, keepdims=True) + 0.5 * C)
     prior = (joint.sum(0) + 1) / (joint.sum() + C)
-    return np.pad(np.log(given) - np.log(prior), ((0, 0), (0, 1)))
+    return np.pad(np.log(given) - np.log(prior), ((0, 0), (0, 1))).astype(np.float32)
 
 
 def _mutual_information(joint):
@@ -498,10 +495,9 @@ def _check_shift(found, pairs, places, told, joint, tables):
 
 def _check_swaps(found, pairs, places, turned, colors, labels, tables):
     """Report two photographs whose masks fit better exchanged, and more so than turned; returns their places."""
-    seen = np.stack([ratio[_on_grid(color)].ravel() for ratio, color in zip(tables, colors, strict=True)])
+    seen = np.stack([ratio[_at(color, GRID)].ravel() for ratio, color in zip(tables, colors, strict=True)])
     C = tables[0].shape[1]
-    hot = np.stack([np.eye(C, dtype=np.float32)[_on_grid(label)].ravel() for label in labels])
-    seen = seen.astype(np.float32)
+    hot = np.stack([np.eye(C, dtype=np.float32)[_at(label, GRID)].ravel() for label in labels])
     fits = seen @ hot.T / np.prod(GRID)                                 # (N, N): photograph i with mask j
     own = np.diag(fits)
     gains = fits + fits.T - own[:, None] - own

@@ -110,8 +110,14 @@ def test_clouds_are_inspected_and_the_plan_trains(tmp_path, capsys):
 
 def test_clouds_without_splits_get_lists(tmp_path):
     write_clouds(tmp_path / "clouds", 6)
+    for path in (tmp_path / "clouds").iterdir():                # balls become rare
+        arrays = dict(np.load(path))
+        ball = np.flatnonzero(arrays["segment"] == 2)
+        arrays["segment"][ball[4:]] = 0
+        np.savez(path, **arrays)
     inspected("--cloud-root", tmp_path / "clouds")
     config = trained("train_sonata", "training.epochs=1", "training.eval_epochs=1")
+    assert config["training"]["class_weights"] == "sqrt_median_frequency"
     assert (config["data"]["train"], config["data"]["val"]) == ("out/train.json", "out/val.json")
 
 

@@ -328,7 +328,7 @@ def plan_clouds(found: Inspection, script: ModuleType, args, device: torch.devic
         split = write_split(found, Path(root), output)
     training = {"use_pretrained": (False, "true, model.mode: dec and --pretrained_path sonata.pth: its encoder"),
                 "epochs": 8, "eval_epochs": 8, "batch_size": batch_size,
-                **given("class_weights", "sqrt_median_frequency" if ratio > UNEVEN and not data["balanced"] else None,
+                **given("class_weights", "sqrt_median_frequency" if ratio > UNEVEN else None,
                         f"the most frequent class has {ratio:.0f} times the points of the rarest")}
     sections = {
         "data": {"root": root, **split, **({"test": "test"} if "test" in found.pairs else {}),
