@@ -5,6 +5,7 @@ The readers and refusals are those of training (data/mesh_io.py). F faces.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from functools import partial
@@ -48,8 +49,14 @@ def inspect_meshes(folders: Mapping[str, tuple], data: dict, most: int, workers:
     check_names(found, files)
     files = [(split, path) for split, listed in sampled(found, found.pairs, most, seed).items() for path in listed]
     places = [label_dirs[split] / path.parent.relative_to(folders[split][0]) for split, path in files]
-    records = examined([(path, place) for (_, path), place in zip(files, places, strict=True)], examine_mesh, workers,
-                        "looking at meshes")
+    arguments = [(path, place) for (_, path), place in zip(files, places, strict=True)]
+    records = examined(arguments, examine_mesh, workers, "looking at meshes")
+    kind = _other_kind(records)
+    if kind:
+        settings["label_kind"] = kind
+        found.add("doubt", "kind of labels", f"labels are one a {kind}, as of {files[0][1]}; planned: data.label_kind: "
+                  f"{kind}")
+        records = examined([(*pair, kind) for pair in arguments], examine_mesh, workers, "looking at meshes again")
     names = class_names(data["classes"], [folder for folder, _ in folders.values()], settings)
     compare(found, files, records, names, "model.n_classes", [])
     _check_surfaces(found, files, records)
@@ -64,6 +71,14 @@ def inspect_meshes(folders: Mapping[str, tuple], data: dict, most: int, workers:
     draw = partial(_draw_mesh, colors=found.palette, meaning=settings["meaning"], up=up)
     found.draw = partial(add_pictures, found, files, records, seed, draw)
     return found
+
+
+def _other_kind(records):
+    """The data.label_kind that the refusals of most files propose, None where they do not."""
+    proposed = Counter(match[1] for record in records
+                       if (match := re.search(r"Then label_kind: (\w+)", record.get("label_problem", ""))))
+    kind, count = next(iter(proposed.most_common(1)), (None, 0))
+    return kind if 2 * count > len(records) else None
 
 
 def _mesh_files(found, folder, settings):
@@ -81,8 +96,9 @@ def _mesh_files(found, folder, settings):
         return list_meshes(folder, settings["suffixes"], settings["recursive"])
 
 
-def examine_mesh(path: Path, label_dir: Path) -> dict:
-    """A record of a mesh and its labels; `problem`, `label_problem`: why training refuses it."""
+def examine_mesh(path: Path, label_dir: Path, kind: str = "auto") -> dict:
+    """A record of a mesh and its labels, of this data.label_kind; `problem`, `label_problem`: why training refuses
+    it."""
     record = {"file": path}
     try:
         mesh = read_mesh(path)
@@ -100,7 +116,7 @@ def examine_mesh(path: Path, label_dir: Path) -> dict:
         "volume": float(np.einsum("fi,fi->", centroid - middle, normal * area[:, None]) / 3),
         "parts": len(np.unique(faces)) / max(1, len(faces)), "textured": _has_texture(path)}
     try:
-        label = read_labels(find_label_file(path, label_dir), mesh, label_offset=FAR_OFFSET)
+        label = read_labels(find_label_file(path, label_dir, kind), mesh, label_offset=FAR_OFFSET, kind=kind)
     except ERRORS as error:
         return record | {"label_problem": str(error)}
     label = np.where(label == IGNORE_INDEX, IGNORE_INDEX, label - FAR_OFFSET)

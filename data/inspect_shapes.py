@@ -98,6 +98,11 @@ def find_numbers(found: Inspection, files: Sequence[tuple[str, Path]], records: 
         found.add("doubt", "unlabelled value", f"{what}: {value} in {values[value]} of {total} files, usually "
                   f"unlabelled; planned: data.ignore_labels: {settings['ignore_labels']}",
                   _with_value(files, records, value))
+    if NAN_LABEL in values:
+        settings["ignore_labels"].append("nan")
+        found.add("doubt", "unlabelled value", f"labels are NaN in {values[NAN_LABEL]} of {total} files, as in "
+                  f"{_with_value(files, records, NAN_LABEL)}, usually unlabelled; planned: data.ignore_labels: "
+                  f"{settings['ignore_labels']}")
     known = [value for value in known if value not in beyond]
     settings["label_offset"] = 0
     count = settings["num_classes"] or (len(names) if names else 0)
@@ -154,7 +159,8 @@ def compare(found, files, records, names, key, ignored):
         found.files[split] = len(own)
         found.counts[split], found.presence[split] = own[:, :C].sum(0), (own[:, :C] > 0).sum(0)
         found.ignored[split] = float(own[:, C].sum() / max(own.sum(), 1))
-    check_classes(found)
+    if found.counts["train"].any():
+        check_classes(found)
     check_duplicates(found, files, [record.get("digest") for record in records],
                      [record.get("label_digest") for record in records])
     good = [i for i, record in enumerate(records) if "values" in record]
@@ -188,7 +194,8 @@ def _check_labels(found, files, records, meaning, names):
     """What training refuses of the numbers, once their meaning is settled."""
     settings = found.settings
     offset, C = settings["label_offset"], settings["num_classes"]
-    label_map = settings["label_map"] and read_label_map(settings["label_map"]).ignoring(settings["ignore_labels"])
+    label_map = settings["label_map"] and read_label_map(settings["label_map"]).ignoring(
+        [value for value in settings["ignore_labels"] if value != "nan"])
     for (_, path), record in zip(files, records, strict=True):
         values = np.array([value for value in record.get("values", {}) if value != IGNORE_INDEX], np.int64)
         counts = [record["values"][value] for value in values.tolist()]

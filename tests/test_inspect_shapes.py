@@ -128,6 +128,14 @@ def same_size(root):
     b.with_suffix(".txt").write_text(kept)
 
 
+def per_vertex(root):
+    for path in [*meshes(root), *meshes(root, "val")]:
+        mesh, label = read_mesh(path), label_of(path)
+        values = np.zeros(len(mesh.vertices), int)
+        values[mesh.faces] = label[:, None]
+        path.with_suffix(".txt").write_text("\n".join(map(str, values)) + "\n")
+
+
 def gone(suffix):
     return lambda root: meshes(root)[3].with_suffix(suffix).unlink()
 
@@ -141,6 +149,7 @@ MESH_FAULTS = {
     "unknown label": (relabel(lambda label: np.where(label == 3, 41, label)), "fault", "_003", "41"),
     "one file from 1": (relabel(lambda label: label + 1), "fault", "_003", "count from 1"),
     "numbers of their own": (relabel(lambda label: label * 10 + 11, slice(None)), "doubt", "", "11:0,21:1"),
+    "a label a vertex": (per_vertex, "doubt", "", "data.label_kind: vertex"),
     "swapped pair": (same_size, "fault", "_002", "swapped"),
     "order of faces": (relabel(lambda label: np.random.default_rng(0).permutation(label)), "fault", "_003", "another order"),
     "constant labels": (relabel(np.zeros_like), "doubt", "_003", "constant labels"),
@@ -214,6 +223,8 @@ CLOUD_FAULTS = {
     "label count": (recloud(setting("segment", lambda v: v[:-1])), "fault", "room_003", "one row a point"),
     "labels from 1": (recloud(setting("segment", lambda v: np.where(v < 0, v, v + 1)), slice(None)), "doubt", "", "data.label_offset: -1"),
     "label 255": (recloud(setting("segment", lambda v: np.where(v < 0, 255, v)), slice(None)), "doubt", "", "255"),
+    "NaN for unlabelled": (recloud(setting("segment", lambda v: np.where(v < 0, np.nan, v))), "doubt", "room_003", "data.ignore_labels: [-1, 'nan']"),
+    "few points": (recloud(lambda arrays: arrays.update({name: value[:20] for name, value in arrays.items()})), "doubt", "room_003", "cut short"),
     "unknown label": (recloud(setting("segment", lambda v: np.where(v == 2, 77, v))), "fault", "room_003", "77"),
     "one file from 1": (recloud(setting("segment", lambda v: np.where(v < 0, v, v + 1))), "fault", "room_003", ""),
     "order of points": (recloud(setting("segment", lambda v: np.random.default_rng(0).permutation(v))), "fault", "room_003", "another order"),

@@ -284,6 +284,7 @@ def label_settings(found: Inspection) -> dict:
             **given("label_offset", data.get("label_offset"), "labels count from 1"),
             "ignore_labels": (data["ignore_labels"], f"{100 * found.ignored['train']:.1f} % of the training "
                                                      f"{found.unit} are unlabelled"),
+            **given("label_kind", data.get("label_kind"), "the label files have one a vertex, or edge"),
             **given("up", data.get("up"), "y is up in the files")}
 
 
