@@ -11,9 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import evaluate
+import inspect_data
 from data.prototype_results import write_gallery
 from tests import test_prototype_results as prototypes
 from tests.test_report import HISTORY, MATRIX, NAMES
+from tests.tiny_images import write_classes, write_pictures
+from utils.inspection import write_inspection
 from utils.metrics import segmentation_metrics
 from utils.render import palette
 from utils.report import write_report
@@ -61,7 +65,18 @@ def viewer(folder: Path) -> Path:
     return page
 
 
-PAGES = {"report": (report, "random weights"), "gallery": (gallery, "Prototypes"), "viewer": (viewer, "Drag to turn")}
+def inspection(folder: Path) -> Path:
+    write_pictures(folder / "data", 3)
+    write_classes(folder / "data" / "classes.json")
+    args = inspect_data.parse_args(["--image-paths", str(folder / "data" / "images"), "--mask-paths", str(folder / "data" / "masks"),
+                                    "--num-workers", "1"])
+    found = inspect_data.inspect(args)
+    found.draw()
+    write_inspection(folder / "report.html", found, [("plan.yaml", "a: <b>")])
+    return folder / "report.html"
+
+
+PAGES = {"inspection": (inspection, "classes"), "report": (report, "random weights"), "gallery": (gallery, "Prototypes"), "viewer": (viewer, "Drag to turn")}
 
 
 @needs_browser
@@ -92,7 +107,6 @@ def test_the_viewer_says_what_is_where():
 
 
 def test_a_report_names_what_its_encoder_is():
-    import evaluate
     record = {"checkpoint": "m.pth", "sha256": "0" * 64, "epoch": 1, "data": "test split", "files": 2, "device": "cpu"}
     result = {"matrix": np.eye(2), "seconds": 1.0, "tables": {}}
     shown = [dict(evaluate.facts_of(record, result, {"encoder": entry}))["encoder"] for entry in (
