@@ -152,7 +152,7 @@ OTHER = {"deeplab": ("train_segmentation", ["model.name=deeplab_v2", "model.n_bl
 
 
 @needs_onnx
-@pytest.mark.slow                       # a minute together on a free core, most of it symbolic shapes of deformable attention
+@pytest.mark.slow                       # minutes together, most of them for the symbolic sizes of deformable attention
 @pytest.mark.parametrize("network", list(ALL))
 def test_every_network_as_onnx_of_any_size(network, tmp_path):
     script, more = OTHER.get(network, (network, []))
