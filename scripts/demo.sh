@@ -4,7 +4,8 @@
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 out=${1:-exp/demo} data=datasets/demo
 started=$SECONDS
-every() { awk -v n="$1" '!/^Epoch/ || $2 % n == 0 { print; fflush() }'; }          # the log's line of every n-th epoch
+brief() { grep --line-buffered -Ev "^Epoch [0-9]*([1-9]|[13579]0):"; }             # the log's line of every 20th epoch
+export PYTHONUNBUFFERED=1
 score() { awk '/^mean /{ miou = $2 } /^overall accuracy/{ printf "accuracy %5.1f %%, mIoU %4.1f %%", $3, miou }' "$out/$1/scores.txt"; }
 
 echo "== 1/6 60 made-up figures without labels, 8 of them with; 8 for validation and 10 for the test"
@@ -15,14 +16,14 @@ cp $data/train/*_00[0-7].obj $data/labelled
 rm $data/train/*.txt
 
 echo "== 2/6 an encoder is pre-trained on the 60, without labels"
-python train_jepa.py configs/jepa_demo.yaml --output-dir "$out/jepa" --device cpu | every 20
+python train_jepa.py configs/jepa_demo.yaml --output-dir "$out/jepa" --device cpu | brief
 
 echo "== 3/6 it is fine-tuned with a head on the 8"
 python train_downstream.py configs/mesh_demo.yaml --pretrained_path "$out/jepa/model/model_last.pth" \
-    --output-dir "$out/finetuned" --device cpu training.num_unfrozen_encoder_layers=all | every 20
+    --output-dir "$out/finetuned" --device cpu training.num_unfrozen_encoder_layers=all | brief
 
 echo "== 4/6 the same network from scratch on the 8, as many steps"
-python train_downstream.py configs/mesh_demo.yaml --output-dir "$out/scratch" --device cpu | every 20
+python train_downstream.py configs/mesh_demo.yaml --output-dir "$out/scratch" --device cpu | brief
 
 echo "== 5/6 scores on the test figures, and a report"
 for run in scratch finetuned; do
