@@ -13,6 +13,8 @@ packages onnx, onnxscript and onnxruntime for .onnx. This file knows no method. 
 
 from __future__ import annotations
 
+import utils.before_torch  # noqa: F401  answers --help and mistakes in the command line
+
 import contextlib
 import importlib.util
 import json
@@ -229,7 +231,7 @@ def main(argv=None) -> dict:
     sizes = check_sizes(model, args.size)
     images = [made_image(*size, bands, seed) for seed, size in enumerate(sizes)]
     output.parent.mkdir(parents=True, exist_ok=True)
-    part, begin = output.with_name(f".{output.name}.part"), time.monotonic()
+    part, begin = output.with_name(f".{output.stem}.part{output.suffix}"), time.monotonic()
     try:
         with quiet():
             program = trace(network, sizes[-1], bool(args.size), bands)

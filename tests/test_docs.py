@@ -14,7 +14,7 @@ BANNED = ("the aim of", "aim:", "goal:", "goals of", "that day", "earlier run", 
           "busy machine", "at hand here")
 
 # Rows of docs/README.md whose pages are still being written: delete a name when its page is there, and this line when it is empty.
-COMING = {DOCS / f"{page}.md" for page in ("inspect_data", "export")}
+COMING = {DOCS / f"{page}.md" for page in ("inspect_data",)}
 
 
 def name(page):
