@@ -13,7 +13,6 @@ equivalent mutant) or needs a test.
 import argparse
 import ast
 import functools
-import importlib
 import os
 import random
 import re
@@ -32,9 +31,6 @@ SWAPPED = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, a
            ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.And: ast.Or, ast.Or: ast.And,
            ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,
            ast.Mod: ast.FloorDiv}
-# Imported once, before each run of the tests is forked. Nothing of the repository: that comes from the copy.
-PRELOADED = ("pytest", "torch", "torch._dynamo", "torch.utils.tensorboard", "sklearn.metrics", "scipy.sparse.linalg",
-             "scipy.spatial", "trimesh", "hypothesis", "PIL.Image", "yaml")
 
 
 class Mutant(NamedTuple):
@@ -118,6 +114,20 @@ def tests_of(path: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
+def preload() -> None:
+    """What tests import, once for all runs, which are forked. Nothing of the repository: that comes from the copy."""
+    import hypothesis  # noqa: F401
+    import PIL.Image  # noqa: F401
+    import pytest  # noqa: F401
+    import scipy.sparse.linalg  # noqa: F401
+    import scipy.spatial  # noqa: F401
+    import sklearn.metrics  # noqa: F401
+    import torch._dynamo  # noqa: F401
+    import torch.utils.tensorboard  # noqa: F401
+    import trimesh  # noqa: F401
+    import yaml  # noqa: F401
+
+
 def run_tests(copy: Path, tests: tuple[str, ...], limit: float) -> bool:
     """Whether they pass within `limit` seconds; in a child of this process, in the folder `copy`."""
     pid = os.fork()
@@ -128,6 +138,7 @@ def run_tests(copy: Path, tests: tuple[str, ...], limit: float) -> bool:
         for number in (1, 2):
             os.dup2(os.open(copy / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         import pytest
+
         os._exit(pytest.main(["-x", "-q", "--tb=line", "-p", "no:cacheprovider", f"--basetemp={copy}/tmp", *tests]))
     end = time.monotonic() + limit
     while not (done := os.waitpid(pid, os.WNOHANG))[0]:
@@ -155,8 +166,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     sys.dont_write_bytecode = True          # a mutant of the size and second of the last one would be taken for it
     mutants = draw(args.count, args.seed, args.only)
-    for name in PRELOADED:
-        importlib.import_module(name)
+    preload()
     survivors, seconds = [], {}
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         copy = Path(folder) / "copy"
