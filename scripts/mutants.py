@@ -5,9 +5,9 @@
 
 A mistake is a changed comparison, sign, operator, constant, `and`, `or` or `not`. The same seed and code give the same
 mistakes. Each one is planted in a temporary copy of the repository, in which the tests of its module then run:
-tests/test_MODULE.py and the golden tests that import the module; without such a file, the tests that import it, or else
-those of the modules that do. A test that fails or does not end has noticed it. A survivor either changes nothing (an
-equivalent mutant) or needs a test.
+tests/test_MODULE.py and the golden tests that import the module; where they pass, the other tests that import it. A
+test that fails or does not end has noticed it. A survivor either changes nothing (an equivalent mutant) or needs a
+test.
 """
 
 import argparse
@@ -103,15 +103,15 @@ def importers(path: str, of: str) -> list[str]:
     return sorted(str(other.relative_to(ROOT)) for other in ROOT.glob(of) if re.search(pattern, text_of(other)))
 
 
-def tests_of(path: str) -> tuple[str, ...]:
+def tests_of(path: str) -> list[tuple[str, ...]]:
+    """Groups of test files: those of the module, then all others that import it; without both, those of its users."""
     own = f"tests/test_{Path(path).stem}.py"
-    found = ([own] if (ROOT / own).is_file() else []) + importers(path, "tests/test_golden_*.py")
-    if not found:
-        found = importers(path, "tests/test_*.py")
-    if not found:
+    own = dict.fromkeys([*([own] if (ROOT / own).is_file() else []), *importers(path, "tests/test_golden_*.py")])
+    others = [test for test in importers(path, "tests/test_*.py") if test not in own]
+    if not own and not others:
         users = [user for folder in (*FOLDERS, ".") for user in importers(path, f"{folder}/*.py")]
-        found = [test for user in users if (ROOT / (test := f"tests/test_{Path(user).stem}.py")).is_file()]
-    return tuple(dict.fromkeys(found))
+        others = [test for user in users if (ROOT / (test := f"tests/test_{Path(user).stem}.py")).is_file()]
+    return [tuple(group) for group in (own, others) if group]
 
 
 def preload() -> None:
@@ -150,6 +150,24 @@ def run_tests(copy: Path, tests: tuple[str, ...], limit: float) -> bool:
     return done[1] == 0
 
 
+def noticed(copy: Path, mutant: Mutant, seconds: dict) -> bool:
+    """Whether a test fails with it. seconds: {group of test files: what it takes}, filled here by a run without it."""
+    path = copy / mutant.path
+    for tests in tests_of(mutant.path):
+        if tests not in seconds:
+            started = time.monotonic()
+            if not run_tests(copy, tests, 3600):
+                sys.exit(f"error: {' '.join(tests)} fail as it is: {(copy / 'output.txt').read_text()}")
+            seconds[tests] = time.monotonic() - started
+        original = path.read_text()
+        path.write_text(mutant.source)
+        passed = run_tests(copy, tests, 30 + 5 * seconds[tests])
+        path.write_text(original)
+        if not passed:
+            return True
+    return False
+
+
 def git_files() -> list[str]:
     """What git tracks, and new files that it does not ignore."""
     done = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True,
@@ -174,23 +192,13 @@ def main() -> None:
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, copy / name)
         for number, mutant in enumerate(mutants, 1):
-            path, tests = copy / mutant.path, tests_of(mutant.path)
-            if tests not in seconds:
-                started = time.monotonic()
-                if not run_tests(copy, tests, 3600):
-                    sys.exit(f"error: {' '.join(tests)} fail without a mistake: {(copy / 'output.txt').read_text()}")
-                seconds[tests] = time.monotonic() - started
-            original = path.read_text()
-            path.write_text(mutant.source)
-            survived = run_tests(copy, tests, 30 + 5 * seconds[tests])
-            path.write_text(original)
-            if survived:
-                survivors.append(mutant)
-            print(f"{number}/{len(mutants)} {'SURVIVED' if survived else 'noticed '} {mutant.path}:{mutant.line}: "
+            seen = noticed(copy, mutant, seconds)
+            survivors += [] if seen else [mutant]
+            print(f"{number}/{len(mutants)} {'noticed ' if seen else 'SURVIVED'} {mutant.path}:{mutant.line}: "
                   f"{mutant.old}  ->  {mutant.new}", flush=True)
     print(f"\n{len(mutants) - len(survivors)} of {len(mutants)} mistakes were noticed (seed {args.seed}). Not noticed:")
     for mutant in survivors:
-        print(f"  {mutant.path}:{mutant.line}: {mutant.old}  ->  {mutant.new}   ({' '.join(tests_of(mutant.path))})")
+        print(f"  {mutant.path}:{mutant.line}: {mutant.old}  ->  {mutant.new}")
 
 
 if __name__ == "__main__":
