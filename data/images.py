@@ -1,13 +1,12 @@
-"""Photographs with one class id a pixel: finding, pairing, checking, augmenting. data/photos.py and data/masks.py read.
+"""Photographs with one class id a pixel: checking, augmenting. data/image_pairs.py finds and pairs the files,
+data/photos.py and data/masks.py read them.
 
-Photograph and mask share the file name without its ending. In memory labels are int64 with IGNORE_INDEX; files keep
-their own numbers.
+In memory labels are int64 with IGNORE_INDEX; files keep their own numbers.
 Shapes: H, W of the photograph, S, T height and width of a training crop, C classes.
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import math
@@ -24,6 +23,9 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from data.image_pairs import find_files as find_files
+from data.image_pairs import list_images as list_images
+from data.image_pairs import pair_files as pair_files
 from data.masks import MaskReader, examine_mask, to_label
 from data.masks import label_table as label_table
 from data.masks import label_to_file as label_to_file
@@ -57,7 +59,6 @@ from utils.log import progress
 from utils.losses import IGNORE_INDEX
 from utils.seed import derived_seed
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".jp2", ".j2k")
 PADDING = (124, 116, 104)                   # ImageNet's mean colour: about 0 once normalised
 WINDOWED = 1 << 22                          # pixels of a raster of which parts are read as parts
 LARGE = 1 << 25                             # pixels of a photograph that is scored without being an item
@@ -134,101 +135,6 @@ class PairSummary(NamedTuple):
     fingerprint: dict
 
 
-# -- files -------------------------------------------------------------------------------------------------------------
-
-def list_images(folder: str | Path, recursive: bool = False) -> list[Path]:
-    """The image files of a folder, not hidden ones, sorted; recursive: also those of folders in it (links to folders
-    and hidden folders are not followed)."""
-    if not recursive:
-        return sorted(path for path in Path(folder).iterdir() if _is_image(path))
-    found = []
-    for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [path for path in (Path(place, name) for name in names) if _is_image(path)]
-    return sorted(found)
-
-
-def _is_image(path):
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
-
-
-def find_files(patterns: Sequence[str], what: str) -> list[Path]:
-    """All files named by patterns, each a file, a folder or a glob (** goes into folders), sorted, none twice.
-
-    Globs and folders give image files only. ValueError, naming `what` (the flag), for a pattern that finds nothing.
-    """
-    found = set()
-    for pattern in map(str, patterns):
-        if os.path.isdir(pattern):
-            files = list_images(pattern)
-        elif os.path.isfile(pattern):
-            files = [Path(pattern)]
-        else:
-            files = [path for path in map(Path, glob.glob(pattern, recursive=True)) if _is_image(path)]
-        if not files:
-            if os.path.isdir(pattern):
-                why = f"no images ({' '.join(SUFFIXES)}) in this folder"
-            elif glob.has_magic(pattern):
-                why = "no image file matches"
-            else:
-                why = "no such file or folder"
-            raise ValueError(f"{what} {pattern}: {why}; name files, folders or globs such as 'images/*.jpg'")
-        found.update(files)
-    return sorted(found)
-
-
-def pair_files(images: Sequence[Path], masks: Sequence[Path],
-               names: tuple[str, str] = ("--image-paths", "--mask-paths"),
-               suffixes: Sequence[str] = ()) -> list[tuple[Path, Path]]:
-    """(photograph, mask) of the same file name without ending, in the order of `images`, whatever the order of masks.
-
-    suffixes: what a mask's name has behind the photograph's ("_mask"); then only files with one of them are masks, and
-    both may lie in one folder. A photograph's name may end in another of them (Cityscapes: _leftImg8bit,
-    _gtFine_labelIds). names are the flags an error tells of: ValueError for a name that occurs twice and for a file
-    without its partner.
-    """
-    images, masks = list(map(Path, images)), list(map(Path, masks))
-    if suffixes:
-        masks = [path for path in masks if _without(path.stem, suffixes) != path.stem]
-        if not masks:
-            raise ValueError(f"{names[1]}: no file has a name that ends in {' or '.join(suffixes)} (mask_suffix)")
-        images = [path for path in images if path not in set(masks)]
-    mask_stems = [_without(path.stem, suffixes) for path in masks]
-    image_stems = [path.stem if path.stem in set(mask_stems) else _without(path.stem, suffixes) for path in images]
-    by_stem: list[dict[str, Path]] = [{}, {}]
-    for known, files, stems, name in zip(by_stem, (images, masks), (image_stems, mask_stems), names, strict=True):
-        for path, stem in zip(files, stems, strict=True):
-            if stem in known:
-                raise ValueError(f"{name}: {known[stem]} and {path} have the same name without ending, by which "
-                                 f"photographs and masks are paired; rename one, or leave it out")
-            known[stem] = path
-    for one, other, here, there in ((*by_stem, *names), (*by_stem[::-1], *names[::-1])):
-        missing = [path for stem, path in one.items() if stem not in other]
-        if missing:
-            shown = ", ".join(path.name for path in missing[:3])
-            if len(missing) > 3:
-                shown += " ..."
-            example = next(iter(other.values()), None)
-            hint = f" ({there} has {example.name} ...)" if example else ""
-            ending = None if suffixes else _common_ending(*map(list, by_stem))
-            hint += f"; set mask_suffix: {ending} (--mask-suffix {ending})" if ending else ""
-            raise ValueError(f"{here}: {len(missing)} of {len(one)} files have no partner of the same name in {there}: "
-                             f"{shown}{hint}")
-    return [(path, by_stem[1][stem]) for stem, path in by_stem[0].items()]
-
-
-def _without(stem, suffixes):
-    """A name without the longest of the suffixes that it ends in."""
-    ending = max((suffix for suffix in suffixes if suffix and stem.endswith(suffix)), key=len, default="")
-    return stem.removesuffix(ending) or stem
-
-
-def _common_ending(images, masks):
-    """What all masks have behind a photograph's name, None where they differ."""
-    endings = {next((mask[len(image):] for image in images if mask.startswith(image)), "") for mask in masks[:100]}
-    return endings.pop() if len(endings) == 1 and "" not in endings else None
-
-
 # -- checking ----------------------------------------------------------------------------------------------------------
 
 def check_pairs(pairs: Sequence[tuple[Path, Path]], num_classes: int, ignore_label: int = 255,
@@ -245,10 +151,8 @@ def check_pairs(pairs: Sequence[tuple[Path, Path]], num_classes: int, ignore_lab
     have no known range (see data/photos.py), and where not one pixel is labelled.
     """
     masks = masks or MaskReader(num_classes, ignore_label, reduce_zero_label, table)
-    records = _scan_all(pairs, cache_dir, workers, photos.max_pixels)
-    wrong_masks = masks.check_set(records)
-    found = [problem for record, wrong in zip(records, wrong_masks, strict=True)
-             if (problem := _problem(record, wrong, photos))]
+    records = scan_pairs(pairs, cache_dir, workers, photos.max_pixels)
+    found = list(filter(None, pair_problems(records, masks, photos)))
     if found:
         others = sum(kind == found[0][0] for kind, _ in found[1:])
         more = f" (and {others} more {'file' if others == 1 else 'files'})" if others else ""
@@ -263,6 +167,11 @@ def check_pairs(pairs: Sequence[tuple[Path, Path]], num_classes: int, ignore_lab
     bytes_and_labels = ([record[name] for record in records] for name in ("bytes", "digest"))
     return PairSummary(sizes, class_counts, ignored, doubts,
                        fingerprint((record["image"] for record in records), *bytes_and_labels))
+
+
+def pair_problems(records: Sequence[dict], masks: MaskReader, photos: PhotoFormat) -> list[tuple[str, str] | None]:
+    """(kind, text) of the first thing that is wrong with each record of scan_pairs, None if nothing is."""
+    return [_problem(record, wrong, photos) for record, wrong in zip(records, masks.check_set(records), strict=True)]
 
 
 def _problem(record, wrong_mask, photos):
@@ -323,7 +232,10 @@ def _with_numbers(record):
     return {**record, **numbers}
 
 
-def _scan_all(pairs, cache_dir, workers, max_pixels=None):
+def scan_pairs(pairs: Sequence[tuple[Path, Path]], cache_dir: str | Path | None = None, workers: int = 4,
+               max_pixels: float | None = None) -> list[dict]:
+    """What there is to know about each pair whatever the settings are, kept in cache_dir: paths, size, and what
+    data.photos.examine and data.masks.examine_mask say; `unreadable`: why a file of it cannot be read."""
     entry = None
     if cache_dir is not None:
         stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns)

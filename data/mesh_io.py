@@ -194,7 +194,7 @@ def read_labels(path: str | Path, mesh: Mesh, num_classes: int | None = None, la
         return _to_faces(label, mesh, kind, path)
     ignored = np.isin(label, [*ignore_labels, IGNORE_INDEX])
     label = np.where(ignored, IGNORE_INDEX, label + label_offset)
-    _check_range(label[~ignored], path, num_classes, label_offset)
+    check_label_range(label[~ignored], path, num_classes, label_offset)
     return _to_faces(label, mesh, kind, path)
 
 
@@ -294,7 +294,7 @@ def _as_integers(label: np.ndarray, path: Path) -> np.ndarray:
     return label.astype(np.int64)                   # a copy
 
 
-def _check_range(label: np.ndarray, path: Path, num_classes: int | None, label_offset: int) -> None:
+def check_label_range(label: np.ndarray, path: Path, num_classes: int | None, label_offset: int) -> None:
     wrong, count = np.unique(label[(label < 0) | (label >= (num_classes or np.inf))] - label_offset, return_counts=True)
     if len(wrong) == 0:
         return

@@ -108,6 +108,9 @@ START = {"train_downstream.py": (mesh_base, ["config.yaml", *RUN]), "train_jepa.
          "train_prototype.py": (image_base, ["prototype.yaml", *RUN]),
          **{f"{name}.py": (image_base, [*HEAD, *SMALL[name], *RUN]) for name in SMALL}}
 
+PHOTOGRAPHS = ["--image-paths", "images/train", "--mask-paths", "masks/train", "--output-dir", "out", "--device", "cpu"]
+START["inspect_data.py"] = (image_base, PHOTOGRAPHS)
+
 
 @cache
 def workshop() -> tempfile.TemporaryDirectory:
@@ -440,6 +443,7 @@ def as_differences(content: dict) -> None:
 LINEAR, PMT, EOMT = "train_linear_head.py", "train_pmt_head.py", "train_eomt.py"
 DOWN, JEPA, SONATA, M2F, UPER = "train_downstream.py", "train_jepa.py", "train_sonata.py", "train_m2f_head.py", "train_upernet_head.py"
 UNET, PROTO, EVAL, PREDICT, EXPORT = "train_segmentation.py", "train_prototype.py", "evaluate.py", "predict.py", "export.py"
+LOOK = "inspect_data.py"
 S3DIS, SCANNET, VOC, FREE = "scripts/preprocess_s3dis.py", "scripts/preprocess_scannet.py", "scripts/download_voc.py", "scripts/download_datasets.py"
 
 
@@ -618,6 +622,17 @@ FLAGS = group(
     ("one side of an image", EXPORT, export(UNET, None, "--output", "net.pt2", "--size", "64"), "--size", "expected 2 arguments"),
     ("a setting the exported network does not have", EXPORT, export(UNET, None, "--output", "net.pt2", "evaluation.sise=64"), "evaluation.sise", "did you mean evaluation.size"),
     ("a name nobody offers", FREE, lambda f: ["imagenet"], "imagenet", "expected one of"),
+    ("no data", LOOK, lambda f: ["--output-dir", "out"], "--mesh-dir or --cloud-root", "got none of them"),
+    ("two kinds of data", LOOK, start(LOOK, None, "--mesh-dir", "train"), "got --image-paths and --mesh-dir", "expected"),
+    ("photographs without masks", LOOK, without(LOOK, "--mask-paths", "masks/train"), "--image-paths and --mask-paths belong together", "only one"),
+    ("a glob without matches", LOOK, start(LOOK, None, "--val-image-paths", "x/*.jpg", "--val-mask-paths", "masks/train"), "--val-image-paths x/*.jpg", "no image file matches"),
+    ("masks of other names", LOOK, start(LOOK, None, "--mask-paths", "masks/test"), "has a partner of the same name in --mask-paths", "--mask-suffix"),
+    ("a folder of meshes that is not there", LOOK, lambda f: ["--mesh-dir", "gone", "--output-dir", "out"], "gone: no such folder of meshes", "check the path"),
+    ("a folder without clouds", LOOK, lambda f: [folder_at("clouds")(f), "--output-dir", "out", "--cloud-root", "clouds"][1:], "clouds: no clouds", "or named by splits.json"),
+    ("a label map without values", LOOK, start(LOOK, None, "--label-map", "object"), "label map 'object'", "VALUE:CLASS"),
+    ("a class file that is none", LOOK, start(LOOK, put("names.json", "{}"), "--classes", "names.json"), "names.json", "expected"),
+    ("no minutes", LOOK, start(LOOK, None, "--minutes", "0"), "--minutes", "expected a number from 1"),
+    ("results into a file", LOOK, start(LOOK, put("out", "")), "out", "choose another output folder"),
 )
 
 

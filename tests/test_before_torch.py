@@ -118,7 +118,7 @@ def test_the_first_import_of_every_script():
 def test_importing_a_script_takes_only_what_every_run_needs():
     code = ("import sys, {}\nlate = {{'sklearn', 'tensorboard', 'torch._dynamo', 'trimesh', 'rasterio', 'laspy', 'matplotlib', 'wandb'}}\n"
             "print(sorted(late & set(sys.modules)))\nimport {}\nprint(sorted(late & set(sys.modules)))")
-    meshes = ["train_downstream", "train_jepa"]
+    meshes = ["train_downstream", "train_jepa", "inspect_data"]
     others = [script.removesuffix(".py") for script in SCRIPTS if script.removesuffix(".py") not in meshes]
     done = subprocess.run([sys.executable, "-c", code.format(", ".join(others), ", ".join(meshes))], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.splitlines() == ["[]", "['trimesh']"], done.stdout + done.stderr

@@ -79,7 +79,7 @@ def test_a_script_is_read_in_one_sitting(script):
             assert len(function.args.args) <= 7, f"{function.name} has {len(function.args.args)} positional parameters"
 
 
-@pytest.mark.parametrize("path", [*(f"{script}.py" for script in SCRIPTS), "evaluate.py", "predict.py", "export.py"])
+@pytest.mark.parametrize("path", [*(f"{script}.py" for script in SCRIPTS), "evaluate.py", "predict.py", "export.py", "inspect_data.py"])
 def test_scripts_have_lines_of_at_most_100_columns(path):
     assert [number for number, line in enumerate((ROOT / path).read_text().splitlines(), 1) if len(line) > 100] == []
 
@@ -98,7 +98,7 @@ def test_run_is_small_and_knows_no_method():
 
 def test_data_and_models_stand_below_the_scripts():
     """data/ imports nothing of models/, models/ nothing of data/; modules above both are imported by scripts alone."""
-    above = {"image_scripts", "jepa_scripts", "mesh_scripts", "point_scripts", "prototype_scripts"}
+    above = {"image_scripts", "jepa_scripts", "mesh_scripts", "point_scripts", "prototype_scripts", "inspection_plans"}
     for path in (*ROOT.glob("data/*.py"), *ROOT.glob("models/*.py"), *ROOT.glob("utils/*.py")):
         other = {"data": "models", "models": "data"}.get(path.parent.name)
         for node in ast.walk(ast.parse(path.read_text())):
