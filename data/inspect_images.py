@@ -50,6 +50,7 @@ SAME_LABELS, RESIZED_LABELS = 0.995, 0.93    # their equal labels, of the same s
 SET_FILES = 60                              # of which finer moves are tried
 SET_GAIN, SET_ERRORS, SET_SHARE = 0.02, 5, 0.8      # of the whole set: mean, in standard errors, share of photographs
 MANY_VALUES, FEW_PIXELS = 8, 0.01           # of a mask, most of them at less than 1 % of its pixels: blurred?
+MASK_KINDS = {"ids": "of class ids", "deep": "of more than 8 bits", "colors": "in colours"}
 FEW = 6                                     # photographs: below this nothing is said of how masks lie
 NEAR_EMPTY, MOSTLY_UNLABELLED = 0.001, 0.95
 
@@ -564,7 +565,12 @@ def _facts(found, splits, pairs, records):
                        ("classes", len(found.class_names)),
                        ("depth", ", ".join(sorted({record.get("depth", "unreadable") for record in records}))),
                        ("masks", ", ".join(f"{count} {kind}" for kind, count in Counter(
-                           record.get("kind", "refused") for record in records).items()))]
+                           MASK_KINDS.get(record.get("kind"), "refused") for record in records).items())),
+                       ("masks with a palette", sum("palette" in record for record in records))]
+    deep = [np.array(record["values"]) for record in readable if record.get("values")]
+    if deep:
+        found.facts.append(("values of more than 8 bits", f"{min(ends.min() for ends in deep):g} to "
+                                                          f"{max(ends.max() for ends in deep):g}"))
 
 
 def _add_pictures(found, listed, good, by_file, odd, masks, photos, seed):

@@ -29,7 +29,8 @@ UNEVEN = 20                                 # from this ratio of shares on, weig
 CSS = """
 pre { background: var(--card); border-radius: 10px; padding: 16px 20px; overflow-x: auto; font-size: 13px; }
 .fault { color: #c0362c; } .doubt { color: var(--two); } .note { color: var(--soft); }
-td.level { font-weight: 600; vertical-align: top; } td.text { overflow-wrap: anywhere; }
+td.bar { width: 12%; min-width: 48px; } td.level { font-weight: 600; vertical-align: top; }
+td.text { overflow-wrap: anywhere; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(240px, 100%), 1fr)); gap: 16px; }
 .pictures img { display: block; width: 100%; background: #fff; } .pictures header span { font-size: 13px; }
 """
