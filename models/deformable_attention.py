@@ -62,7 +62,8 @@ def sine_embedding(H: int, W: int, dim: int, device: torch.device) -> Tensor:
     frequency = 10000.0 ** -(torch.arange(dim // 4, device=device) * 4 / dim)            # (dim/4,)
 
     def code(count: int) -> Tensor:
-        angle = torch.arange(1, count + 1, device=device) * (2 * math.pi / (count + 1e-6))
+        step = torch.scalar_tensor(2 * math.pi / (count + 1e-6), device=device)              # count may be a symbol
+        angle = torch.arange(1, count + 1, device=device) * step
         phase = angle[:, None] * frequency            # (count, dim/4)
         return torch.stack([phase.sin(), phase.cos()], dim=-1).flatten(1)            # (count, dim/2)
 

@@ -24,19 +24,32 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """maps (B, C, h, w) bilinearly to (B, C, *size); as they are where they have that size."""
-    return maps if maps.shape[-2:] == tuple(size) else F.interpolate(maps, tuple(size), mode="bilinear")
+    """maps (B, C, h, w) bilinearly to (B, C, *size); as they are where they have that size, if it is a number (under
+    torch.export it may be a symbol)."""
+    known = all(isinstance(side, int) for side in (*maps.shape[-2:], *size))
+    return maps if known and maps.shape[-2:] == tuple(size) else F.interpolate(maps, tuple(size), mode="bilinear")
 
 
 def pool(maps: Tensor, side: int) -> Tensor:
     """nn.AdaptiveAvgPool2d(side) of maps (B, C, h, w): means of side x side windows that cover the map.
 
     Its gradient on CUDA has no fixed order, and PyTorch refuses it under --deterministic: there the windows are cut out
-    one by one, which is the same but for the rounding of the sums.
+    one by one, which is the same but for the rounding of the sums. Nor has ONNX it for maps of any size (symbols in
+    torch.export), for which it is two matrix products.
     """
+    if not isinstance(maps.shape[-1], int):
+        rows, columns = (window_weights(length, side).to(maps.dtype) for length in maps.shape[-2:])
+        return rows @ maps @ columns.T
     if maps.device.type == "cpu" or not torch.are_deterministic_algorithms_enabled():
         return F.adaptive_avg_pool2d(maps, side)
     return windows_mean(maps, side)
+
+
+def window_weights(length: int, side: int) -> Tensor:
+    """(side, length) float32: the share of each cell in the mean over each window of `pool` along one axis."""
+    window, cell = torch.arange(side)[:, None], torch.arange(length)
+    inside = (cell >= window * length // side) & (cell < ((window + 1) * length + side - 1) // side)
+    return inside / inside.sum(1, keepdim=True)
 
 
 def windows_mean(maps: Tensor, side: int) -> Tensor:

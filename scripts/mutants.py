@@ -149,7 +149,7 @@ def git_files() -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("count", type=int, help="mistakes to plant")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--only", nargs="+", default=[], metavar="PATH", help="files or folders")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"

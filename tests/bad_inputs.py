@@ -176,6 +176,10 @@ def evaluate(script: str, edit=None, *argv: str):
     return trained(script, edit, "model.pth", "--output-dir", "out", *argv)
 
 
+def export(script: str, edit=None, *argv: str):
+    return lambda folder: trained(script, edit, "model.pth", *argv)(folder)[:-2]             # which has no --device
+
+
 # -- damage ------------------------------------------------------------------------------------------------------------
 
 def put(path: str, content: str | bytes):
@@ -438,7 +442,7 @@ def as_differences(content: dict) -> None:
 
 LINEAR, PMT, EOMT = "train_linear_head.py", "train_pmt_head.py", "train_eomt.py"
 DOWN, JEPA, SONATA, M2F, UPER = "train_downstream.py", "train_jepa.py", "train_sonata.py", "train_m2f_head.py", "train_upernet_head.py"
-UNET, PROTO, EVAL, PREDICT = "train_segmentation.py", "train_prototype.py", "evaluate.py", "predict.py"
+UNET, PROTO, EVAL, PREDICT, EXPORT = "train_segmentation.py", "train_prototype.py", "evaluate.py", "predict.py", "export.py"
 LOOK = "inspect_data.py"
 S3DIS, SCANNET, VOC, FREE = "scripts/preprocess_s3dis.py", "scripts/preprocess_scannet.py", "scripts/download_voc.py", "scripts/download_datasets.py"
 
@@ -553,6 +557,9 @@ FLAGS = group(
     ("to test what was never trained", UNET, start(UNET, None, "--test-only"), "--test-only needs a checkpoint", "add --resume PATH or --resume auto"),
     ("to test an empty run folder", SONATA, start(SONATA, None, "--test-only", "--resume", "auto"), "--test-only needs a checkpoint", "there is no checkpoint in out/model"),
     ("to go on from a file that is not there", PROTO, start(PROTO, None, "--resume", "out/model/model_last.pth"), "out/model/model_last.pth", "Check the path"),
+    ("a checkpoint of Lightning that is not there", UNET, start(UNET, None, "--resume", "runs/last.ckpt"), "runs/last.ckpt: no such file", "--resume auto"),
+    ("a flag of other programs for the input", PREDICT, predict(UNET, None, "--images", "photos"), "unknown flag --images", "follow the checkpoint"),
+    ("a flag of other programs for the checkpoint", EVAL, evaluate(UNET, None, "--checkpoint", "a.pth"), "unknown flag --checkpoint", "name the checkpoint first"),
     ("to go on from a folder", DOWN, start(DOWN, None, "--resume", "train"), "train", "is a folder. Name a file in it"),
     ("results into a file", DOWN, start(DOWN, put("out", "notes")), "out", "choose another output folder"),
     ("results into a file", JEPA, start(JEPA, put("out", "notes")), "out", "choose another output folder"),
@@ -606,6 +613,14 @@ FLAGS = group(
     ("a setting the model does not have", PREDICT, predict(SONATA, None, "test", "evaluation.precice=false"), "evaluation.precice", "did you mean evaluation.precise"),
     ("results into a file", PREDICT, predict(UNET, put("out", ""), "images/test"), "out", "choose another output folder"),
     ("results into a file", EVAL, evaluate(SONATA, put("out", "")), "out", "choose another output folder"),
+    ("a network of meshes as a file of images", EXPORT, export(DOWN, None, "--output", "net.pt2"), "model.pth: not a network of images", "use predict.py"),
+    ("an encoder without classes as a file", EXPORT, export(JEPA, None, "--output", "net.pt2"), "model.pth: train_jepa.py", "no classes"),
+    ("a format that is not written", EXPORT, export(UNET, None, "--output", "net.tflite"), "--output net.tflite", "ends in .onnx or .pt2"),
+    ("a network into a folder", EXPORT, export(UNET, folder_at("net.pt2"), "--output", "net.pt2"), "--output net.pt2", "name a file"),
+    ("a network into a file's folder", EXPORT, export(UNET, None, "--output", "config.yaml/net.pt2"), "config.yaml is a file", "choose another output folder"),
+    ("an image of few pixels", EXPORT, export(UNET, None, "--output", "net.pt2", "--size", "64", "32"), "--size", "from 64"),
+    ("one side of an image", EXPORT, export(UNET, None, "--output", "net.pt2", "--size", "64"), "--size", "expected 2 arguments"),
+    ("a setting the exported network does not have", EXPORT, export(UNET, None, "--output", "net.pt2", "evaluation.sise=64"), "evaluation.sise", "did you mean evaluation.size"),
     ("a name nobody offers", FREE, lambda f: ["imagenet"], "imagenet", "expected one of"),
     ("no data", LOOK, lambda f: ["--output-dir", "out"], "--mesh-dir or --cloud-root", "got none of them"),
     ("two kinds of data", LOOK, start(LOOK, None, "--mesh-dir", "train"), "got --image-paths and --mesh-dir", "expected"),

@@ -120,7 +120,8 @@ def test_names_that_are_not_utf_8_in_a_real_process(tmp_path):
 
 def test_the_table_is_large_and_covers_every_script():
     assert len({(case.script, case.name, case.kind) for case in CASES}) == len(CASES) > 300
-    scripts = {path.name for path in ROOT.glob("train_*.py")} | {"evaluate.py", "predict.py", "inspect_data.py", "scripts/preprocess_s3dis.py",
+    scripts = {path.name for path in ROOT.glob("train_*.py")} | {"evaluate.py", "predict.py", "export.py", "inspect_data.py",
+               "scripts/preprocess_s3dis.py",
                *(f"scripts/{path.name}" for path in (ROOT / "scripts").glob("download_*.py"))}
     assert scripts <= {case.script for case in CASES}
     assert all(case.check or (case.place and case.remedy) for case in CASES)

@@ -50,7 +50,7 @@ def test_a_script_has_what_evaluate_and_predict_call(script):
 
 def test_the_list_of_what_is_called_is_complete():
     called = set()
-    for path in ("evaluate.py", "predict.py"):
+    for path in ("evaluate.py", "predict.py", "export.py"):
         for node in ast.walk(ast.parse((ROOT / path).read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "script":
                 called.add(node.attr)
@@ -79,7 +79,7 @@ def test_a_script_is_read_in_one_sitting(script):
             assert len(function.args.args) <= 7, f"{function.name} has {len(function.args.args)} positional parameters"
 
 
-@pytest.mark.parametrize("path", [*(f"{script}.py" for script in SCRIPTS), "evaluate.py", "predict.py", "inspect_data.py"])
+@pytest.mark.parametrize("path", [*(f"{script}.py" for script in SCRIPTS), "evaluate.py", "predict.py", "export.py", "inspect_data.py"])
 def test_scripts_have_lines_of_at_most_100_columns(path):
     assert [number for number, line in enumerate((ROOT / path).read_text().splitlines(), 1) if len(line) > 100] == []
 
@@ -127,7 +127,7 @@ def test_data_package_is_not_ignored_by_git():
 
 def test_scripts_import_without_side_effects():
     """Nothing is printed, written or parsed on import; the guard is what runs them."""
-    for script in (*SCRIPTS, "evaluate", "predict"):
+    for script in (*SCRIPTS, "evaluate", "predict", "export"):
         tree = ast.parse((ROOT / f"{script}.py").read_text())
         assert ast.unparse(tree.body[-1]) == "if __name__ == '__main__':\n    run_main(main)", script
         calls = [node for node in tree.body[:-1] if isinstance(node, ast.Expr) and not isinstance(node.value, ast.Constant)]

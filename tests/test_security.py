@@ -35,8 +35,8 @@ from utils.checkpoint import find_resume, load_checkpoint
 from utils.config_file import read_yaml
 from utils.download import extract, extract_flat, fetch
 from utils.log import RunLog
-from utils.render import viewer_html
 from utils.report import write_page
+from utils.viewer import viewer_html
 from utils.weights import read_weights
 
 ROOT = Path(__file__).resolve().parents[1]

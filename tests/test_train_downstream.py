@@ -17,7 +17,7 @@ import evaluate
 import predict
 import train_downstream
 from data.mesh_io import read_mesh
-from tests.tiny_meshes import tiny_mesh, write_obj, write_set, write_textured_set
+from tests.tiny_meshes import CLASSES, tiny_mesh, write_obj, write_set, write_textured_set
 from tests.tiny_runs import TinyRun, run_forked, run_pair, start_pair
 from tests.whole_runs import assert_equal, refused, sigterm_in_call
 from utils.checkpoint import load_checkpoint
@@ -143,7 +143,10 @@ def test_learns_and_every_reader_agrees(config, data, tmp_path, capsys):
     assert np.array_equal(np.loadtxt(tmp_path / "out" / "plain.txt", dtype=int), plain)
     assert np.array_equal(read_mesh(tmp_path / "out" / "plain.ply").properties["face"]["label"], plain)
     assert np.allclose(read_mesh(tmp_path / "out" / "plain.ply").vertices[faces], vertices[faces])
-    assert (tmp_path / "out" / "plain.html").stat().st_size > 10_000 and (tmp_path / "out" / "plain_pca.ply").is_file()
+    pages = [(tmp_path / "out" / f"{name}.html").read_text() for name in ("plain", "plain_pca")]
+    shares = [f"<td>{name}</td><td>{100 * (plain == c).mean():.1f} %</td>" for c, name in enumerate(CLASSES) if (plain == c).any()]
+    assert all(share in pages[0] for share in shares) and pages[0].count("<tr") == len(shares) and "<tr" not in pages[1]
+    assert (tmp_path / "out" / "plain_pca.ply").is_file()
 
 
 def test_quads_get_one_label_a_line(config, tmp_path, monkeypatch):

@@ -2,9 +2,6 @@
 as written, it learns, resumes exactly, and every reader has the same numbers."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +22,7 @@ from data.images import Augmentation
 from models.resnet import ENCODERS
 from models.unet import UNet
 from tests.tiny_images import shrink_unet, write_classes, write_pictures
+from tests.tiny_runs import TinyRun, run_pair
 from tests.whole_runs import assert_equal, sigterm_in_call
 from utils.checkpoint import CheckpointKeeper, EarlyStopping, load_checkpoint
 from utils.cli import StopRequested
@@ -538,18 +536,13 @@ def test_a_diverging_run_says_so(tmp_path, root, monkeypatch):
 
 
 def test_two_processes_train_together_score_like_one_and_resume(root, tmp_path):
-    """Two photographs for validation, one in each process. The subprocess has the real (small enough) DeepLab, not the shrunken U-Net."""
+    """Two photographs for validation, one in each process."""
     config = write_config(tmp_path / "c.yaml", root, model={"name": "deeplab_v2", "n_blocks": [1, 1, 1, 1], "base_width": 4},
                           training={"epochs": 2, "batch_size": 1, "accumulate_grad_batches": 2, "num_workers": 0, "ema": 0.9},
                           checkpointing={"save_interval": 1})
 
-    def torchrun(*more):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_segmentation.py", config,
-                   "--device", "cpu", *more]
-        done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-
-    torchrun("--output-dir", tmp_path / "out")
+    run = TinyRun("train_segmentation.py", [str(config), "--device", "cpu"], root)
+    run_pair(run, tmp_path / "out")
     together = read_log(tmp_path / "out" / "log" / "log.jsonl")[-1]
     checkpoint = load_checkpoint(last(tmp_path / "out"))
     assert together["split"] == "val" and checkpoint["step"] == 2 and len(checkpoint["rng_others"]) == 1
@@ -557,7 +550,7 @@ def test_two_processes_train_together_score_like_one_and_resume(root, tmp_path):
     alone = SCRIPT.evaluate(model, SCRIPT.build_dataset(model.config, "val"))
     for key in ("miou", "overall_accuracy", "fw_iou"):
         assert together[key] == pytest.approx(alone["metrics"][key], abs=1e-12)
-    torchrun("--output-dir", tmp_path / "again", "--resume", tmp_path / "out" / "model" / "checkpoint_epoch_1.pth")
+    run_pair(run, tmp_path / "again", "--resume", tmp_path / "out" / "model" / "checkpoint_epoch_1.pth")
     assert_same_run(tmp_path / "out", tmp_path / "again")
 
 

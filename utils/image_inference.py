@@ -61,9 +61,11 @@ class View(NamedTuple):
 
 def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
     """(B, 3, H, W) -> the same with zeros (the mean colour, once normalised) at the right and bottom, up to the next
-    multiples. What comes out for it is cropped to [:H, :W]: nothing is resized, nothing shifted."""
+    multiples. What comes out for it is cropped to [:H, :W]: nothing is resized, nothing shifted. Rounded up without a
+    negative number, which ONNX divides in another way."""
     height, width = image.shape[-2:]
-    return F.pad(image, (0, -width % multiple, 0, -height % multiple))
+    right, bottom = ((side + multiple - 1) // multiple * multiple - side for side in (width, height))
+    return F.pad(image, (0, right, 0, bottom))
 
 
 def window_starts(length: int, window: int, stride: int | None) -> list[int]:

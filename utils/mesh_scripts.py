@@ -239,16 +239,24 @@ def write_mesh_label(model: DownstreamClassifier, path: Path, prediction: dict, 
     colors = {"": label_colors(prediction["face_label"], model.palette)}
     if options.pca:
         colors["_pca"] = pca_colors(embed_mesh(model, path))
+    counts = np.bincount(prediction["face_label"], minlength=len(model.class_names))
+    legend = [(name, color, count) for name, color, count in zip(model.class_names, model.palette, counts, strict=True)
+              if count]
     in_files = {name: values_in_files(model.config, prediction[name]) for name in ("label", "face_label")}
-    return write_mesh_result(stem, {**prediction, **in_files}, colors, options.labels, options.picture, options.html)
+    return write_mesh_result(stem, {**prediction, **in_files}, colors, options.labels, options.picture, options.html,
+                             legend, drawn_up(model))
+
+
+def drawn_up(model: DownstreamClassifier) -> str:
+    """What `up` of render_mesh is for meshes as the network reads them."""
+    return "auto" if model.spec.up == "auto" and not getattr(model.spec, "unit", None) else "z"
 
 
 def mesh_pictures(model: DownstreamClassifier, dataset: MeshDataset, index: int, pred: np.ndarray):
     """Two pictures for the report: the truth (None without labels) and the prediction (P,) of one mesh."""
     mesh = dataset.mesh(index)
     label = dataset.labels[index]
-    up = "auto" if model.spec.up == "auto" and not getattr(model.spec, "unit", None) else "z"
-    truth, drawn = (render_mesh(mesh.vertices, mesh.faces, label_colors(values, model.palette), up=up)
+    truth, drawn = (render_mesh(mesh.vertices, mesh.faces, label_colors(values, model.palette), up=drawn_up(model))
                     for values in (label, pred))
     return (truth if (label >= 0).any() else None), drawn
 

@@ -203,19 +203,3 @@ def pca_colors(embedding: np.ndarray) -> np.ndarray:
     colors = np.full((len(embedding), 3), 0.5)
     colors[:, :scaled.shape[1]] = scaled.clip(0, 1)
     return (colors * 255).astype(np.uint8)
-
-
-def viewer_html(vertices: np.ndarray, faces: np.ndarray, face_color: np.ndarray) -> str:
-    """One HTML page in which the mesh can be turned: trimesh's own viewer with the geometry in it.
-
-    Arguments as for render_mesh.
-    """
-    import trimesh
-    from trimesh.viewer.notebook import scene_to_html
-
-    corners = np.asarray(vertices, float)[faces].reshape(-1, 3)           # a colour a face: no shared vertices
-    if len(corners):
-        corners = corners - (corners.min(0) + corners.max(0)) / 2         # glTF has 32-bit coordinates
-    mesh = trimesh.Trimesh(corners, np.arange(len(corners)).reshape(-1, 3),
-                           vertex_colors=np.repeat(face_color, 3, axis=0), process=False)
-    return scene_to_html(trimesh.Scene(mesh))
