@@ -14,6 +14,7 @@ from PIL import Image
 from data.prototype_results import write_gallery
 from tests import test_prototype_results as prototypes
 from tests.test_report import HISTORY, MATRIX, NAMES
+from utils.inspection import Inspection, Picture, write_inspection
 from utils.metrics import segmentation_metrics
 from utils.render import palette
 from utils.report import write_report
@@ -61,7 +62,17 @@ def viewer(folder: Path) -> Path:
     return page
 
 
-PAGES = {"report": (report, "random weights"), "gallery": (gallery, "Prototypes"), "viewer": (viewer, "Drag to turn")}
+def inspection(folder: Path) -> Path:
+    found = Inspection("Photographs", "pixels", class_names=["a <b>", "c"], palette=palette(2), files={"train": 2})
+    found.counts, found.presence, found.ignored = {"train": np.array([9, 1])}, {"train": np.array([2, 1])}, {"train": 0.5}
+    found.add("fault", "missing", "<img src=http://127.0.0.1:9/a.png>: mask is missing")
+    found.pictures.append(Picture("Random items", "a.png", "train", Image.new("RGB", (8, 8))))
+    write_inspection(folder / "inspection.html", found, [("Plan", "data: {root: <b>}")])
+    return folder / "inspection.html"
+
+
+PAGES = {"report": (report, "random weights"), "gallery": (gallery, "Prototypes"), "viewer": (viewer, "Drag to turn"),
+         "inspection": (inspection, "mask is missing")}
 
 
 @needs_browser
