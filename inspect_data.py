@@ -140,8 +140,8 @@ def main(argv=None) -> dict:
     for key, value in found.facts:
         print(f"{key}: {value}")
     print(*found.lines(), sep="\n")
-    print(f"{', '.join(f'{found.number(level)} {level}s' for level in LEVELS)}\nwrote "
-          f"{output / 'report.html'} and {output / 'plan.yaml' if plans else 'no plan'}")
+    print(f"{found.summary()}\nwrote {output / 'report.html'} and "
+          f"{output / 'plan.yaml' if plans else 'no plan'}")
     return {**{f"{level}s": found.number(level) for level in LEVELS},
             "page": str(output / "report.html")}
 

@@ -50,6 +50,7 @@ SAME_LABELS, RESIZED_LABELS = 0.995, 0.93    # their equal labels, of the same s
 SET_FILES = 60                              # of which finer moves are tried
 SET_GAIN, SET_ERRORS, SET_SHARE = 0.02, 5, 0.8      # of the whole set: mean, in standard errors, share of photographs
 MANY_VALUES, FEW_PIXELS = 8, 0.01           # of a mask, most of them at less than 1 % of its pixels: blurred?
+MOST_NAMED = 12                             # pictures of files that a fault or doubt names
 MASK_KINDS = {"ids": "of class ids", "deep": "of more than 8 bits", "colors": "in colours"}
 FEW = 6                                     # photographs: below this nothing is said of how masks lie
 NEAR_EMPTY, MOSTLY_UNLABELLED = 0.001, 0.95
@@ -576,7 +577,10 @@ def _facts(found, splits, pairs, records):
 def _add_pictures(found, listed, good, by_file, odd, masks, photos, seed):
     rng = np.random.default_rng(seed)
     train = [i for i in good if listed[i][0] == "train"]
-    chosen = [("Random items", i, "") for i in sorted(rng.permutation(train)[:6].tolist())]
+    kinds = {finding.file: finding.kind for finding in found.findings if finding.file and finding.level != "note"}
+    named = [(i, kinds.get(str(listed[i][2]), kinds.get(str(listed[i][1])))) for i in good]
+    chosen = [("Named above", i, kind) for i, kind in named if kind][:MOST_NAMED]
+    chosen += [("Random items", i, "") for i in sorted(rng.permutation(train)[:6].tolist())]
     for c, name in enumerate(found.class_names[:40]):
         if train and by_file[train, c].any():
             i = train[int(by_file[train, c].argmax())]
@@ -593,4 +597,4 @@ def _add_pictures(found, listed, good, by_file, odd, masks, photos, seed):
         both = Image.new("RGB", (shown.width, 2 * shown.height + 4), "white")
         both.paste(image, (0, 0))
         both.paste(shown, (0, shown.height + 4))
-        found.pictures.append(Picture(heading, image_path.name, f"{split} {caption}".strip(), both))
+        found.pictures.append(Picture(heading, image_path.name, f"{split}; {caption}".removesuffix("; "), both))

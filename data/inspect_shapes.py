@@ -357,7 +357,9 @@ def add_pictures(found, files, records, seed, draw):
     good = [i for i, record in enumerate(records) if "values" in record]
     train = [i for i in good if files[i][0] == "train"]
     rng = np.random.default_rng(seed)
-    chosen = [("Random items", i, "") for i in sorted(rng.permutation(train)[:PICTURES].tolist())]
+    kinds = {finding.file: finding.kind for finding in found.findings if finding.file and finding.level != "note"}
+    chosen = [("Named above", i, kinds[str(files[i][1])]) for i in good if str(files[i][1]) in kinds][:2 * PICTURES]
+    chosen += [("Random items", i, "") for i in sorted(rng.permutation(train)[:PICTURES].tolist())]
     for value, c in sorted(found.settings["meaning"].items(), key=lambda pair: pair[1])[:40]:
         share = {i: records[i]["values"].get(value, 0) / records[i]["elements"] for i in train}
         if share and max(share.values()):
