@@ -46,7 +46,7 @@ def inspect_clouds(root: str, data: dict, most: int, workers: int, seed: int) ->
     files = [(split, path) for split, listed in sampled(found, found.pairs, most, seed).items() for path in listed]
     records = examined([(path,) for _, path in files], examine_cloud, workers, "looking at clouds")
     names = class_names(data["classes"], [root], settings)
-    compare(found, files, records, names, "model.num_classes", [-1])
+    compare(found, files, records, names, [-1])
     _check_points(found, files, records)
     good = [i for i, record in enumerate(records) if "values" in record]
     settings |= {"spacing": float(np.median([records[i]["spacing"] for i in good])) if good else 0.01,

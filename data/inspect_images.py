@@ -82,7 +82,7 @@ def inspect_images(splits: Mapping[str, tuple], data: dict, most: int, workers: 
     small = _small_copies(found, listed, records, good, masks, photos, workers)
     check_copies(found, [pair[:2] for pair in listed], small, hashes, [record.get("size") for record in records])
     odd = check_alignment(found, [pair[1:] for pair in listed], small, len(found.class_names)) if small else {}
-    _facts(found, splits, pairs, records)
+    _facts(found, pairs, records)
     found.draw = partial(_add_pictures, found, listed, good, by_file, odd, masks, photos, seed)
     found.settings |= settings
     return found
@@ -555,7 +555,7 @@ def _move_gains(color, label, moves, K, num_classes):
 
 # -- facts and pictures ------------------------------------------------------------------------------------------------
 
-def _facts(found, splits, pairs, records):
+def _facts(found, pairs, records):
     readable = [record for record in records if "size" in record]
     if not readable:
         return

@@ -171,6 +171,18 @@ def test_where_nothing_can_be_read_there_is_no_plan(tmp_path, capsys):
     assert "and no plan" in capsys.readouterr().out and not Path("out/plan.yaml").exists()
 
 
+def test_a_plan_that_training_refuses_is_a_fault_and_no_end(tmp_path, capsys, monkeypatch):
+    def refused(found, script, args, device, output):
+        (output / "plan.yaml").write_text("half a plan")
+        raise ValueError("mesh_03.obj: too odd")
+    monkeypatch.setitem(inspect_data.PLANS, "meshes", ("train_downstream", refused))
+    write_set(tmp_path / "meshes", 3)
+    assert inspected("--mesh-dir", tmp_path / "meshes")["faults"] == 1
+    shown = capsys.readouterr().out
+    assert "no plan, as train_downstream.py says: mesh_03.obj: too odd" in shown and not Path("out/plan.yaml").exists()
+    assert "too odd" in Path("out/report.html").read_text()
+
+
 def test_more_items_than_asked_for_are_sampled(tmp_path, capsys):
     make_image_set(tmp_path / "streets", 12, 4, 0, 1, (96, 72))
     inspected(*image_flags(tmp_path / "streets", "train", "val"), "--max-items", "8")

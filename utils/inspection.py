@@ -126,8 +126,7 @@ def check_classes(found: Inspection) -> None:
     for split, counts in found.counts.items():
         if split != "train" and counts.any() and (train > 0).sum() > (counts > 0).sum():
             absent = [names[c] for c in np.flatnonzero((counts == 0) & (train > 0))]
-            found.add("note", "class absent from a split", f"{split} has no {', '.join(absent)}: what training learns of "
-                      f"it is not scored there")
+            found.add("note", "class absent from a split", f"{split} has no {', '.join(absent)}: not scored there")
 
 
 def uneven(found: Inspection) -> float:
