@@ -12,12 +12,10 @@ import pytest
 from PIL import Image
 
 import evaluate
-import inspect_data
 from data.prototype_results import write_gallery
 from tests import test_prototype_results as prototypes
 from tests.test_report import HISTORY, MATRIX, NAMES
-from tests.tiny_images import write_classes, write_pictures
-from utils.inspection import write_inspection
+from utils.inspection import Inspection, Picture, write_inspection
 from utils.metrics import segmentation_metrics
 from utils.render import palette
 from utils.report import write_report
@@ -66,17 +64,16 @@ def viewer(folder: Path) -> Path:
 
 
 def inspection(folder: Path) -> Path:
-    write_pictures(folder / "data", 3)
-    write_classes(folder / "data" / "classes.json")
-    args = inspect_data.parse_args(["--image-paths", str(folder / "data" / "images"), "--mask-paths", str(folder / "data" / "masks"),
-                                    "--num-workers", "1"])
-    found = inspect_data.inspect(args)
-    found.draw()
-    write_inspection(folder / "report.html", found, [("plan.yaml", "a: <b>")])
-    return folder / "report.html"
+    found = Inspection("Photographs", "pixels", class_names=["a <b>", "c"], palette=palette(2), files={"train": 2})
+    found.counts, found.presence, found.ignored = {"train": np.array([9, 1])}, {"train": np.array([2, 1])}, {"train": 0.5}
+    found.add("fault", "missing", "<img src=http://127.0.0.1:9/a.png>: mask is missing")
+    found.pictures.append(Picture("Random items", "a.png", "train", Image.new("RGB", (8, 8))))
+    write_inspection(folder / "inspection.html", found, [("Plan", "data: {root: <b>}")])
+    return folder / "inspection.html"
 
 
-PAGES = {"inspection": (inspection, "classes"), "report": (report, "random weights"), "gallery": (gallery, "Prototypes"), "viewer": (viewer, "Drag to turn")}
+PAGES = {"report": (report, "random weights"), "gallery": (gallery, "Prototypes"), "viewer": (viewer, "Drag to turn"),
+         "inspection": (inspection, "mask is missing")}
 
 
 @needs_browser
