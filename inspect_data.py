@@ -115,7 +115,12 @@ def write_plans(args, found: Inspection, device, output: Path) -> list[tuple[str
         return []
     name, plan = PLANS[args.kind]
     script = importlib.import_module(name)
-    texts = {"plan.yaml": plan(found, script, args, device, output)}
+    try:
+        texts = {"plan.yaml": plan(found, script, args, device, output)}
+    except ValueError as error:
+        (output / "plan.yaml").unlink(missing_ok=True)
+        found.add("fault", "refused by training", f"no plan, as {script.SCRIPT} says: {error}")
+        return []
     if args.kind == "images":
         texts["plan.sh"] = linear_head_command(found, args)
     for file, text in texts.items():
@@ -140,8 +145,8 @@ def main(argv=None) -> dict:
     for key, value in found.facts:
         print(f"{key}: {value}")
     print(*found.lines(), sep="\n")
-    print(f"{', '.join(f'{found.number(level)} {level}s' for level in LEVELS)}\nwrote "
-          f"{output / 'report.html'} and {output / 'plan.yaml' if plans else 'no plan'}")
+    print(f"{found.summary()}\nwrote {output / 'report.html'} and "
+          f"{output / 'plan.yaml' if plans else 'no plan'}")
     return {**{f"{level}s": found.number(level) for level in LEVELS},
             "page": str(output / "report.html")}
 

@@ -20,6 +20,7 @@ from utils.render import label_colors, render_mesh
 
 NEIGHBORS_SEEN = 2000                       # points whose nearest neighbour's label is looked at
 FACING = 1.25                               # squares that face the viewer are drawn darker by so much
+SLICE = 10_000                              # points among which neighbours are looked for
 POINTS_SHOWN = 20_000                       # of a picture
 
 
@@ -45,7 +46,7 @@ def inspect_clouds(root: str, data: dict, most: int, workers: int, seed: int) ->
     files = [(split, path) for split, listed in sampled(found, found.pairs, most, seed).items() for path in listed]
     records = examined([(path,) for _, path in files], examine_cloud, workers, "looking at clouds")
     names = class_names(data["classes"], [root], settings)
-    compare(found, files, records, names, "model.num_classes", [-1])
+    compare(found, files, records, names, [-1])
     _check_points(found, files, records)
     good = [i for i, record in enumerate(records) if "values" in record]
     settings |= {"spacing": float(np.median([records[i]["spacing"] for i in good])) if good else 0.01,
@@ -69,10 +70,11 @@ def examine_cloud(path: Path, label_field: str | None = None) -> dict:
     middle = np.median(coord, 0)
     shape = shape_of(coord, middle)
     rng = np.random.default_rng(0)
-    chosen = rng.permutation(len(coord))[:NEIGHBORS_SEEN]
-    tree = cKDTree(coord, balanced_tree=False, compact_nodes=False)
-    distance, nearest = tree.query(coord[chosen], min(2, len(coord)))
-    distance, nearest = distance.reshape(len(chosen), -1), nearest.reshape(len(chosen), -1)
+    part = _slice(coord)
+    chosen = rng.permutation(part)[:NEIGHBORS_SEEN]
+    tree = cKDTree(coord[part], balanced_tree=False, compact_nodes=False)
+    distance, nearest = tree.query(coord[chosen], min(2, len(part)))
+    distance, nearest = distance.reshape(len(chosen), -1), part[nearest.reshape(len(chosen), -1)]
     peaks = [np.histogram(coord[:, axis], 100)[0].max() / len(coord) for axis in range(3)]
     far = np.quantile(np.linalg.norm(coord - middle, axis=1), 0.99) * 3
     record |= {
@@ -88,6 +90,15 @@ def examine_cloud(path: Path, label_field: str | None = None) -> dict:
         return record | {"label_problem": f"{path}: no labels"}
     scale = max(float(np.linalg.norm(shape["sides"])) / 2, 1e-12)
     return record | labels_of(cloud.label, (coord - middle) / scale, np.stack([chosen, nearest[:, -1]]))
+
+
+def _slice(coord):
+    """Places of all points, or of SLICE of them in the middle of the longest side: a tree of all takes too long."""
+    along = coord[:, np.ptp(coord, 0).argmax()]
+    if len(along) <= SLICE:
+        return np.arange(len(along))
+    order = np.argpartition(along, ((len(along) - SLICE) // 2, (len(along) + SLICE) // 2))
+    return order[(len(along) - SLICE) // 2:(len(along) + SLICE) // 2]
 
 
 def _check_points(found, files, records):

@@ -50,6 +50,8 @@ SAME_LABELS, RESIZED_LABELS = 0.995, 0.93    # their equal labels, of the same s
 SET_FILES = 60                              # of which finer moves are tried
 SET_GAIN, SET_ERRORS, SET_SHARE = 0.02, 5, 0.8      # of the whole set: mean, in standard errors, share of photographs
 MANY_VALUES, FEW_PIXELS = 8, 0.01           # of a mask, most of them at less than 1 % of its pixels: blurred?
+MOST_NAMED = 12                             # pictures of files that a fault or doubt names
+MASK_KINDS = {"ids": "of class ids", "deep": "of more than 8 bits", "colors": "in colours"}
 FEW = 6                                     # photographs: below this nothing is said of how masks lie
 NEAR_EMPTY, MOSTLY_UNLABELLED = 0.001, 0.95
 
@@ -80,7 +82,7 @@ def inspect_images(splits: Mapping[str, tuple], data: dict, most: int, workers: 
     small = _small_copies(found, listed, records, good, masks, photos, workers)
     check_copies(found, [pair[:2] for pair in listed], small, hashes, [record.get("size") for record in records])
     odd = check_alignment(found, [pair[1:] for pair in listed], small, len(found.class_names)) if small else {}
-    _facts(found, splits, pairs, records)
+    _facts(found, pairs, records)
     found.draw = partial(_add_pictures, found, listed, good, by_file, odd, masks, photos, seed)
     found.settings |= settings
     return found
@@ -553,7 +555,7 @@ def _move_gains(color, label, moves, K, num_classes):
 
 # -- facts and pictures ------------------------------------------------------------------------------------------------
 
-def _facts(found, splits, pairs, records):
+def _facts(found, pairs, records):
     readable = [record for record in records if "size" in record]
     if not readable:
         return
@@ -564,13 +566,21 @@ def _facts(found, splits, pairs, records):
                        ("classes", len(found.class_names)),
                        ("depth", ", ".join(sorted({record.get("depth", "unreadable") for record in records}))),
                        ("masks", ", ".join(f"{count} {kind}" for kind, count in Counter(
-                           record.get("kind", "refused") for record in records).items()))]
+                           MASK_KINDS.get(record.get("kind"), "refused") for record in records).items())),
+                       ("masks with a palette", sum("palette" in record for record in records))]
+    deep = [np.array(record["values"]) for record in readable if record.get("values")]
+    if deep:
+        found.facts.append(("values of more than 8 bits", f"{min(ends.min() for ends in deep):g} to "
+                                                          f"{max(ends.max() for ends in deep):g}"))
 
 
 def _add_pictures(found, listed, good, by_file, odd, masks, photos, seed):
     rng = np.random.default_rng(seed)
     train = [i for i in good if listed[i][0] == "train"]
-    chosen = [("Random items", i, "") for i in sorted(rng.permutation(train)[:6].tolist())]
+    kinds = {finding.file: finding.kind for finding in found.findings if finding.file and finding.level != "note"}
+    named = [(i, kinds.get(str(listed[i][2]), kinds.get(str(listed[i][1])))) for i in good]
+    chosen = [("Named above", i, kind) for i, kind in named if kind][:MOST_NAMED]
+    chosen += [("Random items", i, "") for i in sorted(rng.permutation(train)[:6].tolist())]
     for c, name in enumerate(found.class_names[:40]):
         if train and by_file[train, c].any():
             i = train[int(by_file[train, c].argmax())]
@@ -587,4 +597,4 @@ def _add_pictures(found, listed, good, by_file, odd, masks, photos, seed):
         both = Image.new("RGB", (shown.width, 2 * shown.height + 4), "white")
         both.paste(image, (0, 0))
         both.paste(shown, (0, shown.height + 4))
-        found.pictures.append(Picture(heading, image_path.name, f"{split} {caption}".strip(), both))
+        found.pictures.append(Picture(heading, image_path.name, f"{split}; {caption}".removesuffix("; "), both))

@@ -58,7 +58,7 @@ def inspect_meshes(folders: Mapping[str, tuple], data: dict, most: int, workers:
                   f"{kind}")
         records = examined([(*pair, kind) for pair in arguments], examine_mesh, workers, "looking at meshes again")
     names = class_names(data["classes"], [folder for folder, _ in folders.values()], settings)
-    compare(found, files, records, names, "model.n_classes", [])
+    compare(found, files, records, names, [])
     _check_surfaces(found, files, records)
     good = [i for i, record in enumerate(records) if "values" in record]
     textured = [records[i]["textured"] for i in good]

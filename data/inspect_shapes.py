@@ -39,20 +39,21 @@ PICTURES = 6                                # of a kind
 
 
 def examined(files: Sequence[tuple], examine: Callable, workers: int, what: str) -> list[dict]:
+    """examine(*arguments) of every file, in so many processes; what: said on a terminal meanwhile."""
     if workers < 2 or len(files) < 8:
         return [examine(*arguments) for arguments in progress(files, what)]
     with ProcessPoolExecutor(workers) as pool:
         return list(progress(pool.map(examine, *zip(*files, strict=True), chunksize=4), what, len(files)))
 
 
-def shape_of(points, middle):
+def shape_of(points: np.ndarray, middle: np.ndarray) -> dict:
     """Sides, and quantiles of the distances from the middle, which no turn, shift or scale changes."""
     distance = np.linalg.norm(points - middle, axis=1)
     return {"sides": np.ptp(points, axis=0).tolist(),
             "quantiles": (np.quantile(distance, QUANTILES) / max(float(np.sqrt((distance ** 2).mean())), 1e-30))}
 
 
-def labels_of(label, position, pairs):
+def labels_of(label: np.ndarray, position: np.ndarray, pairs: np.ndarray) -> dict:
     """values {number: elements}, places {number: mean position (3,)}, smooth: share of neighbours (2, n) of one label,
     rolled: the same where labels move by one element."""
     values, inverse, counts = np.unique(label, return_inverse=True, return_counts=True)
@@ -65,7 +66,7 @@ def labels_of(label, position, pairs):
             "rolled": max(agreement(np.roll(label, step)) for step in (-1, 1))}
 
 
-def class_names(given, folders, settings):
+def class_names(given: str | None, folders: Sequence[str], settings: dict) -> tuple | None:
     """Names and colours of the class file that is given, or lies in a folder of the data or above it."""
     places = [Path(folder) / up / "classes.json" for folder in folders for up in ("", "..")]
     path = Path(given) if given else next((place for place in places if place.is_file()), None)
@@ -79,7 +80,7 @@ def class_names(given, folders, settings):
 
 
 def find_numbers(found: Inspection, files: Sequence[tuple[str, Path]], records: Sequence[Mapping],
-                 names: Sequence[str] | None, ignored: Sequence[int], key: str) -> None:
+                 names: Sequence[str] | None, ignored: Sequence[int]) -> None:
     """Set num_classes, label_offset, label_map and ignore_labels in found.settings by the numbers in the files."""
     settings = found.settings
     values = Counter(value for record in records for value in record.get("values", {}))
@@ -129,14 +130,16 @@ def _with_value(files, records, value):
     return next(path for (_, path), record in zip(files, records, strict=True) if value in record.get("values", {}))
 
 
-def compare(found, files, records, names, key, ignored):
-    """Everything that is alike for meshes and clouds."""
+def compare(found: Inspection, files: Sequence[tuple[str, Path]], records: Sequence[Mapping], names: tuple | None,
+            ignored: Sequence[int]) -> None:
+    """Everything that is alike for meshes and clouds: faults of single files, the meaning of numbers, classes, and what
+    stands out. names: of class_names; ignored: values that training ignores without being told."""
     settings = found.settings
     for (_, path), record in zip(files, records, strict=True):
         for kind in ("problem", "label_problem"):
             if kind in record:
                 found.add("fault", kind, record[kind], path)
-    find_numbers(found, files, records, names[0] if names else None, [*ignored, *_integers(names)], key)
+    find_numbers(found, files, records, names[0] if names else None, [*ignored, *_integers(names)])
     C = settings["num_classes"]
     if names is None and settings["label_map"] and (own := read_label_map(settings["label_map"]).names):
         names = own, None, ()
@@ -148,7 +151,7 @@ def compare(found, files, records, names, key, ignored):
                   f"correct the list, or give --num-classes")
     settings["names"] = found.class_names if use_names else None
     meaning = settings["meaning"] = _meaning(settings)
-    _check_labels(found, files, records, meaning, names)
+    _check_labels(found, files, records)
     by_file = np.zeros((len(records), C + 1), np.int64)
     for i, record in enumerate(records):
         for value, count in record.get("values", {}).items():
@@ -190,7 +193,7 @@ def _meaning(settings):
             if c - settings["label_offset"] not in settings["ignore_labels"]}
 
 
-def _check_labels(found, files, records, meaning, names):
+def _check_labels(found, files, records):
     """What training refuses of the numbers, once their meaning is settled."""
     settings = found.settings
     offset, C = settings["label_offset"], settings["num_classes"]
@@ -299,7 +302,7 @@ def _agrees(record, other, usual):
     return order_of(other, same) > usual - ROUGH
 
 
-def order_of(record, agreement):
+def order_of(record: Mapping, agreement: float) -> float:
     """How far neighbours agree beyond what they would by chance, 1: always."""
     share = np.array(list(record["values"].values())) / record["elements"]
     chance = float((share ** 2).sum())
@@ -353,11 +356,15 @@ def _check_turned(found, files, records, good, meaning):
                   f"by where its classes lie ({axis[-1]} up among files with {'xyz'[k]} up?); {rest}", path)
 
 
-def add_pictures(found, files, records, seed, draw):
+def add_pictures(found: Inspection, files: Sequence[tuple[str, Path]], records: Sequence[Mapping], seed: int,
+                 draw: Callable) -> None:
+    """Pictures of named files, random ones, of each class and of the oddest; draw(path, record) makes one."""
     good = [i for i, record in enumerate(records) if "values" in record]
     train = [i for i in good if files[i][0] == "train"]
     rng = np.random.default_rng(seed)
-    chosen = [("Random items", i, "") for i in sorted(rng.permutation(train)[:PICTURES].tolist())]
+    kinds = {finding.file: finding.kind for finding in found.findings if finding.file and finding.level != "note"}
+    chosen = [("Named above", i, kinds[str(files[i][1])]) for i in good if str(files[i][1]) in kinds][:2 * PICTURES]
+    chosen += [("Random items", i, "") for i in sorted(rng.permutation(train)[:PICTURES].tolist())]
     for value, c in sorted(found.settings["meaning"].items(), key=lambda pair: pair[1])[:40]:
         share = {i: records[i]["values"].get(value, 0) / records[i]["elements"] for i in train}
         if share and max(share.values()):
@@ -375,6 +382,7 @@ def add_pictures(found, files, records, seed, draw):
         found.pictures.append(Picture(heading, files[i][1].name, f"{files[i][0]}; {caption or sides}", drawn[i]))
 
 
-def classes_of(label, meaning):
+def classes_of(label: np.ndarray, meaning: Mapping[int, int]) -> np.ndarray:
+    """Numbers of a file as classes, -1 for what is none."""
     values, inverse = np.unique(label, return_inverse=True)
     return np.array([meaning.get(value, -1) for value in values.tolist()])[inverse]

@@ -17,6 +17,7 @@ from data.synthetic_images import make_image_set
 from tests.tiny_clouds import write_classes, write_clouds
 from tests.tiny_images import shrink_unet
 from tests.tiny_meshes import write_set
+from utils.inspection import Inspection, plan_text
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE = ["--device", "cpu", "--limit-batches", "2", "--num-workers", "0"]
@@ -145,12 +146,41 @@ def test_faults_are_listed_and_the_exit_status_is_1(tmp_path):
     assert "2 faults" in done.stdout and Path("exp/inspection/report.html").is_file()
 
 
+def test_a_plan_is_yaml_with_its_values_and_reasons():
+    sections = {"name": ("a: b", "why"), "data": {"share": 1e-5, "list": [0.5, "nan", None], "text": ("1", "not a number"), "nested": {"on": True}}}
+    text = plan_text(["first line"], sections)
+    assert text.startswith("# first line\n") and "# not a number" in text
+    assert yaml.safe_load(text) == {"name": "a: b", "data": {"share": 1e-5, "list": [0.5, "nan", None], "text": "1", "nested": {"on": True}}}
+
+
+def test_lines_of_one_kind_are_shortened_and_faults_come_first():
+    found = Inspection("title", "pixels")
+    found.add("note", "a", "good to know")
+    for number in range(20):
+        found.add("fault", "b", f"{number}.png: wrong\nin two lines", f"masks/{number}.png")
+    lines = found.lines()
+    assert lines[0] == "fault: 0.png: wrong in two lines" and lines[-1] == "note: good to know" and len(lines) == 5
+    assert lines[3].startswith("fault: ... and 17 more of this kind: 3.png, 4.png") and lines[3].endswith(" ...")
+
+
 def test_where_nothing_can_be_read_there_is_no_plan(tmp_path, capsys):
     make_image_set(tmp_path / "streets", 3, 0, 0, 1, (96, 72))
     for path in (tmp_path / "streets" / "masks" / "train").iterdir():
         path.write_bytes(b"no mask")
     assert inspected(*image_flags(tmp_path / "streets", "train"))["faults"] == 3
     assert "and no plan" in capsys.readouterr().out and not Path("out/plan.yaml").exists()
+
+
+def test_a_plan_that_training_refuses_is_a_fault_and_no_end(tmp_path, capsys, monkeypatch):
+    def refused(found, script, args, device, output):
+        (output / "plan.yaml").write_text("half a plan")
+        raise ValueError("mesh_03.obj: too odd")
+    monkeypatch.setitem(inspect_data.PLANS, "meshes", ("train_downstream", refused))
+    write_set(tmp_path / "meshes", 3)
+    assert inspected("--mesh-dir", tmp_path / "meshes")["faults"] == 1
+    shown = capsys.readouterr().out
+    assert "no plan, as train_downstream.py says: mesh_03.obj: too odd" in shown and not Path("out/plan.yaml").exists()
+    assert "too odd" in Path("out/report.html").read_text()
 
 
 def test_more_items_than_asked_for_are_sampled(tmp_path, capsys):

@@ -20,8 +20,8 @@ from PIL import Image
 from utils.checks import printable
 from utils.report import data_uri, dot, notes_list, write_page
 
-LEVELS = {"fault": "training refuses these, or they are wrong whatever the settings",
-          "doubt": "training accepts these, and they are rarely meant", "note": "good to know"}
+LEVELS = {"fault": "training refuses it, or it is wrong whatever the settings are",
+          "doubt": "training accepts it, and it is rarely meant", "note": "good to know"}
 SHOWN, NAMED = 3, 12                        # lines of one kind that are printed; names of further files
 RARE_SHARE = 0.001                          # of the labelled elements; or in fewer than
 RARE_FILES = 3                              # training files, and a tenth of them
@@ -29,7 +29,8 @@ UNEVEN = 20                                 # from this ratio of shares on, weig
 CSS = """
 pre { background: var(--card); border-radius: 10px; padding: 16px 20px; overflow-x: auto; font-size: 13px; }
 .fault { color: #c0362c; } .doubt { color: var(--two); } .note { color: var(--soft); }
-td.level { font-weight: 600; vertical-align: top; } td.text { overflow-wrap: anywhere; }
+td.bar { width: 12%; min-width: 48px; } td.name { min-width: 11em; } td.level { font-weight: 600; vertical-align: top; }
+td.text { overflow-wrap: anywhere; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(240px, 100%), 1fr)); gap: 16px; }
 .pictures img { display: block; width: 100%; background: #fff; } .pictures header span { font-size: 13px; }
 """
@@ -81,6 +82,10 @@ class Inspection:
     def number(self, level: str) -> int:
         return sum(finding.level == level for finding in self.findings)
 
+    def summary(self) -> str:
+        """"2 faults, 1 doubt, 0 notes"."""
+        return ", ".join(f"{(count := self.number(level))} {level}{'s' * (count != 1)}" for level in LEVELS)
+
     def lines(self) -> list[str]:
         """The findings as lines, faults first, alike ones shortened."""
         grouped = defaultdict(list)
@@ -121,8 +126,7 @@ def check_classes(found: Inspection) -> None:
     for split, counts in found.counts.items():
         if split != "train" and counts.any() and (train > 0).sum() > (counts > 0).sum():
             absent = [names[c] for c in np.flatnonzero((counts == 0) & (train > 0))]
-            found.add("note", "class absent from a split", f"{split} has no {', '.join(absent)}, which are not scored "
-                      f"there")
+            found.add("note", "class absent from a split", f"{split} has no {', '.join(absent)}: not scored there")
 
 
 def uneven(found: Inspection) -> float:
@@ -231,8 +235,8 @@ def _findings(found):
                    f"</td></tr>" for level in LEVELS for finding in found.findings if finding.level == level)
     if not rows:
         return '<h2>Findings</h2><p class="lead">Nothing odd was found.</p>'
-    lead = "; ".join(f"{found.number(level)} {level}s ({what})" for level, what in LEVELS.items())
-    return f'<h2>Findings</h2><p class="lead">{lead}.</p><table><tbody>{rows}</tbody></table>'
+    lead = "; ".join(f"a {level}: {what}" for level, what in LEVELS.items())
+    return f'<h2>Findings</h2><p class="lead">{found.summary()} ({lead}).</p><table><tbody>{rows}</tbody></table>'
 
 
 def _classes(found):

@@ -213,7 +213,10 @@ def plan_meshes(found: Inspection, script: ModuleType, args, device: torch.devic
     share = found.counts["train"] / max(found.counts["train"].sum(), 1)
     listed = len(found.pairs["train"])
     mode = "z" if data["upright"] == 2 else "so3"
-    model, training, augmentation = (surface_settings if surfaces else cluster_settings)(data, faces, mode)
+    if surfaces:
+        model, training, augmentation = surface_settings(data, mode)
+    else:
+        model, training, augmentation = cluster_settings(data, faces, mode)
     val = {"val_split": ([0.15 if listed >= 7 else round(1 / listed, 3)], "every so many files; name patterns "
                          "(faust_08*) keep copies and poses of one thing together")}
     if args.val_mesh_dir or listed < 2:
@@ -248,7 +251,7 @@ def plan_meshes(found: Inspection, script: ModuleType, args, device: torch.devic
     return plan_text(plan_head(found, script, args, device), sections)
 
 
-def surface_settings(data, faces: float, mode: str) -> tuple[dict, dict, dict]:
+def surface_settings(data, mode: str) -> tuple[dict, dict, dict]:
     model = {"encoder": ("diffusion_net", "the surfaces are connected: the best without a pre-trained encoder"),
              "features": (["hks", "xyz"], "heat-kernel signatures, and coordinates"),
              "hks_scale": (0.1, "beside coordinates"), "embedding_dim": 128, "num_diffusion_blocks": 4,
@@ -279,7 +282,8 @@ def cluster_settings(data, faces: float, mode: str) -> tuple[dict, dict, dict]:
 def label_settings(found: Inspection) -> dict:
     """What numbers mean, for meshes and clouds."""
     data = found.settings
-    return {**given("class_names", data["names"], ""),
+    names = data["names"] or (found.class_names if data["classes"] else None)
+    return {**given("class_names", names, ""),
             **given("label_map", data["label_map"], "which number is which class"),
             **given("label_offset", data.get("label_offset"), "labels count from 1"),
             "ignore_labels": (data["ignore_labels"], f"{100 * found.ignored['train']:.1f} % of the training "
