@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -122,3 +123,11 @@ def test_importing_a_script_takes_only_what_every_run_needs():
     others = [script.removesuffix(".py") for script in SCRIPTS if script.removesuffix(".py") not in meshes]
     done = subprocess.run([sys.executable, "-c", code.format(", ".join(others), ", ".join(meshes))], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.splitlines() == ["[]", "['trimesh']"], done.stdout + done.stderr
+
+
+def test_a_python_that_is_too_old_is_named_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "version_info", (3, 10, 13))
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / "utils" / "before_torch.py"))
+    shown = capsys.readouterr().err
+    assert stopped.value.code == 2 and shown.startswith("error: Python ") and shown.endswith("needs 3.11 or newer\n")

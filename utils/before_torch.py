@@ -12,6 +12,10 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 
+if sys.version_info < (3, 11):  # noqa: UP036  older ones, which setup.sh refuses too, come this far
+    print(f"error: Python {sys.version.split()[0]} is too old; SegHeads needs 3.11 or newer", file=sys.stderr)
+    sys.exit(2)
+
 ROOT = Path(__file__).parents[1]
 LARGE = ("torch", "scipy", "sklearn", "trimesh", "safetensors", "threadpoolctl")
 SMALL = ("numpy", "PIL.Image", "yaml", "tqdm")      # are never forgotten: NumPy cannot be imported twice
