@@ -157,8 +157,8 @@ def trace(network: Exported, size: tuple[int, int], fixed: bool,
                                prefer_deferred_runtime_asserts_over_guards=True)
 
 
-def metadata_of(model: nn.Module, script: str, sizes: dict) -> dict[str, str]:
-    """What a runner needs to know besides the graph, as JSON by name (docs/export.md)."""
+def metadata_of(model: nn.Module, script: str, sizes: dict) -> dict:
+    """What a runner needs to know besides the graph, plain values by name (docs/export.md)."""
     masks, C = model.masks, len(model.class_names)
     options = (masks["ignore_label"], masks.get("reduce_zero_label", False), label_map_of(masks))
     normalize = model.normalize
@@ -167,14 +167,13 @@ def metadata_of(model: nn.Module, script: str, sizes: dict) -> dict[str, str]:
     std = 1 / (white - black)
     numbers = label_to_file(np.arange(C), *options)
     palette = file_palette(model.palette, *options).tolist() if numbers.max() < 256 else None
-    values = {"script": script, "class_names": model.class_names,
+    return {"script": script, "class_names": model.class_names,
               "mask_values": numbers.tolist(), "palette": palette,
               "short_side": model.view.size, "multiple": model.multiple,
               "mean": (-black * std).tolist(), "std": std.tolist(), **sizes}
-    return {name: json.dumps(value) for name, value in values.items()}
 
 
-def write_onnx(program, path: Path, metadata: dict[str, str]) -> Callable[[Tensor], np.ndarray]:
+def write_onnx(program, path: Path, metadata: dict) -> Callable[[Tensor], np.ndarray]:
     """Write the file; returns what onnxruntime makes of it: image -> scores."""
     import onnxruntime
     # Not optimised here, which takes minutes for deformable attention: every runner does it anyway.
@@ -182,7 +181,7 @@ def write_onnx(program, path: Path, metadata: dict[str, str]) -> Callable[[Tenso
                              input_names=["image"], output_names=["scores"])
     for node in onnx.model.graph:
         node.metadata_props.clear()                                 # stack traces, with local paths
-    onnx.model.metadata_props.update(metadata)
+    onnx.model.metadata_props.update({name: json.dumps(metadata[name]) for name in metadata})
     onnx.save(path, external_data=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -191,7 +190,7 @@ def write_onnx(program, path: Path, metadata: dict[str, str]) -> Callable[[Tenso
     return lambda image: session.run(None, {"image": image.numpy()})[0]
 
 
-def write_pt2(program, path: Path, metadata: dict[str, str]) -> Callable[[Tensor], np.ndarray]:
+def write_pt2(program, path: Path, metadata: dict) -> Callable[[Tensor], np.ndarray]:
     """The same of a torch.export file; the metadata are one JSON object in it."""
     torch.export.save(program, path, extra_files={"metadata.json": json.dumps(metadata)})
     module = torch.export.load(path).module()

@@ -1,7 +1,6 @@
 """Label photographs with a file of export.py: python run_onnx.py MODEL.onnx PHOTO ... --output DIR
 
-Needs NumPy, Pillow and onnxruntime alone. What differs from predict.py: docs/export.md
-"""
+Needs NumPy, Pillow and onnxruntime alone. What differs from predict.py: docs/export.md"""
 import argparse
 import json
 from pathlib import Path
@@ -15,6 +14,7 @@ parser.add_argument("model")
 parser.add_argument("photos", nargs="+")
 parser.add_argument("--output", required=True, help="folder")
 args = parser.parse_args()
+onnxruntime.set_default_logger_severity(3)                                  # errors; no remarks on its own optimisation
 session = onnxruntime.InferenceSession(args.model, providers=["CPUExecutionProvider"])
 settings = {name: json.loads(text) for name, text in session.get_modelmeta().custom_metadata_map.items()}
 Path(args.output).mkdir(parents=True, exist_ok=True)

@@ -4,33 +4,34 @@
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 out=${1:-exp/demo} data=datasets/demo
 started=$SECONDS
-every() { awk -v n="$1" '!/^Epoch/ || $2 % n == 0 { print; fflush() }'; }          # the log's line of every n-th epoch
+brief() { grep --line-buffered -Ev "^Epoch [0-9]*([1-9]|[13579]0):"; }             # the log's line of every 20th epoch
+export PYTHONUNBUFFERED=1
 score() { awk '/^mean /{ miou = $2 } /^overall accuracy/{ printf "accuracy %5.1f %%, mIoU %4.1f %%", $3, miou }' "$out/$1/scores.txt"; }
 
-echo "== 1/6 60 made-up figures without labels, 8 of them with; 8 for validation and 10 for the test"
+echo "== 1/5 60 made-up figures without labels, 8 of them with; 8 for validation and 10 for the test"
 python -m data.synthetic mesh $data --num-train 60 --num-val 8 --num-test 10 --faces 300 500 --seed 0
 mkdir -p $data/labelled
 mv $data/train/*_00[0-7].txt $data/labelled
 cp $data/train/*_00[0-7].obj $data/labelled
 rm $data/train/*.txt
 
-echo "== 2/6 an encoder is pre-trained on the 60, without labels"
-python train_jepa.py configs/jepa_demo.yaml --output-dir "$out/jepa" --device cpu | every 20
+echo "== 2/5 an encoder is pre-trained on the 60, without labels"
+python train_jepa.py configs/jepa_demo.yaml --output-dir "$out/jepa" --device cpu --num-workers 1 | brief
 
-echo "== 3/6 it is fine-tuned with a head on the 8"
-python train_downstream.py configs/mesh_demo.yaml --pretrained_path "$out/jepa/model/model_last.pth" \
-    --output-dir "$out/finetuned" --device cpu training.num_unfrozen_encoder_layers=all | every 20
+echo "== 3/5 it is fine-tuned with a head on the 8; beside it, into $out/scratch, the same network from scratch, as many steps"
+few=(configs/mesh_demo.yaml --device cpu --num-workers 0 --threads 1)
+python train_downstream.py "${few[@]}" --output-dir "$out/scratch" > /dev/null &
+python train_downstream.py "${few[@]}" --output-dir "$out/finetuned" --pretrained_path "$out/jepa/model/model_last.pth" \
+    training.num_unfrozen_encoder_layers=all | brief
+wait $!
 
-echo "== 4/6 the same network from scratch on the 8, as many steps"
-python train_downstream.py configs/mesh_demo.yaml --output-dir "$out/scratch" --device cpu | every 20
-
-echo "== 5/6 scores on the test figures, and a report"
+echo "== 4/5 scores on the test figures, and a report"
 for run in scratch finetuned; do
     python evaluate.py "$out/$run/model/model_best.pth" --device cpu > "$out/$run/scores.txt"
 done
 cat "$out/finetuned/scores.txt"
 
-echo "== 6/6 labels and coloured meshes for new files"
+echo "== 5/5 labels and coloured meshes for new files"
 python predict.py "$out/finetuned/model/model_best.pth" $data/test --output "$out/predictions" --html --device cpu
 
 cat <<END

@@ -5,15 +5,14 @@
 
 A mistake is a changed comparison, sign, operator, constant, `and`, `or` or `not`. The same seed and code give the same
 mistakes. Each one is planted in a temporary copy of the repository, in which the tests of its module then run:
-tests/test_MODULE.py and the golden tests that import the module; without such a file, the tests that import it, or else
-those of the modules that do. A test that fails or does not end has noticed it. A survivor either changes nothing (an
-equivalent mutant) or needs a test.
+tests/test_MODULE.py and the golden tests that import the module; where they pass, the other tests that import it. A
+test that fails or does not end has noticed it. A survivor either changes nothing (an equivalent mutant) or needs a
+test.
 """
 
 import argparse
 import ast
 import functools
-import importlib
 import os
 import random
 import re
@@ -32,9 +31,6 @@ SWAPPED = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, a
            ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.And: ast.Or, ast.Or: ast.And,
            ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,
            ast.Mod: ast.FloorDiv}
-# Imported once, before each run of the tests is forked. Nothing of the repository: that comes from the copy.
-PRELOADED = ("pytest", "torch", "torch._dynamo", "torch.utils.tensorboard", "sklearn.metrics", "scipy.sparse.linalg",
-             "scipy.spatial", "trimesh", "hypothesis", "PIL.Image", "yaml")
 
 
 class Mutant(NamedTuple):
@@ -107,15 +103,29 @@ def importers(path: str, of: str) -> list[str]:
     return sorted(str(other.relative_to(ROOT)) for other in ROOT.glob(of) if re.search(pattern, text_of(other)))
 
 
-def tests_of(path: str) -> tuple[str, ...]:
+def tests_of(path: str) -> list[tuple[str, ...]]:
+    """Groups of test files: those of the module, then all others that import it; without both, those of its users."""
     own = f"tests/test_{Path(path).stem}.py"
-    found = ([own] if (ROOT / own).is_file() else []) + importers(path, "tests/test_golden_*.py")
-    if not found:
-        found = importers(path, "tests/test_*.py")
-    if not found:
+    own = dict.fromkeys([*([own] if (ROOT / own).is_file() else []), *importers(path, "tests/test_golden_*.py")])
+    others = [test for test in importers(path, "tests/test_*.py") if test not in own]
+    if not own and not others:
         users = [user for folder in (*FOLDERS, ".") for user in importers(path, f"{folder}/*.py")]
-        found = [test for user in users if (ROOT / (test := f"tests/test_{Path(user).stem}.py")).is_file()]
-    return tuple(dict.fromkeys(found))
+        others = [test for user in users if (ROOT / (test := f"tests/test_{Path(user).stem}.py")).is_file()]
+    return [tuple(group) for group in (own, others) if group]
+
+
+def preload() -> None:
+    """What tests import, once for all runs, which are forked. Nothing of the repository: that comes from the copy."""
+    import hypothesis  # noqa: F401
+    import PIL.Image  # noqa: F401
+    import pytest  # noqa: F401
+    import scipy.sparse.linalg  # noqa: F401
+    import scipy.spatial  # noqa: F401
+    import sklearn.metrics  # noqa: F401
+    import torch._dynamo  # noqa: F401
+    import torch.utils.tensorboard  # noqa: F401
+    import trimesh  # noqa: F401
+    import yaml  # noqa: F401
 
 
 def run_tests(copy: Path, tests: tuple[str, ...], limit: float) -> bool:
@@ -128,6 +138,7 @@ def run_tests(copy: Path, tests: tuple[str, ...], limit: float) -> bool:
         for number in (1, 2):
             os.dup2(os.open(copy / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         import pytest
+
         os._exit(pytest.main(["-x", "-q", "--tb=line", "-p", "no:cacheprovider", f"--basetemp={copy}/tmp", *tests]))
     end = time.monotonic() + limit
     while not (done := os.waitpid(pid, os.WNOHANG))[0]:
@@ -137,6 +148,24 @@ def run_tests(copy: Path, tests: tuple[str, ...], limit: float) -> bool:
             return False
         time.sleep(0.05)
     return done[1] == 0
+
+
+def noticed(copy: Path, mutant: Mutant, seconds: dict) -> bool:
+    """Whether a test fails with it. seconds: {group of test files: what it takes}, filled here by a run without it."""
+    path = copy / mutant.path
+    for tests in tests_of(mutant.path):
+        if tests not in seconds:
+            started = time.monotonic()
+            if not run_tests(copy, tests, 3600):
+                sys.exit(f"error: {' '.join(tests)} fail as it is: {(copy / 'output.txt').read_text()}")
+            seconds[tests] = time.monotonic() - started
+        original = path.read_text()
+        path.write_text(mutant.source)
+        passed = run_tests(copy, tests, 30 + 5 * seconds[tests])
+        path.write_text(original)
+        if not passed:
+            return True
+    return False
 
 
 def git_files() -> list[str]:
@@ -155,8 +184,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     sys.dont_write_bytecode = True          # a mutant of the size and second of the last one would be taken for it
     mutants = draw(args.count, args.seed, args.only)
-    for name in PRELOADED:
-        importlib.import_module(name)
+    preload()
     survivors, seconds = [], {}
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         copy = Path(folder) / "copy"
@@ -164,23 +192,13 @@ def main() -> None:
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, copy / name)
         for number, mutant in enumerate(mutants, 1):
-            path, tests = copy / mutant.path, tests_of(mutant.path)
-            if tests not in seconds:
-                started = time.monotonic()
-                if not run_tests(copy, tests, 3600):
-                    sys.exit(f"error: {' '.join(tests)} fail without a mistake: {(copy / 'output.txt').read_text()}")
-                seconds[tests] = time.monotonic() - started
-            original = path.read_text()
-            path.write_text(mutant.source)
-            survived = run_tests(copy, tests, 30 + 5 * seconds[tests])
-            path.write_text(original)
-            if survived:
-                survivors.append(mutant)
-            print(f"{number}/{len(mutants)} {'SURVIVED' if survived else 'noticed '} {mutant.path}:{mutant.line}: "
+            seen = noticed(copy, mutant, seconds)
+            survivors += [] if seen else [mutant]
+            print(f"{number}/{len(mutants)} {'noticed ' if seen else 'SURVIVED'} {mutant.path}:{mutant.line}: "
                   f"{mutant.old}  ->  {mutant.new}", flush=True)
     print(f"\n{len(mutants) - len(survivors)} of {len(mutants)} mistakes were noticed (seed {args.seed}). Not noticed:")
     for mutant in survivors:
-        print(f"  {mutant.path}:{mutant.line}: {mutant.old}  ->  {mutant.new}   ({' '.join(tests_of(mutant.path))})")
+        print(f"  {mutant.path}:{mutant.line}: {mutant.old}  ->  {mutant.new}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,16 @@ import json
 import numpy as np
 import pytest
 
-from data.image_splits import checked_dataset, class_info, folder_pairs, read_class_file, read_classes, split_pairs
+from data.image_splits import (
+    check_counts,
+    checked_dataset,
+    class_info,
+    folder_pairs,
+    mask_reader,
+    read_class_file,
+    read_classes,
+    split_pairs,
+)
 from tests.tiny_images import write_classes, write_pictures
 
 DATA = {"image_paths": [], "mask_paths": [], "val_image_paths": [], "val_mask_paths": [], "test_image_paths": [], "test_mask_paths": [],
@@ -122,3 +131,20 @@ def test_every_file_is_checked_first(tmp_path):
     assert len(dataset) == 3 and summary.class_counts.shape == (3,)
     with pytest.raises(ValueError, match="picture_"):
         checked_dataset({**data, "num_classes": 2}, split_pairs(data, "train"))
+
+
+def test_masks_of_one_class_are_refused_and_absent_classes_named():
+    names = ["a", "b", "c"]
+    with pytest.raises(ValueError, match="all labelled pixels of the training masks are b, .*; 255 is ignored: "):
+        check_counts(names, np.array([0, 5, 0]), "255 is ignored")
+    assert check_counts(names, np.array([1, 5, 0]), "255 is ignored") == ["WARNING: no pixel of the training masks is c; 255 is ignored"]
+    assert check_counts(names, np.array([1, 5, 2]), "") == []
+
+
+def test_colours_of_masks_are_those_of_a_class_file_that_fits(tmp_path):
+    write_classes(tmp_path / "classes.json")
+    data = data_of(tmp_path, classes=str(tmp_path / "classes.json"))
+    assert mask_reader(data, 3).colors.tolist() == read_class_file(tmp_path / "classes.json")[1].tolist()
+    assert mask_reader(data, 4).colors is None and mask_reader(data_of(tmp_path, classes=""), 3).colors is None
+    (tmp_path / "classes.json").write_text('{"classes": ["sky", "ground", "box"]}')
+    assert mask_reader(data, 3).colors is None

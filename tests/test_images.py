@@ -598,3 +598,8 @@ def test_a_picture_that_announces_more_than_the_memory_holds_is_refused(tmp_path
     Image.new("L", (4, 4)).save(path)
     with pytest.raises(ValueError, match=r"a\.png: this mask announces more than the memory holds"), images.opened(path, "mask"):
         raise MemoryError
+
+
+def test_the_default_augmentation_is_the_published_one():
+    """MMSegmentation's RandomResize, RandomCrop, RandomFlip and PhotoMetricDistortion (brightness 32 of 255, hue 18 of 360 degrees)."""
+    assert Augmentation()[:8] == ((0.5, 2.0), True, 0.75, 0.5, 32 / 255, (0.5, 1.5), (0.5, 1.5), 0.05)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import evaluate
 from data.prototype_results import write_gallery
 from tests import test_prototype_results as prototypes
 from tests.test_report import HISTORY, MATRIX, NAMES
@@ -98,12 +99,13 @@ def test_the_viewer_says_what_is_where():
     content = json.loads(re.search(r'id="data">(.*?)</script>', text)[1])
     place = np.frombuffer(base64.b64decode(content["place"]), "<i2").reshape(4, 3, 3) / 32767
     assert np.abs(place[0] * np.sqrt(1.25) - [[-0.5, 0, -1], [0.5, 0, -1], [-0.5, 0, 1]]).max() < 1e-4        # right, depth, up
-    assert len(base64.b64decode(content["color"])) == 12
+    assert len(base64.b64decode(content["color"])) == 12 and content["view"] == pytest.approx([0.436, 0.262], abs=1e-3)
+    flat = viewer_html(corners * [9, 9, 1], np.array([[0, 1, 2]]), np.zeros((1, 3), np.uint8), up="z")
+    assert '"view": [0.436' in flat and "0.785" in flat                     # from higher up
     assert viewer_html(np.zeros((0, 3)), np.zeros((0, 3), int), np.zeros((0, 3), np.uint8)).count("<tr") == 0
 
 
 def test_a_report_names_what_its_encoder_is():
-    import evaluate
     record = {"checkpoint": "m.pth", "sha256": "0" * 64, "epoch": 1, "data": "test split", "files": 2, "device": "cpu"}
     result = {"matrix": np.eye(2), "seconds": 1.0, "tables": {}}
     shown = [dict(evaluate.facts_of(record, result, {"encoder": entry}))["encoder"] for entry in (

