@@ -38,7 +38,8 @@ BYTES_PER_PIXEL = 2500          # of a U-Net in training, an upper bound
 MEMORY = 4 << 30                # where the system does not say
 MOST_FACES = 40_000             # of a DiffusionNet on whole meshes
 MESH_STEPS, CLOUD_STEPS = 2200, 600     # what configs/mesh_humanbody_diffusion.yaml and sonata/tabletop-ft.yaml take
-VOXEL, VOXEL_SPACINGS = 0.03, 4.0       # metres; distances of neighbouring points
+VOXEL, SMALL_VOXEL = 0.03, 0.015        # metres; below the latter the augmentation for rooms is too strong
+MANY_POINTS = 40_000            # of a cloud: a voxel is 4 instead of 2 times the distance of neighbouring points
 SMALL_ENCODER = {               # of configs/sonata/tabletop-ft.yaml
     "in_channels": 9, "order": ["z", "z-trans", "hilbert", "hilbert-trans"], "enc_depths": [1, 1, 1, 2, 1],
     "enc_channels": [32, 48, 64, 96, 128], "enc_num_head": [2, 3, 4, 6, 8], "enc_patch_size": [256] * 5,
@@ -318,9 +319,10 @@ def plan_clouds(found: Inspection, script: ModuleType, args, device: torch.devic
     """A config of train_sonata.py: a small network from scratch, at a voxel a little larger than the distance of
     neighbouring points, in a unit in which that is the 2 to 3 cm that the augmentation is made for."""
     data = found.settings
-    unit = VOXEL / (VOXEL_SPACINGS * data["spacing"])
-    unit = 1.0 if 0.4 < unit < 2.5 else float(f"{unit:.1g}")
-    grid = float(f"{VOXEL_SPACINGS * data['spacing'] * unit:.1g}")
+    multiple = 4 if np.median(data["elements"]) > MANY_POINTS else 2
+    voxel = multiple * data["spacing"]
+    unit = float(f"{VOXEL / voxel:.1g}") if voxel < SMALL_VOXEL else 1.0
+    grid = float(f"{voxel * unit:.1g}")
     indoors = max(data["sides"]) * unit < 40
     features = ["coord", *data["has"], *([] if "normal" in data["has"] else ["normal"])]
     number = found.files["train"]
@@ -338,10 +340,11 @@ def plan_clouds(found: Inspection, script: ModuleType, args, device: torch.devic
     sections = {
         "data": {"root": root, **split, **({"test": "test"} if "test" in found.pairs else {}),
                  **label_settings(found),
-                 "unit": (unit, "metres of one length unit of the files" if unit == 1 else f"larger, so that a voxel "
-                          f"is near {VOXEL} m, as indoors: neighbouring points are {data['spacing']:.2g} apart"),
-                 "grid_size": (grid, f"{VOXEL_SPACINGS:g} times the distance of neighbouring points, after unit"),
-                 "features": features,
+                 "unit": (unit, "metres of one length unit of the files" if unit == 1 else
+                          f"larger than life, so that a voxel is near {VOXEL} m, as in rooms"),
+                 "grid_size": (grid, f"{multiple} times the distance of neighbouring points, {data['spacing']:.2g}, "
+                                     f"after unit"),
+                 "features": (features, "fields of the files can be added: intensity/1000"),
                  "missing_normal": ("estimate", f"files have {'normals' if 'normal' in data['has'] else 'none'}")},
         "model": {"mode": ("ft", "everything is trained"), "num_classes": data["num_classes"],
                   "encoder": {**SMALL_ENCODER, "in_channels": 3 * len(features)}},
