@@ -611,5 +611,5 @@ def test_5000_classes_need_no_matrix_per_mesh(tmp_path, monkeypatch):
     assert len(result["examples"]) == 40 and result["matrix"].shape == (5000, 5000)
     index, _, score = result["examples"][3]
     pred, label = result["predictions"][index], dataset.labels[index]
-    ious = [((pred == c) & (label == c)).sum() / ((pred == c) | (label == c)).sum() for c in range(4)]
+    ious = [((pred == c) & (label == c)).sum() / ((pred == c) | (label == c)).sum() for c in np.unique(label[label >= 0])]
     assert score == pytest.approx(np.mean(ious))
