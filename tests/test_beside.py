@@ -33,7 +33,17 @@ from tests.tiny_heads import train as train_head
 from tests.tiny_heads import write_data as write_head_data
 from tests.tiny_images import write_pictures
 from tests.tiny_meshes import write_set
-from tests.tiny_runs import NAMES, ROOT, Forked, last_checkpoint, report_tests, run_forked, same_weights, tiny_run
+from tests.tiny_runs import (
+    NAMES,
+    ROOT,
+    Forked,
+    TinyRun,
+    last_checkpoint,
+    report_tests,
+    run_forked,
+    same_weights,
+    tiny_run,
+)
 from tests.whole_runs import assert_equal
 from utils.checkpoint import check_folder, load_checkpoint, save_checkpoint, written_by
 from utils.cli import StopRequested
@@ -477,6 +487,13 @@ def test_a_folder_named_twice_on_the_command_line():
         command_line_wins(Config({}), Arguments("experiment_name=x", output_dir=True))
 
 
+class NoFolder(TinyRun):
+    """A run without --output-dir."""
+
+    def argv(self, out, *more):
+        return self.arguments
+
+
 def test_the_folder_of_the_config_gives_way_and_two_experiments_do_not_share_one(tmp_path):
     run, shared = tiny_run("segmentation", tmp_path, epochs=1), tmp_path / "shared"
     config = Path(run.arguments[0])
@@ -488,10 +505,9 @@ def test_the_folder_of_the_config_gives_way_and_two_experiments_do_not_share_one
     refused(run_forked(named, tmp_path / "out"), "--output-dir and experiment_name both")
     for name, found in (("first", None), ("second", "first")):
         config.write_text(f"experiment_name: {name}\n" + "".join(line for line in config.read_text().splitlines(True) if "experiment_name" not in line))
-        done = subprocess.run([sys.executable, "-m", "tests.tiny_runs", SCRIPT, *run.arguments], cwd=ROOT, env=environment(), capture_output=True,
-                              text=True)
+        done = run_forked(NoFolder(*run), tmp_path / name)
         shutil.rmtree(ROOT / "exp" / name, ignore_errors=True)
-        assert (done.returncode == 0) == (found is None), done.stderr
+        assert (done.code == 0) == (found is None), done.stderr
         assert found is None or f"{shared}: holds checkpoints of the experiment 'first', and this is 'second'" in done.stderr
     assert not (shared / "previous_1").exists()
 
