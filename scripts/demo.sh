@@ -16,7 +16,7 @@ cp $data/train/*_00[0-7].obj $data/labelled
 rm $data/train/*.txt
 
 echo "== 2/5 an encoder is pre-trained on the 60, without labels"
-python train_jepa.py configs/jepa_demo.yaml --output-dir "$out/jepa" --device cpu --num-workers 1 | brief
+python train_jepa.py configs/jepa_demo.yaml --output-dir "$out/jepa" --device cpu --num-workers 1 --threads 1 | brief
 
 echo "== 3/5 it is fine-tuned with a head on the 8; beside it, into $out/scratch, the same network from scratch, as many steps"
 few=(configs/mesh_demo.yaml --device cpu --num-workers 0 --threads 1)
