@@ -10,7 +10,7 @@ from PIL import Image
 from data.inspect_images import inspect_images
 from data.synthetic_images import IMAGE_PALETTE, make_image_set
 
-CAMVID = Path("/work/shared/data/image/camvid")
+CAMVID = Path(__file__).resolve().parents[2] / "shared" / "data" / "image" / "camvid"
 SEED = 5
 
 

@@ -15,7 +15,8 @@ from data.synthetic import make_mesh_set
 from data.synthetic_points import make_point_set
 from tests.tiny_meshes import write_obj
 
-MESHES, CLOUDS = Path("/work/shared/data/mesh"), Path("/work/shared/data/points/tabletop_mosd")
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+MESHES, CLOUDS = SHARED / "mesh", SHARED / "points" / "tabletop_mosd"
 FLAGS = dict.fromkeys(("classes", "num_classes", "label_map"))
 
 
