@@ -118,11 +118,9 @@ def find_numbers(found: Inspection, files: Sequence[tuple[str, Path]], records: 
     elif dense or (count and max(known) < count):
         settings["num_classes"] = count or max(known) + 1
     else:
-        settings |= {"num_classes": len(known), "label_offset": 0,
-                     "label_map": ",".join(f"{value}:{c}" for c, value in enumerate(known))}
+        settings |= {"num_classes": len(known), "label_map": ",".join(f"{value}:{c}" for c, value in enumerate(known))}
         found.add("doubt", "numbers of their own", f"labels are {len(known)} numbers up to {max(known)}; planned: "
                   f"data.label_map: {settings['label_map'][:200]}")
-    if len(settings["ignore_labels"]) and settings["label_map"] and beyond:
         settings["label_map"] += "".join(f",{value}:ignore" for value in beyond)
 
 

@@ -33,6 +33,7 @@ EPOCHS = 25, 1200               # least passes over the data and least steps, or
 MOST_EPOCHS = 300
 EVALUATE_EVERY = 5              # epochs
 TRAINING_SHARE = 0.95           # of the minutes; the rest is reading and saving
+OVERHEAD = 1.3                  # of meshes and clouds: an epoch with its items made and its evaluation, over its steps
 SIZES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.1875, 0.125)        # of the photographs' short side
 BYTES_PER_PIXEL = 2500          # of a U-Net in training, an upper bound
 MEMORY = 4 << 30                # where the system does not say
@@ -71,6 +72,11 @@ def plan_head(found: Inspection, script: ModuleType, args, device: torch.device)
               if faults else [])]
 
 
+def epochs_in(minutes: float, seconds: float) -> float:
+    """How many epochs of so many seconds fit into the minutes."""
+    return 60 * TRAINING_SHARE * minutes / seconds
+
+
 def measured(step: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
     """The least seconds of a step; on a CPU those that its threads work, whatever else runs."""
     cpu = device.type == "cpu"
@@ -105,7 +111,7 @@ def plan_images(found: Inspection, script: ModuleType, args, device: torch.devic
         steps = max(1, number // batch_size)
         scoring = scored * seconds / 3 * data["megapixels"] * (side / data["short_side"]) ** 2
         epoch = seconds * batch_size * steps * side ** 2 / 1e6 + scoring / EVALUATE_EVERY
-        epochs = int(np.clip(60 * TRAINING_SHARE * args.minutes / epoch, 1, MOST_EPOCHS))
+        epochs = int(np.clip(epochs_in(args.minutes, epoch), 1, MOST_EPOCHS))
         if epochs >= EPOCHS[0] and epochs * steps >= EPOCHS[1]:
             break
     ratio = uneven(found)
@@ -247,7 +253,7 @@ def plan_meshes(found: Inspection, script: ModuleType, args, device: torch.devic
     items = sum(max(1, int(count // crop)) if crop else 1 for count in data["elements"]) * (
         found.files["train"] / len(data["elements"]) * (1 if args.val_mesh_dir else 6 / 7))
     steps = max(1, int(items // config.training.batch_size))
-    epochs = int(np.clip(60 * TRAINING_SHARE * args.minutes / (1.3 * seconds * steps), 1, -(-MESH_STEPS // steps)))
+    epochs = int(np.clip(epochs_in(args.minutes, OVERHEAD * seconds * steps), 1, -(-MESH_STEPS // steps)))
     training["epochs"] = (epochs, f"{epochs * steps} steps of {seconds:.2g} s, measured; {MESH_STEPS} are enough")
     return plan_text(plan_head(found, script, args, device), sections)
 
@@ -329,10 +335,8 @@ def plan_clouds(found: Inspection, script: ModuleType, args, device: torch.devic
     batch_size = int(np.clip(number // 4, 1, 4))
     ratio = uneven(found)
     root = args.cloud_root
-    val = "val" if "val" in found.pairs else None
-    split = {"train": "train", "val": "val"}
-    if val is None:
-        split = write_split(found, Path(root), output)
+    has_val = "val" in found.pairs
+    split = {"train": "train", "val": "val"} if has_val else write_split(found, Path(root), output)
     training = {"use_pretrained": (False, "true, model.mode: dec and --pretrained_path sonata.pth: its encoder"),
                 "epochs": 8, "eval_epochs": 8, "batch_size": batch_size,
                 **given("class_weights", "sqrt_median_frequency" if ratio > UNEVEN else None,
@@ -356,7 +360,7 @@ def plan_clouds(found: Inspection, script: ModuleType, args, device: torch.devic
     config = written_config(script, sections, output)
     seconds = cloud_seconds(script, config, found, device)
     steps = max(1, number // batch_size)
-    epochs = 60 * TRAINING_SHARE * args.minutes / (1.3 * seconds * steps)
+    epochs = epochs_in(args.minutes, OVERHEAD * seconds * steps)
     epochs = 8 * int(np.clip(epochs / 8, 1, -(-CLOUD_STEPS // (8 * steps))))
     training |= {"epochs": (epochs, f"{epochs * steps} steps of {seconds:.2g} s, measured"),
                  "eval_epochs": (8, "validations")}
