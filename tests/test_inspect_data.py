@@ -17,6 +17,7 @@ from data.synthetic_images import make_image_set
 from tests.tiny_clouds import write_classes, write_clouds
 from tests.tiny_images import shrink_unet
 from tests.tiny_meshes import write_set
+from utils import inspection_plans
 from utils.inspection import Inspection, plan_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -120,6 +121,26 @@ def test_clouds_without_splits_get_lists(tmp_path):
     config = trained("train_sonata", "training.epochs=1", "training.eval_epochs=1")
     assert config["training"]["class_weights"] == "sqrt_median_frequency"
     assert (config["data"]["train"], config["data"]["val"]) == ("out/train.json", "out/val.json")
+
+
+@pytest.mark.parametrize("kind, epochs", [("images", [115, 230]), ("meshes", [8, 17]), ("clouds", [8, 16])])
+def test_the_planned_epochs_fill_the_minutes(kind, epochs, tmp_path, monkeypatch):
+    """2 s a step: of 5 meshes or clouds 13 s an epoch with the overhead; clouds train in pieces of 8 epochs."""
+    monkeypatch.setattr(inspection_plans, "measured", lambda step, device, repeats=3: 2.0)
+    if kind == "images":
+        make_image_set(tmp_path / "set", 12, 4, 0, 1, (96, 72))
+        flags = [*map(str, image_flags(tmp_path / "set", "train", "val"))]
+    elif kind == "meshes":
+        make_mesh_set(tmp_path / "set", 5, 2, 0, 0, (200, 240))
+        flags = [f"--mesh-dir={tmp_path}/set/train", f"--val-mesh-dir={tmp_path}/set/val"]
+    else:
+        write_clouds(tmp_path / "set" / "train", 5)
+        write_clouds(tmp_path / "set" / "val", 2, 9)
+        write_classes(tmp_path / "set")
+        flags = [f"--cloud-root={tmp_path}/set"]
+    for minutes, expected in zip(("2", "4"), epochs, strict=True):
+        inspect_data.main([*flags, "--device", "cpu", "--num-workers", "1", "--minutes", minutes, "--output-dir", "out"])
+        assert yaml.safe_load(Path("out/plan.yaml").read_text())["training"]["epochs"] == expected
 
 
 def test_the_page_loads_nothing_and_escapes_names(tmp_path):
