@@ -248,9 +248,10 @@ def check_config(config: Config) -> None:
     check_labels(config)
     spec = mesh_spec(config)
     spec.check_feature_dim(config.model.feature_dim)
-    if "ground" in spec.features and config.augmentation.mode == "so3":
-        raise ValueError("the feature ground needs meshes whose z axis points up: set "
-                         "augmentation.mode to z or none")
+    upright = [name for name in ("ground", "height") if name in spec.features]
+    if upright and config.augmentation.mode == "so3":
+        raise ValueError(f"the feature {upright[0]} needs meshes whose z axis points up: set "
+                         f"augmentation.mode to z or none")
     names = check_names("data.class_names", config.data.class_names)
     weights = config.class_weights.class_percentages
     for key, values in (("data.class_names", names),
