@@ -51,6 +51,7 @@ FEATURES = {
     "height": 6,         # bottom and top of face, plane and part over the mesh's bottom and under its top; z up
     "hks": HKS_TIMES,    # heat kernel signature, log, 16 times (Sun et al. 2009); intrinsic: computed once a mesh
 }
+UPRIGHT = ("ground", "height")          # features of meshes whose z axis points up
 
 
 def feature_width(names, known: Mapping[str, int] = FEATURES, where: str = "") -> int:
@@ -85,10 +86,15 @@ class FeatureSpec:
     def feature_dim(self) -> int:
         return feature_width(self.features, self.known, self.where)
 
-    def check_feature_dim(self, given: int | None) -> None:
-        """ValueError where a config's model.feature_dim says something else; None says nothing."""
-        if given not in (None, self.feature_dim):
-            raise ValueError(f"model.feature_dim={given}, but model.features {list(self.features)} are "
+    def check(self, feature_dim: int | None, rotation: str) -> None:
+        """ValueError where a config's model.feature_dim says something else (None says nothing), and where its
+        augmentation.mode `rotation` turns meshes about whose features need upright."""
+        upright = [name for name in UPRIGHT if name in self.features]
+        if upright and rotation == "so3":
+            raise ValueError(f"the feature {upright[0]} needs meshes whose z axis points up: set augmentation.mode to "
+                             f"z or none")
+        if feature_dim not in (None, self.feature_dim):
+            raise ValueError(f"model.feature_dim={feature_dim}, but model.features {list(self.features)} are "
                              f"{self.feature_dim} wide; correct one of them (feature_dim may be left out)")
 
     def z_up(self, vertices: np.ndarray, path: str | Path) -> np.ndarray:

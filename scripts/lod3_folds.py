@@ -29,8 +29,8 @@ from utils.config import load_config  # noqa: E402
 from utils.device import pick_device  # noqa: E402
 from utils.metrics import segmentation_metrics  # noqa: E402
 
-UNCHANGED = ("augmentation.mode=none", "augmentation.flip_probability=0", "augmentation.scale_range=[1,1]",
-             "augmentation.recluster=false", "training.clusters_per_batch=null")
+AS_THEY_ARE = ("augmentation.mode=none", "augmentation.flip_probability=0", "augmentation.scale_range=[1,1]",
+               "augmentation.recluster=false", "training.clusters_per_batch=null", "evaluation.views=1")
 
 
 def parse_args(argv=None):
@@ -56,7 +56,7 @@ def held_out(names: list[str], folds: int) -> list[list[str]]:
 
 def forest_scores(args, overrides: list[str]) -> list[np.ndarray]:
     """`matrices` of a forest on the held-out buildings."""
-    config = load_config(args.config, train_downstream.DEFAULTS, [*overrides, *UNCHANGED])
+    config = load_config(args.config, train_downstream.DEFAULTS, [*overrides, *AS_THEY_ARE])
     (features, label, _), (val_features, val_label, area) = (
         faces_of(train_downstream.build_dataset(config, split, args.seed)) for split in ("train", "val"))
     mean, std = features.mean(0), features.std(0) + 1e-6
@@ -70,7 +70,7 @@ def network_scores(args, overrides: list[str], folder: Path) -> list[np.ndarray]
     device = ["--device", args.device] if args.device else []
     train_downstream.main([args.config, "--output-dir", str(folder), "--resume", "auto", "--seed", str(args.seed),
                            "--num-workers", "0", *device, "evaluation.interval=1000000", *overrides])
-    _, model, _ = load(folder / "model" / "model_last.pth", ["training.clusters_per_batch=null"],
+    _, model, _ = load(folder / "model" / "model_last.pth", [*overrides, "training.clusters_per_batch=null"],
                        pick_device(args.device))
     dataset = train_downstream.build_dataset(model.config, "val")
     parts = []                                              # label, prediction and area of the labelled faces of a mesh
