@@ -86,9 +86,7 @@ lod3_folds() {          # a forest without and with plane, part and height, then
     export OMP_NUM_THREADS=1
     python scripts/lod3_folds.py configs/mesh_lod3.yaml --forest model.use_texture=false
     python scripts/lod3_folds.py configs/mesh_lod3_planes.yaml --forest
-    for seed in ${SEEDS:-0 1}; do
-        python scripts/lod3_folds.py configs/mesh_lod3_planes.yaml --output-dir "exp/lod3_folds_$seed" --seed "$seed" --device cpu
-    done
+    python scripts/lod3_folds.py configs/mesh_lod3_planes.yaml --output-dir exp/lod3_folds --device cpu
 }
 lod3_planes() {         # 24 files train, 6 validate, 8 test
     OMP_NUM_THREADS=1 python train_downstream.py configs/mesh_lod3_planes.yaml --output-dir exp/lod3_planes --device cpu --num-workers 0
