@@ -246,11 +246,7 @@ def check_config(config: Config) -> None:
     build_augmentation(config)
     check_encoder(config)
     check_labels(config)
-    spec = mesh_spec(config)
-    spec.check_feature_dim(config.model.feature_dim)
-    if "ground" in spec.features and config.augmentation.mode == "so3":
-        raise ValueError("the feature ground needs meshes whose z axis points up: set "
-                         "augmentation.mode to z or none")
+    mesh_spec(config).check(config.model.feature_dim, config.augmentation.mode)
     names = check_names("data.class_names", config.data.class_names)
     weights = config.class_weights.class_percentages
     for key, values in (("data.class_names", names),

@@ -176,7 +176,7 @@ def check_config(config: Config) -> None:
     decay = config.training.weight_decay
     check_positive("optimizer.learning_rate", config.optimizer.learning_rate)
     build_augmentation(config)
-    mesh_spec(config).check_feature_dim(config.model.feature_dim)
+    mesh_spec(config).check(config.model.feature_dim, config.augmentation.mode)
     if len(decay) != 2 or min(decay) < 0:
         raise ValueError(f"training.weight_decay={decay}: expected the first and the last value, "
                          f"such as [0.04, 0.4]")

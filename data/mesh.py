@@ -367,7 +367,7 @@ class MeshDataset(Dataset):
             mesh = augment(mesh, augmentation, self.spec.unit, rng)
         centroid = mesh.vertices.take(mesh.faces, 0).mean(1)                     # (F, 3)
         face_index = self._clusters(centroid, mesh.neighbors, rng if recluster else None)
-        features = face_features(mesh.vertices, mesh.faces, self.spec.features, mesh.neighbors, mesh.hks)
+        features = face_features(mesh.vertices, mesh.faces, self.spec.features, mesh.neighbors, mesh.hks, mesh.plane)
         values = {"features": features, "label": self.labels[index], "centroid": centroid, "area": mesh.area,
                   **self._polygons(mesh)}
         return face_index, values if mesh.descriptors is None else {**values, "descriptors": mesh.descriptors}

@@ -22,6 +22,7 @@ from data.mesh_operators import (
     corner_cotangents,
     smallest_eigenpairs,
 )
+from data.mesh_pieces import connected_parts, piece_borders, piece_heights, piece_sizes
 from data.upright import UP, z_up
 from utils.checks import check_choice, did_you_mean, nearest
 
@@ -45,8 +46,12 @@ FEATURES = {
     "curvature": 3,      # corner normal . face normal, sorted (the cheap curvature of MeshMAE and SubdivNet)
     "dihedral": 4,       # signed angle to the neighbour over each edge / pi, sorted (convex > 0); share of open edges
     "ground": 3,         # height over the ground, slope, roughness; for meshes whose z axis points up (city models)
+    "plane": 5,          # the flat piece around the face: log of area, length and width; its border
+    "part": 6,           # the part connected over edges of two faces: log of area and three sizes; its border
+    "height": 6,         # bottom and top of face, plane and part over the mesh's bottom and under its top; z up
     "hks": HKS_TIMES,    # heat kernel signature, log, 16 times (Sun et al. 2009); intrinsic: computed once a mesh
 }
+UPRIGHT = ("ground", "height")          # features of meshes whose z axis points up
 
 
 def feature_width(names, known: Mapping[str, int] = FEATURES, where: str = "") -> int:
@@ -81,10 +86,15 @@ class FeatureSpec:
     def feature_dim(self) -> int:
         return feature_width(self.features, self.known, self.where)
 
-    def check_feature_dim(self, given: int | None) -> None:
-        """ValueError where a config's model.feature_dim says something else; None says nothing."""
-        if given not in (None, self.feature_dim):
-            raise ValueError(f"model.feature_dim={given}, but model.features {list(self.features)} are "
+    def check(self, feature_dim: int | None, rotation: str) -> None:
+        """ValueError where a config's model.feature_dim says something else (None says nothing), and where its
+        augmentation.mode `rotation` turns meshes about whose features need upright."""
+        upright = [name for name in UPRIGHT if name in self.features]
+        if upright and rotation == "so3":
+            raise ValueError(f"the feature {upright[0]} needs meshes whose z axis points up: set augmentation.mode to "
+                             f"z or none")
+        if feature_dim not in (None, self.feature_dim):
+            raise ValueError(f"model.feature_dim={feature_dim}, but model.features {list(self.features)} are "
                              f"{self.feature_dim} wide; correct one of them (feature_dim may be left out)")
 
     def z_up(self, vertices: np.ndarray, path: str | Path) -> np.ndarray:
@@ -159,10 +169,11 @@ def face_geometry(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, 
 
 
 def face_features(vertices: np.ndarray, faces: np.ndarray, names, neighbors: np.ndarray | None = None,
-                  hks: np.ndarray | None = None) -> np.ndarray:
+                  hks: np.ndarray | None = None, plane: np.ndarray | None = None) -> np.ndarray:
     """The columns of `names`, in the order of FEATURES: vertices (V, 3) normalised, faces (F, 3) -> (F, Dg) float32.
 
-    neighbors (F, 3) from `face_neighbors` is needed for "dihedral", hks (F, 16) from `heat_kernel_signature` for "hks".
+    neighbors (F, 3) from `face_neighbors` is needed for "dihedral", "part" and "height", hks (F, 16) from
+    `heat_kernel_signature` for "hks", plane (F,) from `data.mesh_planes.plane_units` for "plane" and "height".
     All values are finite. How much of a mesh moved by 1e6 diameters or scaled is left as rounding: tests, about 1e-4.
     """
     vertices = vertices.astype(np.float32, copy=False)
@@ -186,6 +197,13 @@ def face_features(vertices: np.ndarray, faces: np.ndarray, names, neighbors: np.
         columns.append(_dihedral(corner, normal, centroid, neighbors))
     if "ground" in names:
         columns.append(_ground(centroid, normal, area))
+    if "plane" in names:
+        columns += [piece_sizes(corner, area, plane)[:, :3], piece_borders(corner, faces, area, plane)]
+    part = connected_parts(neighbors) if {"part", "height"} & set(names) else None
+    if "part" in names:
+        columns += [piece_sizes(corner, area, part), piece_borders(corner, faces, area, part)]
+    if "height" in names:
+        columns.append(piece_heights(corner, [plane, part]))
     if "hks" in names:
         columns.append(hks)
     features = np.concatenate(columns, axis=1, dtype=np.float32)

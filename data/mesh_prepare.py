@@ -24,10 +24,12 @@ from data.mesh_features import (
     weld,
 )
 from data.mesh_io import Mesh, read_mesh
+from data.mesh_planes import plane_units
 from utils.checks import check_choice
 from utils.files import remove_leftovers_once, replacing
 
 CACHE_VERSION = 3                   # raise it when prepare_mesh computes something else
+PLANE_DEGREES = 0.5                 # of the features plane and height: by so much normals in a flat piece differ
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class MeshSpec(FeatureSpec):
 class PreparedMesh(NamedTuple):
     """vertices (V, 3) float32 normalised, faces (F, 3) int64 in file order, neighbors (F, 3) or None, area (F,) of the
     faces in squared length units, hks (F, 16) or None, descriptors (F, 64) of `surface_descriptors` or None, polygon
-    (F,) int64, the file's face each triangle came from, or None where all are triangles."""
+    (F,) int64, the file's face each triangle came from, or None where all are triangles, plane (F,) of `plane_units` or
+    None."""
 
     vertices: np.ndarray
     faces: np.ndarray
@@ -64,6 +67,7 @@ class PreparedMesh(NamedTuple):
     hks: np.ndarray | None
     descriptors: np.ndarray | None
     polygon: np.ndarray | None
+    plane: np.ndarray | None = None
 
 
 def prepare_mesh(path: str | Path, spec: MeshSpec, cache_dir: str | Path | None = None,
@@ -80,6 +84,9 @@ def prepare_mesh(path: str | Path, spec: MeshSpec, cache_dir: str | Path | None 
     if "hks" in spec.features:
         names.add("hks")
     settings = [CACHE_VERSION, spec.unit, spec.up, _wants_neighbors(spec), HKS_EIGENPAIRS if "hks" in names else 0]
+    if _wants_planes(spec):
+        names.add("plane")
+        settings.append(("plane", PLANE_DEGREES))
     if descriptors:
         names.add("descriptors")
         settings.append((HKS_EIGENPAIRS, HEAT_RADII))
@@ -90,7 +97,11 @@ def prepare_mesh(path: str | Path, spec: MeshSpec, cache_dir: str | Path | None 
 
 
 def _wants_neighbors(spec):
-    return "dihedral" in spec.features or spec.clustering != "bisection"
+    return bool({"dihedral", "part", "height"} & set(spec.features)) or spec.clustering != "bisection"
+
+
+def _wants_planes(spec):
+    return bool({"plane", "height"} & set(spec.features))
 
 
 def _prepare(mesh, spec, path, descriptors):
@@ -113,6 +124,7 @@ def _prepare(mesh, spec, path, descriptors):
               "neighbors": face_neighbors(faces) if _wants_neighbors(spec) else None,
               "area": face_geometry(vertices, faces)[2].astype(np.float32),
               "hks": hks if "hks" in spec.features else None,
+              "plane": plane_units(vertices, faces, PLANE_DEGREES) if _wants_planes(spec) else None,
               "descriptors": surface_descriptors(vertices, faces, hks) if descriptors else None}
     return {name: value for name, value in arrays.items() if value is not None}
 

@@ -5,6 +5,8 @@
 #   bash scripts/results.sh humanbody_hks        # one row: humanbody_{linear,nohks,hks,random,official,diffusion,finetuned}
 #                                                # official and finetuned want WEIGHTS, the folder of human_seg_*_4x128.pth
 #   bash scripts/results.sh pretraining          # train_jepa.py, and what its encoder is worth; pretraining_lod3 after it
+#   bash scripts/results.sh lod3_folds           # buildings of datasets/lod3_ingolstadt_textured on six folds: forests, then the network;
+#                                                # lod3_planes: the same network on the three parts of its config
 #   bash scripts/results.sh camvid               # camvid_{linear,upernet,m2f,pmt}: heads on an untrained frozen ViT-S; camvid_eomt: all of it trained;
 #                                                # camvid_unet; camvid_prototype and camvid_deeplab, the ordinary classifier beside it
 #   bash scripts/results.sh tabletop_trees       # datasets/tabletop: boosted trees on the test clouds; tabletop_local: a small network;
@@ -79,6 +81,16 @@ pretraining_lod3() {    # the encoder of human bodies on buildings, unchanged
     OMP_NUM_THREADS=1 python benchmarks/bench_pretraining.py configs/mesh_lod3.yaml $NO_HKS model.use_texture=false model.unit=null \
         model.embedding_dim=64 model.num_attention_blocks=5 model.faces_per_cluster=24 training.clusters_per_batch=null \
         --pretrained_path exp/jepa_nohks/model/model_last.pth --rows "frozen random" "frozen pre-trained" --labelled all --steps 150 --device cpu
+}
+lod3_folds() {          # a forest without and with plane, part and height, then the network; one thread
+    export OMP_NUM_THREADS=1
+    python scripts/lod3_folds.py configs/mesh_lod3.yaml --forest model.use_texture=false
+    python scripts/lod3_folds.py configs/mesh_lod3_planes.yaml --forest
+    python scripts/lod3_folds.py configs/mesh_lod3_planes.yaml --output-dir exp/lod3_folds --device cpu
+}
+lod3_planes() {         # 24 files train, 6 validate, 8 test
+    OMP_NUM_THREADS=1 python train_downstream.py configs/mesh_lod3_planes.yaml --output-dir exp/lod3_planes --device cpu --num-workers 0
+    OMP_NUM_THREADS=1 python evaluate.py exp/lod3_planes/model/model_best.pth --split test --device cpu
 }
 humanbody() {
     humanbody_linear; humanbody_nohks; humanbody_hks; humanbody_random; humanbody_official; humanbody_diffusion; humanbody_finetuned
@@ -163,6 +175,6 @@ tabletop_folds() {      # folds that hold objects out: trees on 5, 10, 20, 30 an
 }
 
 case "${1:-}" in
-    camvid | camvid_linear | camvid_pmt | camvid_upernet | camvid_m2f | camvid_eomt | camvid_unet | camvid_prototype | camvid_deeplab | humanbody | humanbody_linear | humanbody_nohks | humanbody_hks | humanbody_random | humanbody_official | humanbody_diffusion | humanbody_finetuned | pretraining | pretraining_lod3 | tabletop_trees | tabletop_local | tabletop_folds) "$1" ;;
-    *) echo "error: name a run: camvid, camvid_{linear,pmt,upernet,m2f,eomt,unet,prototype,deeplab}, pretraining, pretraining_lod3, tabletop_{trees,local,folds}, humanbody or humanbody_{linear,nohks,hks,random,official,diffusion,finetuned}, got '${1:-}'" >&2; exit 2 ;;
+    camvid | camvid_linear | camvid_pmt | camvid_upernet | camvid_m2f | camvid_eomt | camvid_unet | camvid_prototype | camvid_deeplab | humanbody | humanbody_linear | humanbody_nohks | humanbody_hks | humanbody_random | humanbody_official | humanbody_diffusion | humanbody_finetuned | pretraining | pretraining_lod3 | lod3_folds | lod3_planes | tabletop_trees | tabletop_local | tabletop_folds) "$1" ;;
+    *) echo "error: name a run: camvid, camvid_{linear,pmt,upernet,m2f,eomt,unet,prototype,deeplab}, pretraining, pretraining_lod3, lod3_folds, lod3_planes, tabletop_{trees,local,folds}, humanbody or humanbody_{linear,nohks,hks,random,official,diffusion,finetuned}, got '${1:-}'" >&2; exit 2 ;;
 esac

@@ -521,6 +521,8 @@ SETTINGS = group(
     ("a share of 0 for a class", DOWN, start(DOWN, None, "class_weights.class_percentages=[0, 50, 50]"), "class_percentages", "small value"),
     ("two test sets", DOWN, start(DOWN, None, "data.test_split=[mesh_00]"), "data.test_split and paths.test_mesh_dir", "give one of them"),
     ("upright features of meshes turned about", DOWN, start(DOWN, None, "model.features=[ground]", "augmentation.mode=so3"), "ground", "set augmentation.mode to z or none"),
+    ("upright features of meshes turned about", JEPA, start(JEPA, None, "model.features=[normal, ground]", "augmentation.mode=so3"), "the feature ground", "set augmentation.mode to z or none"),
+    ("heights of meshes turned about", DOWN, start(DOWN, None, "model.features=[height]", "augmentation.mode=so3"), "the feature height", "set augmentation.mode to z or none"),
     ("a range the wrong way round", JEPA, start(JEPA, None, "masking.target_scale=[0.5, 0.1]"), "target_scale", "expected"),
     ("a range of three numbers", UNET, start(UNET, None, "augmentations.scale_range=[1, 2, 3]"), "scale_range", "[lowest, highest]"),
     ("a crop of three sides", UNET, start(UNET, None, "dataset.image_size=[1, 2, 3]"), "dataset.image_size=[1, 2, 3]", "expected [height, width]"),

@@ -748,7 +748,7 @@ def test_command_lines(examples, tally, capsys):
 
 # --- algorithms -----------------------------------------------------------------------------------------------------------
 
-FEATURES = [("corners", "normal", "area", "angles", "curvature", "dihedral", "ground", "centroid"), ("normal", "hks")]
+FEATURES = [("corners", "normal", "area", "angles", "curvature", "dihedral", "ground", "centroid"), ("normal", "hks"), ("plane", "part", "height")]
 
 
 @examples

@@ -145,6 +145,8 @@ def test_another_mesh_of_the_same_name_is_another_entry(folder, tmp_path):
 
 @pytest.mark.parametrize("one, other", [({}, {"unit": 10.0}), ({"unit": 1.0}, {"unit": 10.0}),
                                         ({"features": ("dihedral",)}, {"features": ("area",)}),
+                                        ({"features": ("part",)}, {"features": ("part", "plane")}),
+                                        ({"features": ("area",)}, {"features": ("area", "height")}),
                                         ({"features": ("area",)}, {"features": ("area", "hks")})])
 def test_other_settings_are_another_entry(folder, tmp_path, one, other):
     path, cache = folder / "mesh_00.obj", tmp_path / "cache"
@@ -341,7 +343,8 @@ def test_item_holds_the_mesh_at_its_face_index(folder, clustering):
         assert sample["index"] == item and torch.equal(mask, face_index >= 0)
         assert sorted(face_index[mask].tolist()) == list(range(meshes.num_faces[item]))
         f = face_index[mask].numpy()
-        expected = {"features": face_features(mesh.vertices, mesh.faces, spec.features, mesh.neighbors, mesh.hks),
+        expected = {"features": face_features(mesh.vertices, mesh.faces, spec.features, mesh.neighbors, mesh.hks,
+                                              mesh.plane),
                     "label": meshes.labels[item], "centroid": mesh.vertices[mesh.faces].mean(1), "area": mesh.area}
         for name, values in expected.items():
             np.testing.assert_array_equal(sample[name][mask].numpy(), values[f], err_msg=name)
@@ -535,8 +538,8 @@ def test_mirrored_mesh_is_that_of_a_recomputation(folder):
     np.testing.assert_array_equal(mirrored.faces, mesh.faces[:, ::-1])
     np.testing.assert_array_equal(mirrored.neighbors, face_neighbors(mirrored.faces))
     np.testing.assert_allclose(mirrored.vertices, mesh.vertices * (-1, 1, 1), atol=1e-6)
-    for name in ("area", "angles", "curvature", "dihedral", "hks"):
-        one, other = (face_features(m.vertices, m.faces, [name], m.neighbors, m.hks) for m in (mesh, mirrored))
+    for name in ("area", "angles", "curvature", "dihedral", "plane", "part", "height", "hks"):
+        one, other = (face_features(m.vertices, m.faces, [name], m.neighbors, m.hks, m.plane) for m in (mesh, mirrored))
         np.testing.assert_allclose(other, one, atol=1e-5, err_msg=name)
 
 
@@ -860,4 +863,4 @@ def test_kept_embeddings_stand_in_for_the_data_set(folder, tmp_path):
 
 
 def test_width_of_all_features():
-    assert EVERYTHING.feature_dim == feature_width(FEATURES) == 3 + 9 + 3 + 1 + 3 + 3 + 4 + 3 + 16
+    assert EVERYTHING.feature_dim == feature_width(FEATURES) == 3 + 9 + 3 + 1 + 3 + 3 + 4 + 3 + 5 + 6 + 6 + 16

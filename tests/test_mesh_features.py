@@ -20,6 +20,7 @@ from data.mesh_features import (
     surface_descriptors,
     weld,
 )
+from data.mesh_planes import plane_units
 
 GEOMETRY = [name for name in FEATURES if name != "hks"]
 TETRAHEDRON = (np.array([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1.0]]),
@@ -45,7 +46,7 @@ def all_features(vertices, faces, names=GEOMETRY, unit=None):
     vertices, faces = weld(vertices, faces)
     vertices = normalize_vertices(vertices, faces, unit)
     hks = heat_kernel_signature(vertices, faces) if "hks" in names else None
-    return face_features(vertices, faces, names, face_neighbors(faces), hks)
+    return face_features(vertices, faces, names, face_neighbors(faces), hks, plane_units(vertices, faces, 0.5))
 
 
 def feature(name, mesh, **settings):
@@ -242,7 +243,7 @@ def test_rotation_moves_the_vectors_and_nothing_else():
     vertices, faces = bumpy_sphere()
     turn = trimesh.transformations.rotation_matrix(1.1, [1, 2, 3])[:3, :3]
     turned = vertices @ turn.T
-    for name in ("area", "angles", "curvature", "dihedral"):
+    for name in ("area", "angles", "curvature", "dihedral", "plane", "part"):
         np.testing.assert_allclose(feature(name, (turned, faces)), feature(name, (vertices, faces)), atol=1e-5)
     for name in ("centroid", "normal"):
         np.testing.assert_allclose(feature(name, (turned, faces)), feature(name, (vertices, faces)) @ turn.T, atol=1e-5)
@@ -251,7 +252,7 @@ def test_rotation_moves_the_vectors_and_nothing_else():
 def test_mirrored_with_winding_turned_round_looks_the_same():
     vertices, faces = bumpy_sphere()
     mirrored, flipped = vertices * (-1, 1, 1), faces[:, ::-1]
-    for name in ("area", "angles", "curvature", "dihedral"):
+    for name in ("area", "angles", "curvature", "dihedral", "plane", "part", "height"):
         np.testing.assert_allclose(feature(name, (mirrored, flipped)), feature(name, (vertices, faces)), atol=1e-6)
     expected = feature("normal", (vertices, faces)) * (-1, 1, 1)
     np.testing.assert_allclose(feature("normal", (mirrored, flipped)), expected, atol=1e-6)
