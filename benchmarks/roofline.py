@@ -217,14 +217,21 @@ class Measured(NamedTuple):
             groups[group_of(name)] += share
         return groups
 
-    def cells(self) -> str:
-        """FLOP, GB, share of the peak, moving, matrix products, the four longest groups of the rest."""
+    def rest(self) -> str:
+        """The four longest groups besides the products."""
         groups = self.groups()
-        products = groups.pop(MATRIX, 0.0)
-        rest = ", ".join(f"{name} {share:.0%}" for name, share in groups.most_common(4) if share > 0.02)
-        rate = f" at {min(self.share / products, 9.99):.0%}" if products else ""
+        del groups[MATRIX]
+        return ", ".join(f"{name} {share:.0%}" for name, share in groups.most_common(4) if share > 0.02)
+
+    def cells(self) -> str:
+        """FLOP, GB, share of the peak, moving, products, rest."""
+        products = self.groups()[MATRIX]
+        rate = f" at {self.share / products:.0%}" if products else ""
         return (f"{self.flops / 1e9:.3g} | {self.bytes / 1e9:.2g} | **{self.share:.0%}** ({min(self.shares):.0%} to "
-                f"{max(self.shares):.0%}) | {self.moving:.0%} | {products:.0%}{rate} | {rest} |")
+                f"{max(self.shares):.0%}) | {self.moving:.0%} | {products:.0%}{rate} | {self.rest()} |")
+
+    def summary(self) -> str:
+        return f"{self.share:.0%} ({self.flops / 1e9:.3g} GFLOP; {self.rest()})"
 
 
 def measure(calls: dict[str, Callable], device: torch.device, dtype: torch.dtype, repeats: int,
