@@ -124,15 +124,17 @@ class Counting(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.flops = self.bytes = 0
+        self.flops: Counter[str] = Counter()                # of each operator
+        self.bytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         packet = func._overloadpacket
+        name = f"aten::{packet.__name__}"
         if packet in FLOPS:
-            self.flops += FLOPS[packet](*args, **(kwargs or {}))
+            self.flops[name] += FLOPS[packet](*args, **(kwargs or {}))
         elif packet in flop_registry:
-            self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+            self.flops[name] += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
         if not func.is_view and packet is not aten._unsafe_view:
             tensors = torch.utils._pytree.tree_leaves((args, kwargs, out))
             self.bytes += sum(tensor_bytes(tensor) for tensor in tensors if isinstance(tensor, torch.Tensor))
@@ -145,8 +147,8 @@ def tensor_bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def count(call: Callable) -> tuple[int, int]:
-    """(FLOP, bytes) of a call."""
+def count(call: Callable) -> tuple[Counter, int]:
+    """({operator: FLOP}, bytes) of a call."""
     with Counting() as counter:
         call()
     return counter.flops, counter.bytes
@@ -198,14 +200,18 @@ def group_of(name: str) -> str:
 
 
 class Measured(NamedTuple):
-    """Of a step or a prediction: FLOP, bytes, the ratios to the peak, the share of the time that moving all bytes would
-    take, {operator: share of the time}."""
+    """Of a step or a prediction: {operator: FLOP}, bytes, the ratios to the peak, the share of the time that moving all
+    bytes would take, {operator: share of the time}."""
 
-    flops: int
+    operator_flops: Counter
     bytes: int
     shares: list[float]
     moving: float
     operators: Counter
+
+    @property
+    def flops(self) -> int:
+        return self.operator_flops.total()
 
     @property
     def share(self) -> float:
@@ -226,9 +232,18 @@ class Measured(NamedTuple):
     def cells(self) -> str:
         """FLOP, GB, share of the peak, moving, products, rest."""
         products = self.groups()[MATRIX]
-        rate = f" at {self.share / products:.0%}" if products else ""
+        part = sum(flops for name, flops in self.operator_flops.items() if group_of(name) == MATRIX) / self.flops
+        rate = f" at {self.share * part / products:.0%}" if products else ""
         return (f"{self.flops / 1e9:.3g} | {self.bytes / 1e9:.2g} | **{self.share:.0%}** ({min(self.shares):.0%} to "
                 f"{max(self.shares):.0%}) | {self.moving:.0%} | {products:.0%}{rate} | {self.rest()} |")
+
+    def longest(self, number: int) -> str:
+        """A line for each of the longest operators; of those whose FLOP are known, how much of the peak they reach."""
+        lines = []
+        for name, share in self.operators.most_common(number):
+            reached = self.share * self.operator_flops[name] / self.flops / share
+            lines.append(f"    {share:6.1%} {name}" + (f", at {reached:.0%} of the peak" if reached else ""))
+        return "\n".join(lines)
 
     def summary(self) -> str:
         return f"{self.share:.0%} ({self.flops / 1e9:.3g} GFLOP; {self.rest()})"
@@ -251,7 +266,7 @@ def measure(calls: dict[str, Callable], device: torch.device, dtype: torch.dtype
             bandwidth = 2 * data.nbytes / seconds_of(lambda: copy.copy_(data), device)
             flops, moved = counts[name]
             seconds[name].append(seconds_of(call, device))
-            shares[name].append(flops / seconds[name][-1] / peak)
+            shares[name].append(flops.total() / seconds[name][-1] / peak)
             moving[name].append(moved / bandwidth / seconds[name][-1])
     return {name: Measured(*counts[name], shares[name], statistics.median(moving[name]),
                            operator_times(call, device, statistics.median(seconds[name])))
@@ -300,8 +315,8 @@ def main(argv=None) -> dict[str, dict[str, Measured]]:
             found[row] = measure(calls, device, dtype, args.repeats, args.tiny)
         for name, measured in found[row].items():
             print(f"| {row}, {name} | {measured.cells()}", flush=True)
-            for operator, share in measured.operators.most_common(args.operators):
-                print(f"    {share:6.1%} {operator}", flush=True)
+            if args.operators:
+                print(measured.longest(args.operators), flush=True)
     return found
 
 
