@@ -193,6 +193,14 @@ def lovasz_softmax_loss(logits: Tensor, label: Tensor, mask: Tensor | None = Non
     return total / max(len(present), 1)
 
 
+def _worst_first(error: Tensor) -> Tensor:
+    """error.argsort(descending=True, stable=True) of error (P,) >= 0. On a CPU PyTorch sorts whole numbers by their
+    digits, three times as fast as others, and the bits of floats that are not negative have the floats' order."""
+    if error.device.type == "cpu" and error.dtype == torch.float32:
+        return (torch.iinfo(torch.int32).max - error.view(torch.int32)).argsort(stable=True)
+    return error.argsort(descending=True, stable=True)
+
+
 def _lovasz_slope(error: Tensor, truth: Tensor) -> Tensor:
     """Slope of the extension for each element (P,): what the Jaccard loss gains as elements turn wrong, worst first.
 
@@ -200,7 +208,7 @@ def _lovasz_slope(error: Tensor, truth: Tensor) -> Tensor:
     digit of it. The same step in closed form loses nothing: 1 / union where an element of the class turns wrong,
     intersection / (union (union - 1)) where another element does.
     """
-    order = error.argsort(descending=True, stable=True)
+    order = _worst_first(error)
     truth = truth[order]
     intersection = truth.sum() - truth.cumsum(0)                                 # int64, exact at any size
     union = truth.sum() + (~truth).cumsum(0)
