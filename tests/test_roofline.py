@@ -153,6 +153,7 @@ def test_every_row_is_measured(small, row):
     check(row)
 
 
+@pytest.mark.slow                    # a second or two, of a benchmark
 def test_threads_are_compared(small, capsys):
     roofline.main(["--tiny", "--repeats", "1", "--speedup", "2", "mesh pre-training"])
     assert "| mesh pre-training | " in capsys.readouterr().out and torch.get_num_threads() == 2
