@@ -44,11 +44,6 @@ def write_labels(path: Path, label: np.ndarray, palette: np.ndarray, ignore_labe
     write_rows(path, released(rows, label), (width, height), kind, palette=colors, georeference=georeference)
 
 
-def write_label_png(path: str | Path, *args, **more) -> None:
-    """write_labels of a PNG, whatever its ending is."""
-    write_labels(Path(path), *args, **more)
-
-
 def file_palette(palette: np.ndarray, ignore_label: int = 255, reduce_zero_label: bool = False,
                  label_map: LabelMap | None = None) -> np.ndarray:
     """(256, 3) uint8: the colour of every number of the masks; grey for those of no class."""

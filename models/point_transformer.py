@@ -520,7 +520,8 @@ class SonataSegmenter(nn.Module):
             raise ValueError(f"mode {mode} needs a backbone {'without' if alone else 'with'} a decoder; set "
                              f"enc_mode accordingly")
         self.mode, self.frozen_eval, self.num_classes = mode, frozen_eval, num_classes
-        width = sum(backbone.enc_channels) if alone else backbone.dec_channels[0]
+        # a network of one stage has nothing to decode
+        width = sum(backbone.enc_channels) if alone else (*backbone.dec_channels, backbone.enc_channels[-1])[0]
         self.seg_head = nn.Linear(width, num_classes)
         self.backbone = backbone
         if mode == "lora":

@@ -5,7 +5,7 @@ import pickle
 import pytest
 
 from utils.checks import check_choice
-from utils.config import REQUIRED, Config, Required, Setting, load_config, override_config, save_config
+from utils.config import Config, Required, Setting, load_config, override_config, save_config
 
 DEFAULTS = {
     "data": {"root": "datasets/mesh", "num_points": 4096, "scale": [0.8, 1.2], "files": [], "flip": True},
@@ -180,7 +180,7 @@ def test_errors_in_an_override(tmp_path, override, expected):
 
 
 def test_all_missing_required_settings_are_named_at_once(tmp_path):
-    defaults = {"data": {"train": Required(str), "val": Required((str, list)), "n": 1}, "classes": REQUIRED}
+    defaults = {"data": {"train": Required(str), "val": Required((str, list)), "n": 1}, "classes": Required(int)}
     assert message(tmp_path, "data: {val: b}", defaults=defaults) == (
         "FILE: required but not given: data.train, classes; add them to the file or as KEY=VALUE")
     config = load(tmp_path, "data: {train: a}", ["data.val=[x]", "classes=20"], defaults)

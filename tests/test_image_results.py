@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.image_results import example_pair, feature_picture, overlay, write_image_result, write_label_png
+from data.image_results import example_pair, feature_picture, overlay, write_image_result, write_labels
 from data.images import SegmentationDataset
 from data.photos import Photo
 from tests.tiny_images import read_mask
@@ -23,7 +23,7 @@ def as_read(image):
 
 @pytest.mark.parametrize("ignore_label, reduce", [(255, False), (255, True), (0, True), (9, False)])
 def test_label_file_has_the_numbers_and_the_colours(tmp_path, ignore_label, reduce):
-    write_label_png(tmp_path / "a.png", LABEL, COLORS, ignore_label, reduce)
+    write_labels(tmp_path / "a.png", LABEL, COLORS, ignore_label, reduce)
     image = Image.open(tmp_path / "a.png")
     assert image.mode == "P" and np.array(image).tolist() == [[0 + reduce, 1 + reduce, 2 + reduce], [2 + reduce, ignore_label, 0 + reduce]]
     assert (read_mask(tmp_path / "a.png", 3, ignore_label, reduce) == LABEL).all()

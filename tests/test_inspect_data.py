@@ -18,7 +18,7 @@ from tests.tiny_clouds import write_classes, write_clouds
 from tests.tiny_images import shrink_unet
 from tests.tiny_meshes import write_set
 from utils import inspection_plans
-from utils.inspection import Inspection, plan_text
+from utils.inspection import Inspection, plan_text, spread
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE = ["--device", "cpu", "--limit-batches", "2", "--num-workers", "0"]
@@ -172,6 +172,12 @@ def test_a_plan_is_yaml_with_its_values_and_reasons():
     text = plan_text(["first line"], sections)
     assert text.startswith("# first line\n") and "# not a number" in text
     assert yaml.safe_load(text) == {"name": "a: b", "data": {"share": 1e-5, "list": [0.5, "nan", None], "text": "1", "nested": {"on": True}}}
+
+
+def test_numbers_are_written_as_people_write_them():
+    assert spread([64280, 58460.5, 44730]) == "44,730 to 64,280 (median 58,460)"
+    assert spread([0.25, 1.23456, 1200], " m") == "0.25 to 1,200 m (median 1.23)"
+    assert spread([360, 360], " px") == "360 px"
 
 
 def test_lines_of_one_kind_are_shortened_and_faults_come_first():

@@ -18,7 +18,7 @@ import train_pmt_head
 import train_prototype
 import train_segmentation
 import train_upernet_head
-from data.image_results import write_label_png
+from data.image_results import write_labels
 from data.image_splits import check_file_settings, checked_dataset, mask_reader, training_doubts
 from data.images import SegmentationDataset, check_pairs, label_table, pair_files, to_label
 from data.label_map import read_label_map
@@ -215,7 +215,7 @@ def test_a_label_map_of_masks_there_and_back(tmp_path):
     assert summary.class_counts.tolist() == [6, 4] and summary.ignored == 2
     for item in SegmentationDataset(pairs, 4, 2, views="whole", masks=masks):
         assert item["label"].tolist() == [[0, 1, IGNORE_INDEX], [1, 0, 0]]
-        write_label_png(tmp_path / "out.png", item["label"].numpy(), COLORS[:2].astype(np.uint8), label_map=masks.label_map)
+        write_labels(tmp_path / "out.png", item["label"].numpy(), COLORS[:2].astype(np.uint8), label_map=masks.label_map)
         assert (np.array(Image.open(tmp_path / "out.png")) == values).all()
         assert np.array(Image.open(tmp_path / "out.png").convert("RGB"))[0, 1].tolist() == COLORS[1].tolist()
         if len(pairs) > 2:
@@ -233,10 +233,10 @@ def test_numbers_of_16_bits_need_a_label_map(tmp_path):
     assert to_label(masks.open(only[1]), masks.table, only[1]).tolist() == [[0, 2, 1]]
     back = label_to_file(np.array([[0, 2, 1]]), label_map=found)
     assert back.dtype == np.uint16 and (back == values).all()
-    write_label_png(tmp_path / "out.png", np.array([[0, 2, 1]]), COLORS, label_map=found)
+    write_labels(tmp_path / "out.png", np.array([[0, 2, 1]]), COLORS, label_map=found)
     assert (np.array(Image.open(tmp_path / "out.png")) == values).all()
     with pytest.raises(ValueError, match="npy"):
-        write_label_png(tmp_path / "out.png", np.array([[0, 1, 1]]), COLORS, label_map=read_label_map("-5:0,1:1"))
+        write_labels(tmp_path / "out.png", np.array([[0, 1, 1]]), COLORS, label_map=read_label_map("-5:0,1:1"))
 
 
 def test_numbers_that_are_not_in_the_map_are_listed_with_counts(tmp_path):

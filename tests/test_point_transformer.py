@@ -302,6 +302,16 @@ def test_decoder_by_default():
     assert model(scene(50)).shape == (50, 5)
 
 
+def test_a_network_of_one_stage_has_its_head_on_the_encoder():
+    one = {key: value[:1] if key.startswith("enc_") else [] if key.startswith("dec_") else value
+           for key, value in CONFIG.items()}
+    model, given = strong(build_segmenter(one, 5, "ft")).eval(), scene(50)
+    assert not model.backbone.dec and model.seg_head.in_features == 16
+    stages, restore = model.backbone.encode(given, IDENTITY[:1])
+    expected = model.seg_head(stages[0].feat).index_select(0, restore)
+    torch.testing.assert_close(model(given, IDENTITY[:1]), expected, rtol=0, atol=0)
+
+
 # -- errors ----------------------------------------------------------------------------------------------------------
 
 

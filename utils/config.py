@@ -43,9 +43,6 @@ class Required(NamedTuple):
     low: float | None = None
 
 
-REQUIRED = Required(tuple(TYPE_NAMES))                         # required, of any type
-
-
 def command_line_wins(config: Mapping, args: Any, *names: str) -> None:
     """Take folders that the config names (section.key) out of it where the command line says where the run goes, by
     --output-dir or experiment_name=..., unless it names them as well; args.notes are lines for the log. ValueError

@@ -191,9 +191,10 @@ def sampled(found: Inspection, items: Mapping[str, list], most: int, seed: int) 
 
 
 def spread(values: Sequence[float], unit: str = "") -> str:
-    """"3 to 9 (median 5) m" of numbers."""
+    """"0.3 to 1,200 m (median 5)" of numbers."""
     values = np.asarray(values, float)
-    low, middle, high = (f"{value:.4g}" for value in (values.min(), np.median(values), values.max()))
+    low, middle, high = (f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+                         for value in (values.min(), np.median(values), values.max()))
     return f"{low}{unit}" if low == high else f"{low} to {high}{unit} (median {middle})"
 
 
