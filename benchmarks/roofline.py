@@ -1,6 +1,6 @@
 """How close every script's training step and prediction come to what the machine can compute, and where the rest goes.
 
-    python benchmarks/roofline.py                               # all rows, one thread: about 20 minutes
+    python benchmarks/roofline.py                               # all rows, one thread: half an hour
     python benchmarks/roofline.py "Mask2Former head" --operators 15
     python benchmarks/roofline.py --device cuda                 # bfloat16, as in training there
     python benchmarks/roofline.py --speedup 2                   # two threads beside one, wall-clock
@@ -181,7 +181,7 @@ def operator_times(call: Callable, device: torch.device, seconds: float) -> Coun
     cuda = device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if cuda else [])]
     with torch.profiler.profile(activities=activities) as profile, torch.profiler.record_function("call"):
-        call()
+        seconds_of(call, device)                            # which waits for a GPU
     which = "self_device_time_total" if cuda else "self_cpu_time_total"
     times = Counter()
     for event in profile.key_averages():
@@ -241,7 +241,7 @@ class Measured(NamedTuple):
         """A line for each of the longest operators; of those whose FLOP are known, how much of the peak they reach."""
         lines = []
         for name, share in self.operators.most_common(number):
-            reached = self.share * self.operator_flops[name] / self.flops / share
+            reached = self.share * self.operator_flops[name] / self.flops / share if share else 0
             lines.append(f"    {share:6.1%} {name}" + (f", at {reached:.0%} of the peak" if reached else ""))
         return "\n".join(lines)
 
