@@ -14,7 +14,6 @@ seconds with more.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import statistics
 import subprocess
@@ -28,10 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.bench_dinov3 import by_turns, patches_of_classes, peak_mib  # noqa: E402
 from utils import image_scripts as photos  # noqa: E402
 from utils.cli import ArgumentParser, run_main  # noqa: E402
-from utils.device import describe, pick_device  # noqa: E402
+from utils.device import AMP_DTYPES, autocast, describe, pick_device  # noqa: E402
 from utils.image_inference import build_normalizer  # noqa: E402
 from utils.losses import MaskedCrossEntropyLoss  # noqa: E402
-from utils.training import optimizer_step  # noqa: E402
+from utils.training import Totals, optimizer_step  # noqa: E402
 
 MEASURED = ("head", "inference", "step")
 # Name: script, its flags, options for open_backbone from its config.
@@ -53,6 +52,7 @@ def parse_args(argv=None):
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--amp-dtype", choices=tuple(AMP_DTYPES), default="float32", help="number format of autocast")
     parser.add_argument("--of", choices=MEASURED, help="print the peak memory of this, of one head")
     parser.add_argument("--no-memory", action="store_true", help="leave the memory out: half of the time")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -60,24 +60,26 @@ def parse_args(argv=None):
 
 
 class OneStep:
-    """Stands in for Run: an epoch of one step, which nothing logs or saves."""
+    """Stands in for Run: an epoch of one step, which nothing logs or saves. amp_dtype: of autocast, None: float32."""
 
-    step, total_steps = 0, 2
+    step, total_steps, world = 0, 2, 1
 
-    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-        self.model, self.optimizer, self.device = model, optimizer, device
+    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, device: torch.device,
+                 amp_dtype: torch.dtype | None = None, num_classes: int | None = None) -> None:
+        self.model, self.optimizer, self.device, self.amp_dtype = model, optimizer, device, amp_dtype
         self.scheduler = SimpleNamespace(step=lambda: None)
+        self.totals = Totals(num_classes, device)
 
     def steps(self, loader):
         return iter(loader)
 
     def autocast(self):
-        return contextlib.nullcontext()
+        return autocast(self.device, self.amp_dtype)
 
-    def backward(self, loss, losses):
-        loss.backward()
+    def backward(self, loss, terms=None, weight=None):
+        (loss if weight is None else loss / weight).backward()
 
-    def update(self, clip_grad):
+    def update(self, clip_grad=0.0):
         optimizer_step(self.optimizer, self.scheduler, torch.amp.GradScaler(enabled=False), clip_grad)
 
 
@@ -101,7 +103,8 @@ def build(name: str, args: argparse.Namespace, size: int, batch: int) -> dict:
     model.to(device)
     masks = "num_queries" in config.model                   # whose epoch takes the config
     criterion = script.build_criterion(config) if masks else MaskedCrossEntropyLoss(class_dim=1)
-    run = OneStep(model, script.build_optimizer(model, config), device)
+    amp_dtype = AMP_DTYPES[args.amp_dtype]
+    run = OneStep(model, script.build_optimizer(model, config), device, amp_dtype)
     data = {"image": torch.randint(256, (batch, 3, size, size), dtype=torch.uint8),
             "label": patches_of_classes(batch, size)}
 
@@ -116,11 +119,13 @@ def build(name: str, args: argparse.Namespace, size: int, batch: int) -> dict:
 
     @torch.no_grad()
     def head():
-        model.eval()(*features, **({"aux": False} if masks else {}))
+        with autocast(device, amp_dtype):
+            model.eval()(*features, **({"aux": False} if masks else {}))
 
     @torch.no_grad()
     def inference():
-        model.eval().scores(normalize(data["image"].to(device)))
+        with autocast(device, amp_dtype):
+            model.eval().scores(normalize(data["image"].to(device)))
 
     return {"head": head, "step": step, "inference": inference,
             "parameters": sum(p.numel() for p in model.parameters())}
@@ -129,7 +134,7 @@ def build(name: str, args: argparse.Namespace, size: int, batch: int) -> dict:
 def peak_alone(name: str, of: str, args: argparse.Namespace, shape: str) -> float:
     """The peak of two calls, in MiB, in a process of its own."""
     words = [sys.executable, __file__, "--of", of, "--heads", name, "--shapes", shape, "--backbone", args.backbone,
-             "--device", args.device, "--threads", str(args.threads)]
+             "--device", args.device, "--threads", str(args.threads), "--amp-dtype", args.amp_dtype]
     return float(subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout.split("peak ")[1])
 
 

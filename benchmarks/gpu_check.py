@@ -8,6 +8,7 @@ runs   the tiny run of every script in float32, bfloat16, float16, with --determ
        --compile; its training loss beside that of the CPU in float32, from which it may differ by TOLERANCE: dropout
        and random points are drawn by another generator
 speed  a frozen ViT-L, a step of each head and network, Sonata by size of the cloud, the mesh encoder
+roofline  step and prediction of every script as a share of the card's matrix product (benchmarks/roofline.py)
 
 A row that fails says why and the rest goes on; the exit status is then 1. After --minutes no new row starts.
 """
@@ -33,7 +34,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from benchmarks import bench_dinov3, bench_prototype, bench_sonata  # noqa: E402
+from benchmarks import bench_dinov3, bench_prototype, bench_sonata, roofline  # noqa: E402
 from models.dinov3 import BACKBONES, FrozenBackbone, VisionTransformer  # noqa: E402
 from models.dinov3_adapter import DINOv3_Adapter  # noqa: E402
 from models.nomeformer import Nomeformer  # noqa: E402
@@ -46,7 +47,7 @@ from utils.device import amp_settings, autocast, describe, pick_device  # noqa: 
 from utils.log import read_log  # noqa: E402
 from utils.losses import MaskedCrossEntropyLoss  # noqa: E402
 
-PARTS = ("tests", "runs", "speed")
+PARTS = ("tests", "runs", "speed", "roofline")
 TOLERANCE = 0.1
 SCALE = 256.0                               # of losses in float16; at PyTorch's 65,536 all steps of a run overflow
 VARIANTS = {"float32": ["--amp-dtype", "float32"], "bfloat16": ["--amp-dtype", "bfloat16"],
@@ -327,6 +328,13 @@ class Speed:
         return f"{count / forward:,.0f} faces/s forward, {count / seconds:,.0f} in training, {memory}"
 
 
+def roofline_row(row: str, tiny: bool, device: torch.device) -> str:
+    words = [row, "--device", str(device), "--amp-dtype", "bfloat16", *["--tiny", "--repeats", "1"] * tiny]
+    with contextlib.redirect_stdout(io.StringIO()):
+        found = roofline.main(words)[row]
+    return "; ".join(f"{name} {measured.summary()}" for name, measured in found.items())
+
+
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 def insert(path: Path, title: str, text: str) -> None:
@@ -356,6 +364,9 @@ def main(argv=None) -> list[Row]:
             tiny_rows(table, args, Path(folder))
     if "speed" in args.parts:
         Speed(table, args.tiny).rows()
+    if "roofline" in args.parts:
+        for row in roofline.CASES:
+            table.add(f"roofline, {row}, bfloat16", functools.partial(roofline_row, row, args.tiny, device))
     failed = sum(row.passed is False for row in table.rows)
     facts = (f"{describe(device)}, PyTorch {torch.__version__}, {time.strftime('%Y-%m-%d')}, "
              f"{(time.monotonic() - started) / 60:.1f} minutes, {failed} of {len(table.rows)} rows failed")

@@ -77,7 +77,7 @@ class SpatialGradientFeatures(nn.Module):
             self.A = nn.Linear(width, width, bias=False)
 
     def forward(self, vectors: Tensor) -> Tensor:
-        x, y = vectors.unbind(-1)                                                # (V, C) each
+        x, y = vectors.movedim(-1, 0)                                            # (V, C) each
         if self.rotations:
             mixed_x = self.A_re(x) - self.A_im(y)
             mixed_y = self.A_re(y) + self.A_im(x)
@@ -114,8 +114,8 @@ class DiffusionNetBlock(nn.Module):
             diffused = self.diffusion(x, operators.mass, operators.eigenvalues, operators.eigenvectors)
             parts = [x, diffused]
             if self.gradient_features is not None:
-                vectors = torch.stack(torch.sparse.mm(gradient, diffused).chunk(2), dim=-1)          # (V, C, 2)
-                parts.append(self.gradient_features(vectors))
+                vectors = torch.sparse.mm(gradient, diffused).unflatten(0, (2, -1))                  # (2, V, C)
+                parts.append(self.gradient_features(vectors.movedim(0, -1)))     # a view: x and y each lie together
         return self.mlp(torch.cat(parts, dim=-1)).float() + x
 
 

@@ -136,9 +136,9 @@ class Attention(nn.Module):
             query, key, value = bias.chunk(3)
             bias = torch.cat([query, key.detach(), value])
         qkv = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1))      # (B, N, 3, heads, D)
-        qk, v = qkv[:, :, :2], qkv[:, :, 2]
+        qk, v = qkv.split([2, 1], 2)                                 # whose gradients are joined by one copy
         q, k = (qk if rope is None else rotate(qk, *rope)).unbind(2)
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))       # (B, heads, N, D), views
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v.squeeze(2)))        # (B, heads, N, D), views
         return self.proj(attend(q, k, v, allowed).transpose(1, 2).flatten(2))
 
 
@@ -148,7 +148,10 @@ class Mlp(nn.Module):
         self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(torch.ops.aten.gelu_(self.fc1(x)))           # exact GELU, in place: 3 % of a forward pass
+        x = self.fc1(x)
+        if not x.requires_grad:                                      # in place: 3 % of a forward pass
+            return self.fc2(torch.ops.aten.gelu_(x))
+        return self.fc2(F.gelu(x))                                   # there it would copy x, and twice the gradient
 
 
 class SwiGLU(nn.Module):

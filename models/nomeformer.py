@@ -54,7 +54,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, valid: Tensor, queries: int | None = None) -> Tensor:
         G, T, E = x.shape
-        query, key, value = self.qkv(x).view(G, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        # Split, not unbound: the gradients of the three then meet in one copy, where their order is the layer's.
+        query, key, value = (part.view(G, T, self.num_heads, -1).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
         parts = [query[:, :, :queries], key, value, valid[:, None, None, :]]
         dropout = self.dropout if self.training else 0.0
         if G <= CHUNK:
@@ -115,7 +116,8 @@ class Block(nn.Module):
         # The summary token is always a valid key, so that an empty cluster cannot make a softmax over nothing (NaN).
         valid = F.pad(valid_face, (1, 0), value=True).view(B * N, slots + 1)
         tokens = self.local_layer(tokens, valid).view(B, N, slots + 1, E)
-        faces, summary = tokens[:, :, 1:], tokens[:, :, 0]
+        summary, faces = tokens.split([1, slots], dim=2)                   # whose gradients are joined by one copy
+        summary = summary.squeeze(2)
         return faces, summary if self.global_layer is None else self.global_layer(summary, valid_cluster)
 
 

@@ -190,13 +190,13 @@ class PatchAttention(nn.Module):
         if self.rope is not None:
             qkv = self.rotate(qkv, stage.coord)
         qkv = qkv.index_select(0, voxel)                                             # (M, 3 C)
-        outputs, start = [], 0
-        for count, length in groups:
-            part = qkv[start:start + count * length].view(count, length, 3, self.num_heads, -1)
-            q, k, v = part.permute(2, 0, 3, 1, 4).unbind(0)                          # (patches, heads, length, D)
+        outputs = []
+        parts = qkv.split([count * length for count, length in groups])              # whose gradients one copy joins,
+        for part, (count, length) in zip(parts, groups, strict=True):                # as those of q, k and v
+            q, k, v = (x.view(count, length, self.num_heads, -1).transpose(1, 2)     # (patches, heads, length, D)
+                       for x in part.chunk(3, 1))
             out = attend(q, k, v, self.scale, pad=q.device.type == "cuda")
             outputs.append(out.transpose(1, 2).reshape(count * length, -1))          # (patches * length, C)
-            start += count * length
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return self.proj(out.index_select(0, slot))                                  # (n, C)
 

@@ -1,5 +1,7 @@
 """benchmarks/gpu_check.py runs, at a tiny size on the CPU, and its table says what failed."""
 
+import re
+
 import pytest
 import torch
 
@@ -38,6 +40,13 @@ def test_every_run_is_compared(name, capsys):
     assert [row for row in rows if not row.passed] == [], rows
     assert len(rows) == len(gpu_check.VARIANTS) - (name in gpu_check.NOT_COMPILED)
     assert "the same bits twice" in rows[3].result
+
+
+def test_shares_of_the_peak_are_rows(monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check.roofline, "CASES", {"mesh clusters": gpu_check.roofline.CASES["mesh clusters"]})
+    row, = gpu_check.main(["--tiny", "--device", "cpu", "--parts", "roofline"])
+    assert row.what == "roofline, mesh clusters, bfloat16" and row.passed is None
+    assert re.fullmatch(r"step \d+% \([\d.]+ GFLOP; .+ \d+%\); prediction \d+% \(.+\)", row.result)
 
 
 def test_an_error_is_a_row_and_the_rest_goes_on(capsys):

@@ -13,6 +13,7 @@ from utils.losses import (
     MaskedCrossEntropyLoss,
     WeightedLoss,
     _lovasz_slope,
+    _worst_first,
     check_labels,
     class_weights,
     lovasz_softmax_loss,
@@ -61,6 +62,15 @@ def test_faces_and_images_agree(loss):
     torch.testing.assert_close(loss(logits.movedim(-1, 2), label, mask, class_dim=-2), last)
     torch.testing.assert_close(loss(logits.flatten(0, 2), label.flatten(), mask.flatten()), last)
     assert last.ndim == 0 and last > 0
+
+
+def test_worst_first_is_the_stable_order_of_the_errors():
+    torch.manual_seed(0)
+    prob = (torch.randn(3000, 3) * 4).softmax(1)
+    prob[::3] = (prob[::3] * 8).round() / 8                  # ties
+    prob[:40, 1], prob[40:60, 1], prob[60:80, 1] = 0, 1, 1e-42
+    for error in (prob[:, 1], 1 - prob[:, 1], prob[:, 1].double(), prob[:0, 1]):
+        assert torch.equal(_worst_first(error), error.argsort(descending=True, stable=True))
 
 
 @every_loss
