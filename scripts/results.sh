@@ -82,15 +82,20 @@ pretraining_lod3() {    # the encoder of human bodies on buildings, unchanged
         model.embedding_dim=64 model.num_attention_blocks=5 model.faces_per_cluster=24 training.clusters_per_batch=null \
         --pretrained_path exp/jepa_nohks/model/model_last.pth --rows "frozen random" "frozen pre-trained" --labelled all --steps 150 --device cpu
 }
-lod3_folds() {          # a forest without and with plane, part and height, then the network; one thread
+lod3_folds() {          # a forest without and with plane, part and height, then the network; one thread, three seeds
     export OMP_NUM_THREADS=1
-    python scripts/lod3_folds.py configs/mesh_lod3.yaml --forest model.use_texture=false
-    python scripts/lod3_folds.py configs/mesh_lod3_planes.yaml --forest
-    python scripts/lod3_folds.py configs/mesh_lod3_planes.yaml --output-dir exp/lod3_folds --device cpu
+    for seed in 0 1 2; do
+        python scripts/lod3_folds.py configs/mesh_lod3.yaml --forest --seed $seed model.use_texture=false
+        python scripts/lod3_folds.py configs/mesh_lod3_planes.yaml --forest --seed $seed
+        python scripts/lod3_folds.py configs/mesh_lod3_planes.yaml --output-dir exp/lod3_folds_$seed --seed $seed --device cpu
+    done
 }
-lod3_planes() {         # 24 files train, 6 validate, 8 test
-    OMP_NUM_THREADS=1 python train_downstream.py configs/mesh_lod3_planes.yaml --output-dir exp/lod3_planes --device cpu --num-workers 0
-    OMP_NUM_THREADS=1 python evaluate.py exp/lod3_planes/model/model_best.pth --split test --device cpu
+lod3_planes() {         # 24 files train, 6 validate, 8 test; three seeds
+    export OMP_NUM_THREADS=1
+    for seed in 0 1 2; do
+        python train_downstream.py configs/mesh_lod3_planes.yaml --output-dir exp/lod3_planes_$seed --device cpu --num-workers 0 --seed $seed
+        python evaluate.py exp/lod3_planes_$seed/model/model_best.pth --split test --device cpu
+    done
 }
 humanbody() {
     humanbody_linear; humanbody_nohks; humanbody_hks; humanbody_random; humanbody_official; humanbody_diffusion; humanbody_finetuned
