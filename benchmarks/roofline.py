@@ -15,6 +15,8 @@ FLOP  of matrix products, convolutions, attention (5 products backward, one of t
       products, and counts the gradient of a grouped convolution as if it had one group. A multiplication and an
       addition are two.
 GB    of all operators' inputs and outputs, each read or written once: what has to move where nothing stays in a cache.
+exp   share of the time that the exponentials of attention take, one a score (backward again), at the rate of torch.exp
+      in a cache: with heads of 16 channels a score is 64 FLOP forward, and the exponential can cost as much.
 rest  shares of the time of one more step under torch.profiler, by groups of operators (GROUPS); --operators N names
       the operators themselves. Products, convolutions and attention, with the share of the peak that they reach, first.
 """
@@ -120,12 +122,13 @@ FLOPS = {
 
 
 class Counting(TorchDispatchMode):
-    """Adds up `flops` and `bytes` of the operators that run inside, also in backward passes and custom functions."""
+    """Adds up `flops` and `bytes` of the operators that run inside, also in backward passes and custom functions, and
+    the `scores` of attention."""
 
     def __init__(self) -> None:
         super().__init__()
         self.flops: Counter[str] = Counter()                # of each operator
-        self.bytes = 0
+        self.bytes = self.scores = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -135,6 +138,9 @@ class Counting(TorchDispatchMode):
             self.flops[name] += FLOPS[packet](*args, **(kwargs or {}))
         elif packet in flop_registry:
             self.flops[name] += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+        if "attention" in name:
+            query, key = args["backward" in name:][:2]
+            self.scores += query.shape[:-1].numel() * key.shape[-2]
         if not func.is_view and packet is not aten._unsafe_view:
             tensors = torch.utils._pytree.tree_leaves((args, kwargs, out))
             self.bytes += sum(tensor_bytes(tensor) for tensor in tensors if isinstance(tensor, torch.Tensor))
@@ -147,11 +153,10 @@ def tensor_bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def count(call: Callable) -> tuple[Counter, int]:
-    """({operator: FLOP}, bytes) of a call."""
+def count(call: Callable) -> Counting:
     with Counting() as counter:
         call()
-    return counter.flops, counter.bytes
+    return counter
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
@@ -171,6 +176,13 @@ def product_rate(device: torch.device, dtype: torch.dtype, sides: tuple[int, ...
         seconds = seconds_of(lambda: [torch.mm(matrix, matrix) for _ in range(calls)], device)  # noqa: B023
         rates.append(2 * side**3 * calls / seconds)
     return max(rates)
+
+
+def exponential_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Exponentials a second of numbers that stay in a cache, on a GPU of many at once."""
+    numbers = torch.linspace(-8, 0, 2**26 if device.type == "cuda" else 2**13, device=device, dtype=dtype)
+    out, calls = torch.empty_like(numbers), 1 if device.type == "cuda" else 500
+    return calls * len(numbers) / seconds_of(lambda: [torch.exp(numbers, out=out) for _ in range(calls)], device)
 
 
 def operator_times(call: Callable, device: torch.device, seconds: float) -> Counter:
@@ -200,13 +212,14 @@ def group_of(name: str) -> str:
 
 
 class Measured(NamedTuple):
-    """Of a step or a prediction: {operator: FLOP}, bytes, the ratios to the peak, the share of the time that moving all
-    bytes would take, {operator: share of the time}."""
+    """Of a step or a prediction: {operator: FLOP}, bytes, the ratios to the peak, the shares of the time that moving
+    all bytes and the exponentials of attention would take, {operator: share of the time}."""
 
     operator_flops: Counter
     bytes: int
     shares: list[float]
     moving: float
+    exponentials: float
     operators: Counter
 
     @property
@@ -230,12 +243,13 @@ class Measured(NamedTuple):
         return ", ".join(f"{name} {share:.0%}" for name, share in groups.most_common(4) if share > 0.02)
 
     def cells(self) -> str:
-        """FLOP, GB, share of the peak, moving, products, rest."""
+        """FLOP, GB, share of the peak, moving, products, exponentials, rest."""
         products = self.groups()[MATRIX]
         part = sum(flops for name, flops in self.operator_flops.items() if group_of(name) == MATRIX) / self.flops
         rate = f" at {self.share * part / products:.0%}" if products else ""
         return (f"{self.flops / 1e9:.3g} | {self.bytes / 1e9:.2g} | **{self.share:.0%}** ({min(self.shares):.0%} to "
-                f"{max(self.shares):.0%}) | {self.moving:.0%} | {products:.0%}{rate} | {self.rest()} |")
+                f"{max(self.shares):.0%}) | {self.moving:.0%} | {products:.0%}{rate} | {self.exponentials:.0%} | "
+                f"{self.rest()} |")
 
     def longest(self, number: int) -> str:
         """A line for each of the longest operators; of those whose FLOP are known, how much of the peak they reach."""
@@ -259,16 +273,19 @@ def measure(calls: dict[str, Callable], device: torch.device, dtype: torch.dtype
     data = torch.ones(2**20 if tiny else 2**26, device=device)
     copy = torch.empty_like(data)
     product_rate(device, dtype, sides)
-    shares, moving, seconds = ({name: [] for name in calls} for _ in range(3))
+    shares, moving, exponentials, seconds = ({name: [] for name in calls} for _ in range(4))
     for _ in range(repeats):
         for name, call in calls.items():
             peak = product_rate(device, dtype, sides)
             bandwidth = 2 * data.nbytes / seconds_of(lambda: copy.copy_(data), device)
-            flops, moved = counts[name]
-            seconds[name].append(seconds_of(call, device))
-            shares[name].append(flops.total() / seconds[name][-1] / peak)
-            moving[name].append(moved / bandwidth / seconds[name][-1])
-    return {name: Measured(*counts[name], shares[name], statistics.median(moving[name]),
+            rate = exponential_rate(device, dtype)
+            took, counted = seconds_of(call, device), counts[name]
+            seconds[name].append(took)
+            shares[name].append(counted.flops.total() / took / peak)
+            moving[name].append(counted.bytes / bandwidth / took)
+            exponentials[name].append(counted.scores / rate / took)
+    return {name: Measured(counts[name].flops, counts[name].bytes, shares[name], statistics.median(moving[name]),
+                           statistics.median(exponentials[name]),
                            operator_times(call, device, statistics.median(seconds[name])))
             for name, call in calls.items()}
 
@@ -303,8 +320,8 @@ def main(argv=None) -> dict[str, dict[str, Measured]]:
     if args.speedup:
         print(f"| | step, {args.speedup} threads over one | prediction |\n|---|---|---|", flush=True)
     else:
-        print("| | GFLOP | GB | share of the peak | moving GB | products | the rest of the time |\n" + "|---" * 7 + "|",
-              flush=True)
+        print("| | GFLOP | GB | share of the peak | moving GB | products | exp | the rest of the time |\n"
+              + "|---" * 8 + "|", flush=True)
     found = {}
     for row in args.cases or CASES:
         with tempfile.TemporaryDirectory() as folder:

@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def count(call):
-    flops, moved = roofline.count(call)
-    return flops.total(), moved
+    counted = roofline.count(call)
+    return counted.flops.total(), counted.bytes, counted.scores
 
 
 def leaf(*shape):
@@ -49,6 +49,9 @@ def test_attention(masked):
     one = 2 * 2 * 3 * 5 * 11 * 8                            # one product, over batch and heads
     assert count(lambda: F.scaled_dot_product_attention(query, key, value, mask))[0] == 2 * one
     assert count(lambda: F.scaled_dot_product_attention(query, key, value, mask).sum().backward())[0] == (2 + 5) * one
+    scores = [count(lambda: F.scaled_dot_product_attention(query, key, value, mask))[2],
+              count(lambda: F.scaled_dot_product_attention(query, key, value, mask).sum().backward())[2]]
+    assert scores == [2 * 3 * 5 * 11, 2 * 2 * 3 * 5 * 11]       # exponentials
     assert count(lambda: ((query @ key.mT).softmax(-1) @ value).sum().backward())[0] == (2 + 4) * one
 
 
@@ -106,9 +109,9 @@ def test_operator_times_are_all_of_the_time():
 
 
 def test_what_is_printed():
-    measured = Measured(Counter({"aten::mm": 3_000_000_000, "aten::grid_sampler_2d": 1_000_000_000}), 5e9, [0.4, 0.5, 0.6], 0.25,
+    measured = Measured(Counter({"aten::mm": 3_000_000_000, "aten::grid_sampler_2d": 1_000_000_000}), 5e9, [0.4, 0.5, 0.6], 0.25, 0.07,
                         Counter({"aten::mm": 0.6, "aten::grid_sampler_2d": 0.3, "aten::copy_": 0.1}))
-    assert measured.cells() == "4 | 5 | **50%** (40% to 60%) | 25% | 60% at 62% | bilinear reading 30%, copies 10% |"
+    assert measured.cells() == "4 | 5 | **50%** (40% to 60%) | 25% | 60% at 62% | 7% | bilinear reading 30%, copies 10% |"
     assert measured.longest(2) == "     60.0% aten::mm, at 62% of the peak\n     30.0% aten::grid_sampler_2d, at 42% of the peak"
     assert measured.summary() == "50% (4 GFLOP; bilinear reading 30%, copies 10%)"
 
