@@ -77,7 +77,7 @@ def decoder_of(config: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     elif config.get("rope_base"):
         channels, heads = list(config["enc_channels"][:-1]), list(config["enc_num_head"][:-1])
     else:
-        channels = [64, *config["enc_channels"][1:-1]]
+        channels = [64, *config["enc_channels"][1:]][:-1]
         heads = [width // 16 for width in channels]
     return {"dec_depths": [2] * len(channels), "dec_channels": channels, "dec_num_head": heads,
             "dec_patch_size": list(config["enc_patch_size"][:-1])}, official

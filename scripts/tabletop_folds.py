@@ -5,8 +5,9 @@
 
 writes fold0, fold1 and fold2, each with splits.json. The objects of the 37 training and validation clouds were told
 apart by eye; each object is in one fold. In a fold's training clouds its objects are cut out (the table below stays
-missing); clouds without any object left drop out. Its validation clouds are those that show its objects; all other
-objects there are ignored in the score (label -1). The test clouds are not touched.
+missing); clouds without any object left drop out. Its validation clouds are those that show its objects, without all
+others: a cloud has boxes or round things, so that an object from training would tell what the others are. The test
+clouds are not touched.
 """
 
 from __future__ import annotations
@@ -48,12 +49,12 @@ def parse_args(argv=None):
 
 def hold_out(cloud: dict, objects: list[str], held: tuple[str, ...]) -> tuple[dict | None, dict | None]:
     """cloud {coord, color, segment, instance}, one row a point, instance -1 the table; objects: names by instance.
-    -> (training cloud without the held objects, or None where no object is left; validation cloud with the other
-    objects' segment -1, or None where it shows no held object)."""
+    -> (training cloud without the held objects, or None where no object is left; validation cloud without the other
+    objects, or None where it shows no held object)."""
     of_held = np.isin(cloud["instance"], [i for i, name in enumerate(objects) if name in held])
     of_others = (cloud["instance"] >= 0) & ~of_held
     train = {name: values[~of_held] for name, values in cloud.items()} if of_others.any() else None
-    val = {**cloud, "segment": np.where(of_others, -1, cloud["segment"])} if of_held.any() else None
+    val = {name: values[~of_others] for name, values in cloud.items()} if of_held.any() else None
     return train, val
 
 
