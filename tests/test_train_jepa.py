@@ -99,7 +99,7 @@ def test_learns_and_logs(finished):
                                                               "checkpoint_epoch_4.pth", "checkpoint_epoch_8.pth"}
     assert (folder / "config" / "config.yaml").is_file() and (folder / "config" / "environment.json").is_file()
     text = (folder / "log" / "train.log").read_text()
-    assert "untrained: loss" in text and "pre-training" in text and "time constant" in text
+    assert "untrained: loss" in text and "pre-training" in text and "time constant" in text and " nan" not in text
 
 
 def test_checkpoint_has_the_layout_users_expect_and_holds_the_weights_once(finished):

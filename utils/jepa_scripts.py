@@ -111,5 +111,6 @@ def labels_of_faces(dataset: MeshDataset) -> np.ndarray:
     return label[label >= 0]
 
 
-def monitor_line(values: dict) -> str:
-    return ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+def monitor_line(values: dict, moved: bool = True) -> str:
+    """moved False, before the first step: nothing to follow yet, so without teacher_follow, which is 0 / 0."""
+    return ", ".join(f"{name} {value:.3f}" for name, value in values.items() if moved or name != "teacher_follow")
