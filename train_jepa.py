@@ -497,7 +497,7 @@ def main(argv=None) -> dict:
 
     loader = build_loader(train_set, sampler, args.num_workers, run.device, masked_collate_fn)
     lines = (*describe_start(run, config, model, train_set, val_files),
-             f"untrained: {monitor_line(monitors.untrained, moved=False)}")
+             f"untrained: {monitor_line(monitors.untrained)}")
     scores = {}
     with run.training(*lines, log_interval=config.logging.log_interval,
                       tensorboard=config.logging.tensorboard):

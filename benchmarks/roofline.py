@@ -16,7 +16,7 @@ FLOP  of matrix products, convolutions, attention (5 products backward, one of t
       addition are two.
 GB    of all operators' inputs and outputs, each read or written once: what has to move where nothing stays in a cache.
 exp   share of the time that the exponentials of attention take, one a score (backward again), at the rate of torch.exp
-      in a cache: with heads of 16 channels a score is 64 FLOP forward, and the exponential can cost as much.
+      in a cache: narrow heads have the fewest FLOP a score. On a GPU memory limits that rate: the share is too large.
 rest  shares of the time of one more step under torch.profiler, by groups of operators (GROUPS); --operators N names
       the operators themselves. Products, convolutions and attention, with the share of the peak that they reach, first.
 """
@@ -179,7 +179,7 @@ def product_rate(device: torch.device, dtype: torch.dtype, sides: tuple[int, ...
 
 
 def exponential_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Exponentials a second of numbers that stay in a cache, on a GPU of many at once."""
+    """Exponentials a second of numbers that stay in a cache; on a GPU of so many that it is busy, in its memory."""
     numbers = torch.linspace(-8, 0, 2**26 if device.type == "cuda" else 2**13, device=device, dtype=dtype)
     out, calls = torch.empty_like(numbers), 1 if device.type == "cuda" else 500
     return calls * len(numbers) / seconds_of(lambda: [torch.exp(numbers, out=out) for _ in range(calls)], device)

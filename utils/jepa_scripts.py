@@ -29,6 +29,7 @@ class Monitors:
         self.config = config
         self.measured = (model, start, batch, seed)
         self.untrained = measure(*self.measured)
+        del self.untrained["teacher_follow"]            # 0 / 0: nothing has moved yet
         self.values: dict = {}
 
     def look(self, run: Run) -> list[str]:
@@ -111,6 +112,5 @@ def labels_of_faces(dataset: MeshDataset) -> np.ndarray:
     return label[label >= 0]
 
 
-def monitor_line(values: dict, moved: bool = True) -> str:
-    """moved False, before the first step: nothing to follow yet, so without teacher_follow, which is 0 / 0."""
-    return ", ".join(f"{name} {value:.3f}" for name, value in values.items() if moved or name != "teacher_follow")
+def monitor_line(values: dict) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in values.items())
