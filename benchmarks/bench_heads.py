@@ -62,7 +62,7 @@ def parse_args(argv=None):
 class OneStep:
     """Stands in for Run: an epoch of one step, which nothing logs or saves. amp_dtype: of autocast, None: float32."""
 
-    step, total_steps, world = 0, 2, 1
+    step, total_steps, world = 1, 1000, 1
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, device: torch.device,
                  amp_dtype: torch.dtype | None = None, num_classes: int | None = None) -> None:

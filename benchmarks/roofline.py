@@ -41,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.bench_dinov3 import clock  # noqa: E402
 from benchmarks.roofline_cases import CASES, build  # noqa: E402
 from utils.cli import ArgumentParser, run_main  # noqa: E402
-from utils.device import AMP_DTYPES, amp_settings, describe, pick_device  # noqa: E402
+from utils.device import AMP_DTYPES, amp_settings, describe, keep_memory, pick_device  # noqa: E402
 
 aten = torch.ops.aten
 MATRIX = "products, convolutions, attention"
@@ -314,6 +314,8 @@ def main(argv=None) -> dict[str, dict[str, Measured]]:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
     device = pick_device(args.device)
+    if device.type == "cpu":
+        keep_memory()                                       # as a run does
     amp_dtype, _ = amp_settings(device, args.amp_dtype)
     dtype = amp_dtype or torch.float32
     print(f"{describe(device)}, {dtype}, PyTorch {torch.__version__}, median of {args.repeats}\n", flush=True)

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.dinov3 import Mlp
 from models.lora import LowRankUpdate, add_lora
 from models.point_networks import decoder_of
 from models.point_rotary import PointRotary, Rotation
@@ -206,15 +207,6 @@ class PatchAttention(nn.Module):
         qk, v = qkv.split([2 * qkv.shape[1] // 3, qkv.shape[1] // 3], 1)
         qk = self.rope(qk.unflatten(1, (2 * self.num_heads, -1)), coord)             # (n, 2 heads, D)
         return torch.cat([qk.flatten(1), v], 1)
-
-
-class Mlp(nn.Module):
-    def __init__(self, channels: int, hidden: int):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(channels, hidden), nn.Linear(hidden, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class Block(nn.Module):
