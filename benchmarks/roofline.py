@@ -4,6 +4,7 @@
     python benchmarks/roofline.py "Mask2Former head" --operators 15
     python benchmarks/roofline.py --device cuda                 # bfloat16, as in training there
     python benchmarks/roofline.py --speedup 2                   # two threads beside one, wall-clock
+    python benchmarks/roofline.py --kept                        # freed memory kept, as in a run, beside given back
 
 The peak is the rate of a product of square matrices, measured in the same process: peak and step take turns, and what
 is printed is the median of their ratios with the lowest and the highest, so that other work on the machine matters
@@ -23,13 +24,15 @@ rest  shares of the time of one more step under torch.profiler, by groups of ope
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import re
 import statistics
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,9 +44,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.bench_dinov3 import clock  # noqa: E402
 from benchmarks.roofline_cases import CASES, build  # noqa: E402
 from utils.cli import ArgumentParser, run_main  # noqa: E402
-from utils.device import AMP_DTYPES, amp_settings, describe, keep_memory, pick_device  # noqa: E402
+from utils.device import (  # noqa: E402
+    AMP_DTYPES,
+    M_MMAP_MAX,
+    M_TRIM_THRESHOLD,
+    amp_settings,
+    describe,
+    keep_memory,
+    pick_device,
+    trim_memory,
+)
 
 aten = torch.ops.aten
+M_MMAP_THRESHOLD = -3                                       # of mallopt(3), as those of utils/device.py
 MATRIX = "products, convolutions, attention"
 GROUPS = {                              # of operators, by their names; the first that fits
     "bilinear reading": "grid_sampler|upsample",
@@ -65,6 +78,8 @@ def parse_args(argv=None):
     parser.add_argument("--repeats", type=int, default=5, help="turns of peak, step and prediction")
     parser.add_argument("--operators", type=int, default=0, metavar="N", help="also the N longest operators of a step")
     parser.add_argument("--speedup", type=int, metavar="N", help="instead: the step with N threads beside one thread")
+    parser.add_argument("--kept", action="store_true", help="instead: the step with the memory of freed tensors kept, "
+                        "as a run on a CPU does, beside given back (glibc)")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--amp-dtype", choices=tuple(AMP_DTYPES), help="default: bfloat16 on CUDA, else float32")
@@ -292,20 +307,28 @@ def measure(calls: dict[str, Callable], device: torch.device, dtype: torch.dtype
 
 # -- the tables --------------------------------------------------------------------------------------------------------
 
-def speedup(calls: dict[str, Callable], threads: int, repeats: int) -> str:
-    """Wall-clock of one thread over that of several, by turns."""
+def give_memory_back() -> None:
+    """The opposite of keep_memory: glibc's settings once it has met large tensors."""
+    library = ctypes.CDLL(None)
+    for parameter, value in ((M_MMAP_MAX, 1 << 16), (M_MMAP_THRESHOLD, 32 << 20), (M_TRIM_THRESHOLD, 64 << 20)):
+        library.mallopt(parameter, value)
+    trim_memory()
+
+
+def speedup(calls: dict[str, Callable], settings: Sequence[Callable], repeats: int) -> str:
+    """Wall-clock of a call after the first of two settings over that after the second, by turns."""
     cells = []
     for call in calls.values():
         ratios = []
-        for _ in range(repeats + 1):
+        for _ in range(repeats):
             seconds = []
-            for count in (1, threads):
-                torch.set_num_threads(count)
+            for setting in settings:
+                setting()
+                call()                                      # warms up
                 started = time.perf_counter()
                 call()
                 seconds.append(time.perf_counter() - started)
             ratios.append(seconds[0] / seconds[1])
-        ratios = ratios[1:]                                 # the first warms up
         cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
     return " | ".join(cells) + " |"
 
@@ -319,8 +342,13 @@ def main(argv=None) -> dict[str, dict[str, Measured]]:
     amp_dtype, _ = amp_settings(device, args.amp_dtype)
     dtype = amp_dtype or torch.float32
     print(f"{describe(device)}, {dtype}, PyTorch {torch.__version__}, median of {args.repeats}\n", flush=True)
+    settings = ()
     if args.speedup:
+        settings = [functools.partial(torch.set_num_threads, count) for count in (1, args.speedup)]
         print(f"| | step, {args.speedup} threads over one | prediction |\n|---|---|---|", flush=True)
+    elif args.kept:
+        settings = [give_memory_back, keep_memory]
+        print("| | step, memory kept over given back | prediction |\n|---|---|---|", flush=True)
     else:
         print("| | GFLOP | GB | share of the peak | moving GB | products | exp | the rest of the time |\n"
               + "|---" * 8 + "|", flush=True)
@@ -328,8 +356,8 @@ def main(argv=None) -> dict[str, dict[str, Measured]]:
     for row in args.cases or CASES:
         with tempfile.TemporaryDirectory() as folder:
             calls = build(row, args.tiny, device, amp_dtype, folder)
-            if args.speedup:
-                print(f"| {row} | {speedup(calls, args.speedup, args.repeats)}", flush=True)
+            if settings:
+                print(f"| {row} | {speedup(calls, settings, args.repeats)}", flush=True)
                 continue
             found[row] = measure(calls, device, dtype, args.repeats, args.tiny)
         for name, measured in found[row].items():

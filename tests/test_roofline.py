@@ -157,6 +157,7 @@ def test_every_row_is_measured(small, row):
 
 
 @pytest.mark.slow                    # a second or two, of a benchmark
-def test_threads_are_compared(small, capsys):
-    roofline.main(["--tiny", "--repeats", "1", "--speedup", "2", "mesh pre-training"])
-    assert "| mesh pre-training | " in capsys.readouterr().out and torch.get_num_threads() == 2
+@pytest.mark.parametrize("flags", [["--speedup", "2"], ["--kept"]])
+def test_settings_are_compared(small, capsys, flags):
+    roofline.main(["--tiny", "--repeats", "1", *flags, "mesh pre-training"])
+    assert "| mesh pre-training | " in capsys.readouterr().out and torch.get_num_threads() == (2 if "2" in flags else 1)
