@@ -4,7 +4,7 @@
     python benchmarks/roofline.py "Mask2Former head" --operators 15
     python benchmarks/roofline.py --device cuda                 # bfloat16, as in training there
     python benchmarks/roofline.py --speedup 2                   # two threads beside one, wall-clock
-    python benchmarks/roofline.py --kept                        # freed memory kept, as in a run, beside given back
+    python benchmarks/roofline.py --kept                        # freed memory kept, beside given back to the system
 
 The peak is the rate of a product of square matrices, measured in the same process: peak and step take turns, and what
 is printed is the median of their ratios with the lowest and the highest, so that other work on the machine matters
@@ -44,19 +44,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.bench_dinov3 import clock  # noqa: E402
 from benchmarks.roofline_cases import CASES, build  # noqa: E402
 from utils.cli import ArgumentParser, run_main  # noqa: E402
-from utils.device import (  # noqa: E402
-    AMP_DTYPES,
-    M_MMAP_MAX,
-    M_TRIM_THRESHOLD,
-    amp_settings,
-    describe,
-    keep_memory,
-    pick_device,
-    trim_memory,
-)
+from utils.device import AMP_DTYPES, amp_settings, describe, pick_device, trim_memory  # noqa: E402
 
 aten = torch.ops.aten
-M_MMAP_THRESHOLD = -3                                       # of mallopt(3), as those of utils/device.py
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4 # of mallopt(3)
 MATRIX = "products, convolutions, attention"
 GROUPS = {                              # of operators, by their names; the first that fits
     "bilinear reading": "grid_sampler|upsample",
@@ -78,8 +69,8 @@ def parse_args(argv=None):
     parser.add_argument("--repeats", type=int, default=5, help="turns of peak, step and prediction")
     parser.add_argument("--operators", type=int, default=0, metavar="N", help="also the N longest operators of a step")
     parser.add_argument("--speedup", type=int, metavar="N", help="instead: the step with N threads beside one thread")
-    parser.add_argument("--kept", action="store_true", help="instead: the step with the memory of freed tensors kept, "
-                        "as a run on a CPU does, beside given back (glibc)")
+    parser.add_argument("--kept", action="store_true", help="instead: the step with the memory of freed tensors kept "
+                        "beside given back, as is usual (glibc)")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--amp-dtype", choices=tuple(AMP_DTYPES), help="default: bfloat16 on CUDA, else float32")
@@ -308,10 +299,18 @@ def measure(calls: dict[str, Callable], device: torch.device, dtype: torch.dtype
 # -- the tables --------------------------------------------------------------------------------------------------------
 
 def give_memory_back() -> None:
-    """The opposite of keep_memory: glibc's settings once it has met large tensors."""
-    library = ctypes.CDLL(None)
-    for parameter, value in ((M_MMAP_MAX, 1 << 16), (M_MMAP_THRESHOLD, 32 << 20), (M_TRIM_THRESHOLD, 64 << 20)):
-        library.mallopt(parameter, value)
+    """What the C library does by itself once it has met large tensors: larger ones are mappings of their own."""
+    set_malloc({M_MMAP_MAX: 1 << 16, M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 64 << 20})
+
+
+def keep_memory() -> None:
+    """MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1: what is freed waits for the next tensor."""
+    set_malloc({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1})
+
+
+def set_malloc(values: dict[int, int]) -> None:
+    for parameter, value in values.items():
+        ctypes.CDLL(None).mallopt(parameter, value)
     trim_memory()
 
 
@@ -337,8 +336,6 @@ def main(argv=None) -> dict[str, dict[str, Measured]]:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
     device = pick_device(args.device)
-    if device.type == "cpu":
-        keep_memory()                                       # as a run does
     amp_dtype, _ = amp_settings(device, args.amp_dtype)
     dtype = amp_dtype or torch.float32
     print(f"{describe(device)}, {dtype}, PyTorch {torch.__version__}, median of {args.repeats}\n", flush=True)

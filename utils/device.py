@@ -21,7 +21,6 @@ from utils.checks import check_choice
 AMP_DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Names in /proc/cpuinfo of what computes in bfloat16: Intel, AMD; ARM.
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
-M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1                       # of mallopt(3)
 SLOWER = 1.2                    # from how many times the time of float32 on a warning is due
 PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "pillow", "trimesh", "tqdm", "pyyaml", "tensorboard",
             "safetensors")
@@ -125,16 +124,6 @@ def trim_memory() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
-
-
-def keep_memory() -> None:
-    """Keep what is freed for the next tensor, where the C library is glibc: else each large tensor is a new mapping,
-    whose pages the system clears one by one, up to a quarter of a training step. Until trim_memory the process holds
-    what it needed at most, and the gaps between. MALLOC_MMAP_MAX_ in the environment turns it off."""
-    if sys.platform == "linux" and "MALLOC_MMAP_MAX_" not in os.environ:
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
-            ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def describe(device: torch.device) -> str:

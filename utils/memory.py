@@ -5,8 +5,6 @@ from pathlib import Path
 
 import torch
 
-from utils.device import trim_memory
-
 try:
     import resource
 except ImportError:                                         # Windows
@@ -52,9 +50,6 @@ def check_memory(needed: int, device: torch.device, what: str, remedy: str) -> N
     """ValueError where `needed` bytes are more than nine tenths of what is free: before the work, not by the system's
     killer in the middle of it. what and remedy complete the sentence."""
     free = free_memory(device)
-    if free is not None and needed > SHARE * free:
-        trim_memory()                                       # what keep_memory keeps is free, too
-        free = free_memory(device)
     if free is not None and needed > SHARE * free:
         raise ValueError(f"{what} needs about {needed / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free on "
                          f"{device}; {remedy}")

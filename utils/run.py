@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from utils.checkpoint import CheckpointKeeper, EarlyStopping, RunFolder, entry_of, find_resume
 from utils.cli import ArgumentParser, AtLeast, Given, StopRequested, StopSignal
 from utils.config import Config
-from utils.device import AMP_DTYPES, amp_settings, autocast, describe, keep_memory, slow_dtype
+from utils.device import AMP_DTYPES, amp_settings, autocast, describe, slow_dtype
 from utils.distributed import EpochBatchSampler, all_agree_max, broadcast_buffers, cleanup, is_main, join
 from utils.log import RunLog
 from utils.metrics import single_numbers
@@ -72,8 +72,6 @@ class Run:
         self.script = script
         torch.set_num_threads(args.threads or torch.get_num_threads())
         self.device, self.rank, self.world = join(args.device)
-        if self.device.type == "cpu":
-            keep_memory()
         seed_everything(args.seed, args.deterministic)
         self.folder = RunFolder(args.output_dir, checkpoint_dir, log_dir)
         self.lock = claim_folder(self.folder, script, args)
