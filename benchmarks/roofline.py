@@ -345,7 +345,7 @@ def main(argv=None) -> dict[str, dict[str, Measured]]:
         print(f"| | step, {args.speedup} threads over one | prediction |\n|---|---|---|", flush=True)
     elif args.kept:
         settings = [give_memory_back, keep_memory]
-        print("| | step, memory kept over given back | prediction |\n|---|---|---|", flush=True)
+        print("| | step, given back over kept | prediction |\n|---|---|---|", flush=True)
     else:
         print("| | GFLOP | GB | share of the peak | moving GB | products | exp | the rest of the time |\n"
               + "|---" * 8 + "|", flush=True)
