@@ -84,10 +84,12 @@ class _WeightedRead(torch.autograd.Function):
         ctx.save_for_backward(maps, grid, weight)
         ctx.shapes = shapes
         out = maps.new_zeros(*maps.shape[:2], grid.shape[3])
-        for level, part in enumerate(_levels(maps, shapes)):
-            read = F.grid_sample(part, grid[:, level], align_corners=False)                  # (N, d, points, Lq)
-            for point in range(read.shape[2]):
-                out.addcmul_(read[:, :, point], weight[:, None, level, point])
+        for some in _parts(maps):
+            total = out[some]
+            for level, part in enumerate(_levels(maps[some], shapes)):
+                read = F.grid_sample(part, grid[some, level], align_corners=False)           # (n, d, points, Lq)
+                for point in range(read.shape[2]):
+                    total.addcmul_(read[:, :, point], weight[some, None, level, point])
         return out
 
     @staticmethod
@@ -95,15 +97,25 @@ class _WeightedRead(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         maps, grid, weight = ctx.saved_tensors
         grad_maps, grad_grid, grad_weight = torch.empty_like(maps), torch.empty_like(grid), torch.empty_like(weight)
-        grad = grad.unsqueeze(2)                                                             # (N, d, 1, Lq)
-        grad_parts = _levels(grad_maps, ctx.shapes)
-        for level, part in enumerate(_levels(maps, ctx.shapes)):
-            read = F.grid_sample(part, grid[:, level], align_corners=False)
-            grad_weight[:, level] = read.mul_(grad).sum(1)
-            torch.mul(grad, weight[:, None, level], out=read)                                # now the gradient of read
-            grad_part, grad_grid[:, level] = read_gradient(read, part, grid[:, level])
-            grad_parts[level].copy_(grad_part)
+        for some in _parts(maps):
+            grad_out = grad[some].unsqueeze(2)                                               # (n, d, 1, Lq)
+            grad_parts = _levels(grad_maps[some], ctx.shapes)
+            for level, part in enumerate(_levels(maps[some], ctx.shapes)):
+                read = F.grid_sample(part, grid[some, level], align_corners=False)
+                grad_weight[some, level] = read.mul_(grad_out).sum(1)
+                torch.mul(grad_out, weight[some, None, level], out=read)                     # now the gradient of read
+                grad_part, grad_grid[some, level] = read_gradient(read, part, grid[some, level])
+                grad_parts[level].copy_(grad_part)
         return grad_maps, grad_grid, grad_weight, None
+
+
+def _parts(maps: Tensor) -> list[slice]:
+    """Of the N heads: one for each thread of a CPU, in whose cache all that is read then stays; on a GPU, and in a
+    graph, which would hold every part, all at once."""
+    count = len(maps)
+    if maps.device.type == "cpu" and not torch.compiler.is_compiling():
+        count = torch.get_num_threads()
+    return [slice(start, start + count) for start in range(0, len(maps), count)]
 
 
 def _levels(maps: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:

@@ -20,6 +20,12 @@ from models.deformable_attention import MSDeformAttn, grid_centers, sine_embeddi
 # -- pixel decoder --------------------------------------------------------------------------------------------------
 
 
+def hidden_relu(linear: nn.Linear, x: Tensor) -> Tensor:
+    """relu(linear(x)), x (B, N, C), in place. That needs a matrix: three axes are a view of one, whose backward pass
+    would copy it."""
+    return F.relu_(linear(x.flatten(0, 1))).unflatten(0, x.shape[:2])
+
+
 class EncoderLayer(nn.Module):
     """Deformable self-attention and a feed-forward layer, each with a residual and the norm after it."""
 
@@ -32,7 +38,7 @@ class EncoderLayer(nn.Module):
     def forward(self, x: Tensor, position: Tensor, reference_points: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
         """x (B, S, C), position (S, C), reference_points (1, S, 1, 2) -> (B, S, C)."""
         x = self.norm1(x + self.self_attn(x + position, reference_points, x, shapes))
-        return self.norm2(x + self.linear2(F.relu_(self.linear1(x))))
+        return self.norm2(x + self.linear2(hidden_relu(self.linear1, x)))
 
 
 class Encoder(nn.Module):
@@ -184,7 +190,7 @@ class FFNLayer(nn.Module):
         nn.init.xavier_uniform_(self.linear2.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x + self.linear2(F.relu_(self.linear1(x))))
+        return self.norm(x + self.linear2(hidden_relu(self.linear1, x)))
 
 
 class MLP(nn.Module):
@@ -195,7 +201,7 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(dim, dim) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers[2](F.relu_(self.layers[1](F.relu_(self.layers[0](x)))))
+        return self.layers[2](F.relu(self.layers[1](F.relu(self.layers[0](x)))))
 
 
 class TransformerDecoder(nn.Module):

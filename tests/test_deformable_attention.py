@@ -102,9 +102,27 @@ def test_places_are_float32_under_autocast(monkeypatch):
     plain = attention(query, reference, value, SHAPES)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = attention(query, reference, value, SHAPES)
-    assert mixed.dtype == torch.bfloat16 and [dtype for dtype, _ in grids] == [torch.float32] * 4
-    assert torch.equal(grids[0][1], grids[2][1]) and torch.equal(grids[1][1], grids[3][1])
+    assert mixed.dtype == torch.bfloat16 and {dtype for dtype, _ in grids} == {torch.float32}
+    half = len(grids) // 2
+    assert half and all(torch.equal(a, b) for (_, a), (_, b) in zip(grids[:half], grids[half:], strict=True))
     torch.testing.assert_close(mixed.float(), plain, atol=0.1, rtol=0.05)
+
+
+def test_any_number_of_threads_gives_the_same_bits(monkeypatch):
+    """A CPU reads as many heads at a time as it has threads; 3 leave a smaller part of these."""
+    found, heads = [], []
+    sample = F.grid_sample
+    monkeypatch.setattr(F, "grid_sample", lambda x, *args, **kwargs: (heads.append(len(x)), sample(x, *args, **kwargs))[1])
+    for threads in (1, 3, 64):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)  # noqa: B023
+        attention, query, reference, value = case(dtype=torch.float32)
+        inputs = [query.detach().requires_grad_(), value.detach().requires_grad_()]
+        out = attention(inputs[0], reference, inputs[1], SHAPES)
+        out.square().sum().backward()
+        found.append([out.detach(), *(x.grad for x in (*inputs, *attention.parameters()))])
+    assert {1, 3} <= set(heads) and max(heads) > 3
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
 def test_keeps_nothing_of_what_was_read():
