@@ -17,13 +17,20 @@ from torch.utils.checkpoint import checkpoint
 
 from models.deformable_attention import MSDeformAttn, grid_centers, sine_embedding
 
+CPU_ROWS = 512                 # of feed_forward, for each thread
+
 # -- pixel decoder --------------------------------------------------------------------------------------------------
 
 
-def hidden_relu(linear: nn.Linear, x: Tensor) -> Tensor:
-    """relu(linear(x)), x (B, N, C), in place. That needs a matrix: three axes are a view of one, whose backward pass
-    would copy it."""
-    return F.relu_(linear(x.flatten(0, 1))).unflatten(0, x.shape[:2])
+def feed_forward(linear1: nn.Linear, linear2: nn.Linear, x: Tensor) -> Tensor:
+    """linear2(relu(linear1(x))), x (B, N, C). On a CPU a part of the rows at a time, so that the wide hidden layer stays
+    in the cache between the two. As a matrix: ReLU in place copies what is a view, and three axes are one."""
+    rows = x.flatten(0, 1)
+    if rows.device.type != "cpu" or torch.compiler.is_compiling():
+        out = linear2(F.relu_(linear1(rows)))
+    else:
+        out = torch.cat([linear2(F.relu_(linear1(part))) for part in rows.split(CPU_ROWS * torch.get_num_threads())])
+    return out.unflatten(0, x.shape[:2])
 
 
 class EncoderLayer(nn.Module):
@@ -38,7 +45,7 @@ class EncoderLayer(nn.Module):
     def forward(self, x: Tensor, position: Tensor, reference_points: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
         """x (B, S, C), position (S, C), reference_points (1, S, 1, 2) -> (B, S, C)."""
         x = self.norm1(x + self.self_attn(x + position, reference_points, x, shapes))
-        return self.norm2(x + self.linear2(hidden_relu(self.linear1, x)))
+        return self.norm2(x + feed_forward(self.linear1, self.linear2, x))
 
 
 class Encoder(nn.Module):
@@ -190,7 +197,7 @@ class FFNLayer(nn.Module):
         nn.init.xavier_uniform_(self.linear2.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x + self.linear2(hidden_relu(self.linear1, x)))
+        return self.norm(x + feed_forward(self.linear1, self.linear2, x))
 
 
 class MLP(nn.Module):
