@@ -16,21 +16,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.deformable_attention import MSDeformAttn, grid_centers, sine_embedding
-
-CPU_ROWS = 512                 # of feed_forward, for each thread
+from utils.parts import by_parts
 
 # -- pixel decoder --------------------------------------------------------------------------------------------------
 
 
 def feed_forward(linear1: nn.Linear, linear2: nn.Linear, x: Tensor) -> Tensor:
-    """linear2(relu(linear1(x))), x (B, N, C). On a CPU a part of the rows at a time, so that the wide hidden layer stays
-    in the cache between the two. As a matrix: ReLU in place copies what is a view, and three axes are one."""
-    rows = x.flatten(0, 1)
-    if rows.device.type != "cpu" or torch.compiler.is_compiling():
-        out = linear2(F.relu_(linear1(rows)))
-    else:
-        out = torch.cat([linear2(F.relu_(linear1(part))) for part in rows.split(CPU_ROWS * torch.get_num_threads())])
-    return out.unflatten(0, x.shape[:2])
+    """linear2(relu(linear1(x))), x (B, N, C). As a matrix: ReLU in place copies what is a view, and three axes are
+    one."""
+    rows = by_parts(lambda part: linear2(F.relu_(linear1(part))), 512, x.flatten(0, 1))
+    return rows.unflatten(0, x.shape[:2])
 
 
 class EncoderLayer(nn.Module):

@@ -25,12 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.dinov3 import Mlp
 from models.lora import LowRankUpdate, add_lora
 from models.point_networks import decoder_of
 from models.point_rotary import PointRotary, Rotation
 from models.sparse_conv import NeighbourTable, SubMConv3d, neighbour_table, pack, unpack
 from utils.checks import check_choice, did_you_mean, nearest
+from utils.parts import by_parts
 from utils.serialization import (
     ORDERS,
     PatchLayout,
@@ -207,6 +207,15 @@ class PatchAttention(nn.Module):
         qk, v = qkv.split([2 * qkv.shape[1] // 3, qkv.shape[1] // 3], 1)
         qk = self.rope(qk.unflatten(1, (2 * self.num_heads, -1)), coord)             # (n, 2 heads, D)
         return torch.cat([qk.flatten(1), v], 1)
+
+
+class Mlp(nn.Module):
+    def __init__(self, channels: int, hidden: int):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(channels, hidden), nn.Linear(hidden, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return by_parts(lambda part: self.fc2(F.gelu(self.fc1(part))), 4096, x)
 
 
 class Block(nn.Module):
