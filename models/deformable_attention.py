@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils.bilinear import read_gradient
+from utils.parts import rows_at_once
 
 MAX_SIZES = 64                 # of each position code below: sizes whose result is kept
 
@@ -110,11 +111,8 @@ class _WeightedRead(torch.autograd.Function):
 
 
 def _parts(maps: Tensor) -> list[slice]:
-    """Of the N heads: one for each thread of a CPU, in whose cache all that is read then stays; on a GPU, and in a
-    graph, which would hold every part, all at once."""
-    count = len(maps)
-    if maps.device.type == "cpu" and not torch.compiler.is_compiling():
-        count = torch.get_num_threads()
+    """Of the N heads: on a CPU one for each thread, in whose cache all that is read then stays."""
+    count = rows_at_once(maps, 1)
     return [slice(start, start + count) for start in range(0, len(maps), count)]
 
 

@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 
 
-def by_parts(function: Callable[..., Tensor], rows: int, *tensors: Tensor) -> Tensor:
-    """function(*tensors), on a CPU for `rows` of their rows a thread at a time: what lies between its layers, often
-    several times as wide as the rows, then stays in the cache, and its pages are used again. No row may depend on
-    another one. A GPU, and torch.compile, take all at once."""
-    if tensors[0].device.type != "cpu" or torch.compiler.is_compiling():         # which cannot ask for the threads
-        return function(*tensors)
-    rows *= torch.get_num_threads()
-    if len(tensors[0]) <= rows:
-        return function(*tensors)
-    return torch.cat([function(*parts) for parts in zip(*(tensor.split(rows) for tensor in tensors), strict=True)])
+def rows_at_once(x: Tensor, rows: int) -> int:
+    """`rows` for each thread of a CPU. A GPU, and torch.compile, whose graph would hold every part, take all of x."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():                  # which cannot ask for the threads
+        return len(x)
+    return rows * torch.get_num_threads()
+
+
+def by_parts(function: Callable[[Tensor], Tensor], rows: int, x: Tensor) -> Tensor:
+    """function(x), for rows_at_once: what lies between its layers, often several times as wide as x, then stays in the
+    cache, and its pages are used again. No row may depend on another one."""
+    size = rows_at_once(x, rows)
+    return function(x) if len(x) <= size else torch.cat([function(part) for part in x.split(size)])
