@@ -124,8 +124,7 @@ def taps_of(config: Config) -> range:
 def compute_loss(criterion: MaskedCrossEntropyLoss, logits: torch.Tensor, label: torch.Tensor,
                  labelled: torch.Tensor) -> dict:
     """labelled: the labelled pixels of the step, each with the weight of its class, divide all."""
-    loss_sum, _ = criterion.sum_and_weight(resize(logits.float(), label.shape[-2:]), label)
-    return {"total": loss_sum / labelled.clamp(min=1e-6)}
+    return {"total": criterion.resized_sum(logits, label) / labelled.clamp(min=1e-6)}
 
 
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:

@@ -25,7 +25,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from data.images import list_images
@@ -131,9 +130,8 @@ def compute_loss(criterion: MaskedCrossEntropyLoss, outputs: dict, label: torch.
     weight of its class, divide all."""
     terms = {}
     for name, logits in (("ce", outputs["logits"]), ("aux", outputs["aux_logits"])):
-        logits = F.interpolate(logits.float(), label.shape[-2:], mode="bilinear")  # (B, C, S, S)
-        loss_sum, _ = criterion.sum_and_weight(logits, label)       # over this micro-batch
-        terms[name] = loss_sum / labelled.clamp(min=1e-6)
+        # Over this micro-batch, at the label's size.
+        terms[name] = criterion.resized_sum(logits, label) / labelled.clamp(min=1e-6)
     return {**terms, "total": terms["ce"] + AUX_WEIGHT * terms["aux"]}
 
 

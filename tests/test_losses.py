@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from utils import losses
 from utils.losses import (
     IGNORE_INDEX,
     MaskedCrossEntropyLoss,
@@ -386,3 +388,67 @@ def test_a_training_loop_checks_labels_before_they_go_to_the_gpu():
             criterion.label_weight(label)
         assert str(early.value) == str(late.value)
     check_labels(label.to("meta"), 4)                                # a device whose values nobody can see
+
+
+# -- at the label's size, a strip at a time ----------------------------------------------------------------------------
+
+RESIZED = [((2, 4, 3, 5), (37, 50), {}), ((1, 3, 8, 8), (32, 32), {"class_weights": WEIGHTS[:3]}), ((2, 4, 5, 1), (5, 1), {}),
+           ((1, 4, 1, 1), (9, 7), {"class_weights": WEIGHTS, "label_smoothing": 0.1}), ((1, 2, 6, 9), (4, 5), {}),
+           ((2, 4, 7, 6), (20, 30), {"gamma": 2.0})]
+
+
+def to_resize(shape, size, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(*shape, generator=generator, dtype=dtype, requires_grad=True)
+    label = torch.randint(0, shape[1], (shape[0], *size), generator=generator)
+    label[0, :2] = IGNORE_INDEX
+    return logits, label
+
+
+@pytest.mark.parametrize("strip", [1, 200, 2**21])
+@pytest.mark.parametrize("shape, size, settings", RESIZED)
+def test_resized_sum(shape, size, settings, strip, monkeypatch):
+    monkeypatch.setitem(losses.STRIP, "cpu", strip)
+    criterion = MaskedCrossEntropyLoss(class_dim=1, **settings)
+    logits, label = to_resize(shape, size)
+    value = criterion.resized_sum(logits, label)
+    gradient, = torch.autograd.grad(3 * value, logits)
+    expected, _ = criterion.sum_and_weight(F.interpolate(logits, size, mode="bilinear"), label)
+    expected_gradient, = torch.autograd.grad(3 * expected, logits)
+    torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-6)        # the blend is float32 in both
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        assert torch.equal(criterion.resized_sum(logits, label), value)
+
+
+def test_resized_sum_is_float32_under_autocast():
+    criterion = MaskedCrossEntropyLoss(class_dim=1)
+    logits, label = to_resize((1, 4, 3, 3), (24, 24), torch.float32)
+    expected = criterion.resized_sum(logits, label)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(criterion.resized_sum(logits, label), expected)
+    assert criterion.resized_sum(logits.bfloat16(), label).dtype == torch.float32
+
+
+class Largest(TorchDispatchMode):
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
+def test_resized_sum_is_never_whole(monkeypatch):
+    monkeypatch.setitem(losses.STRIP, "cpu", 4 * 64 * 8)                     # eight rows
+    logits, label = to_resize((1, 4, 4, 4), (64, 64), torch.float32)
+    with Largest() as largest:
+        MaskedCrossEntropyLoss(class_dim=1).resized_sum(logits, label).backward()
+    assert largest.elements == 4 * 64 * 8
+
+
+def test_resized_sum_refuses():
+    logits, label = to_resize((1, 4, 3, 3), (6, 6))
+    with pytest.raises(ValueError, match="1 labels outside 0..3, values"):
+        MaskedCrossEntropyLoss(class_dim=1).resized_sum(logits, label.index_put((torch.tensor([0]), torch.tensor([5]), torch.tensor([5])), torch.tensor(4)))

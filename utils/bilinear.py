@@ -1,9 +1,12 @@
-"""Reading maps between their pixels: torch's grid_sample, with a gradient that --deterministic allows on a GPU.
+"""Reading maps between their pixels: torch's grid_sample, with a gradient that --deterministic allows on a GPU; and
+F.interpolate as a product.
 
 Maps (N, C, H, W), grid (N, h, w, 2) as (x, y) in [-1, 1], (-1, -1) the outer corner of the first pixel, zeros outside:
 grid_sample(align_corners=False). Its own gradient on CUDA adds up in whatever order threads arrive, and PyTorch refuses
 it under use_deterministic_algorithms.
 """
+
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -70,3 +73,24 @@ def deterministic_gradient(grad: Tensor, maps: Tensor, grid: Tensor) -> tuple[Te
             grad_y += slope * share_x * (1 if down else -1)
     grad_grid = torch.stack([grad_x * (W / 2), grad_y * (H / 2)], -1)
     return grad_pixels.view(N, H, W, C).permute(0, 3, 1, 2), grad_grid
+
+
+def source_rows(source_height: int, height: int) -> tuple[Tensor, Tensor, Tensor]:
+    """For each of `height` rows of F.interpolate(mode="bilinear"): the row above and below it in the source, int64, and
+    the share of the one below, float32; (height,) each."""
+    rows = torch.arange(height, dtype=torch.float32)
+    rows = ((rows + 0.5) * (source_height / height) - 0.5).clamp(min=0)
+    upper = rows.floor().long().clamp(max=source_height - 1)
+    return upper, (upper + 1).clamp(max=source_height - 1), rows - upper
+
+
+@functools.lru_cache(64)
+def resize_matrix(length: int, size: int, device: torch.device) -> Tensor:
+    """(size, length) float32: its product with `length` values is F.interpolate(mode="bilinear") along one axis. Kept
+    for the next call: do not write to it."""
+    upper, lower, share = source_rows(length, size)
+    row = torch.arange(size)
+    matrix = torch.zeros(size, length)
+    matrix[row, upper] = 1 - share
+    matrix[row, lower] += share
+    return matrix.to(device)

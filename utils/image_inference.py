@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
+from utils.bilinear import source_rows
 from utils.distributed import all_reduce_sum, own_share
 from utils.log import progress
 from utils.losses import IGNORE_INDEX
@@ -88,15 +89,6 @@ def resized_shape(height: int, width: int, size: int | tuple[int, int] | None, s
     wanted = (size or short) * scale
     wanted = math.ceil(wanted / 32) * 32 if scale < 1 else int(wanted)
     return max(1, int(height * wanted / short)), max(1, int(width * wanted / short))
-
-
-def source_rows(source_height: int, height: int) -> tuple[Tensor, Tensor, Tensor]:
-    """For each of `height` rows of F.interpolate(mode="bilinear"): the row above and below it in the source, int64, and
-    the share of the one below, float32; (height,) each."""
-    rows = torch.arange(height, dtype=torch.float32)
-    rows = ((rows + 0.5) * (source_height / height) - 0.5).clamp(min=0)
-    upper = rows.floor().long().clamp(max=source_height - 1)
-    return upper, (upper + 1).clamp(max=source_height - 1), rows - upper
 
 
 def resize_rows(scores: Tensor, shape: tuple[int, int], begin: int, end: int, first: int = 0,

@@ -17,7 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from utils.bilinear import resize_matrix, source_rows
+
 IGNORE_INDEX = -100          # PyTorch's own default; data/ translates every file's convention to it
+STRIP = {"cpu": 2**21, "gpu": 2**26}         # logits made at once by resized_sum: a cache's worth; what fills a GPU
 
 
 def counting(label: Tensor, mask: Tensor | None = None, ignore_index: int = IGNORE_INDEX) -> Tensor:
@@ -144,6 +147,13 @@ class MaskedCrossEntropyLoss(nn.Module):
             element, element_weight = element * share, element_weight * share
         return element.sum(), element_weight.sum().to(element.dtype)
 
+    def resized_sum(self, logits: Tensor, label: Tensor) -> Tensor:
+        """The sum of sum_and_weight for F.interpolate(logits, label.shape[1:], mode="bilinear"), logits (B, C, h, w),
+        label (B, H, W), class_dim 1. A strip of rows at a time: what is made of C numbers a pixel, in the backward
+        pass too, is never there for all pixels. Equal up to rounding; first derivatives only."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return _ResizedSum.apply(logits, label, self)
+
     def label_weight(self, label: Tensor, mask: Tensor | None = None, share: Tensor | None = None) -> Tensor:
         """The weight sum_and_weight will return for these labels (*), mask and share: float32 scalar, no logits needed.
         """
@@ -155,6 +165,39 @@ class MaskedCrossEntropyLoss(nn.Module):
     @staticmethod
     def _element_weight(label: Tensor, keep: Tensor, weights: Tensor | None) -> Tensor:
         return keep if weights is None else weights[label.masked_fill(~keep, 0)] * keep
+
+
+class _ResizedSum(torch.autograd.Function):
+    """The gradient of each strip is made with its value, and waits for the backward pass at the size of the logits."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, label: Tensor, criterion: MaskedCrossEntropyLoss) -> Tensor:
+        B, C, h, w = logits.shape
+        H, W = label.shape[-2:]
+        down, along = (resize_matrix(length, size, logits.device).to(logits.dtype) for length, size in ((h, H), (w, W)))
+        upper, lower, _ = source_rows(h, H)
+        rows = max(1, STRIP["cpu" if logits.device.type == "cpu" else "gpu"] // (B * C * W))
+        total, grad = logits.new_zeros(()), torch.zeros_like(logits)
+        for begin in range(0, H, rows):
+            end = min(begin + rows, H)
+            read = slice(int(upper[begin]), int(lower[end - 1]) + 1)
+            blend = down[begin:end, read]                                                       # (R, k)
+            with torch.autocast(logits.device.type, enabled=False):
+                strip = blend @ (logits[:, :, read] @ along.T)                                  # (B, C, R, W)
+                with torch.enable_grad():
+                    value, _ = criterion.sum_and_weight(strip.requires_grad_(), label[:, begin:end])
+                total += value.detach()
+                if ctx.needs_input_grad[0]:
+                    of_strip, = torch.autograd.grad(value, strip)
+                    grad[:, :, read] += blend.T @ of_strip @ along
+        ctx.save_for_backward(grad)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_total: Tensor) -> tuple[Tensor, None, None]:
+        grad, = ctx.saved_tensors
+        return grad * grad_total, None, None
 
 
 def soft_dice_loss(logits: Tensor, label: Tensor, mask: Tensor | None = None, class_dim: int = -1,
