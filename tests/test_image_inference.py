@@ -118,7 +118,7 @@ def test_segment_image_is_the_formula(monkeypatch):
     def score(part):                                           # not symmetric: a mirrored view must be mirrored back
         return F.conv2d(part / 255, kernel, padding=1)
 
-    monkeypatch.setattr("utils.image_inference.STRIP_ELEMENTS", 3 * 26 * 4)
+    monkeypatch.setattr("utils.image_inference.elements_at_once", lambda device, gpu: 3 * 26 * 4)
     result = segment_image(score, as_float, image, view, label=label)
     probability = 0
     for size in (32, 40):

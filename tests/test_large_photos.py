@@ -82,7 +82,7 @@ def test_labels_are_those_of_the_unbounded_way_to_the_last_pixel(monkeypatch, vi
     image, score = torch.randint(0, 256, (3, 95, 121), dtype=torch.uint8, generator=torch.Generator().manual_seed(3)), network()
     label, confidence = unbounded(score, image, view, batch_size)
     for elements, memory in ((1 << 25, 1 << 27), (5 * 121 * 3, 100)):       # as it comes; strips of three rows, everything in files
-        monkeypatch.setattr(image_inference, "STRIP_ELEMENTS", elements)
+        monkeypatch.setattr(image_inference, "elements_at_once", lambda device, gpu, elements=elements: elements)
         monkeypatch.setattr(image_inference, "RESIZE_BYTES", 1 << 28 if elements > 1e6 else 1 << 15)
         monkeypatch.setattr(scratch, "IN_MEMORY", memory)
         read: list[int] = []

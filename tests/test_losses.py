@@ -408,7 +408,7 @@ def to_resize(shape, size, dtype=torch.float64):
 @pytest.mark.parametrize("strip", [1, 200, 2**21])
 @pytest.mark.parametrize("shape, size, settings", RESIZED)
 def test_resized_sum(shape, size, settings, strip, monkeypatch):
-    monkeypatch.setitem(losses.STRIP, "cpu", strip)
+    monkeypatch.setattr(losses, "elements_at_once", lambda device, gpu: strip)
     criterion = MaskedCrossEntropyLoss(class_dim=1, **settings)
     logits, label = to_resize(shape, size)
     value = criterion.resized_sum(logits, label)
@@ -441,7 +441,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_resized_sum_is_never_whole(monkeypatch):
-    monkeypatch.setitem(losses.STRIP, "cpu", 4 * 64 * 8)                     # eight rows
+    monkeypatch.setattr(losses, "elements_at_once", lambda device, gpu: 4 * 64 * 8)     # eight rows
     logits, label = to_resize((1, 4, 4, 4), (64, 64), torch.float32)
     with Largest() as largest:
         MaskedCrossEntropyLoss(class_dim=1).resized_sum(logits, label).backward()

@@ -6,8 +6,6 @@ grid_sample(align_corners=False). Its own gradient on CUDA adds up in whatever o
 it under use_deterministic_algorithms.
 """
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -84,13 +82,12 @@ def source_rows(source_height: int, height: int) -> tuple[Tensor, Tensor, Tensor
     return upper, (upper + 1).clamp(max=source_height - 1), rows - upper
 
 
-@functools.lru_cache(64)
-def resize_matrix(length: int, size: int, device: torch.device) -> Tensor:
-    """(size, length) float32: its product with `length` values is F.interpolate(mode="bilinear") along one axis. Kept
-    for the next call: do not write to it."""
-    upper, lower, share = source_rows(length, size)
-    row = torch.arange(size)
-    matrix = torch.zeros(size, length)
-    matrix[row, upper] = 1 - share
-    matrix[row, lower] += share
-    return matrix.to(device)
+def resize_weights(source_height: int, height: int, begin: int = 0, end: int | None = None) -> tuple[int, Tensor]:
+    """Rows begin..end-1 of the matrix by which F.interpolate(mode="bilinear") makes `height` rows: the first source row
+    they read, and their weights of it and the k - 1 after it, (end - begin, k) float32."""
+    upper, lower, share = (values[begin:end] for values in source_rows(source_height, height))
+    first, row = int(upper[0]), torch.arange(len(upper))
+    weights = torch.zeros(len(upper), int(lower[-1]) + 1 - first)
+    weights[row, upper - first] = 1 - share
+    weights[row, lower - first] += share
+    return first, weights

@@ -27,11 +27,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from utils.bilinear import source_rows
+from utils.bilinear import resize_weights, source_rows
 from utils.distributed import all_reduce_sum, own_share
 from utils.log import progress
 from utils.losses import IGNORE_INDEX
 from utils.metrics import ConfusionMatrix, miou_of_each, segmentation_metrics
+from utils.parts import elements_at_once
 from utils.scratch import release, scratch_array
 from utils.seed import seed_worker
 
@@ -39,7 +40,6 @@ TTA_SCALES = (0.9, 0.95, 1.0, 1.05, 1.1)      # each also mirrored: the ten view
 KEPT = 32                                     # best and worst images whose predictions are kept, for a report
 KEPT_PIXELS = 1 << 28                         # of them together
 Refine = Callable[[Tensor, Tensor], Tensor]   # probability (C, H, W), image (3, H, W) uint8 -> label (H, W) int64
-STRIP_ELEMENTS = 1 << 25                      # scores held at once at the photograph's own size: 128 MiB of float32
 RESIZE_BYTES = 1 << 28                        # of float32 pixels that are resized at once
 
 
@@ -100,10 +100,9 @@ def resize_rows(scores: Tensor, shape: tuple[int, int], begin: int, end: int, fi
     source_height = scores.shape[1] if source_height is None else source_height
     if (source_height, scores.shape[2]) == tuple(shape):
         return scores[:, begin - first:end - first]
-    upper, lower, share = (values[begin:end].to(scores.device) for values in source_rows(source_height, shape[0]))
-    top, bottom = int(upper[0]), int(lower[-1]) + 1
-    part = F.interpolate(scores[None, :, top - first:bottom - first], (bottom - top, shape[1]), mode="bilinear")[0]
-    return torch.lerp(part[:, upper - top], part[:, lower - top], share.to(scores.dtype)[:, None])      # (C, R, W)
+    top, blend = resize_weights(source_height, shape[0], begin, end)                        # (R, k)
+    part = scores[:, top - first:top - first + blend.shape[1]]
+    return blend.to(scores) @ F.interpolate(part, shape[1], mode="linear")                  # (C, R, W)
 
 
 class Rows(NamedTuple):
@@ -269,7 +268,8 @@ def probabilities(score: Callable[[Tensor], Tensor], normalize: Callable[[Tensor
             while one.ready() <= begin:
                 one.advance(begin)
         ready = min(one.ready() for one in views)
-        rows = max(1, STRIP_ELEMENTS // (views[0].kept.shape[0] * width))
+        kept = views[0].kept
+        rows = max(1, elements_at_once(kept.device, 2**25) // (len(kept) * width))      # at most 128 MiB
         for start in range(begin, ready, rows):
             end = min(start + rows, ready)
             strips = [one.rows(start, end).softmax(0) for one in views]                         # (C, R, W) each

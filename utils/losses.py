@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.bilinear import resize_matrix, source_rows
+from utils.bilinear import resize_weights
+from utils.parts import elements_at_once
 
 IGNORE_INDEX = -100          # PyTorch's own default; data/ translates every file's convention to it
-STRIP = {"cpu": 2**21, "gpu": 2**26}         # logits made at once by resized_sum: a cache's worth; what fills a GPU
 
 
 def counting(label: Tensor, mask: Tensor | None = None, ignore_index: int = IGNORE_INDEX) -> Tensor:
@@ -174,16 +174,15 @@ class _ResizedSum(torch.autograd.Function):
     def forward(ctx, logits: Tensor, label: Tensor, criterion: MaskedCrossEntropyLoss) -> Tensor:
         B, C, h, w = logits.shape
         H, W = label.shape[-2:]
-        down, along = (resize_matrix(length, size, logits.device).to(logits.dtype) for length, size in ((h, H), (w, W)))
-        upper, lower, _ = source_rows(h, H)
-        rows = max(1, STRIP["cpu" if logits.device.type == "cpu" else "gpu"] // (B * C * W))
+        along = resize_weights(w, W)[1].to(logits)                                                       # (W, w)
+        rows = max(1, elements_at_once(logits.device, 2**26) // (B * C * W))
         total, grad = logits.new_zeros(()), torch.zeros_like(logits)
         for begin in range(0, H, rows):
             end = min(begin + rows, H)
-            read = slice(int(upper[begin]), int(lower[end - 1]) + 1)
-            blend = down[begin:end, read]                                                       # (R, k)
+            first, blend = resize_weights(h, H, begin, end)                                              # (R, k)
+            blend, read = blend.to(logits), slice(first, first + blend.shape[1])
             with torch.autocast(logits.device.type, enabled=False):
-                strip = blend @ (logits[:, :, read] @ along.T)                                  # (B, C, R, W)
+                strip = blend @ (logits[:, :, read] @ along.T)                                           # (B, C, R, W)
                 with torch.enable_grad():
                     value, _ = criterion.sum_and_weight(strip.requires_grad_(), label[:, begin:end])
                 total += value.detach()
