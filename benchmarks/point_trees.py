@@ -4,7 +4,7 @@
     python benchmarks/point_trees.py configs/sonata/tabletop-ft.yaml --split test data.features=[normal,height,shape]
 
 The same clouds, features and metrics as train_sonata.py, one training point a voxel of data.grid_size, every labelled
-raw point scored. Each class weighs the same in training. Of `coord` the trees get all three columns.
+raw point scored. Of `coord` the trees get all three columns.
 """
 
 from __future__ import annotations
