@@ -111,13 +111,22 @@ def find_label_file(mesh_path: str | Path, label_dir: str | Path, kind: str = "a
     """Where the labels of a mesh are: a file in label_dir (LABEL_FILES, of which one may be there), else a PLY itself,
     else another file (MORE_LABEL_FILES).
 
-    With a `field`, and for the kinds material and group, the mesh file itself. Raises FileNotFoundError for none,
-    ValueError for two, and for a mesh file that has no such field.
+    With a `field`, and for the kinds material and group, the mesh file itself. The mesh file is read for labels only
+    where label_dir is its own folder: to name another one is to choose other labels. Raises FileNotFoundError for none,
+    ValueError for two, for a mesh file that has no such field, and for settings that name the mesh file and another
+    label_dir.
     """
     mesh_path, label_dir = Path(mesh_path), Path(label_dir)
     is_ply = mesh_path.suffix.lower() == ".ply"
+    beside = label_dir.resolve() == mesh_path.parent.resolve()
     if kind in NAMED_KINDS or (field is not None and is_ply):
+        if not beside:
+            setting, value, other = ("label_kind", kind, "face") if kind in NAMED_KINDS else ("label_field", field, "null")
+            raise ValueError(f"{mesh_path}: data.{setting}={value} reads the labels in this file, not those in "
+                             f"{label_dir}; leave that folder out, or set data.{setting}={other}")
         return mesh_path
+    properties = ply_properties(mesh_path) if is_ply else {}
+    inside = is_ply and _ply_field(properties, kind, None) is not None
     for patterns in (LABEL_FILES, MORE_LABEL_FILES):
         names = [pattern.format(mesh_path.stem) for pattern in patterns]
         found = [label_dir / name for name in names if (label_dir / name).is_file()]
@@ -125,12 +134,14 @@ def find_label_file(mesh_path: str | Path, label_dir: str | Path, kind: str = "a
             raise ValueError(f"{mesh_path}: {' and '.join(map(str, found))} both look like its labels; keep one")
         if found:
             return found[0]
-        properties = ply_properties(mesh_path) if is_ply else {}
-        if is_ply and _ply_field(properties, kind, None):
+        if inside and beside:
             return mesh_path
     names = [pattern.format(mesh_path.stem) for pattern in (*LABEL_FILES, *MORE_LABEL_FILES)]
-    inside = f" and in the PLY for {_no_field(properties, kind, None)}" if is_ply else ""
-    raise FileNotFoundError(f"{mesh_path}: no labels; looked in {label_dir} for {', '.join(names)}{inside}")
+    where = label_dir if label_dir.is_dir() else f"{label_dir} (no such folder)"
+    hint = f" and in the PLY for {_no_field(properties, kind, None)}" if is_ply else ""
+    if inside:
+        hint = "; those in the PLY are read where no other folder is named"
+    raise FileNotFoundError(f"{mesh_path}: no labels; looked in {where} for {', '.join(names)}{hint}")
 
 
 def _ply_field(properties: Mapping[str, Collection[str]], kind: str, field: str | None) -> tuple[str, str] | None:

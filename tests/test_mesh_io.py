@@ -339,6 +339,26 @@ def test_find_label_file(tmp_path):
         find_label_file(mesh, labels)
 
 
+def test_another_folder_of_labels_is_never_passed_over_for_those_in_the_mesh(tmp_path):
+    """A misspelt folder, one file too few, a setting that names the mesh: no old labels are scored in silence."""
+    labels = tmp_path / "labels"
+    for name, text in (("m.ply", ply("ascii", [[0, 1, 2]], [1])), ("m.obj", SQUARE + "usemtl roof\nf 1 2 3\n")):
+        mesh = write(tmp_path / name, text)
+        with pytest.raises(FileNotFoundError, match=rf"{name}: no labels; looked in .*labels \(no such folder\) for m.txt"):
+            find_label_file(mesh, labels)
+    ply_mesh, obj_mesh = tmp_path / "m.ply", tmp_path / "m.obj"
+    labels.mkdir()
+    with pytest.raises(FileNotFoundError, match="looked in .*labels for m.txt.*; those in the PLY are read where no other folder is named"):
+        find_label_file(ply_mesh, labels)
+    path = write(labels / "m.json", "[0]")
+    assert find_label_file(ply_mesh, labels) == path
+    for mesh, options, name in ((ply_mesh, {"field": "label"}, "label_field=label"), (obj_mesh, {"kind": "material"}, "label_kind=material")):
+        with pytest.raises(ValueError, match=f"data.{name} reads the labels in this file, not those in .*labels; leave that folder out"):
+            find_label_file(mesh, labels, **options)
+        assert find_label_file(mesh, tmp_path / "labels" / "..", **options) == mesh      # the mesh's own folder, named
+    assert find_label_file(obj_mesh, labels, field="label") == path                      # a field is a PLY's
+
+
 def test_labels_inside_a_ply(tmp_path):
     labelled = write(tmp_path / "m.ply", ply("binary_little_endian", [[0, 1, 2], [0, 1, 2, 3]], [4, 255]))
     assert find_label_file(labelled, tmp_path) == labelled
