@@ -2,8 +2,8 @@
 
 Labels belong to faces by position alone, so a loader that reorders faces destroys them silently. trimesh reorders
 faces of an OBJ with several materials (and of anything with quads), splits vertices of a textured PLY and refuses a
-binary PLY that mixes triangles and quads, and gives instances of a .glb in another order; all but .stl are therefore
-read here (data/mesh_formats.py, data/mesh_glb.py).
+binary PLY that mixes triangles and quads, gives instances of a .glb in another order and leaves out solids of an .stl
+that is cut short; all are therefore read here (data/mesh_formats.py, data/mesh_glb.py).
 Degenerate, duplicate and non-manifold faces are kept: every one has a label.
 """
 
@@ -121,9 +121,9 @@ def find_label_file(mesh_path: str | Path, label_dir: str | Path, kind: str = "a
     beside = label_dir.resolve() == mesh_path.parent.resolve()
     if kind in NAMED_KINDS or (field is not None and is_ply):
         if not beside:
-            setting, value, other = ("label_kind", kind, "face") if kind in NAMED_KINDS else ("label_field", field, "null")
-            raise ValueError(f"{mesh_path}: data.{setting}={value} reads the labels in this file, not those in "
-                             f"{label_dir}; leave that folder out, or set data.{setting}={other}")
+            setting, other = (("label_kind", kind), "face") if kind in NAMED_KINDS else (("label_field", field), "null")
+            raise ValueError(f"{mesh_path}: data.{'='.join(setting)} reads the labels in this file, not those in "
+                             f"{label_dir}; leave that folder out, or set data.{setting[0]}={other}")
         return mesh_path
     properties = ply_properties(mesh_path) if is_ply else {}
     inside = is_ply and _ply_field(properties, kind, None) is not None

@@ -164,6 +164,37 @@ def test_ascii_stl_of_two_solids_and_suffix_in_capitals(tmp_path):
     assert len(mesh.vertices) == 4
 
 
+def stl_text(*solids, point="0 1 0"):
+    facet = f"facet normal 0 0 1\nouter loop\nvertex 0 0 0\nvertex 1 0 0\nvertex {point}\nendloop\nendfacet\n"
+    return "".join(f"solid {name}\n{facet}endsolid {name}\n" for name in solids)
+
+
+@pytest.mark.parametrize("text", [stl_text("a", "a"), stl_text("Vertex 1", "outer facet"), stl_text("bendsolid", ""), stl_text("a", "b").upper(),
+                                  stl_text("a", "b").replace("\n", "\r"), "\ufeff" + stl_text("a", "b").replace("\n", "\r\n"),
+                                  stl_text("a").replace("endsolid a\n", stl_text("").split("\n", 1)[1]).replace("normal 0 0 1", "")])
+def test_text_stl_whatever_its_names(tmp_path, text):
+    corners = read_mesh(write(tmp_path / "a.stl", text))
+    assert corners.vertices[corners.faces].tolist() == 2 * [[[0, 0, 0], [1, 0, 0], [0, 1, 0]]]
+
+
+@pytest.mark.parametrize("text", [
+    stl_text("a", "b").removesuffix("endsolid b\n"), stl_text("a", "b")[:-60], stl_text("a") + stl_text("b", point="1.#IND 0 0"), stl_text("a", point="0,5 1 0"),
+    stl_text("a", point="0 1 0\nvertex 1 1 0"), stl_text("a", point="0 1 0 0"), stl_text("a", "b").replace("vertex 1 0 0\n", "", 1)])
+def test_text_stl_of_which_a_facet_would_be_lost_is_refused(tmp_path, text):
+    with pytest.raises(ValueError, match="a.stl: cannot be read as STL .*cut short or damaged"):
+        read_mesh(write(tmp_path / "a.stl", text))
+
+
+def test_binary_stl_whose_header_begins_with_solid(tmp_path):
+    rows = np.zeros(2, mesh_formats.STL_FACET)
+    rows["corner"], rows["attribute"] = [[[0, 0, 0], [1, 0, 0], [0, 1, 0]], [[1, 0, 0], [1, 1, 0], [0, 1, 0]]], 0x801F
+    data = b"solid of a CAD program, facet vertex".ljust(80) + struct.pack("<I", 2) + rows.tobytes()
+    mesh = read_mesh(write(tmp_path / "a.stl", data))
+    assert mesh.vertices[mesh.faces].tolist() == rows["corner"].tolist() and len(mesh.vertices) == 4
+    with pytest.raises(ValueError, match="cannot be read as STL"):
+        read_mesh(write(tmp_path / "a.stl", data[:-1]))
+
+
 def test_glb_scene_in_file_order_with_node_transforms(tmp_path):
     vertices, faces = sphere(1)
     scene = trimesh.Scene()
@@ -263,7 +294,8 @@ MIXED = ply("binary_little_endian", [[0, 1, 2], [0, 1, 2, 3]], [0, 1])
     ("a.ply", ply("ascii", [[0, 1, 2]]).replace("element face 1", "element face -1"), "a negative number of elements"),
     ("a.ply", ply("ascii", [[0, 1, 2]]).replace("element face 1", f"element face {10**30}"), "cannot be read as PLY"),
     ("a.ply", ply("ascii", [[0, 1, 2]]).replace("\n3 ", "\n1e400 "), "cannot be read as PLY"),
-    ("a.stl", b"\0" * 20, "no faces"),
+    ("a.stl", b"\0" * 20, "cannot be read as STL"),
+    ("a.stl", b"\0" * 84, "no faces"),
     ("a.glb", b"glTF\2\0\0\0\x20\0\0\0\xf0\xff\xff\xffJSON{}", "a chunk of 4294967280 bytes, 2 are left"),
     ("a.glb", b'glTF\2\0\0\0\x38\0\0\0\x24\0\0\0JSON{"accessors": [{"count": 10000000}]}', "an accessor counts more elements"),
     ("a.glb", b"glTF not at all", "cannot be read as GLB"),
@@ -451,7 +483,7 @@ def test_materials_and_groups_are_labels(tmp_path):
     assert mesh_io.label_names([path], "material") == ["out side", "roof"] and mesh_io.label_names([path], "group", ["loose"]) == ["upper"]
     read = dict(kind="material", names=["roof", "out side"])
     assert read_labels(path, mesh, 2, **read).tolist() == [IGNORE_INDEX, 0, 1, 1, 0]
-    assert read_labels(path, mesh, 2, kind="group", names=["upper", "loose"]).tolist() == [1, 0, 0, 0, 0]
+    assert read_labels(path, mesh, 2, kind="group", names=["upper", "loose"]).tolist() == [1, 0, 0, 0, IGNORE_INDEX]       # `g` alone ends it
     assert read_labels(path, mesh, 1, ignore_labels=["out side"], kind="material", names=["roof"]).tolist() == [-100, 0, -100, -100, 0]
     with pytest.raises(ValueError, match=r"material 'out side' \(1 faces\) is none of data.class_names: roof; add it there"):
         read_labels(path, mesh, 1, kind="material", names=["roof"])
@@ -460,6 +492,13 @@ def test_materials_and_groups_are_labels(tmp_path):
     off = write(tmp_path / "b.off", "OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n")
     with pytest.raises(ValueError, match="b.off: data.label_kind: material reads the names in OBJ files"):
         read_labels(off, read_mesh(off), 2, **read)
+
+
+@pytest.mark.parametrize(("keyword", "kind"), [("g", "group"), ("o", "group"), ("usemtl", "material")])
+def test_names_that_differ_behind_a_number_sign_are_not_one(tmp_path, keyword, kind):
+    rows = [f"{keyword} {name}\nf 1 2 3\n" for name in ("wall#1", "wall #2", "wall", "wall  # the last", "")]
+    names, number = mesh_formats.obj_names(write(tmp_path / "a.obj", SQUARE + "".join(rows)), kind)
+    assert names == ["wall#1", "wall #2", "wall"] and number.tolist() == [0, 1, 2, 2, -1]
 
 
 def test_a_label_map_in_place_of_an_offset(tmp_path, square):
