@@ -35,7 +35,7 @@ from utils.log import progress
 from utils.losses import IGNORE_INDEX
 from utils.seed import derived_seed
 
-LABEL_VERSION = 2                   # raise it when read_labels gives something else
+LABEL_VERSION = 3                   # raise it when read_labels gives something else
 STATISTICS_ITEMS = 200              # items that feature_statistics looks at
 MOST_CLUSTERS = 1 << 14             # in one attention, whose time grows with their square
 FACES_IN_MEMORY = 20_000_000        # prepared meshes beyond this are read again from the cache

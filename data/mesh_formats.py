@@ -32,8 +32,8 @@ def obj_text(path: Path) -> bytes:
 
 
 def plain_lines(text: bytes) -> bytes:
-    """An OBJ's text without comments and indents, continued lines joined. Lines of names (NAMING) keep what follows a #:
-    it may belong to the name, as in "Material #25"."""
+    """An OBJ's text without comments and indents, continued lines joined. Lines of names (NAMING) keep what follows a
+    #: it may belong to the name, as in "Material #25"."""
     def comment(found):
         line = text[text.rfind(b"\n", 0, found.start()) + 1:found.start()].split(None, 1)
         return found[0] if line[:1] and line[0] in NAMING else b""

@@ -272,9 +272,9 @@ def _read_label_file(path: Path, counts: Collection[int]) -> np.ndarray:
 
 def _without_face_numbers(value: np.ndarray, count: np.ndarray, counts: Collection[int]) -> np.ndarray:
     """The labels of `face label` lines, in the order of the faces: where every line has two numbers and the first ones
-    are 0 to n-1, or 1 to n. All numbers else, and where so many labels would fit the mesh."""
+    are 0 to n-1, or 1 to n, and n labels fit the mesh or all the numbers would not. All numbers else."""
     n = len(value) // 2
-    if n == 0 or len(value) in counts or not np.isin(count, (0, 2)).all():
+    if n == 0 or (len(value) in counts and n not in counts) or not np.isin(count, (0, 2)).all():
         return value
     face, label = value.reshape(-1, 2).T
     order = np.argsort(face, kind="stable")
@@ -298,6 +298,7 @@ def _as_integers(label: np.ndarray, path: Path) -> np.ndarray:
     if len(label) == 0:
         raise ValueError(f"{path}: no labels in it; one label per face is expected")
     if label.dtype.kind == "f":
+        label = label.astype(np.float64)                                   # 16 bits do not hold 2 ** 53
         wrong = ~(np.abs(label) < 2 ** 53) | (label != np.round(label))    # NaN too
         if wrong.any():
             raise ValueError(f"{path}: {wrong.sum()} of {len(label)} labels are no integers, the first is number "

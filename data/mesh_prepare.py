@@ -23,6 +23,7 @@ from data.mesh_features import (
     surface_descriptors,
     weld,
 )
+from data.mesh_glb import outside_buffers
 from data.mesh_io import Mesh, read_mesh
 from data.mesh_planes import plane_units
 from utils.checks import check_choice
@@ -131,11 +132,13 @@ def _prepare(mesh, spec, path, descriptors):
 
 def cached_arrays(path: str | Path, settings: list, names: Collection[str], cache_dir: str | Path | None,
                   compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """compute() -> {name: array}, from the cache where the content of the file at path and the settings are the
-    same."""
+    """compute() -> {name: array}, from the cache where the settings and the content of the file at path, with the
+    buffers that a .glb has outside, are the same."""
     if cache_dir is None:
         return compute()
     key = hashlib.sha256(Path(path).read_bytes())
+    for buffer in outside_buffers(Path(path)):
+        key.update(buffer.read_bytes())
     key.update(json.dumps([Path(path).suffix.lower(), *settings]).encode())
     entry = Path(cache_dir) / f"{key.hexdigest()[:32]}.npz"
     remove_leftovers_once(cache_dir)

@@ -435,6 +435,16 @@ def test_two_labels_a_line_are_no_pairs_where_so_many_fit(tmp_path):
     assert read_labels(write(tmp_path / "a.txt", "0 1\n1 0\n"), mesh).tolist() == [0, 1, 1, 0]
 
 
+def test_pairs_of_a_mesh_of_quads_which_has_twice_as_many_triangles(tmp_path):
+    rows = [(0, 0), (1, 0), (1, 1), (0, 1), (2, 0), (2, 1), (3, 0), (3, 1)]
+    text = "".join(f"v {x} {y} 0\n" for x, y in rows) + "f 1 2 3 4\nf 2 5 6 3\nf 5 7 8 6\n"
+    mesh = read_mesh(write(tmp_path / "a.obj", text))
+    assert len(mesh.faces) == 6
+    for pairs in ("face,label\n0,1\n1,0\n2,2\n", "3 2\n1 1\n2 0\n"):
+        assert read_labels(write(tmp_path / "a.csv", pairs), mesh, 3).tolist() == [1, 1, 0, 0, 2, 2]
+    assert read_labels(write(tmp_path / "a.csv", "1 1\n0 0\n1 2\n"), mesh, 3).tolist() == [1, 1, 0, 0, 1, 1]     # one a triangle
+
+
 @pytest.mark.parametrize("text", ["[0, 1, 2]", '{"id": "p", "labels": [0, 1, 2.0], "instances": [7, 7, 7]}'])
 def test_json_labels(tmp_path, square, text):
     assert read_labels(write(tmp_path / "l.json", text), square, 3).tolist() == [0, 1, 2]
@@ -509,7 +519,8 @@ def test_a_label_map_in_place_of_an_offset(tmp_path, square):
         read_labels(path, square, 2, label_map=read_label_map("31:0,0:1"))
 
 
-@pytest.mark.parametrize("array", [np.array([0, 1, 2], np.uint8), np.array([[0], [1], [2]]), np.array([0.0, 1, 2])])
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("array", [np.array([0, 1, 2], np.uint8), np.array([[0], [1], [2]]), np.array([0.0, 1, 2]), np.array([0.0, 1, 2], np.float16)])
 def test_npy_labels(tmp_path, square, array):
     np.save(tmp_path / "l.npy", array)
     assert read_labels(tmp_path / "l.npy", square, 3).tolist() == [0, 1, 2]
