@@ -386,12 +386,12 @@ def load_pretrained(model: DownstreamClassifier, path: str, config: Config) -> t
     entry = {"name": type(model.encoder).__name__, "file": str(path), "sha256": sha256_file(path)}
     if isinstance(model, SurfaceClassifier):
         state, layout, feature_spec = read_diffusion_net(path)
-        check_features(feature_spec, spec.features, path)
+        check_features(feature_spec, spec.features, path, hks_scale=spec.hks_scale)
         head = model.head if config.training.pretrained_head else None
         return entry, load_diffusion_net(model.encoder, state, path, layout, head)
     state, layout, feature_spec = read_encoder(path)
     heads = model.encoder.blocks[0].local_layer.attn.num_heads
-    check_features(feature_spec, spec.features, path, heads)
+    check_features(feature_spec, spec.features, path, heads, unit=spec.unit)
     fresh = {}
     if not any(name.startswith("texture_") for name in state):
         fresh = {name: tensor for name, tensor in model.encoder.state_dict().items()
