@@ -443,15 +443,13 @@ def describe_start(run: Run, config: Config, model: Jepa, train_set: MaskedMeshe
                    val_files: list[Path]) -> list[str]:
     """Lines for the log."""
     meshes = train_set.dataset
-    sizes = [sum(parameter.numel() for parameter in part.parameters())
-             for part in (model.encoder, model.predictor)]
-    momentum = start_momentum(config.ema.momentum, run.total_steps)
+    sizes = [sum(p.numel() for p in part.parameters()) for part in (model.encoder, model.predictor)]
     return [*shortened(meshes.notes),
             f"{len(meshes.files)} training and {len(val_files)} validation meshes, "
             f"{sum(meshes.num_faces):,} faces to train on",
             f"{sizes[0]:,} parameters in the encoder, {sizes[1]:,} in the predictor; "
             f"{run.description}",
-            momentum_advice(momentum, run.total_steps)]
+            momentum_advice(start_momentum(config.ema.momentum, run.total_steps), run.total_steps)]
 
 
 def main(argv=None) -> dict:
