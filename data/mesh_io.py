@@ -351,12 +351,17 @@ def _to_faces(label: np.ndarray, mesh: Mesh, kind: str, path: Path) -> np.ndarra
     if kind == "auto":
         kind = "edge" if path.suffix.lower() == ".eseg" else "face"
     expected = {"face": polygons, "polygon": polygons, "vertex": V}
+    if Path(mesh.path).suffix.lower() == ".stl":                            # every reader numbers its vertices anew
+        if kind == "vertex":
+            raise ValueError(f"{path}: labels per vertex, but the vertices of {mesh.path} have no order; label its "
+                             f"faces, or save the mesh that was labelled as .ply")
+        del expected["vertex"]
     if kind == "face" and n == F:
         expected["face"] = F                                                # one a triangle
     if kind == "edge" or n != expected[kind]:
         edge, expected["edge"] = _edges(mesh.faces)
     if n != expected[kind]:
-        same = [k for k in ("face", "vertex", "edge") if expected[k] == n]
+        same = [k for k in ("face", "vertex", "edge") if expected.get(k) == n]
         if same:
             cause = f"one per {same[0]}? Then label_kind: {same[0]}"
         elif abs(n - expected[kind]) <= max(10, expected[kind] // 100):

@@ -34,6 +34,7 @@ from utils.seed import derived_seed
 CACHE_VERSION = 4                   # raise it when read_texture or read_pyramid gives something else
 CHUNK = 1 << 19                     # samples at a time
 LARGEST_UV = 1e6                    # beyond it float32 no longer tells texels apart
+LARGEST_KD = 2.0                    # a little light above 1 is cut off; more is a colour of 0..255
 PLY_UV = ("texture_u", "texture_v"), ("s", "t"), ("u", "v")           # of vertices
 NO_TEXTURE = ".off", ".stl", ".glb"
 texture_custom_collate_fn = custom_collate_fn               # pads the texture entries like all others
@@ -192,14 +193,14 @@ def read_mtl(path: str | Path) -> dict[str, Material]:
                 materials[name] = Material()
             elif keyword == b"Kd":
                 color = tuple(map(float, rest[0].split(b"#")[0].split()))
-                if len(color) != 3 or not np.isfinite(color).all():
+                if len(color) != 3 or not np.isfinite(color).all() or max(color) > LARGEST_KD:
                     raise ValueError
                 materials[name] = materials[name]._replace(color=color)
             elif keyword.lower() == b"map_kd":
                 materials[name] = materials[name]._replace(**_picture(text_name(rest[0]), path.parent))
         except (ValueError, IndexError, KeyError):
             raise ValueError(f"{path}: line {number} cannot be read: {line[:60].decode(errors='replace')!r}; "
-                             f"'newmtl NAME', 'Kd r g b' or 'map_Kd FILE' is expected") from None
+                             f"'newmtl NAME', 'Kd r g b' of 0..1 or 'map_Kd FILE' is expected") from None
     return materials
 
 

@@ -625,6 +625,21 @@ def test_vertex_labels_by_majority(tmp_path, square):
     assert read_labels(path, square, kind="vertex", ignore_labels=[0, 9]).tolist() == [1, 1, IGNORE_INDEX]
 
 
+def test_vertices_of_an_stl_have_no_order_that_labels_could_follow(tmp_path):
+    """As many labels as merged vertices, in the order in which another program merged them."""
+    vertices, faces = sphere(1)
+    path = tmp_path / "a.stl"
+    trimesh.Trimesh(vertices, faces, process=False).export(path)
+    mesh = read_mesh(path)
+    label = write(tmp_path / "a.txt", "0\n" * len(mesh.vertices))
+    with pytest.raises(ValueError, match="a.txt: labels per vertex, but the vertices of .*a.stl have no order; label its faces"):
+        read_labels(label, mesh, kind="vertex")
+    with pytest.raises(ValueError, match="42 labels, but .* has 80 faces .*was the mesh simplified"):         # nothing proposes them
+        read_labels(label, mesh)
+    edges = write(tmp_path / "a.eseg", "1\n" * 120)
+    assert read_labels(edges, mesh).tolist() == 80 * [1]
+
+
 def test_edge_labels_by_hand_and_against_a_loop(tmp_path, square):
     # edges 0-1 1-2 2-0 | 2-3 3-0 | 4-5 5-6 6-4; the second face has 2-0 first
     path = write(tmp_path / "l.eseg", "3.0 3 1 2 1 5 4 6")

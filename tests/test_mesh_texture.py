@@ -257,7 +257,7 @@ def test_wrong_obj_files_are_named(obj, before, after, error, message):
 
 
 def test_wrong_material_lines_are_named(obj):
-    for line in ("Kd 1 0", "Kd red", "Kd nan 0 0", "newmtl", "map_Kd -s 1e400 1 1 a.png"):
+    for line in ("Kd 1 0", "Kd red", "Kd nan 0 0", "Kd 204 51 51", "Kd 0 0 -inf", "newmtl", "map_Kd -s 1e400 1 1 a.png"):
         obj.with_suffix(".mtl").write_text(f"newmtl a\n{line}\n")
         with pytest.raises(ValueError, match=f"a.mtl: line 2 cannot be read: '{line}'"):
             read_mtl(obj.with_suffix(".mtl"))
