@@ -259,7 +259,7 @@ def _read_label_file(path: Path, counts: Collection[int]) -> np.ndarray:
     header = re.fullmatch(rb"[A-Za-z_][A-Za-z_ \t\"]*", first.strip())      # such as `face label`
     parsed = None if b"/" in text else parse_numbers(text, np.float64) or (header and parse_numbers(rest, np.float64))
     if parsed is not None:
-        return _without_face_numbers(*parsed, counts)
+        return _without_face_numbers(*parsed, counts, path)
     for number, line in enumerate(text.decode(errors="replace").split("\n"), 1):
         for word in line.split():
             try:
@@ -270,16 +270,22 @@ def _read_label_file(path: Path, counts: Collection[int]) -> np.ndarray:
     raise ValueError(f"{path}: cannot be read as numbers")
 
 
-def _without_face_numbers(value: np.ndarray, count: np.ndarray, counts: Collection[int]) -> np.ndarray:
+def _without_face_numbers(value: np.ndarray, count: np.ndarray, counts: Collection[int], path: Path) -> np.ndarray:
     """The labels of `face label` lines, in the order of the faces: where every line has two numbers and the first ones
-    are 0 to n-1, or 1 to n, and n labels fit the mesh or all the numbers would not. All numbers else."""
+    are 0 to n-1, or 1 to n, and n labels fit the mesh or all the numbers would not. All numbers else; ValueError for n
+    other lines where n labels fit and 2 n too, as of a mesh of quads with `label instance` lines."""
     n = len(value) // 2
-    if n == 0 or (len(value) in counts and n not in counts) or not np.isin(count, (0, 2)).all():
+    lines, numbers = n in counts, len(value) in counts
+    if n == 0 or (numbers and not lines) or not np.isin(count, (0, 2)).all():
         return value
     face, label = value.reshape(-1, 2).T
     order = np.argsort(face, kind="stable")
-    counted = np.array_equal(face[order] - face.min(), np.arange(n)) and face.min() in (0, 1)
-    return label[order] if counted else value
+    if np.array_equal(face[order] - face.min(), np.arange(n)) and face.min() in (0, 1):
+        return label[order]
+    if lines and numbers:
+        raise ValueError(f"{path}: {n} lines of two numbers, and both {n} and {2 * n} labels would fit the mesh; write one "
+                         f"label a line, or `face label` lines that name every face once")
+    return value
 
 
 def _json_labels(path: Path) -> np.ndarray:

@@ -442,7 +442,9 @@ def test_pairs_of_a_mesh_of_quads_which_has_twice_as_many_triangles(tmp_path):
     assert len(mesh.faces) == 6
     for pairs in ("face,label\n0,1\n1,0\n2,2\n", "3 2\n1 1\n2 0\n"):
         assert read_labels(write(tmp_path / "a.csv", pairs), mesh, 3).tolist() == [1, 1, 0, 0, 2, 2]
-    assert read_labels(write(tmp_path / "a.csv", "1 1\n0 0\n1 2\n"), mesh, 3).tolist() == [1, 1, 0, 0, 1, 1]     # one a triangle
+    with pytest.raises(ValueError, match="a.csv: 3 lines of two numbers, and both 3 and 6 labels would fit the mesh; write one label a line"):
+        read_labels(write(tmp_path / "a.csv", "1 7\n0 7\n1 8\n"), mesh, 9)       # label and instance, or one a triangle
+    assert read_labels(write(tmp_path / "a.csv", "1\n1\n0\n0\n1\n2\n"), mesh, 3).tolist() == [1, 1, 0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("text", ["[0, 1, 2]", '{"id": "p", "labels": [0, 1, 2.0], "instances": [7, 7, 7]}'])
