@@ -283,8 +283,8 @@ def _without_face_numbers(value: np.ndarray, count: np.ndarray, counts: Collecti
     if np.array_equal(face[order] - face.min(), np.arange(n)) and face.min() in (0, 1):
         return label[order]
     if lines and numbers:
-        raise ValueError(f"{path}: {n} lines of two numbers, and both {n} and {2 * n} labels would fit the mesh; write one "
-                         f"label a line, or `face label` lines that name every face once")
+        raise ValueError(f"{path}: {n} lines of two numbers, and both {n} and {2 * n} labels would fit the mesh; write "
+                         f"one label a line, or `face label` lines that name every face once")
     return value
 
 
