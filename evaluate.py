@@ -30,7 +30,7 @@ from utils.cli import ArgumentParser, AtLeast, run_main
 from utils.config import override_config
 from utils.device import AMP_DTYPES, amp_settings, describe, environment, slow_dtype
 from utils.distributed import cleanup, is_main, join
-from utils.log import read_log
+from utils.log import read_log, shortened
 from utils.metrics import metrics_table, single_numbers
 from utils.report import write_report
 from utils.weights import sha256_file
@@ -176,6 +176,8 @@ def main(argv=None) -> dict:
                              args.limit_batches)
     if is_main():
         what = args.data_dir or f"{split} split"
+        for note in shortened(getattr(dataset, "notes", ())):
+            print(note)
         print(f"{args.checkpoint} on {what}: {len(dataset.files)} files; means over the classes "
               f"that occur\n")
         print_scores(result, model.class_names)

@@ -60,6 +60,7 @@ from utils.cli import ArgumentParser, run_main
 from utils.config import Config, Required, Setting, command_line_wins, load_config, not_needed_lines
 from utils.distributed import all_reduce_sum, main_first, unwrap
 from utils.ema import EMA, averaged, load_averaged
+from utils.log import shortened
 from utils.losses import MaskedCrossEntropyLoss
 from utils.mesh_scripts import (
     LABEL_SETTINGS,
@@ -385,12 +386,12 @@ def load_pretrained(model: DownstreamClassifier, path: str, config: Config) -> t
     entry = {"name": type(model.encoder).__name__, "file": str(path), "sha256": sha256_file(path)}
     if isinstance(model, SurfaceClassifier):
         state, layout, feature_spec = read_diffusion_net(path)
-        check_features(feature_spec, spec.features, path)
+        check_features(feature_spec, spec.features, path, hks_scale=spec.hks_scale)
         head = model.head if config.training.pretrained_head else None
         return entry, load_diffusion_net(model.encoder, state, path, layout, head)
     state, layout, feature_spec = read_encoder(path)
     heads = model.encoder.blocks[0].local_layer.attn.num_heads
-    check_features(feature_spec, spec.features, path, heads)
+    check_features(feature_spec, spec.features, path, heads, unit=spec.unit)
     fresh = {}
     if not any(name.startswith("texture_") for name in state):
         fresh = {name: tensor for name, tensor in model.encoder.state_dict().items()
@@ -568,10 +569,12 @@ def test_only(run: Run, config: Config) -> dict:
     check_same_run(run.checkpoint, config, run.checkpoint["total_steps"], ("model",))
     model = load_model(run.checkpoint, run.device)
     split = "test" if has_test_split(config) else "val"
-    result = evaluate(model, build_dataset(config, split), run.device, run.amp_dtype,
-                      config.evaluation.batch_size, run.args.num_workers, run.args.limit_batches)
+    dataset = build_dataset(config, split)
+    result = evaluate(model, dataset, run.device, run.amp_dtype, config.evaluation.batch_size,
+                      run.args.num_workers, run.args.limit_batches)
     area = result["tables"]["by area"]
-    run.report(f"{run.resume_path} on the {split} split, by number of faces:",
+    run.report(*shortened(dataset.notes),
+               f"{run.resume_path} on the {split} split, by number of faces:",
                metrics_table(result["metrics"], model.class_names),
                f"by area: accuracy {100 * area['overall_accuracy']:.2f}, mIoU "
                f"{100 * area['miou']:.2f}")
@@ -591,10 +594,7 @@ def describe_data(train_set: MeshDataset, val_set: MeshDataset, names: list[str]
             share = dataset.num_colored / sum(dataset.num_faces)
             line += (f", {share:.1%} of the {name} faces have a texture or a "
                      f"colour")
-    notes = [note for dataset in (train_set, val_set) for note in dataset.notes]
-    if len(notes) > 10:
-        notes[10:] = [f"... and {len(notes) - 10} more such lines"]
-    return [*notes, *unread, line]
+    return [*shortened([*train_set.notes, *val_set.notes]), *unread, line]
 
 
 def main(argv=None) -> dict:

@@ -44,6 +44,7 @@ from utils.cli import ArgumentParser, run_main
 from utils.config import Config, Required, Setting, command_line_wins, load_config
 from utils.distributed import all_reduce_sum, is_main, main_first, world_size
 from utils.jepa_scripts import Monitors, Probe, monitor_line
+from utils.log import shortened
 from utils.mesh_scripts import LABEL_SETTINGS, check_labels, label_options, name_classes
 from utils.params import split_decay
 from utils.probe import METHODS
@@ -442,14 +443,13 @@ def describe_start(run: Run, config: Config, model: Jepa, train_set: MaskedMeshe
                    val_files: list[Path]) -> list[str]:
     """Lines for the log."""
     meshes = train_set.dataset
-    sizes = [sum(parameter.numel() for parameter in part.parameters())
-             for part in (model.encoder, model.predictor)]
-    momentum = start_momentum(config.ema.momentum, run.total_steps)
-    return [f"{len(meshes.files)} training and {len(val_files)} validation meshes, "
+    sizes = [sum(p.numel() for p in part.parameters()) for part in (model.encoder, model.predictor)]
+    return [*shortened(meshes.notes),
+            f"{len(meshes.files)} training and {len(val_files)} validation meshes, "
             f"{sum(meshes.num_faces):,} faces to train on",
             f"{sizes[0]:,} parameters in the encoder, {sizes[1]:,} in the predictor; "
             f"{run.description}",
-            momentum_advice(momentum, run.total_steps)]
+            momentum_advice(start_momentum(config.ema.momentum, run.total_steps), run.total_steps)]
 
 
 def main(argv=None) -> dict:

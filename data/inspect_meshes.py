@@ -26,6 +26,7 @@ from data.inspect_shapes import (
 from data.mesh_features import face_geometry, face_neighbors, weld
 from data.mesh_io import MESH_SUFFIXES, find_label_file, list_meshes, read_labels, read_mesh
 from data.mesh_operators import center_and_radius
+from data.mesh_prepare import coarse_coordinates
 from utils.fingerprint import digest
 from utils.inspection import Inspection, check_names, sampled
 from utils.losses import IGNORE_INDEX
@@ -111,6 +112,7 @@ def examine_mesh(path: Path, label_dir: Path, kind: str = "auto") -> dict:
     middle, radius, note = center_and_radius(vertices, faces)
     record |= {
         **shape_of(used, middle), "elements": len(faces), "stray": note, "area": float(area.sum()),
+        "coarse": coarse_coordinates(mesh.vertices, mesh.faces),
         "zero": int((area <= SMALL_AREA * np.ptp(used, axis=0).max() ** 2).sum()), "open": float((neighbor < 0).mean()),
         "turned": _wrong_winding(faces, neighbor), "digest": digest(used, faces),
         "volume": float(np.einsum("fi,fi->", centroid - middle, normal * area[:, None]) / 3),
@@ -155,6 +157,8 @@ def _check_surfaces(found, files, records):
             level = "doubt" if record["zero"] > MANY_ZERO * record["elements"] else "note"
             found.add(level, "zero-area faces", f"{path}: {record['zero']} of {record['elements']} zero-area faces; "
                       f"they are kept and labelled, and teach nothing", path)
+        if record["coarse"]:
+            found.add("doubt", "rounded coordinates", f"{path}: {record['coarse']}", path)
         if record["stray"]:
             found.add("doubt", "stray parts", f"{path}: stray specks: {record['stray']}", path)
         if turned > 0.02 and np.median(wrong) < 0.005:

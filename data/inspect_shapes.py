@@ -29,6 +29,7 @@ from utils.render import palette
 
 ERRORS = (ValueError, OSError, MemoryError)
 ROUGH = 0.15                                # so much less agreement of neighbours than usual, see _order, is odd
+MOST_COARSE = 2                             # times as rough as usual, of meshes of a quarter of the faces and fewer
 UNIT_RATIO, FEW_SHARE = 30, 0.06            # sizes that differ by more are other units; of fewer files a mistake
 FEW_ELEMENTS = 0.01                         # of the usual number of faces or points: cut short?
 TURN_RATIO = 0.4                            # distance to the others after a turn, over that before
@@ -271,7 +272,11 @@ def _check_label_places(found, files, records, good, by_file, meaning):
         return
     order = np.array([order_of(records[i], records[i]["smooth"]) for i in good])
     usual, low = np.median(order), np.quantile(order, 0.1 if len(good) >= 20 else 0.25)
-    rough = [i for i, value in zip(good, order, strict=True) if value < usual - max(ROUGH, 6 * (usual - low))]
+    count = np.array([records[i]["elements"] for i in good])
+    # The share of elements at a border falls with the root of their number: a coarse mesh is no fault.
+    coarse = np.sqrt(np.median(count) / count).clip(1, MOST_COARSE) if found.unit == "faces" else np.ones(len(good))
+    least = 1 - coarse * (1 - usual + max(ROUGH, 6 * (usual - low)))
+    rough = [i for i, value, limit in zip(good, order, least, strict=True) if value < limit]
     for i in rough:
         why = "are they of another file, or in another order?"
         if order_of(records[i], records[i]["rolled"]) > order_of(records[i], records[i]["smooth"]) + ROUGH:

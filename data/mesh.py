@@ -35,8 +35,9 @@ from utils.log import progress
 from utils.losses import IGNORE_INDEX
 from utils.seed import derived_seed
 
-LABEL_VERSION = 2                   # raise it when read_labels gives something else
+LABEL_VERSION = 3                   # raise it when read_labels gives something else
 STATISTICS_ITEMS = 200              # items that feature_statistics looks at
+UNITS_A_MESH = 100                  # square root of the area in model.unit; more, or less than 1 / 100, is a doubt
 MOST_CLUSTERS = 1 << 14             # in one attention, whose time grows with their square
 FACES_IN_MEMORY = 20_000_000        # prepared meshes beyond this are read again from the cache
 PADDING = {"features": 0.0, "embedding": 0.0, "centroid": 0.0, "area": 0.0, "label": IGNORE_INDEX, "mask": False,
@@ -186,7 +187,7 @@ class MeshDataset(Dataset):
     Randomness depends on (seed, epoch, item) alone: not on workers, batch size or what ran before.
     All files are read, checked and cached at construction, so that wrong data is found before training. A file is
     parsed once, or not at all where the cache has its geometry and its labels. Raises what prepare_mesh and read_labels
-    raise, and ValueError where label_dir has no label but IGNORE_INDEX.
+    raise, and ValueError where label_dir has no label but IGNORE_INDEX. `notes` has a line for every mesh that is odd.
     """
 
     files: Sequence[Path]
@@ -227,6 +228,7 @@ class MeshDataset(Dataset):
             self.num_faces.append(len(mesh.faces))
             self.num_polygons.append(len(mesh.faces) if mesh.polygon is None else int(mesh.polygon[-1]) + 1)
             self._check_clusters(path, self._num_clusters(len(mesh.faces)))
+            self._note_sizes(path, mesh)
             kept += len(mesh.faces)
             if kept <= FACES_IN_MEMORY or self.cache_dir is None:
                 self._prepared[index] = mesh
@@ -260,6 +262,13 @@ class MeshDataset(Dataset):
             raise ValueError(f"{what}; set training.clusters_per_batch, to 4096 for example, or raise "
                              f"model.faces_per_cluster")
         self.notes.append(f"{what}: taken in parts of {MOST_CLUSTERS:,} (training.clusters_per_batch)")
+
+    def _note_sizes(self, path, mesh):
+        if mesh.note:
+            self.notes.append(f"{path}: {mesh.note}")
+        if self.spec.unit and not 1 / UNITS_A_MESH <= (width := float(np.sqrt(mesh.area.sum()))) <= UNITS_A_MESH:
+            self.notes.append(f"{path}: as large as a square of side {width:.2g} model.unit; is it in another unit "
+                              f"than the training meshes (millimetres, metres)? Scale it")
 
     def _read_labels(self, path, num_faces, read):
         if self.label_dir is None:

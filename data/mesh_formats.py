@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import trimesh
 
 from data.columns import BOM, blocks, parse_numbers, ply_columns
 from data.mesh_glb import glb_triangles
 
 PLY_CORNERS = ("vertex_indices", "vertex_index")
-logging.getLogger("trimesh").setLevel(logging.CRITICAL)      # it warns with tracebacks
+STL_FACET = np.dtype([("normal", "<f4", 3), ("corner", "<f4", (3, 3)), ("attribute", "<u2")])
+STL_TEXT = re.compile(rb"(?i)\bfacet(?:\s+normal(?:\s+\S+){3})?\s+outer\s+loop"
+                      + 3 * rb"\s+vertex[ \t]+(\S+[ \t]+\S+[ \t]+\S+)" + rb"\s+endloop\s+endfacet\b")
+NAMING = (b"usemtl", b"mtllib", b"g", b"o")                   # keywords of an OBJ with a name behind them
 
 Parsed = tuple[np.ndarray, np.ndarray, np.ndarray, dict | None]
 # vertices (V, 3); the corners of all faces in a row; how many each face has; the columns of a PLY, see Mesh.properties
@@ -33,11 +32,11 @@ def obj_text(path: Path) -> bytes:
 
 
 def plain_lines(text: bytes) -> bytes:
-    """An OBJ's text without comments and indents, continued lines joined. Lines of names (usemtl, mtllib) keep what
-    follows a #: it may belong to the name, as in "Material #25"."""
+    """An OBJ's text without comments and indents, continued lines joined. Lines of names (NAMING) keep what follows a
+    #: it may belong to the name, as in "Material #25"."""
     def comment(found):
-        line = text[text.rfind(b"\n", 0, found.start()) + 1:found.start()].lstrip()
-        return found[0] if line.startswith((b"usemtl", b"mtllib")) else b""
+        line = text[text.rfind(b"\n", 0, found.start()) + 1:found.start()].split(None, 1)
+        return found[0] if line[:1] and line[0] in NAMING else b""
 
     if b"#" in text:
         text = re.sub(rb"#[^\n]*", comment, text)
@@ -49,16 +48,17 @@ def plain_lines(text: bytes) -> bytes:
 
 
 def obj_names(path: Path, kind: str) -> tuple[list[str], np.ndarray]:
-    """The names in an OBJ, and the number of each face's name, (P,) int64, -1 for none. kind material (usemtl) or group
-    (g, or o where there is no g)."""
+    """The names in an OBJ, and the number of each face's name, (P,) int64, -1 for none, as after a keyword without a
+    name. kind material (usemtl) or group (g, or o where there is no g)."""
     text = plain_lines(obj_text(path))
     keyword = b"usemtl" if kind == "material" else b"g" if re.search(rb"(?m)^g(?!\S)", text) else b"o"
     names, number, current = {}, [], -1
     for match in re.finditer(rb"(?m)^(f|" + keyword + rb")(?!\S)([^\n]*)", text):
         if match[1] == b"f":
             number.append(current)
-        elif name := text_name(match[2]):
-            current = names.setdefault(name, len(names))
+        else:
+            name = text_name(match[2])
+            current = names.setdefault(name, len(names)) if name else -1
     return list(names), np.array(number, np.int64)
 
 
@@ -180,10 +180,12 @@ def _indices(value: np.ndarray, path: Path) -> np.ndarray:
 
 
 def read_stl(path: Path) -> Parsed:
-    with _named(path):
-        scene = trimesh.load_scene(str(path), process=False)
-        parts = [mesh.triangles for mesh in scene.geometry.values() if isinstance(mesh, trimesh.Trimesh)]
-    vertices = np.concatenate([np.empty((0, 3)), *(part.reshape(-1, 3) for part in parts)])
+    data = path.read_bytes()
+    count = int.from_bytes(data[80:84], "little")
+    if len(data) == 84 + count * STL_FACET.itemsize:                       # binary, even where it begins with "solid"
+        vertices = np.frombuffer(data, STL_FACET, count, 84)["corner"].reshape(-1, 3).astype(np.float64)
+    else:
+        vertices = _stl_text(data, path)
     faces = np.arange(len(vertices))
     if len(vertices):                               # three a face in the file: merged where exactly equal
         order = np.lexsort(vertices.T)
@@ -193,21 +195,25 @@ def read_stl(path: Path) -> Parsed:
     return vertices, faces, np.full(len(faces) // 3, 3), None
 
 
+def _stl_text(data: bytes, path: Path) -> np.ndarray:
+    """The corners (3 F, 3) of all facets of all solids of a text file. Lines of names may hold any words."""
+    corners = []
+    body, named = re.subn(rb"(?im)^[ \t]*(end)?solid(?!\S)[^\n]*", b"", data.removeprefix(BOM).replace(b"\r", b"\n"))
+    rest = STL_TEXT.sub(lambda facet: corners.extend(facet.groups()) or b"", body)
+    odd = re.search(rb"(?i)\b(facet|vertex|outer|loop|endloop|endfacet)\b", rest)
+    parsed = parse_numbers(b"\n".join(corners), np.float64)
+    if not named or named % 2 or odd or parsed is None or (parsed[1] != 3).any():
+        raise ValueError(f"{path}: cannot be read as STL (neither binary of the size in its header, nor text in which "
+                         f"each facet has three vertices and each solid its endsolid); is it cut short or damaged?")
+    return parsed[0].reshape(-1, 3)
+
+
 def read_glb(path: Path) -> Parsed:
-    with _named(path):
-        vertices, faces = glb_triangles(path)
-    return vertices, faces.reshape(-1), np.full(len(faces), 3), None
-
-
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """ValueError that names the file for whatever a parser raises on a damaged one."""
     try:
-        yield
+        vertices, faces = glb_triangles(path)
     except NotImplementedError as error:
         raise ValueError(f"{path}: {error}, which cannot be read here; export it again, uncompressed") from error
-    except Exception as error:
-        # an ImportError is of what trimesh tries next where a file is not what it seems: no word about that
-        why = "" if isinstance(error, ImportError) else f" ({type(error).__name__}: {error})"
-        raise ValueError(f"{path}: cannot be read as {path.suffix[1:].upper()}{why}; is it cut short or damaged?"
+    except Exception as error:                      # whatever a damaged file leads to
+        raise ValueError(f"{path}: cannot be read as GLB ({type(error).__name__}: {error}); is it cut short or damaged?"
                          ) from error
+    return vertices, faces.reshape(-1), np.full(len(faces), 3), None

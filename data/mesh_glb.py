@@ -15,6 +15,7 @@ from urllib.parse import unquote
 import numpy as np
 from trimesh.transformations import quaternion_matrix
 
+INSTANCING = "EXT_mesh_gpu_instancing"             # without it, one of many copies would be there
 UNDERSTOOD = ("KHR_mesh_quantization",)
 NO_GEOMETRY = ("KHR_materials_", "KHR_texture_", "EXT_texture_", "MSFT_texture_", "KHR_lights_", "EXT_lights_",
                "KHR_xmp", "KHR_animation_")
@@ -27,7 +28,7 @@ LINES = (0, 1, 2, 3)                               # modes of a primitive that h
 def glb_triangles(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Vertices (V, 3) float64, faces (F, 3) int64. Raises whatever a damaged file leads to, and NotImplementedError,
     naming them, for extensions without which the file cannot be understood."""
-    tree, buffers = _chunks(path)
+    tree, buffers = _contents(path)
     unknown = [name for name in tree.get("extensionsRequired", [])
                if name not in UNDERSTOOD and not str(name).startswith(NO_GEOMETRY)]
     if unknown:
@@ -47,9 +48,23 @@ def glb_triangles(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(vertices), np.concatenate(faces)
 
 
-def _chunks(path):
-    """The JSON tree and the buffers, None for one without data."""
-    data = path.read_bytes()
+def outside_buffers(path: Path) -> list[Path]:
+    """The files in which a .glb keeps buffers; [] for other files, and for a damaged one."""
+    if path.suffix.lower() != ".glb" or b'"uri"' not in (data := path.read_bytes()):
+        return []
+    try:
+        found = [_outside(path, buffer.get("uri")) for buffer in _chunks(data)[0]["buffers"]]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return []                                          # the reader says what is wrong
+    return [file for file in found if file is not None and file.is_file()]
+
+
+def _outside(path, uri):
+    return None if uri is None or uri.startswith("data:") else path.parent / unquote(uri)
+
+
+def _chunks(data):
+    """The JSON tree, and the binary part or None."""
     if data[:4] != b"glTF":
         raise ValueError("no glTF header")
     tree, binary, at = None, None, 12
@@ -63,6 +78,13 @@ def _chunks(path):
         elif kind == b"BIN\0" and binary is None:
             binary = chunk
         at += 8 + length
+    return tree, binary
+
+
+def _contents(path):
+    """The JSON tree and the buffers, None for one without data."""
+    data = path.read_bytes()
+    tree, binary = _chunks(data)
     buffers = []
     for number, buffer in enumerate(tree.get("buffers", [])):
         uri = buffer.get("uri")
@@ -71,7 +93,7 @@ def _chunks(path):
         elif uri.startswith("data:"):
             buffers.append(base64.b64decode(uri.partition(",")[2]))
         else:
-            buffers.append((path.parent / unquote(uri)).read_bytes())
+            buffers.append(_outside(path, uri).read_bytes())
     zeros = [accessor["count"] for accessor in tree.get("accessors", []) if "bufferView" not in accessor]
     if max(zeros, default=0) > ELEMENTS_A_BYTE * len(data):
         raise ValueError(f"an accessor counts more elements than the file can hold in its {len(data)} bytes")
@@ -96,6 +118,8 @@ def _places(tree):
     found = {}
     for number in sorted(placed):
         if "mesh" in nodes[number]:
+            if INSTANCING in nodes[number].get("extensions", {}):          # the file need not require it
+                raise NotImplementedError(f"needs the extension {INSTANCING}")
             found.setdefault(nodes[number]["mesh"], []).append(placed[number])
     return found
 

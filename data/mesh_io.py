@@ -2,8 +2,8 @@
 
 Labels belong to faces by position alone, so a loader that reorders faces destroys them silently. trimesh reorders
 faces of an OBJ with several materials (and of anything with quads), splits vertices of a textured PLY and refuses a
-binary PLY that mixes triangles and quads, and gives instances of a .glb in another order; all but .stl are therefore
-read here (data/mesh_formats.py, data/mesh_glb.py).
+binary PLY that mixes triangles and quads, gives instances of a .glb in another order and leaves out solids of an .stl
+that is cut short; all are therefore read here (data/mesh_formats.py, data/mesh_glb.py).
 Degenerate, duplicate and non-manifold faces are kept: every one has a label.
 """
 
@@ -111,13 +111,22 @@ def find_label_file(mesh_path: str | Path, label_dir: str | Path, kind: str = "a
     """Where the labels of a mesh are: a file in label_dir (LABEL_FILES, of which one may be there), else a PLY itself,
     else another file (MORE_LABEL_FILES).
 
-    With a `field`, and for the kinds material and group, the mesh file itself. Raises FileNotFoundError for none,
-    ValueError for two, and for a mesh file that has no such field.
+    With a `field`, and for the kinds material and group, the mesh file itself. The mesh file is read for labels only
+    where label_dir is its own folder: to name another one is to choose other labels. Raises FileNotFoundError for none,
+    ValueError for two, for a mesh file that has no such field, and for settings that name the mesh file and another
+    label_dir.
     """
     mesh_path, label_dir = Path(mesh_path), Path(label_dir)
     is_ply = mesh_path.suffix.lower() == ".ply"
+    beside = label_dir.resolve() == mesh_path.parent.resolve()
     if kind in NAMED_KINDS or (field is not None and is_ply):
+        if not beside:
+            setting, other = (("label_kind", kind), "face") if kind in NAMED_KINDS else (("label_field", field), "null")
+            raise ValueError(f"{mesh_path}: data.{'='.join(setting)} reads the labels in this file, not those in "
+                             f"{label_dir}; leave that folder out, or set data.{setting[0]}={other}")
         return mesh_path
+    properties = ply_properties(mesh_path) if is_ply else {}
+    inside = is_ply and _ply_field(properties, kind, None) is not None
     for patterns in (LABEL_FILES, MORE_LABEL_FILES):
         names = [pattern.format(mesh_path.stem) for pattern in patterns]
         found = [label_dir / name for name in names if (label_dir / name).is_file()]
@@ -125,12 +134,14 @@ def find_label_file(mesh_path: str | Path, label_dir: str | Path, kind: str = "a
             raise ValueError(f"{mesh_path}: {' and '.join(map(str, found))} both look like its labels; keep one")
         if found:
             return found[0]
-        properties = ply_properties(mesh_path) if is_ply else {}
-        if is_ply and _ply_field(properties, kind, None):
+        if inside and beside:
             return mesh_path
     names = [pattern.format(mesh_path.stem) for pattern in (*LABEL_FILES, *MORE_LABEL_FILES)]
-    inside = f" and in the PLY for {_no_field(properties, kind, None)}" if is_ply else ""
-    raise FileNotFoundError(f"{mesh_path}: no labels; looked in {label_dir} for {', '.join(names)}{inside}")
+    where = label_dir if label_dir.is_dir() else f"{label_dir} (no such folder)"
+    hint = f" and in the PLY for {_no_field(properties, kind, None)}" if is_ply else ""
+    if inside:
+        hint = "; those in the PLY are read where no other folder is named"
+    raise FileNotFoundError(f"{mesh_path}: no labels; looked in {where} for {', '.join(names)}{hint}")
 
 
 def _ply_field(properties: Mapping[str, Collection[str]], kind: str, field: str | None) -> tuple[str, str] | None:
@@ -248,7 +259,7 @@ def _read_label_file(path: Path, counts: Collection[int]) -> np.ndarray:
     header = re.fullmatch(rb"[A-Za-z_][A-Za-z_ \t\"]*", first.strip())      # such as `face label`
     parsed = None if b"/" in text else parse_numbers(text, np.float64) or (header and parse_numbers(rest, np.float64))
     if parsed is not None:
-        return _without_face_numbers(*parsed, counts)
+        return _without_face_numbers(*parsed, counts, path)
     for number, line in enumerate(text.decode(errors="replace").split("\n"), 1):
         for word in line.split():
             try:
@@ -259,16 +270,22 @@ def _read_label_file(path: Path, counts: Collection[int]) -> np.ndarray:
     raise ValueError(f"{path}: cannot be read as numbers")
 
 
-def _without_face_numbers(value: np.ndarray, count: np.ndarray, counts: Collection[int]) -> np.ndarray:
+def _without_face_numbers(value: np.ndarray, count: np.ndarray, counts: Collection[int], path: Path) -> np.ndarray:
     """The labels of `face label` lines, in the order of the faces: where every line has two numbers and the first ones
-    are 0 to n-1, or 1 to n. All numbers else, and where so many labels would fit the mesh."""
+    are 0 to n-1, or 1 to n, and n labels fit the mesh or all the numbers would not. All numbers else; ValueError for n
+    other lines where n labels fit and 2 n too, as of a mesh of quads with `label instance` lines."""
     n = len(value) // 2
-    if n == 0 or len(value) in counts or not np.isin(count, (0, 2)).all():
+    lines, numbers = n in counts, len(value) in counts
+    if n == 0 or (numbers and not lines) or not np.isin(count, (0, 2)).all():
         return value
     face, label = value.reshape(-1, 2).T
     order = np.argsort(face, kind="stable")
-    counted = np.array_equal(face[order] - face.min(), np.arange(n)) and face.min() in (0, 1)
-    return label[order] if counted else value
+    if np.array_equal(face[order] - face.min(), np.arange(n)) and face.min() in (0, 1):
+        return label[order]
+    if lines and numbers:
+        raise ValueError(f"{path}: {n} lines of two numbers, and both {n} and {2 * n} labels would fit the mesh; write "
+                         f"one label a line, or `face label` lines that name every face once")
+    return value
 
 
 def _json_labels(path: Path) -> np.ndarray:
@@ -287,6 +304,7 @@ def _as_integers(label: np.ndarray, path: Path) -> np.ndarray:
     if len(label) == 0:
         raise ValueError(f"{path}: no labels in it; one label per face is expected")
     if label.dtype.kind == "f":
+        label = label.astype(np.float64)                                   # 16 bits do not hold 2 ** 53
         wrong = ~(np.abs(label) < 2 ** 53) | (label != np.round(label))    # NaN too
         if wrong.any():
             raise ValueError(f"{path}: {wrong.sum()} of {len(label)} labels are no integers, the first is number "
@@ -339,12 +357,17 @@ def _to_faces(label: np.ndarray, mesh: Mesh, kind: str, path: Path) -> np.ndarra
     if kind == "auto":
         kind = "edge" if path.suffix.lower() == ".eseg" else "face"
     expected = {"face": polygons, "polygon": polygons, "vertex": V}
+    if Path(mesh.path).suffix.lower() == ".stl":                            # every reader numbers its vertices anew
+        if kind == "vertex":
+            raise ValueError(f"{path}: labels per vertex, but the vertices of {mesh.path} have no order; label its "
+                             f"faces, or save the mesh that was labelled as .ply")
+        del expected["vertex"]
     if kind == "face" and n == F:
         expected["face"] = F                                                # one a triangle
     if kind == "edge" or n != expected[kind]:
         edge, expected["edge"] = _edges(mesh.faces)
     if n != expected[kind]:
-        same = [k for k in ("face", "vertex", "edge") if expected[k] == n]
+        same = [k for k in ("face", "vertex", "edge") if expected.get(k) == n]
         if same:
             cause = f"one per {same[0]}? Then label_kind: {same[0]}"
         elif abs(n - expected[kind]) <= max(10, expected[kind] // 100):

@@ -23,12 +23,14 @@ from data.mesh_features import (
     surface_descriptors,
     weld,
 )
+from data.mesh_glb import outside_buffers
 from data.mesh_io import Mesh, read_mesh
 from data.mesh_planes import plane_units
 from utils.checks import check_choice
 from utils.files import remove_leftovers_once, replacing
 
-CACHE_VERSION = 3                   # raise it when prepare_mesh computes something else
+CACHE_VERSION = 4                   # raise it when prepare_mesh computes something else
+STEPS_AN_EDGE = 50                  # of coordinates in 32 bits: with fewer, angles are wrong by half a degree and more
 PLANE_DEGREES = 0.5                 # of the features plane and height: by so much normals in a flat piece differ
 
 
@@ -58,7 +60,7 @@ class PreparedMesh(NamedTuple):
     """vertices (V, 3) float32 normalised, faces (F, 3) int64 in file order, neighbors (F, 3) or None, area (F,) of the
     faces in squared length units, hks (F, 16) or None, descriptors (F, 64) of `surface_descriptors` or None, polygon
     (F,) int64, the file's face each triangle came from, or None where all are triangles, plane (F,) of `plane_units` or
-    None."""
+    None; note: `coarse_coordinates` of the file."""
 
     vertices: np.ndarray
     faces: np.ndarray
@@ -68,6 +70,7 @@ class PreparedMesh(NamedTuple):
     descriptors: np.ndarray | None
     polygon: np.ndarray | None
     plane: np.ndarray | None = None
+    note: str = ""
 
 
 def prepare_mesh(path: str | Path, spec: MeshSpec, cache_dir: str | Path | None = None,
@@ -78,7 +81,7 @@ def prepare_mesh(path: str | Path, spec: MeshSpec, cache_dir: str | Path | None 
     read_mesh raises, and ValueError where "hks" or descriptors are asked of a mesh too large for it, and for
     coordinates that 32 bits cannot hold.
     """
-    names = {"vertices", "faces", "area", "polygon"}
+    names = {"vertices", "faces", "area", "polygon", "note"}
     if _wants_neighbors(spec):
         names.add("neighbors")
     if "hks" in spec.features:
@@ -91,8 +94,8 @@ def prepare_mesh(path: str | Path, spec: MeshSpec, cache_dir: str | Path | None 
         names.add("descriptors")
         settings.append((HKS_EIGENPAIRS, HEAT_RADII))
     arrays = cached_arrays(path, settings, names, cache_dir, lambda: _prepare(read(path), spec, path, descriptors))
-    if not len(arrays["polygon"]):
-        arrays = {**arrays, "polygon": None}
+    polygon = arrays["polygon"] if len(arrays["polygon"]) else None
+    arrays = {**arrays, "polygon": polygon, "note": str(arrays["note"])}
     return PreparedMesh(**{name: arrays.get(name) for name in PreparedMesh._fields})
 
 
@@ -102,6 +105,22 @@ def _wants_neighbors(spec):
 
 def _wants_planes(spec):
     return bool({"plane", "height"} & set(spec.features))
+
+
+def coarse_coordinates(vertices: np.ndarray, faces: np.ndarray) -> str:
+    """A line for the user, or "": vertices (V, 3) that 32 bits hold exactly, in steps that show in the surface of faces
+    (F, 3), as where UTM metres were stored as float. Nobody can tell them from a surface that is rough by itself."""
+    with np.errstate(over="ignore"):
+        stored = vertices.astype(np.float32)
+    if not (stored == vertices).all():
+        return ""
+    largest = np.abs(vertices).max()
+    step = np.spacing(np.float32(largest))
+    edge = float(np.median(np.linalg.norm(vertices[faces[:, 0]] - vertices[faces[:, 1]], axis=1)))
+    if STEPS_AN_EDGE * step <= edge or not np.ptp(vertices, axis=0).any():
+        return ""
+    return (f"coordinates up to {largest:,.0f} in 32 bits go in steps of {step:.2g}, and edges are {edge:.2g} long, "
+            f"which changes the surface; export it with an offset taken off, or in 64 bits")
 
 
 def _prepare(mesh, spec, path, descriptors):
@@ -119,7 +138,7 @@ def _prepare(mesh, spec, path, descriptors):
         if descriptors:
             hint = "; the targets of pre-training need them too: set loss.delta=0 and masking.whole_share=0"
         raise ValueError(f"{path}: {error}{hint}") from None
-    arrays = {"vertices": stored, "faces": faces,
+    arrays = {"vertices": stored, "faces": faces, "note": np.array(coarse_coordinates(mesh.vertices, mesh.faces)),
               "polygon": np.empty(0, np.int64) if mesh.polygon is None else mesh.polygon,
               "neighbors": face_neighbors(faces) if _wants_neighbors(spec) else None,
               "area": face_geometry(vertices, faces)[2].astype(np.float32),
@@ -131,11 +150,13 @@ def _prepare(mesh, spec, path, descriptors):
 
 def cached_arrays(path: str | Path, settings: list, names: Collection[str], cache_dir: str | Path | None,
                   compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """compute() -> {name: array}, from the cache where the content of the file at path and the settings are the
-    same."""
+    """compute() -> {name: array}, from the cache where the settings and the content of the file at path, with the
+    buffers that a .glb has outside, are the same."""
     if cache_dir is None:
         return compute()
     key = hashlib.sha256(Path(path).read_bytes())
+    for buffer in outside_buffers(Path(path)):
+        key.update(buffer.read_bytes())
     key.update(json.dumps([Path(path).suffix.lower(), *settings]).encode())
     entry = Path(cache_dir) / f"{key.hexdigest()[:32]}.npz"
     remove_leftovers_once(cache_dir)

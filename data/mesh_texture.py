@@ -1,7 +1,8 @@
 """Textures of meshes: reading them with their faces in file order, and colours sampled all over each face.
 
     OBJ: v, vt, f, usemtl, mtllib; of an MTL: Kd (a plain colour), map_Kd with -clamp, -o and -s. A picture replaces Kd.
-    PLY as the SUM cities have it: per face a list texcoord of 6 numbers and texnumber, `comment TextureFile NAME`.
+    PLY as the SUM cities have it: per face a list texcoord of 6 numbers and texnumber, `comment TextureFile NAME`; or
+        with s and t (or texture_u, texture_v, or u, v) of the vertices and one TextureFile, as MeshLab writes it.
 Every face has one picture, one plain colour (a picture of one pixel), or nothing: then its samples are masked. A
 picture is kept as a pyramid of halved copies, and a face is read from the copy in which one pixel is about as large
 as the piece of the face that one sample stands for, so that samples of fine textures are means, not noise.
@@ -30,9 +31,11 @@ from utils.files import replacing
 from utils.log import progress
 from utils.seed import derived_seed
 
-CACHE_VERSION = 3                   # raise it when read_texture or read_pyramid gives something else
+CACHE_VERSION = 4                   # raise it when read_texture or read_pyramid gives something else
 CHUNK = 1 << 19                     # samples at a time
 LARGEST_UV = 1e6                    # beyond it float32 no longer tells texels apart
+LARGEST_KD = 2.0                    # a little light above 1 is cut off; more is a colour of 0..255
+PLY_UV = ("texture_u", "texture_v"), ("s", "t"), ("u", "v")           # of vertices
 NO_TEXTURE = ".off", ".stl", ".glb"
 texture_custom_collate_fn = custom_collate_fn               # pads the texture entries like all others
 
@@ -129,16 +132,25 @@ def _read_ply(path: Path) -> dict[str, np.ndarray]:
     columns, comments = ply_columns(path)
     face = columns["face"]
     names = [text_name(c[12:].encode("latin-1")) for c in comments if c.startswith("TextureFile ")]
-    count = next(face[name] for name in PLY_CORNERS if name in face)[1].astype(np.int64)
-    if "texcoord" not in face or not names:
+    index, count = next(face[name] for name in PLY_CORNERS if name in face)
+    count = count.astype(np.int64)
+    vertex = columns["vertex"]
+    pair = next(([vertex[axis][0] for axis in axes] for axes in PLY_UV if set(axes) <= set(vertex)), None)
+    if not names or ("texcoord" not in face and pair is None):
         return _by_face(path, np.full((count.sum(), 2), np.nan), count, np.full(len(count), -1, np.int32), [], [])
-    uv, length = face["texcoord"]
-    has = length == 2 * count
-    if not (has | (length == 0)).all():
-        raise ValueError(f"{path}: face {np.argmin(has | (length == 0))} has a texcoord list that is not two numbers a "
-                         f"corner; write it anew")
-    corners = np.full((count.sum(), 2), np.nan)
-    corners[np.repeat(has, count)] = uv.reshape(-1, 2)
+    if len(names) > 1 and "texnumber" not in face:
+        raise ValueError(f"{path}: {len(names)} TextureFile in the header, and no texnumber says which one a face has; "
+                         f"write it anew, with one picture for example")
+    if "texcoord" in face:
+        uv, length = face["texcoord"]
+        has = length == 2 * count
+        if not (has | (length == 0)).all():
+            raise ValueError(f"{path}: face {np.argmin(has | (length == 0))} has a texcoord list that is not two "
+                             f"numbers a corner; write it anew")
+        corners = np.full((count.sum(), 2), np.nan)
+        corners[np.repeat(has, count)] = uv.reshape(-1, 2)
+    else:
+        corners, has = np.stack(pair, axis=1)[index.astype(np.int64)], np.ones(len(count), bool)
     number = face["texnumber"][0].astype(np.int32) if "texnumber" in face else np.zeros(len(count), np.int32)
     if number.max(initial=-1) >= len(names):
         raise ValueError(f"{path}: texnumber {number.max()}, but the header names {len(names)} TextureFile")
@@ -181,14 +193,14 @@ def read_mtl(path: str | Path) -> dict[str, Material]:
                 materials[name] = Material()
             elif keyword == b"Kd":
                 color = tuple(map(float, rest[0].split(b"#")[0].split()))
-                if len(color) != 3 or not np.isfinite(color).all():
+                if len(color) != 3 or not np.isfinite(color).all() or max(color) > LARGEST_KD:
                     raise ValueError
                 materials[name] = materials[name]._replace(color=color)
             elif keyword.lower() == b"map_kd":
                 materials[name] = materials[name]._replace(**_picture(text_name(rest[0]), path.parent))
         except (ValueError, IndexError, KeyError):
             raise ValueError(f"{path}: line {number} cannot be read: {line[:60].decode(errors='replace')!r}; "
-                             f"'newmtl NAME', 'Kd r g b' or 'map_Kd FILE' is expected") from None
+                             f"'newmtl NAME', 'Kd r g b' of 0..1 or 'map_Kd FILE' is expected") from None
     return materials
 
 

@@ -121,9 +121,9 @@ def describe_diffusion_net(state: Mapping[str, Tensor]) -> str:
 
 
 def check_features(feature_spec: Mapping[str, Any] | None, features: Sequence[str], source: str | Path,
-                   num_heads: int | None = None) -> None:
+                   num_heads: int | None = None, **sizes: float | None) -> None:
     """ValueError, with both lists, unless the encoder was trained on exactly these features, and with num_heads heads
-    (which the shape of no tensor tells).
+    and the `sizes` unit or hks_scale of the features (which the shape of no tensor tells).
 
     Their order does not matter, because the columns are always in that of data/mesh_features.FEATURES. A file that does
     not say (None) passes.
@@ -135,15 +135,24 @@ def check_features(feature_spec: Mapping[str, Any] | None, features: Sequence[st
     if None not in (heads, num_heads) and heads != num_heads:
         raise ValueError(f"{source}: trained with {heads} attention heads; set model.num_heads={heads} instead of "
                          f"{num_heads}")
+    known = {} if feature_spec is None else feature_spec.get("sizes", {})
+    for name, value in sizes.items():
+        if known.get(name, value) != value:
+            theirs, ours = ("null" if size is None else size for size in (known[name], value))
+            raise ValueError(f"{source}: trained with model.{name}={theirs}, so its features have other sizes; set "
+                             f"model.{name}={theirs} instead of {ours}")
 
 
 def _feature_spec(content: Mapping[str, Any]) -> dict[str, Any] | None:
     """feature_spec of a train_jepa.py file, or the same out of what train_downstream.py saves."""
     spec, own = content.get("feature_spec"), content.get("spec")
     if isinstance(spec, Mapping) and "names" in spec:
-        return dict(spec)
+        clusters = content.get("cluster_spec")
+        known = isinstance(clusters, Mapping) and "unit" in clusters
+        return {**spec, "sizes": {"unit": clusters["unit"]}} if known else dict(spec)
     if isinstance(own, Mapping) and "features" in own:
-        return {"names": list(own["features"]), "num_heads": content["config"]["model"]["num_heads"]}
+        return {"names": list(own["features"]), "num_heads": content["config"]["model"]["num_heads"],
+                "sizes": {name: own[name] for name in ("unit", "hks_scale") if name in own}}
     return None
 
 

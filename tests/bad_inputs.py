@@ -642,6 +642,9 @@ FLAGS = group(
 QUAD = "v 0 0 0\nv 1 0 0\nv 1 1 0\nv 0 1 0.5\n"
 PLY = "ply\nformat ascii 1.0\nelement vertex 3\nproperty float x\nproperty float y\nproperty float z\nelement face 1\nproperty list uchar int vertex_indices\nend_header\n"
 
+LABELLED_PLY = PLY.replace("end_header", "property int label\nend_header") + "0 0 0\n1 0 0\n0 1 0\n3 0 1 2 0\n"
+STL = "".join(f"solid {name}\nfacet normal 0 0 1\nouter loop\nvertex 0 0 0\nvertex 1 0 0\nvertex 0 1 0\nendloop\nendfacet\nendsolid {name}\n" for name in "ab")
+
 
 def mesh_file(content: str | bytes, suffix: str = ".obj"):
     """make() of a case: predict.py on one file `odd`."""
@@ -701,6 +704,7 @@ MESHES = group(
     ("no texture coordinates", DOWN, start(DOWN, put(MESH, "v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 9\n"), data=textured_base), f"{MESH}: line 4", "is the file cut short?"),
     ("a texture that is not a picture", DOWN, start(DOWN, put("train/red_00.png", "not a picture"), data=textured_base), "train/red_00.png", "cannot be read"),
     ("a texture of 10^10 pixels", DOWN, start(DOWN, put("train/red_00.png", png_header(100_000, 100_000)), data=textured_base), "train/red_00.png", "cannot be read"),
+    ("a text STL without the end of its last solid", PREDICT, mesh_file(STL.replace("endsolid b\n", ""), ".stl"), "odd.stl: cannot be read as STL", "cut short or damaged"),
     ("a mesh without its library of materials", DOWN, start(DOWN, gone("train/mesh_00.mtl"), data=textured_base), "train/mesh_00", "mesh_00.mtl"),
     ("a mesh without its pictures", DOWN, start(DOWN, both(gone("train/red_00.png"), gone("train/blue_00.png")), data=textured_base), "train/blue_00.png: no such picture", "put it there"),
     ("a mesh with another number of features", PREDICT, predict(DOWN, None, "test", "model.features=[normal]"), "the checkpoint: matched 30/33", "Is the file of this model"),
@@ -742,6 +746,8 @@ LABEL_CASES = group(
     ("a header of an array of 10^15 numbers", DOWN, start(DOWN, both(gone(LABELS), put("train/mesh_00.npy", NPY_BOMB))), "train/mesh_00.npy", "save it with numpy.save"),
     ("a folder in its place", DOWN, start(DOWN, folder_at(LABELS)), f"{MESH}: no labels", "looked in train"),
     ("labels in a folder that is not there", EVAL, evaluate(DOWN, None, "--data-dir", "test", "--label-dir", "labels"), "test/mesh_00.obj: no labels", "looked in labels"),
+    ("labels in the PLY, and a folder of labels that is not there", EVAL, evaluate(DOWN, put("plys/a.ply", LABELLED_PLY), "--data-dir", "plys", "--label-dir", "labels"), "plys/a.ply: no labels; looked in labels (no such folder)", "those in the PLY are read where no other folder is named"),
+    ("names in the OBJ, and a folder of labels", EVAL, evaluate(DOWN, None, "data.label_kind=material", "--data-dir", "test", "--label-dir", "train"), "test/mesh_00.obj: data.label_kind=material reads the labels in this file, not those in train", "leave that folder out"),
     ("not one face labelled", DOWN, start(DOWN, lambda f: [lines(str(p.relative_to(f)), lambda rows: ["-100" for _ in rows])(f) for p in f.glob("*/*.txt")]), ": not one face of 1 meshes is labelled", "ignore_labels"),
     ("a property that the PLY has not", DOWN, start(DOWN, both(gone(MESH), put("train/mesh_00.ply", PLY + "0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n")), "data.label_field=quality"), "train/mesh_00.ply: no labels in it", "a face property quality"),
     ("materials that nobody named", DOWN, start(DOWN, put("val/mesh_00.obj", QUAD + "usemtl roof\nf 1 2 3\n"), "data.label_kind=material"), "val/mesh_00.obj: material 'roof' (1 faces) is none of data.class_names: low, high, cap", "add it there"),

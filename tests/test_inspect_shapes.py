@@ -13,7 +13,7 @@ from data.inspect_shapes import _one_off
 from data.mesh_io import read_mesh
 from data.synthetic import make_mesh_set
 from data.synthetic_points import make_point_set
-from tests.tiny_meshes import write_obj
+from tests.tiny_meshes import write_obj, write_set
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 MESHES, CLOUDS = SHARED / "mesh", SHARED / "points" / "tabletop_mosd"
@@ -261,6 +261,20 @@ def test_a_fault_planted_in_a_cloud_is_named(name, rooms, tmp_path):
     root = Path(shutil.copytree(rooms, tmp_path / "rooms"))
     plant(root)
     check_named(inspected_clouds(root), *expected)
+
+
+def test_a_coarse_mesh_is_no_fault_and_its_labels_in_disorder_are(tmp_path):
+    """80 faces among 320: twice the share of neighbours lies across a border."""
+    train = write_set(tmp_path / "train", 6)
+    assert len(label_of(train / "mesh_01.obj")) == 80 and len(label_of(train / "mesh_02.obj")) == 320
+
+    def faults():
+        found = inspect_meshes({"train": (str(train), None)}, dict(FLAGS), 1000, 1, 0)
+        return [Path(finding.file).name for finding in found.findings if finding.kind == "labels in disorder"]
+    assert faults() == []
+    np.random.default_rng(0).shuffle(label := label_of(train / "mesh_01.obj"))
+    (train / "mesh_01.txt").write_text("\n".join(map(str, label)))
+    assert faults() == ["mesh_01.obj"]
 
 
 def test_nothing_is_named_on_good_sets(figures, rooms):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from data.mesh_io import read_mesh
+from data.mesh_prepare import MeshSpec, prepare_mesh
 
 TRIANGLE = [[0, 0, 0], [1, 0, 0], [0, 1, 0]]
 
@@ -55,6 +56,26 @@ def refused(path, *words):
 @pytest.mark.parametrize("name", ["KHR_draco_mesh_compression", "EXT_meshopt_compression", "EXT_mesh_gpu_instancing", "ACME_own"])
 def test_required_extensions_that_change_the_geometry_are_refused_by_name(tmp_path, name):
     refused(glb(tmp_path / "a.glb", [(TRIANGLE, {})], extensionsRequired=["KHR_materials_unlit", name]), f"needs the extension {name}, ")
+
+
+def test_instances_that_an_extension_draws_are_refused_although_not_required(tmp_path):
+    node = {"mesh": 0, "extensions": {"EXT_mesh_gpu_instancing": {"attributes": {"TRANSLATION": 0}}}}
+    refused(glb(tmp_path / "a.glb", [(TRIANGLE, {})], [node], extensionsUsed=["EXT_mesh_gpu_instancing"]), "needs the extension EXT_mesh_gpu_instancing")
+
+
+@pytest.mark.parametrize("uri", ["a.bin", "my%20buffer.bin"])
+def test_a_buffer_that_changes_outside_the_file_is_noticed_by_the_cache(tmp_path, uri):
+    path = glb(tmp_path / "a.glb", [(TRIANGLE, {})], change=lambda tree: tree["buffers"][0].update(uri=uri))
+    body = path.read_bytes()[-44:]                                  # 3 positions, 3 indices
+    found = []
+    for width in (1, 5):
+        (tmp_path / uri.replace("%20", " ")).write_bytes(np.array([[0, 0, 0], [width, 0, 0], [0, 1, 0]], "<f4").tobytes() + body[36:])
+        found.append(prepare_mesh(path, MeshSpec(), tmp_path / "cache").vertices)
+    assert np.ptp(found[1][:, 0]) > 2 * np.ptp(found[0][:, 0])
+    assert (prepare_mesh(path, MeshSpec(), tmp_path / "cache").vertices == found[1]).all()
+    (tmp_path / uri.replace("%20", " ")).unlink()
+    with pytest.raises(ValueError, match="a.glb: cannot be read as GLB .FileNotFoundError"):
+        prepare_mesh(path, MeshSpec(), tmp_path / "cache")
 
 
 def test_extensions_of_materials_and_those_not_required_are_passed_over(tmp_path):

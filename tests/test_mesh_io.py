@@ -164,6 +164,37 @@ def test_ascii_stl_of_two_solids_and_suffix_in_capitals(tmp_path):
     assert len(mesh.vertices) == 4
 
 
+def stl_text(*solids, point="0 1 0"):
+    facet = f"facet normal 0 0 1\nouter loop\nvertex 0 0 0\nvertex 1 0 0\nvertex {point}\nendloop\nendfacet\n"
+    return "".join(f"solid {name}\n{facet}endsolid {name}\n" for name in solids)
+
+
+@pytest.mark.parametrize("text", [stl_text("a", "a"), stl_text("Vertex 1", "outer facet"), stl_text("bendsolid", ""), stl_text("a", "b").upper(),
+                                  stl_text("a", "b").replace("\n", "\r"), "\ufeff" + stl_text("a", "b").replace("\n", "\r\n"),
+                                  stl_text("a").replace("endsolid a\n", stl_text("").split("\n", 1)[1]).replace("normal 0 0 1", "")])
+def test_text_stl_whatever_its_names(tmp_path, text):
+    corners = read_mesh(write(tmp_path / "a.stl", text))
+    assert corners.vertices[corners.faces].tolist() == 2 * [[[0, 0, 0], [1, 0, 0], [0, 1, 0]]]
+
+
+@pytest.mark.parametrize("text", [
+    stl_text("a", "b").removesuffix("endsolid b\n"), stl_text("a", "b")[:-60], stl_text("a") + stl_text("b", point="1.#IND 0 0"), stl_text("a", point="0,5 1 0"),
+    stl_text("a", point="0 1 0\nvertex 1 1 0"), stl_text("a", point="0 1 0 0"), stl_text("a", "b").replace("vertex 1 0 0\n", "", 1)])
+def test_text_stl_of_which_a_facet_would_be_lost_is_refused(tmp_path, text):
+    with pytest.raises(ValueError, match="a.stl: cannot be read as STL .*cut short or damaged"):
+        read_mesh(write(tmp_path / "a.stl", text))
+
+
+def test_binary_stl_whose_header_begins_with_solid(tmp_path):
+    rows = np.zeros(2, mesh_formats.STL_FACET)
+    rows["corner"], rows["attribute"] = [[[0, 0, 0], [1, 0, 0], [0, 1, 0]], [[1, 0, 0], [1, 1, 0], [0, 1, 0]]], 0x801F
+    data = b"solid of a CAD program, facet vertex".ljust(80) + struct.pack("<I", 2) + rows.tobytes()
+    mesh = read_mesh(write(tmp_path / "a.stl", data))
+    assert mesh.vertices[mesh.faces].tolist() == rows["corner"].tolist() and len(mesh.vertices) == 4
+    with pytest.raises(ValueError, match="cannot be read as STL"):
+        read_mesh(write(tmp_path / "a.stl", data[:-1]))
+
+
 def test_glb_scene_in_file_order_with_node_transforms(tmp_path):
     vertices, faces = sphere(1)
     scene = trimesh.Scene()
@@ -263,7 +294,8 @@ MIXED = ply("binary_little_endian", [[0, 1, 2], [0, 1, 2, 3]], [0, 1])
     ("a.ply", ply("ascii", [[0, 1, 2]]).replace("element face 1", "element face -1"), "a negative number of elements"),
     ("a.ply", ply("ascii", [[0, 1, 2]]).replace("element face 1", f"element face {10**30}"), "cannot be read as PLY"),
     ("a.ply", ply("ascii", [[0, 1, 2]]).replace("\n3 ", "\n1e400 "), "cannot be read as PLY"),
-    ("a.stl", b"\0" * 20, "no faces"),
+    ("a.stl", b"\0" * 20, "cannot be read as STL"),
+    ("a.stl", b"\0" * 84, "no faces"),
     ("a.glb", b"glTF\2\0\0\0\x20\0\0\0\xf0\xff\xff\xffJSON{}", "a chunk of 4294967280 bytes, 2 are left"),
     ("a.glb", b'glTF\2\0\0\0\x38\0\0\0\x24\0\0\0JSON{"accessors": [{"count": 10000000}]}', "an accessor counts more elements"),
     ("a.glb", b"glTF not at all", "cannot be read as GLB"),
@@ -339,6 +371,26 @@ def test_find_label_file(tmp_path):
         find_label_file(mesh, labels)
 
 
+def test_another_folder_of_labels_is_never_passed_over_for_those_in_the_mesh(tmp_path):
+    """A misspelt folder, one file too few, a setting that names the mesh: no old labels are scored in silence."""
+    labels = tmp_path / "labels"
+    for name, text in (("m.ply", ply("ascii", [[0, 1, 2]], [1])), ("m.obj", SQUARE + "usemtl roof\nf 1 2 3\n")):
+        mesh = write(tmp_path / name, text)
+        with pytest.raises(FileNotFoundError, match=rf"{name}: no labels; looked in .*labels \(no such folder\) for m.txt"):
+            find_label_file(mesh, labels)
+    ply_mesh, obj_mesh = tmp_path / "m.ply", tmp_path / "m.obj"
+    labels.mkdir()
+    with pytest.raises(FileNotFoundError, match="looked in .*labels for m.txt.*; those in the PLY are read where no other folder is named"):
+        find_label_file(ply_mesh, labels)
+    path = write(labels / "m.json", "[0]")
+    assert find_label_file(ply_mesh, labels) == path
+    for mesh, options, name in ((ply_mesh, {"field": "label"}, "label_field=label"), (obj_mesh, {"kind": "material"}, "label_kind=material")):
+        with pytest.raises(ValueError, match=f"data.{name} reads the labels in this file, not those in .*labels; leave that folder out"):
+            find_label_file(mesh, labels, **options)
+        assert find_label_file(mesh, tmp_path / "labels" / "..", **options) == mesh      # the mesh's own folder, named
+    assert find_label_file(obj_mesh, labels, field="label") == path                      # a field is a PLY's
+
+
 def test_labels_inside_a_ply(tmp_path):
     labelled = write(tmp_path / "m.ply", ply("binary_little_endian", [[0, 1, 2], [0, 1, 2, 3]], [4, 255]))
     assert find_label_file(labelled, tmp_path) == labelled
@@ -381,6 +433,18 @@ def test_pairs_of_face_and_label_name_each_face_once(tmp_path, square, text, mes
 def test_two_labels_a_line_are_no_pairs_where_so_many_fit(tmp_path):
     mesh = read_mesh(write(tmp_path / "a.obj", SQUARE + "f 1 2 3\nf 1 3 4\nf 1 2 4\nf 2 3 4\n"))
     assert read_labels(write(tmp_path / "a.txt", "0 1\n1 0\n"), mesh).tolist() == [0, 1, 1, 0]
+
+
+def test_pairs_of_a_mesh_of_quads_which_has_twice_as_many_triangles(tmp_path):
+    rows = [(0, 0), (1, 0), (1, 1), (0, 1), (2, 0), (2, 1), (3, 0), (3, 1)]
+    text = "".join(f"v {x} {y} 0\n" for x, y in rows) + "f 1 2 3 4\nf 2 5 6 3\nf 5 7 8 6\n"
+    mesh = read_mesh(write(tmp_path / "a.obj", text))
+    assert len(mesh.faces) == 6
+    for pairs in ("face,label\n0,1\n1,0\n2,2\n", "3 2\n1 1\n2 0\n"):
+        assert read_labels(write(tmp_path / "a.csv", pairs), mesh, 3).tolist() == [1, 1, 0, 0, 2, 2]
+    with pytest.raises(ValueError, match="a.csv: 3 lines of two numbers, and both 3 and 6 labels would fit the mesh; write one label a line"):
+        read_labels(write(tmp_path / "a.csv", "1 7\n0 7\n1 8\n"), mesh, 9)       # label and instance, or one a triangle
+    assert read_labels(write(tmp_path / "a.csv", "1\n1\n0\n0\n1\n2\n"), mesh, 3).tolist() == [1, 1, 0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("text", ["[0, 1, 2]", '{"id": "p", "labels": [0, 1, 2.0], "instances": [7, 7, 7]}'])
@@ -431,7 +495,7 @@ def test_materials_and_groups_are_labels(tmp_path):
     assert mesh_io.label_names([path], "material") == ["out side", "roof"] and mesh_io.label_names([path], "group", ["loose"]) == ["upper"]
     read = dict(kind="material", names=["roof", "out side"])
     assert read_labels(path, mesh, 2, **read).tolist() == [IGNORE_INDEX, 0, 1, 1, 0]
-    assert read_labels(path, mesh, 2, kind="group", names=["upper", "loose"]).tolist() == [1, 0, 0, 0, 0]
+    assert read_labels(path, mesh, 2, kind="group", names=["upper", "loose"]).tolist() == [1, 0, 0, 0, IGNORE_INDEX]       # `g` alone ends it
     assert read_labels(path, mesh, 1, ignore_labels=["out side"], kind="material", names=["roof"]).tolist() == [-100, 0, -100, -100, 0]
     with pytest.raises(ValueError, match=r"material 'out side' \(1 faces\) is none of data.class_names: roof; add it there"):
         read_labels(path, mesh, 1, kind="material", names=["roof"])
@@ -442,6 +506,13 @@ def test_materials_and_groups_are_labels(tmp_path):
         read_labels(off, read_mesh(off), 2, **read)
 
 
+@pytest.mark.parametrize(("keyword", "kind"), [("g", "group"), ("o", "group"), ("usemtl", "material")])
+def test_names_that_differ_behind_a_number_sign_are_not_one(tmp_path, keyword, kind):
+    rows = [f"{keyword} {name}\nf 1 2 3\n" for name in ("wall#1", "wall #2", "wall", "wall  # the last", "")]
+    names, number = mesh_formats.obj_names(write(tmp_path / "a.obj", SQUARE + "".join(rows)), kind)
+    assert names == ["wall#1", "wall #2", "wall"] and number.tolist() == [0, 1, 2, 2, -1]
+
+
 def test_a_label_map_in_place_of_an_offset(tmp_path, square):
     path, teeth = write(tmp_path / "l.txt", "0 31 32"), read_label_map("31:1,32:2,0:0")
     assert read_labels(path, square, 3, label_map=teeth).tolist() == [0, 1, 2]
@@ -450,7 +521,8 @@ def test_a_label_map_in_place_of_an_offset(tmp_path, square):
         read_labels(path, square, 2, label_map=read_label_map("31:0,0:1"))
 
 
-@pytest.mark.parametrize("array", [np.array([0, 1, 2], np.uint8), np.array([[0], [1], [2]]), np.array([0.0, 1, 2])])
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("array", [np.array([0, 1, 2], np.uint8), np.array([[0], [1], [2]]), np.array([0.0, 1, 2]), np.array([0.0, 1, 2], np.float16)])
 def test_npy_labels(tmp_path, square, array):
     np.save(tmp_path / "l.npy", array)
     assert read_labels(tmp_path / "l.npy", square, 3).tolist() == [0, 1, 2]
@@ -553,6 +625,21 @@ def test_vertex_labels_by_majority(tmp_path, square):
     path = write(tmp_path / "l.txt", "2 1 1 0 9 3 9")                       # faces 2 1 1 | 2 1 0 | 9 3 9
     assert read_labels(path, square, kind="vertex").tolist() == [1, 0, 9]
     assert read_labels(path, square, kind="vertex", ignore_labels=[0, 9]).tolist() == [1, 1, IGNORE_INDEX]
+
+
+def test_vertices_of_an_stl_have_no_order_that_labels_could_follow(tmp_path):
+    """As many labels as merged vertices, in the order in which another program merged them."""
+    vertices, faces = sphere(1)
+    path = tmp_path / "a.stl"
+    trimesh.Trimesh(vertices, faces, process=False).export(path)
+    mesh = read_mesh(path)
+    label = write(tmp_path / "a.txt", "0\n" * len(mesh.vertices))
+    with pytest.raises(ValueError, match="a.txt: labels per vertex, but the vertices of .*a.stl have no order; label its faces"):
+        read_labels(label, mesh, kind="vertex")
+    with pytest.raises(ValueError, match="42 labels, but .* has 80 faces .*was the mesh simplified"):         # nothing proposes them
+        read_labels(label, mesh)
+    edges = write(tmp_path / "a.eseg", "1\n" * 120)
+    assert read_labels(edges, mesh).tolist() == 80 * [1]
 
 
 def test_edge_labels_by_hand_and_against_a_loop(tmp_path, square):

@@ -257,7 +257,7 @@ def test_wrong_obj_files_are_named(obj, before, after, error, message):
 
 
 def test_wrong_material_lines_are_named(obj):
-    for line in ("Kd 1 0", "Kd red", "Kd nan 0 0", "newmtl", "map_Kd -s 1e400 1 1 a.png"):
+    for line in ("Kd 1 0", "Kd red", "Kd nan 0 0", "Kd 204 51 51", "Kd 0 0 -inf", "newmtl", "map_Kd -s 1e400 1 1 a.png"):
         obj.with_suffix(".mtl").write_text(f"newmtl a\n{line}\n")
         with pytest.raises(ValueError, match=f"a.mtl: line 2 cannot be read: '{line}'"):
             read_mtl(obj.with_suffix(".mtl"))
@@ -322,6 +322,26 @@ def test_wrong_ply_files_are_named_and_faces_without_number_or_coordinates_have_
         texture = read_texture(path)
         assert texture.materials[0].image.is_file()
         assert sample_faces(texture, [pyramid], np.arange(1), fixed_weights(4))[1].item() == has
+
+
+@pytest.mark.parametrize("axes", [("s", "t"), ("texture_u", "texture_v"), ("u", "v")])
+def test_texture_coordinates_of_vertices_in_a_ply(tmp_path, axes):
+    """As MeshLab writes them; a quad and a triangle, whose corners are those of the OBJ with the same coordinates."""
+    uv = [(0, 0), (0.5, 0), (0.5, 0.5), (0, 0.5), (0.9, 0.1)]
+    save(tmp_path / "four.png", FOUR)
+    head = "ply\nformat ascii 1.0\ncomment TextureFile four.png\nelement vertex 5\n" + "".join(f"property float {name}\n" for name in (*"xyz", *axes))
+    body = "".join(f"{x} {y} 0 {x} {y}\n" for x, y in uv) + "4 0 1 2 3\n3 4 2 1\n"
+    text = f"{head}element face 2\nproperty list uchar int vertex_indices\nend_header\n{body}"
+    (tmp_path / "a.ply").write_text(text)
+    (tmp_path / "a.mtl").write_text("newmtl m\nmap_Kd four.png\n")
+    (tmp_path / "a.obj").write_text("mtllib a.mtl\n" + "".join(f"v {x} {y} 0\nvt {x} {y}\n" for x, y in uv) + "usemtl m\nf 1/1 2/2 3/3 4/4\nf 5/5 3/3 2/2\n")
+    one, other = read_texture(tmp_path / "a.obj"), read_texture(tmp_path / "a.ply")
+    assert np.array_equal(one.uv, other.uv) and other.material.tolist() == [0, 0, 0] and other.materials == one.materials
+    (tmp_path / "a.ply").write_text(text.replace("comment TextureFile four.png\n", ""))
+    assert read_texture(tmp_path / "a.ply").material.tolist() == [-1, -1, -1]
+    (tmp_path / "a.ply").write_text(text.replace("element vertex", "comment TextureFile b.png\nelement vertex"))
+    with pytest.raises(ValueError, match="a.ply: 2 TextureFile in the header, and no texnumber says which one a face has"):
+        read_texture(tmp_path / "a.ply")
 
 
 @pytest.mark.parametrize("binary", [True, False])

@@ -10,6 +10,7 @@ import yaml
 
 import data.mesh
 import evaluate
+import inspect_data
 import predict
 import train_downstream
 import train_jepa
@@ -241,6 +242,43 @@ def test_the_result_lies_where_the_input_lies(tmp_path):
     for name in ("z.obj", "a.glb"):
         before, after = read_mesh(tmp_path / name), read_mesh(tmp_path / "out" / Path(name).with_suffix(".ply"))
         np.testing.assert_array_equal(before.vertices[before.faces], after.vertices[after.faces])
+
+
+# -- sizes -----------------------------------------------------------------------------------------------------------
+
+def test_a_mesh_in_another_unit_is_named_where_the_size_counts(tmp_path, capsys):
+    write_set(tmp_path / "meshes", 3)
+    _, checkpoint = train(tmp_path, "model.unit=1")
+    assert "another unit" not in capsys.readouterr().out
+    vertices, faces, label = tiny_mesh(5)
+    for name, factor, asked in (("same", 1, ()), ("mm", 1000, ()), ("km", 0.001, ()), ("free", 1000, ("model.unit=null",))):
+        (tmp_path / name).mkdir()
+        write_obj(tmp_path / name / "a.obj", factor * vertices, faces)
+        (tmp_path / name / "a.txt").write_text("\n".join(map(str, label)))
+        predict.main([checkpoint, *asked, str(tmp_path / name), "--device", "cpu", "--output", str(tmp_path / "out"), "--picture", "none"])
+        assert ("a.obj: as large as a square of" in capsys.readouterr().out) == (name in ("mm", "km")), name
+    evaluate.main([checkpoint, "--data-dir", str(tmp_path / "mm"), "--device", "cpu", "--output-dir", str(tmp_path / "scores"), "--examples", "0"])
+    assert "a.obj: as large as a square of" in capsys.readouterr().out
+
+
+def test_coordinates_that_32_bits_round_are_named(tmp_path, capsys):
+    """UTM metres: text keeps the surface, floats have steps of half a metre; so has a text of such floats."""
+    vertices, faces, label = tiny_mesh(5)
+    far = 4 * vertices + (3.5e6, 5.4e6, 300)
+    (tmp_path / "far").mkdir()
+    notes = {}
+    for name, points in (("near", np.float32(vertices)), ("far", far), ("rounded", np.float32(far)), ("point", np.ones((len(vertices), 3)))):
+        path = tmp_path / "far" / f"{name}.obj"
+        path.write_text("".join(f"v {x!r} {y!r} {z!r}\n" for x, y, z in points.tolist()) + "".join(f"f {a} {b} {c}\n" for a, b, c in faces + 1))
+        for _ in range(2):                                  # computed, then from the cache
+            for kind, spec in ((MeshDataset, MeshSpec()), (SurfaceDataset, SurfaceSpec(("xyz",), 4))):
+                notes[name] = kind([path], None, spec, views=1, cache_dir=tmp_path / "cache").notes
+                assert bool(notes[name]) == (name == "rounded"), notes
+        path.with_suffix(".txt").write_text("\n".join(map(str, label)))
+    assert "rounded.obj: coordinates up to 5,400,00" in notes["rounded"][0] and "in 32 bits go in steps of 0.5, and edges are" in notes["rounded"][0]
+    inspect_data.main(["--mesh-dir", str(tmp_path / "far"), "--output-dir", str(tmp_path / "report"), "--device", "cpu", "--num-workers", "1"])
+    found = [line for line in capsys.readouterr().out.splitlines() if "in 32 bits" in line]
+    assert len(found) == 1 and found[0].startswith("doubt: ") and "rounded.obj" in found[0]
 
 
 # -- many clusters ---------------------------------------------------------------------------------------------------

@@ -123,3 +123,7 @@ def test_features_of_another_list_are_refused_with_both():
     check_features({"names": ("normal", "area")}, ["area", "normal"], "a.pth")
     with pytest.raises(ValueError, match=r"a.pth.*'hks'.*'normal'"):
         check_features({"names": ["hks"]}, ["normal"], "a.pth")
+    for sizes in ({}, {"sizes": {"unit": 10.0}}, {"sizes": {"hks_scale": 1.0}}):
+        check_features({"names": ["normal"], **sizes}, ["normal"], "a.pth", unit=10)
+    with pytest.raises(ValueError, match="a.pth: trained with model.hks_scale=0.1, .*set model.hks_scale=0.1 instead of 1"):
+        check_features({"names": ["hks"], "sizes": {"hks_scale": 0.1}}, ["hks"], "a.pth", hks_scale=1)

@@ -266,6 +266,8 @@ def test_an_encoder_of_other_features_or_heads_is_refused(config, tmp_path, enco
         train(config, tmp_path / "run", "--pretrained_path", encoder_file, "model.features=[centroid, curvature, area]")
     with pytest.raises(ValueError, match="2 attention heads"):
         train(config, tmp_path / "run", "--pretrained_path", encoder_file, "model.num_heads=4")
+    with pytest.raises(ValueError, match="trained with model.unit=null, so its features have other sizes; set model.unit=null instead of 10.0"):
+        train(config, tmp_path / "run", "--pretrained_path", encoder_file, "model.unit=10")
 
 
 def test_every_reader_has_the_same_loss_and_views(config, data, tmp_path):

@@ -7,7 +7,7 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import IO, Any
@@ -190,6 +190,11 @@ def _with_lines(iterable: Iterable, description: str, total: int | None) -> Iter
             print(f"{description}: {number}{'' if total is None else f' of {total}'}", file=sys.stderr, flush=True)
             printed = time.monotonic()
         yield item
+
+
+def shortened(lines: Sequence[str], most: int = 10) -> list[str]:
+    """The first lines, and how many more there are."""
+    return [*lines[:most], *([f"... and {len(lines) - most} more such lines"] if len(lines) > most else [])]
 
 
 def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
