@@ -11,7 +11,8 @@ from __future__ import annotations
 import contextlib
 import re
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import IO
 
@@ -27,6 +28,7 @@ COLOR_NAMES = ("red", "green", "blue")
 PLAIN_COLUMNS = {3: (), 4: ("label",), 6: COLOR_NAMES, 7: (*COLOR_NAMES, "label"), 9: (*COLOR_NAMES, *NORMAL_NAMES),
                  10: (*COLOR_NAMES, *NORMAL_NAMES, "label")}
 PTS_COLUMNS = {4: ("intensity",), 7: ("intensity", *COLOR_NAMES)}
+MANY_LABELS = 50                            # more in a column of a matrix are rather a colour
 INTENSITY = ("intensity", "strength", "reflectance", "remission")       # one field by four names
 SHORT = {"r": "red", "g": "green", "b": "blue"}
 PCD_TYPES = {("F", 4): "f4", ("F", 8): "f8", **{(kind, size): f"{kind.lower()}{size}" for kind in "IU"
@@ -34,6 +36,7 @@ PCD_TYPES = {("F", 4): "f4", ("F", 8): "f8", **{(kind, size): f"{kind.lower()}{s
 LAS_HEADER = 247                            # bytes in which all counts are; the smallest header and a point of 20 bytes
 PACKING = 100                               # a LAZ file does not hold more than so many times its own size
 CLASS_LIMIT = 31                            # of these point formats of LAS; those they become hold 255
+SCAN_ANGLE = 0.006                          # degrees: the unit of theirs
 LATER_FORMATS = {0: 6, 1: 6, 2: 7, 3: 7, 4: 9, 5: 10}
 
 
@@ -41,6 +44,11 @@ def plain_name(name: str) -> str:
     """A column's name as it is compared: lower case, without the `scalar_` of CloudCompare; r, g, b in full."""
     name = name.strip().strip('"\'').lower().replace(" ", "_").removeprefix("scalar_")
     return SHORT.get(name, name)
+
+
+def by_plain_name(names: Iterable[str]) -> dict[str, str]:
+    """{plain name: name}; of several the first, which is a file's own (red before scalar_Red, a copy of it)."""
+    return {plain_name(name): name for name in reversed([*names])}
 
 
 def check_columns(columns: Sequence[str]) -> None:
@@ -75,6 +83,9 @@ def matrix_columns(array: np.ndarray, columns: Sequence[str], warnings: list[str
             np.isfinite(array[:, 3])].any():
         names[3] = "intensity"
         warnings.append(f"{path}: column 4 holds fractions, taken as intensity, not as label; data.columns ends this")
+    elif names[6:] == ["label"] and (count := len(np.unique(array[:CHUNK, 6]))) > MANY_LABELS:
+        warnings.append(f"{path}: column 7, taken as label, holds {count} different numbers; if it is blue, set "
+                        f"data.columns=[x, y, z, intensity, r, g, b]")
     return {"coord": array[:, :3], **{name: array[:, i] for i, name in enumerate(names) if i > 2}}
 
 
@@ -93,35 +104,41 @@ def _in_unit_cube(values):
 
 def read_text(path: Path, columns: Sequence[str], wanted: Callable, warnings: list[str]) -> dict[str, np.ndarray]:
     """.xyz, .txt, .pts, .csv: one point a line, numbers separated by blanks, commas or semicolons, with or without a
-    header (also behind // or #, as CloudCompare writes it); a first line that is the number of points is skipped."""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        skipped, header, first = _text_start(file)
-    separator = next((mark for mark in (",", ";") if mark in first), None)
-    count = len(_tokens(first, separator))
-    names = list(columns) or _header_names(header, separator, count)
-    if columns and len(columns) != count:
-        raise ValueError(f"{count} columns, but data.columns names {len(columns)}")
-    use = [i for i, name in enumerate(names) if name != "_" and wanted(plain_name(name))] if names else None
-    if names and not {"x", "y", "z"} <= {*map(plain_name, names)}:
-        raise ValueError(f"no column x, y or z in its header ({' '.join(names)[:80]}); name them in data.columns")
-    array = np.loadtxt(path, np.float64, comments=None, delimiter=separator, skiprows=skipped, usecols=use, ndmin=2,
-                       encoding="utf-8")
+    header (also behind // or #, as CloudCompare writes it). A first line that is the number of points is skipped;
+    ValueError for fewer points than that, and for a header that names more or fewer columns than there are."""
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        header, first, announced = _text_start(file)
+        separator = next((mark for mark in (",", ";") if mark in first), None)
+        count = len(_tokens(first, separator))
+        names = list(columns) or _header_names(header, separator, count)
+        if columns and len(columns) != count:
+            raise ValueError(f"{count} columns, but data.columns names {len(columns)}")
+        use = [i for i, name in enumerate(names) if name != "_" and wanted(plain_name(name))] if names else None
+        if names and not {"x", "y", "z"} <= {*map(plain_name, names)}:
+            raise ValueError(f"no column x, y or z in its header ({' '.join(names)[:80]}); name them in data.columns")
+        array = np.loadtxt(chain([first], file), np.float64, comments=None, delimiter=separator, usecols=use, ndmin=2)
+    if len(array) < announced:
+        raise ValueError(f"{len(array)} of {announced} points")
     if names:
-        return {plain_name(names[i]): array[:, place] for place, i in enumerate(use)}
+        first = by_plain_name(names)
+        return {plain_name(names[i]): array[:, place] for place, i in enumerate(use)
+                if first[plain_name(names[i])] == names[i]}
     return matrix_columns(array, (), warnings, path, {**PLAIN_COLUMNS, **PTS_COLUMNS} if path.suffix.lower() == ".pts"
                           else PLAIN_COLUMNS)
 
 
-def _text_start(file: Iterator[str]) -> tuple[int, str, str]:
-    """(lines before the first point, the last of them that is no number of points, the first point)."""
-    header = ""
+def _text_start(file: Iterator[str]) -> tuple[str, str, int]:
+    """(the last line before the first point that is no number of points, the first point, the number of points or 0);
+    the file is then at the second point."""
+    header, announced = "", 0
     for number, line in enumerate(file):
         text = line.strip()
         comment = text.startswith(("#", "//"))
         if text and not comment and not text.isdigit() and all(map(_is_number, re.split(r"[,;\s]+", text))):
-            return number, header, text
+            return header, text, announced
         if number > 100 or (text and not comment and header and not header.startswith(("#", "//"))):
             raise ValueError(f"line {number + 1}: {text[:60]!r} is not a row of numbers")
+        announced = int(text) if text.isdecimal() else announced
         header = text if text and not text.isdigit() else header
     raise ValueError("no row of numbers in it")
 
@@ -142,6 +159,10 @@ def _header_names(header, separator, count):
     names = _tokens(header.lstrip("#/ "), separator)
     if len(names) != count:
         names = re.split(r"[,;\s]+", header.lstrip("#/ ").strip())
+    listed = not header.startswith(("#", "//")) or plain_name(names[0]) == "x"          # no sentence about the file
+    if len(names) != count and listed and {"x", "y", "z"} <= {*map(plain_name, names)}:
+        raise ValueError(f"{count} columns, but its header names {len(names)} ({' '.join(names)[:80]}); name them in "
+                         f"data.columns")
     return names if len(names) == count and not all(map(_is_number, names)) else []
 
 
@@ -182,9 +203,20 @@ def read_pcd(path: Path, columns: Sequence[str], wanted: Callable, warnings: lis
     single = {plain_name(name): values[:, 0] for name, values in found.items() if values.shape[1] == 1}
     for name in ("rgb", "rgba"):
         if name in single and single[name].dtype.itemsize == 4:
-            packed = np.ascontiguousarray(single.pop(name)).view("<u4")
+            packed = np.ascontiguousarray(single.pop(name))
+            if form == "ascii" and packed.dtype.kind == "f":
+                packed = _packed_from_text(packed, name)
+            packed = packed.view("<u4")
             single["color"] = np.stack([packed >> 16 & 255, packed >> 8 & 255, packed & 255], 1).astype(np.uint8)
     return single
+
+
+def _packed_from_text(values, name):
+    """Colours that ASCII files have as a floating-point number: its bits, or, written by others, the number itself."""
+    if np.isnan(values).any():
+        raise ValueError(f"{name} of {np.isnan(values).sum()} points is NaN, which holds no colour; export it as an "
+                         f"unsigned integer (TYPE U)")
+    return values.astype("<u4") if values.max(initial=0) >= 1 else values
 
 
 def lzf_decompress(data: bytes, size: int) -> bytes:
@@ -244,8 +276,12 @@ def read_pth(path: Path, columns: Sequence[str], wanted: Callable, warnings: lis
     content = read_torch_file(path, "Fetch it again.", old_format=True, numpy_scalars=True)
     if not isinstance(content, dict) or "coord" not in content:
         raise ValueError("no dict with coord in it; a scene is expected, not weights")
-    arrays = {name: np.asarray(value) for name, value in content.items() if hasattr(value, "shape")}
-    return {str(name).replace("semantic_gt", "segment"): values for name, values in arrays.items()}
+    content = {str(name).replace("semantic_gt", "segment"): value for name, value in content.items()}
+    try:
+        return {name: np.asarray(value) for name, value in content.items()
+                if hasattr(value, "shape") or isinstance(value, list) and wanted(plain_name(name))}
+    except TypeError as error:                                      # a tensor of bfloat16, or a sparse one
+        raise ValueError(f"{error}") from error
 
 
 # -- LAS, LAZ ----------------------------------------------------------------------------------------------------------
@@ -307,7 +343,8 @@ def read_las(path: Path, columns: Sequence[str], wanted: Callable, warnings: lis
 
 def write_las(target: IO, source: Path, label: np.ndarray) -> None:
     """Write to `target` a copy of the LAS or LAZ file `source` with label (N,) in its classification field; all else
-    stays, but for the point format where label goes beyond its classes. ValueError for labels outside 0..255."""
+    stays, but for the point format where label goes beyond its classes, and the octree of a COPC file. ValueError for
+    labels outside 0..255."""
     laspy = _laspy(source)
     if label.min() < 0 or label.max() > 255:
         raise ValueError(f"{source}: labels {label.min()} to {label.max()}; the classification field holds 0 to 255")
@@ -315,15 +352,30 @@ def write_las(target: IO, source: Path, label: np.ndarray) -> None:
     with contextlib.ExitStack() as stack:
         file = None
         for header, points in _las_chunks(source):
-            las = laspy.LasData(header, points)
-            if label.max() > CLASS_LIMIT and header.point_format.id in LATER_FORMATS:
-                las = laspy.convert(las, point_format_id=LATER_FORMATS[header.point_format.id])
+            las = _reclassified(laspy.LasData(header, points), label[begin:begin + len(points)], label.max())
             if file is None:
+                las.header.vlrs = _without_octree(las.header.vlrs)
                 file = stack.enter_context(laspy.open(target, mode="w", header=las.header, closefd=False,
                                                       do_compress=source.suffix.lower() == ".laz"))
-            las.classification = label[begin:begin + len(points)]
             file.write_points(las.points)
             begin += len(points)
+        if header.evlrs:
+            file.write_evlrs(_without_octree(header.evlrs))
+
+
+def _without_octree(records):
+    """Records of a LAS file but those of COPC, which say where in the file points are."""
+    return type(records)([record for record in records if record.user_id != "copc"])
+
+
+def _reclassified(las, label, highest):
+    """A laspy.LasData with label (N,) as its classes, of a later point format where the highest number needs it."""
+    if highest > CLASS_LIMIT and las.header.point_format.id in LATER_FORMATS:
+        degrees = np.array(las.scan_angle_rank)
+        las = _laspy("").convert(las, point_format_id=LATER_FORMATS[las.header.point_format.id])
+        las.scan_angle = np.round(degrees / SCAN_ANGLE)
+    las.classification = label
+    return las
 
 
 READERS = {".las": read_las, ".laz": read_las, ".pcd": read_pcd, ".bin": read_kitti, ".pth": read_pth,

@@ -62,6 +62,62 @@ def test_text_with_and_without_header(cloud, tmp_path, name, first, separator):
     assert check(path, cloud).warnings == ()
 
 
+@pytest.mark.parametrize("columns", [(), ("x", "y", "z", "r", "g", "b", "label")])
+@pytest.mark.parametrize("first", ["", "x y z r g b label\n", "# in Metern \u00fcber NN\n# x y z r g b label\n"])
+def test_text_of_windows_programs(cloud, tmp_path, first, columns):
+    """A byte order mark, line ends of two bytes and letters of another encoding: no point is lost."""
+    path = write_text(tmp_path / "a.txt", rows(cloud, "coord", "color", "segment"), first)
+    text = path.read_text().replace("\n", "\r\n")
+    for data in (b"\xef\xbb\xbf" + text.encode(), text.encode("cp1252")):
+        path.write_bytes(data)
+        check(path, cloud, columns=columns)
+
+
+def test_a_header_of_other_columns_is_no_guess(cloud, tmp_path):
+    """R writes no name for the numbers of its rows; names with blanks in them are several."""
+    table = np.c_[np.arange(60), rows(cloud, "coord", "color")]
+    for first, matrix in (("x y z r g b\n", table), ("//X Y Z Number of Returns Classification\n", table[:, :6]),
+                          ("name x y z r g b label\n", table)):
+        path = write_text(tmp_path / "a.txt", matrix, first)
+        with pytest.raises(ValueError, match="a.txt: .*columns, but its header names .*data.columns"):
+            read_cloud(path)
+    path = write_text(tmp_path / "a.txt", rows(cloud, "coord", "color"), "# the columns are x y z and colours\n")
+    check(path, cloud, label=False)
+    check(write_text(tmp_path / "a.txt", table, "x y z r g b\n"), cloud, label=False,
+          columns=("_", "x", "y", "z", "r", "g", "b"))
+
+
+def test_fewer_points_than_announced(cloud, tmp_path):
+    path = write_text(tmp_path / "a.pts", rows(cloud, "coord", "intensity", "color"), "61\n")
+    with pytest.raises(ValueError, match="a.pts: cannot be read .*60 of 61 points"):
+        read_cloud(path)
+
+
+def test_names_of_cloudcompare(cloud, tmp_path):
+    """Colours from 0 to 1 have names of their own; a scalar field beside the columns that it was made from is second."""
+    path = write_text(tmp_path / "a.txt", np.c_[cloud["coord"], cloud["color"] / 255, cloud["segment"]], "//X Y Z Rf Gf Bf Label\n")
+    np.testing.assert_allclose(read_cloud(path).color, cloud["color"], atol=0.1)
+    path = write_text(tmp_path / "a.txt", np.c_[rows(cloud, "coord", "color", "segment"), cloud["coord"] + 9, 255 - cloud["color"]],
+                      "//X Y Z R G B Label scalar_X scalar_Y scalar_Z scalar_Red scalar_G scalar_Blue\n")
+    check(path, cloud)
+    table = np.loadtxt(path, skiprows=1)
+    names = path.read_text().split("\n")[0].lstrip("/").split()
+    np.save(tmp_path / "a.npy", np.rec.fromarrays(table.T, names=names))
+    check(tmp_path / "a.npy", cloud)
+
+
+def test_labels_under_two_names_are_a_doubt(cloud, tmp_path):
+    """Paris-Lille-3D has objects under label, and classes under class."""
+    np.savez(tmp_path / "a.npz", coord=cloud["coord"], label=np.arange(60), **{"class": cloud["segment"]})
+    table = np.c_[rows(cloud, "coord"), np.arange(60), cloud["segment"]]
+    for path in (tmp_path / "a.npz", write_text(tmp_path / "a.txt", table, "x y z label class\n")):
+        read = read_cloud(path)
+        assert read.label.tolist() == list(range(60))
+        assert [line for line in read.warnings if "labels in label, class: label is taken; data.label_field" in line]
+        check(path, cloud, color=False, label_field="class")
+        assert read_cloud(path, label_field="class").warnings == read_cloud(path, labels=False).warnings == ()
+
+
 def test_pts_begin_with_their_number_and_have_an_intensity(cloud, tmp_path):
     path = write_text(tmp_path / "a.pts", rows(cloud, "coord", "intensity", "color"), "60\n")
     read = check(path, cloud, label=False, fields=["strength"])
@@ -156,6 +212,22 @@ def test_pcd(cloud, tmp_path, form):
         read_cloud(tmp_path / "a.pcd")
 
 
+def test_pcd_colours_as_numbers_and_as_nan(cloud, tmp_path):
+    """ASCII files have the bits of a floating-point number, or the whole number itself; NaN has lost them."""
+    path = write_pcd(tmp_path / "a.pcd", cloud, "ascii")
+    *head, body = path.read_text().partition("DATA ascii\n")
+    packed = (cloud["color"].astype(int) * [1 << 16, 1 << 8, 1]).sum(1)
+    for number, message in (("{:.9g}", None), ("nan", "rgb of 60 points is NaN")):
+        lines = [line.split() for line in body.split("\n")]
+        lines = [" ".join([*line[:6], number.format(float(value)), line[7]]) for line, value in zip(lines, packed, strict=False)]
+        path.write_text("".join(head) + "\n".join(lines))
+        if message is None:
+            check(path, {**cloud, "segment": cloud["segment"] + 1})
+        else:
+            with pytest.raises(ValueError, match=message):
+                read_cloud(path)
+
+
 def test_lzf_by_hand():
     assert lzf_decompress(bytes([2]) + b"abc" + bytes([2 << 5, 2]), 7) == b"abcabca"            # 4 bytes from 3 back
     assert lzf_decompress(bytes([0]) + b"a" + bytes([7 << 5, 3, 0]), 13) == b"a" * 13           # a length of two bytes
@@ -207,6 +279,12 @@ def test_pth_scenes_of_old_pointcept(cloud, tmp_path, tensors):
     check(tmp_path / "train" / "0.pth", cloud, label_field="segment20")
     dataset = PointDataset(find_clouds(tmp_path, "train"), PointSpec(0.05), 3)
     assert dataset.num_points == [60] * 8 and dataset.class_counts.sum() == 8 * (cloud["segment"] >= 0).sum()
+    torch.save({**scene, "semantic_gt20": cloud["segment"].tolist()}, tmp_path / "b.pth")
+    check(tmp_path / "b.pth", cloud)
+    for unknown in (torch.zeros(4, 3, dtype=torch.bfloat16), torch.eye(3).to_sparse()):
+        torch.save({"coord": unknown}, tmp_path / "b.pth")
+        with pytest.raises(ValueError, match="b.pth: cannot be read"):
+            read_cloud(tmp_path / "b.pth")
     torch.save({"weight": torch.zeros(3)}, tmp_path / "b.pth")
     with pytest.raises(ValueError, match="a scene is expected, not weights"):
         read_cloud(tmp_path / "b.pth")
@@ -229,6 +307,8 @@ def write_las_file(path, cloud, point_format=3, offset=(0, 0, 0), codes=None):
     las.intensity = cloud["intensity"]
     las.classification = cloud["segment"] + 1 if codes is None else codes
     las.return_number = np.resize([1, 2], len(las.points))
+    if point_format < 6:
+        las.scan_angle_rank = np.arange(len(las.points)) % 41 - 20
     las.add_extra_dim(laspy.ExtraBytesParams("planarity", "f4"))
     las.planarity = np.linspace(0, 1, len(las.points))
     las.write(path)
@@ -420,8 +500,26 @@ def test_classes_beyond_31_change_an_old_point_format(las_run, tmp_path):
     assert new.point_format.id == 7 and (np.array(new.classification) == np.resize([2, 64], 90)).all()
     np.testing.assert_array_equal(new.xyz, old.xyz)
     np.testing.assert_array_equal(new.planarity, old.planarity)
+    np.testing.assert_array_equal(np.round(new.scan_angle * 0.006), np.array(old.scan_angle_rank))
+    assert len({*new.scan_angle}) > 10
     with open(tmp_path / "new.las", "wb") as file, pytest.raises(ValueError, match="labels -1 to -1"):
         write_las(file, source, np.full(90, -1))
+
+
+def test_records_behind_the_points_stay_but_an_octree(tmp_path, cloud):
+    """A coordinate system may stand there. COPC's places of points would be wrong, and laspy does not write them."""
+    laspy = pytest.importorskip("laspy")
+    las = laspy.read(write_las_file(tmp_path / "a.las", cloud, 7))
+    las.vlrs.append(laspy.VLR("c0pc", 1, "info", bytes(160)))
+    las.evlrs = laspy.vlrs.vlrlist.VLRList([laspy.VLR("c0pc", 1000, "tree", bytes(32)), laspy.VLR("LASF_Projection", 2112, "", b"PROJCS[]")])
+    las.write(tmp_path / "a.las")
+    (tmp_path / "a.las").write_bytes((tmp_path / "a.las").read_bytes().replace(b"c0pc", b"copc"))
+    with open(tmp_path / "new.las", "wb") as file:
+        write_las(file, tmp_path / "a.las", cloud["segment"] + 1)
+    new = laspy.read(tmp_path / "new.las")
+    assert [record.user_id for record in new.evlrs] == ["LASF_Projection"] and "copc" not in {record.user_id for record in new.vlrs}
+    np.testing.assert_array_equal(new.classification, cloud["segment"] + 1)
+    np.testing.assert_array_equal(new.planarity, las.planarity)
 
 
 def test_tiles_give_the_labels_of_the_whole(las_run, tmp_path, capsys):
@@ -459,6 +557,15 @@ def test_a_cloud_in_a_few_voxels_is_a_warning(tmp_path):
     messages = PointDataset([tmp_path / "a.npz"], PointSpec(0.02)).messages
     assert any("2000 points, 0.000999 m wide, fill at most 1 voxels of 0.02 m; set data.unit" in line for line in messages)
     assert not any("voxels of" in line for line in PointDataset([tmp_path / "a.npz"], PointSpec(0.02, unit=1000.0)).messages)
+
+
+def test_a_seventh_column_of_many_numbers_is_a_doubt(cloud, tmp_path):
+    np.save(tmp_path / "a.npy", rows(cloud, "coord", "intensity", "color"))
+    assert "column 7, taken as label, holds" in read_cloud(tmp_path / "a.npy").warnings[0]
+    read = check(tmp_path / "a.npy", cloud, label=False, columns=("x", "y", "z", "intensity", "r", "g", "b"))
+    assert read.warnings == ()
+    np.save(tmp_path / "a.npy", rows(cloud, "coord", "color", "segment"))
+    assert check(tmp_path / "a.npy", cloud).warnings == ()
 
 
 @pytest.mark.parametrize("columns, expected", [

@@ -142,6 +142,19 @@ def test_map_coordinates_keep_their_millimetres(tmp_path):
     assert near.warnings == () and near.coord.min() >= 50 and near.coord.dtype == np.float32
 
 
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.uint32, np.int16, np.int64])
+def test_whole_coordinates_of_any_type(tmp_path, kind):
+    coord = np.random.default_rng(0).integers(5, 120, (30, 3)).astype(kind)
+    with np.errstate(all="raise"):
+        read = read_cloud(save(tmp_path / "a.npz", {"coord": coord}))
+    np.testing.assert_array_equal(read.coord, coord)
+    assert read.warnings == ()
+    if np.iinfo(kind).max > 2 ** 16:
+        read = read_cloud(save(tmp_path / "a.npz", {"coord": coord + kind(200_000)}))
+        np.testing.assert_array_equal(read.coord, coord - coord.min(0))
+        np.testing.assert_array_equal(read.exact, coord + kind(200_000))
+
+
 DEFECTS = [({"coord": None}, "coordinates"), ({"coord": np.zeros((5, 2))}, r"got float64 \(5, 2\)"), ({"coord": np.full((300, 3), "a")}, "numeric"),
            ({"coord": np.zeros((0, 3))}, "at least one point"), ({"segment": np.zeros(7, int)}, "label of shape"),
            ({"color": np.zeros((300, 4), np.uint8)}, "color of shape"), ({"color": np.full((300, 3), 700)}, "to 700"),
@@ -241,6 +254,9 @@ def test_find_clouds_in_every_layout(tmp_path):
     assert names("train") == ["train/a", "train/b"]
     assert names(["Area_2", "Area_1"]) == ["Area_1/x", "Area_2/y"]
     assert names("few") == ["flat2.npz"] and names("all") == ["flat1.npz", "flat2.npz"]
+    (tmp_path / "few.txt").write_text("\ufeffflat2\r\n", encoding="utf-8")
+    (tmp_path / "list.json").write_text("\ufeff" + json.dumps(["train/a", "Area_2/y", "train/a"]), encoding="utf-8")
+    assert names(["few", "few.txt"]) == ["flat2.npz"]                                     # listed twice: scored once
     assert names("list.json") == names(str(tmp_path / "list.json")) == ["Area_2/y", "train/a"]
     (tmp_path / "empty").mkdir()
     for split, message in (("tran", "no split 'tran'.*did you mean train"), ("empty", "is empty"), ("bad", "names no")):
@@ -259,12 +275,13 @@ def test_find_clouds_in_every_layout(tmp_path):
 def test_read_classes(tmp_path):
     (tmp_path / "classes.json").write_text('["a", "b"]')
     assert read_classes(tmp_path)[:2] == (["a", "b"], (-1,))
-    (tmp_path / "c.json").write_text('{"classes": ["a"], "ignore_index": 255, "palette": [[1, 2, 3]]}')
+    (tmp_path / "c.json").write_text('\ufeff{"classes": ["a"], "ignore_index": 255, "palette": [[1, 2, 3]]}', encoding="utf-8")
     names, ignored, palette = read_classes(tmp_path / "c.json")
     assert names == ["a"] and ignored == (-1, 255) and palette.tolist() == [[1, 2, 3]]
     for text in ("{", "3", '{"names": []}', '["a", "a"]', '[1]', '{"classes": ["a"], "palette": [[1, 2]]}',
                  '{"classes": ["a"], "palette": [[0, 0, 300]]}', '{"classes": ["a"], "palette": [[0, 0.5, 1]]}',
-                 '{"classes": ["a"], "ignore_index": ["none"]}', '{"classes": ["a"], "ignore_index": 1e400}', "[" * 5000):
+                 '{"classes": ["a"], "ignore_index": ["none"]}', '{"classes": {"1": "a", "0": "b"}}',
+                 '{"classes": ["a", "b"], "ignore_index": 1.5}', '{"classes": ["a", "b"], "ignore_index": true}', '{"classes": ["a"], "ignore_index": 1e400}', "[" * 5000):
         (tmp_path / "c.json").write_text(text)
         with pytest.raises(ValueError, match="c.json: expected a list of class names"):
             read_classes(tmp_path / "c.json")
