@@ -311,12 +311,16 @@ def is_cloud(path: Path) -> bool:
 
 
 def clouds_in(folder: Path) -> list[Path]:
-    """The sorted clouds of a folder, or, where it has none itself, of the folders in it (scene/room), at any depth.
-    Files .txt and .csv, which may be lists and notes, count where there is nothing else."""
-    below = []
-    for path, folders, names in os.walk(folder):
+    """The sorted clouds of a folder, or, where it has none itself, of the folders in it (scene/room) and those that it
+    links to, at any depth. Files .txt and .csv, which may be lists and notes, count where there is nothing else."""
+    top = folder.resolve()
+    below, seen = [], {top, *top.parents}                   # each folder once, and no loops
+    for path, folders, names in os.walk(folder, followlinks=True):
         scenes = [name for name in folders if is_cloud(Path(path, name))]
-        folders[:] = [name for name in folders if name not in scenes and not name.startswith(".")]
+        inside = {Path(path, name).resolve(): name for name in sorted(folders, reverse=True)
+                  if name not in scenes and not name.startswith(".")}
+        folders[:] = [name for place, name in inside.items() if place not in seen]
+        seen.update(inside)
         below += [Path(path, name) for name in (*scenes, *names) if name in scenes or is_cloud(Path(path, name))]
     below = [path for path in below if path.suffix.lower() not in UNSURE_SUFFIXES or path.is_dir()] or below
     return sorted([path for path in below if path.parent == folder] or below)

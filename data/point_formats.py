@@ -28,6 +28,7 @@ COLOR_NAMES = ("red", "green", "blue")
 PLAIN_COLUMNS = {3: (), 4: ("label",), 6: COLOR_NAMES, 7: (*COLOR_NAMES, "label"), 9: (*COLOR_NAMES, *NORMAL_NAMES),
                  10: (*COLOR_NAMES, *NORMAL_NAMES, "label")}
 PTS_COLUMNS = {4: ("intensity",), 7: ("intensity", *COLOR_NAMES)}
+UNLIKE = 10                                 # times higher a column goes than another that is no colour like it
 MANY_LABELS = 50                            # more in a column of a matrix are rather a colour
 INTENSITY = ("intensity", "strength", "reflectance", "remission")       # one field by four names
 SHORT = {"r": "red", "g": "green", "b": "blue"}
@@ -86,6 +87,13 @@ def matrix_columns(array: np.ndarray, columns: Sequence[str], warnings: list[str
     elif names[6:] == ["label"] and (count := len(np.unique(array[:CHUNK, 6]))) > MANY_LABELS:
         warnings.append(f"{path}: column 7, taken as label, holds {count} different numbers; if it is blue, set "
                         f"data.columns=[x, y, z, intensity, r, g, b]")
+    if "red" in names and len(array):
+        red = names.index("red")
+        highest = array[:, red:red + 3].max(0)
+        if float(highest.min()) * UNLIKE < float(highest.max()):
+            warnings.append(f"{path}: columns {red + 1} to {red + 3}, taken as colours, have {highest[0]:g}, "
+                            f"{highest[1]:g} and {highest[2]:g} for their highest; if they are something else, name "
+                            f"the columns in data.columns")
     return {"coord": array[:, :3], **{name: array[:, i] for i, name in enumerate(names) if i > 2}}
 
 

@@ -381,6 +381,19 @@ def test_nested_folders_and_what_an_empty_split_holds(tmp_path):
         list_clouds(tmp_path / "test")
 
 
+def test_linked_folders_are_read_once(tmp_path):
+    for name in ("store/Area_1/room_0", "store/Area_2/room_0", "train/own/room_0", "val/room_0"):
+        (tmp_path / name).mkdir(parents=True)
+        np.save(tmp_path / name / "coord.npy", np.zeros((3, 3)))
+    for link, target in (("Area_1", "store/Area_1"), ("Area_1_again", "store/Area_1"), ("own/loop", "train"), ("own/up", ".")):
+        (tmp_path / "train" / link).symlink_to(tmp_path / target)
+    found = find_clouds(tmp_path, "train")
+    assert len(found) == 2 and {path.resolve() for path in found} == {tmp_path / "store" / "Area_1" / "room_0", tmp_path / "train/own/room_0"}
+    (tmp_path / "val" / "room_0" / "coord.npy").unlink()
+    (tmp_path / "val" / "room_0" / "linked").symlink_to(tmp_path / "store")
+    assert len(find_clouds(tmp_path, "val")) == 2
+
+
 def test_split_lists_as_text(tmp_path):
     (tmp_path / "clouds").mkdir()
     for name in "abc":
@@ -557,6 +570,17 @@ def test_a_cloud_in_a_few_voxels_is_a_warning(tmp_path):
     messages = PointDataset([tmp_path / "a.npz"], PointSpec(0.02)).messages
     assert any("2000 points, 0.000999 m wide, fill at most 1 voxels of 0.02 m; set data.unit" in line for line in messages)
     assert not any("voxels of" in line for line in PointDataset([tmp_path / "a.npz"], PointSpec(0.02, unit=1000.0)).messages)
+
+
+def test_columns_that_are_no_colours_are_a_doubt(cloud, tmp_path):
+    """ISPRS Vaihingen: intensity, number of the return, number of returns."""
+    echo = np.arange(60)[:, None] % [3, 4] + 1
+    for name in ("a.txt", "a.pts"):
+        path = write_text(tmp_path / name, np.c_[rows(cloud, "coord", "intensity"), echo, cloud["segment"] + 1])
+        columns = "5 to 7" if name == "a.pts" else "4 to 6"
+        assert [line for line in read_cloud(path).warnings if f"columns {columns}, taken as colours" in line and "data.columns" in line]
+    dark = {**cloud, "color": cloud["color"] // 5}
+    assert check(write_text(tmp_path / "a.txt", rows(dark, "coord", "color")), dark, label=False).warnings == ()
 
 
 def test_a_seventh_column_of_many_numbers_is_a_doubt(cloud, tmp_path):
