@@ -29,6 +29,7 @@ PLAIN_COLUMNS = {3: (), 4: ("label",), 6: COLOR_NAMES, 7: (*COLOR_NAMES, "label"
                  10: (*COLOR_NAMES, *NORMAL_NAMES, "label")}
 PTS_COLUMNS = {4: ("intensity",), 7: ("intensity", *COLOR_NAMES)}
 UNLIKE = 10                                 # times higher a column goes than another that is no colour like it
+DARK = 16                                   # and lower than this of 255 only counts go
 MANY_LABELS = 50                            # more in a column of a matrix are rather a colour
 INTENSITY = ("intensity", "strength", "reflectance", "remission")       # one field by four names
 SHORT = {"r": "red", "g": "green", "b": "blue"}
@@ -89,8 +90,8 @@ def matrix_columns(array: np.ndarray, columns: Sequence[str], warnings: list[str
                         f"data.columns=[x, y, z, intensity, r, g, b]")
     if "red" in names and len(array):
         red = names.index("red")
-        highest = array[:, red:red + 3].max(0)
-        if float(highest.min()) * UNLIKE < float(highest.max()):
+        highest = array[:, red:red + 3].max(0).astype(np.float64)
+        if highest.min() * UNLIKE < highest.max() or 1 < highest.max() < DARK:
             warnings.append(f"{path}: columns {red + 1} to {red + 3}, taken as colours, have {highest[0]:g}, "
                             f"{highest[1]:g} and {highest[2]:g} for their highest; if they are something else, name "
                             f"the columns in data.columns")

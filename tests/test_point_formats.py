@@ -576,7 +576,7 @@ def test_columns_that_are_no_colours_are_a_doubt(cloud, tmp_path):
     """ISPRS Vaihingen: intensity, number of the return, number of returns."""
     echo = np.arange(60)[:, None] % [3, 4] + 1
     for name in ("a.txt", "a.pts"):
-        path = write_text(tmp_path / name, np.c_[rows(cloud, "coord", "intensity"), echo, cloud["segment"] + 1])
+        path = write_text(tmp_path / name, np.c_[cloud["coord"], 6 * cloud["intensity"], echo, cloud["segment"] + 1])
         columns = "5 to 7" if name == "a.pts" else "4 to 6"
         assert [line for line in read_cloud(path).warnings if f"columns {columns}, taken as colours" in line and "data.columns" in line]
     dark = {**cloud, "color": cloud["color"] // 5}
