@@ -172,6 +172,8 @@ def main(argv=None) -> dict:
     check_writable(output)
     dataset = script.build_dataset(model.config, split, data_dir=args.data_dir,
                                    label_dir=args.label_dir)
+    for line in getattr(dataset, "messages", ()) if is_main() else ():     # doubts about its files
+        print(line, flush=True)
     result = script.evaluate(model, dataset, device, amp_dtype, args.batch_size, args.num_workers,
                              args.limit_batches)
     if is_main():

@@ -206,6 +206,18 @@ def test_float16_coordinates_are_read_without_a_warning(tmp_path):
         read_cloud(tmp_path / "a.npy")
 
 
+@pytest.mark.parametrize("header, message", [(3, "18 numbers more"), (5, "index|numbers|buffer"), (4, None)])
+def test_rows_of_an_ascii_ply_have_as_many_columns_as_its_header(tmp_path, header, message):
+    rows = "\n".join(" ".join(map(str, row)) for row in np.arange(72).reshape(18, 4))
+    names = "".join(f"property float {name}\n" for name in ("x", "y", "z", "label", "other")[:header])
+    (tmp_path / "a.ply").write_text(f"ply\nformat ascii 1.0\nelement vertex 18\n{names}end_header\n{rows}\n")
+    if message is None:
+        assert read_cloud(tmp_path / "a.ply").label.tolist() == list(range(3, 72, 4))
+    else:
+        with pytest.raises(ValueError, match=f"a.ply: cannot be read as PLY.*({message})"):
+            read_cloud(tmp_path / "a.ply")
+
+
 def test_an_archive_that_announces_more_than_it_holds(tmp_path):
     data = bytearray(zipped(coord=NPY))
     at = data.index(b"PK\1\2") + 20                                                    # sizes of the entry, in the directory
