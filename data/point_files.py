@@ -23,6 +23,7 @@ from utils.checks import check_names, did_you_mean, nearest
 
 CLOUD_SUFFIXES = (".npz", ".npy", ".ply", *READERS)
 UNSURE_SUFFIXES = (".txt", ".csv")          # which may hold something else
+LABELS_OF_SCANNET = ".labels.ply"           # of NAME.ply in NAME.labels.ply
 FAR = 10_000                                # metres; float64 coordinates beyond this are moved before rounding
 BOMB_SIZE, BOMB_RATIO = 1 << 30, 100        # more than a GiB out of less than a hundredth of it is no cloud
 BLOCK = 1 << 22                             # points that are looked at, or written, at a time
@@ -323,6 +324,11 @@ def clouds_in(folder: Path) -> list[Path]:
         seen.update(inside)
         below += [Path(path, name) for name in (*scenes, *names) if name in scenes or is_cloud(Path(path, name))]
     below = [path for path in below if path.suffix.lower() not in UNSURE_SUFFIXES or path.is_dir()] or below
+    known = {str(path) for path in below}
+    if doubles := [name for name in known if name.endswith(LABELS_OF_SCANNET) and
+                   name.removesuffix(LABELS_OF_SCANNET) + ".ply" in known]:
+        raise ValueError(f"{min(doubles)}: the labels of another cloud (raw ScanNet), in the colours of their classes; "
+                         f"make clouds of both by scripts/preprocess_scannet.py, or name the clouds you mean")
     return sorted([path for path in below if path.parent == folder] or below)
 
 
@@ -349,11 +355,13 @@ def find_clouds(root: str | Path, split: str | Sequence[str]) -> list[Path]:
     a folder of clouds under root (train, Area_5 ...) or of folders of them, a key of root/splits.json
     {split: [names]}, the lines of root/SPLIT.txt, or a .json or .txt file (under root or anywhere) that lists clouds by
     their path under root, suffixes optional. Raises FileNotFoundError where there is no root, ValueError where a split
-    is unknown, empty or names a missing cloud.
+    is unknown, empty, none or names a missing cloud.
     """
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder; set data.root")
+    if not split:
+        raise ValueError(f"{root}: no split is named; set data.train and data.val")
     listed = root / "splits.json"
     listed = _read_json(listed, dict, '{"train": [names], ...}') if listed.is_file() else {}
     found = []

@@ -193,7 +193,7 @@ def read_pcd(path: Path, columns: Sequence[str], wanted: Callable, warnings: lis
     body = data[start.end():]
     form = start[1].decode()
     if form == "ascii":
-        fields = np.loadtxt(body.decode("latin-1").splitlines(), row, max_rows=count)
+        fields = np.loadtxt(body.decode("latin-1").splitlines(), row)
         found = {name: fields[name].reshape(-1, width) for name, width in zip(names, widths, strict=True)}
     elif form == "binary":
         fields = np.frombuffer(body, row, count)

@@ -215,7 +215,8 @@ def _with_normals(cloud, spec, cache_dir):
     coord = cloud.coord * np.float32(spec.unit)
     view = spec.normal_view or "inside"
     if not isinstance(view, str):                           # where the cloud was moved, the viewpoint moves with it
-        point, first = np.array([view], np.float64), cloud.coord[:1] if cloud.exact is None else cloud.exact[:1]
+        point = np.array([view], np.float64)
+        first = (cloud.coord if cloud.exact is None else cloud.exact)[:1].astype(np.float64)
         if spec.up == "y":
             point, first = z_up(point), z_up(first)
         point = tuple(((point - (first - cloud.coord[:1])) * spec.unit)[0].tolist())

@@ -13,7 +13,7 @@ import torch
 import evaluate
 import predict
 import train_sonata
-from data.point_files import find_clouds, list_clouds, read_cloud, read_ply_vertices
+from data.point_files import find_clouds, list_clouds, read_cloud, read_ply_vertices, write_ply
 from data.point_formats import check_columns, lzf_decompress, matrix_columns, write_las
 from data.point_tiles import MARGIN, part_of, split_tiles
 from data.points import PointDataset, PointSpec
@@ -207,6 +207,10 @@ def test_pcd(cloud, tmp_path, form):
     read = check(write_pcd(tmp_path / "a.pcd", cloud, form), {**cloud, "segment": cloud["segment"] + 1})
     assert read.warnings == ()
     data = (tmp_path / "a.pcd").read_bytes()
+    (tmp_path / "a.pcd").write_bytes(data.replace(b"POINTS 60", b"POINTS 59"))
+    if form == "ascii":                                                 # the count is wrong: no point is lost without a word
+        with pytest.raises(ValueError, match="60 of 59 points"):
+            read_cloud(tmp_path / "a.pcd")
     (tmp_path / "a.pcd").write_bytes(data[:-30])
     with pytest.raises(ValueError, match="a.pcd: cannot be read"):
         read_cloud(tmp_path / "a.pcd")
@@ -379,6 +383,20 @@ def test_nested_folders_and_what_an_empty_split_holds(tmp_path):
         find_clouds(tmp_path, "test")
     with pytest.raises(ValueError, match="no clouds in this folder; there are 2 .e57 files"):
         list_clouds(tmp_path / "test")
+
+
+def test_raw_scannet_is_no_set_of_clouds(tmp_path, cloud):
+    """The labels are a second PLY, whose colours are the classes: what learns from it learns nothing."""
+    for name in ("scene_vh_clean_2.ply", "scene_vh_clean_2.labels.ply"):
+        (tmp_path / "train" / "scene").mkdir(parents=True, exist_ok=True)
+        write_ply(tmp_path / "train" / "scene" / name, cloud["coord"], cloud["color"])
+    for find in (lambda: find_clouds(tmp_path, "train"), lambda: list_clouds(tmp_path)):
+        with pytest.raises(ValueError, match=r"clean_2.labels.ply: the labels of another cloud.*preprocess_scannet.py"):
+            find()
+    (tmp_path / "train" / "scene" / "scene_vh_clean_2.ply").unlink()
+    assert len(find_clouds(tmp_path, "train")) == 1
+    with pytest.raises(ValueError, match="no split is named"):
+        find_clouds(tmp_path, [])
 
 
 def test_linked_folders_are_read_once(tmp_path):

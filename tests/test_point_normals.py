@@ -144,6 +144,15 @@ def test_roofs_of_a_flat_tile_look_up(tmp_path, rng):
     assert dataset.spec.normal_view == "inside" and (dataset.cloud(0)["normal"][:, 2] > 0).mean() > 0.99
 
 
+def test_a_viewpoint_and_coordinates_without_a_sign(tmp_path, rng):
+    coord = np.c_[rng.integers(0, 3000, (100, 3))].astype(np.uint32) + np.uint32(50_000)           # mm
+    np.savez(tmp_path / "a.npz", coord=coord)
+    normals = [PointDataset([tmp_path / "a.npz"], PointSpec(0.05, unit=0.001, up="y", normal_view=(5e4, 5e4, 9e4)))]
+    np.savez(tmp_path / "a.npz", coord=coord.astype(np.float64))
+    normals += [PointDataset([tmp_path / "a.npz"], PointSpec(0.05, unit=0.001, up="y", normal_view=(5e4, 5e4, 9e4)))]
+    np.testing.assert_array_equal(normals[0].cloud(0)["normal"], normals[1].cloud(0)["normal"])
+
+
 def test_a_viewpoint_has_the_coordinates_of_the_file(tmp_path, rng):
     """Map coordinates in centimetres, which are moved near 0 and scaled: the scanner is moved with them."""
     coord, inward = room(rng, 800)
