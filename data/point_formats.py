@@ -350,10 +350,11 @@ def read_las(path: Path, columns: Sequence[str], wanted: Callable, warnings: lis
     return found
 
 
-def write_las(target: IO, source: Path, label: np.ndarray) -> None:
-    """Write to `target` a copy of the LAS or LAZ file `source` with label (N,) in its classification field; all else
-    stays, but for the point format where label goes beyond its classes, and the octree of a COPC file. ValueError for
-    labels outside 0..255."""
+def write_las(target: IO, source: Path, label: np.ndarray, field: str | None = None) -> None:
+    """Write to `target` a copy of the LAS or LAZ file `source` with label (N,) in its classification field and, where
+    there is one, in the dimension `field`; all else stays, but for the point format where label goes beyond its
+    classes, and the octree of a COPC file. ValueError for labels outside 0..255, and for those that `field` does not
+    hold."""
     laspy = _laspy(source)
     if label.min() < 0 or label.max() > 255:
         raise ValueError(f"{source}: labels {label.min()} to {label.max()}; the classification field holds 0 to 255")
@@ -361,7 +362,10 @@ def write_las(target: IO, source: Path, label: np.ndarray) -> None:
     with contextlib.ExitStack() as stack:
         file = None
         for header, points in _las_chunks(source):
-            las = _reclassified(laspy.LasData(header, points), label[begin:begin + len(points)], label.max())
+            las = _of_format_for(laspy.LasData(header, points), label.max())
+            for name in las.point_format.dimension_names:
+                if name == "classification" or field is not None and plain_name(name) == plain_name(field):
+                    las[name] = _fitting(label[begin:begin + len(points)], las[name], name)
             if file is None:
                 las.header.vlrs = _without_octree(las.header.vlrs)
                 file = stack.enter_context(laspy.open(target, mode="w", header=las.header, closefd=False,
@@ -377,13 +381,20 @@ def _without_octree(records):
     return type(records)([record for record in records if record.user_id != "copc"])
 
 
-def _reclassified(las, label, highest):
-    """A laspy.LasData with label (N,) as its classes, of a later point format where the highest number needs it."""
+def _fitting(label, values, name):
+    """The labels in the type of a dimension's values."""
+    found = label.astype(np.array(values).dtype)
+    if (found != label).any():
+        raise ValueError(f"label {label[(found != label).argmax()]} does not fit into the field {name} ({found.dtype})")
+    return found
+
+
+def _of_format_for(las, highest):
+    """A laspy.LasData, in a later point format where a class of the highest number needs it."""
     if highest > CLASS_LIMIT and las.header.point_format.id in LATER_FORMATS:
         degrees = np.array(las.scan_angle_rank)
         las = _laspy("").convert(las, point_format_id=LATER_FORMATS[las.header.point_format.id])
         las.scan_angle = np.round(degrees / SCAN_ANGLE)
-    las.classification = label
     return las
 
 

@@ -537,6 +537,24 @@ def test_classes_beyond_31_change_an_old_point_format(las_run, tmp_path):
         write_las(file, source, np.full(90, -1))
 
 
+def test_las_copies_have_the_labels_where_training_read_them(tmp_path, cloud):
+    laspy = pytest.importorskip("laspy")
+    las = laspy.read(write_las_file(tmp_path / "a.las", cloud, 3))
+    for name in ("My Class", "label"):
+        las.add_extra_dim(laspy.ExtraBytesParams(name, "i1"))
+        las[name] = cloud["segment"] + 5
+    las.write(tmp_path / "a.las")
+    label = np.resize([3, 7, 40], 60)
+    for field in ("my_class", None):
+        with open(tmp_path / "new.las", "wb") as file:
+            write_las(file, tmp_path / "a.las", label, field)
+        assert (read_cloud(tmp_path / "new.las", "classification").label == label).all()
+        assert (read_cloud(tmp_path / "new.las", "label").label == cloud["segment"] + 5).all()
+        assert (read_cloud(tmp_path / "new.las", "My Class").label == (cloud["segment"] + 5 if field is None else label)).all()
+    with open(tmp_path / "new.las", "wb") as file, pytest.raises(ValueError, match="label 163 does not fit into the field My Class .int8"):
+        write_las(file, tmp_path / "a.las", label + 160, "My Class")
+
+
 def test_records_behind_the_points_stay_but_an_octree(tmp_path, cloud):
     """A coordinate system may stand there. COPC's places of points would be wrong, and laspy does not write them."""
     laspy = pytest.importorskip("laspy")

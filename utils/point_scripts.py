@@ -266,7 +266,7 @@ def write_cloud_label(model: SonataSegmenter, path: Path, prediction: dict, stem
         else:
             written.append(stem.with_name(stem.name + path.suffix.lower()))
             with replacing(written[-1]) as file:
-                write_las(file, path, prediction["label"])
+                write_las(file, path, prediction["label"], model.config.data.label_field)
     # the labels last: where they are, everything is
     return written + write_point_result(stem, prediction, colors, options.labels, options.picture)
 
