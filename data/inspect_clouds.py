@@ -128,7 +128,7 @@ def _check_points(found, files, records):
     for i in good:
         for line in records[i]["warnings"]:
             kind = " ".join(line.partition(": ")[2].split()[:3])
-            all_alike = warned[kind] >= 0.9 * len(good)
+            all_alike = warned[kind] >= 0.9 * len(good) and "data.label_field" not in line
             found.add("note" if all_alike else "doubt", kind, line + (
                 "" if all_alike or "colour" not in line else "; other clouds have another range of colours: make them "
                 "alike, or set data.color_range"), files[i][1])

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.columns import parse_npy, ply_columns
+from data.columns import parse_npy, plain_text, ply_columns
 from data.point_formats import INTENSITY, READERS, by_plain_name, matrix_columns, plain_name
 from data.point_values import as_color, as_integers, as_unit
 from utils.checks import check_names, did_you_mean, nearest
@@ -282,7 +282,7 @@ def read_classes(path: str | Path) -> ClassList:
     path = Path(path)
     path = path / "classes.json" if path.is_dir() else path
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        value = json.loads(path.read_bytes())
         value = {"classes": value} if isinstance(value, list) else value
         names, ignored, palette = value["classes"], value.get("ignore_index"), value.get("palette")
         if not isinstance(names, list):
@@ -391,13 +391,13 @@ def find_clouds(root: str | Path, split: str | Sequence[str]) -> list[Path]:
 def _read_list(file):
     if file.suffix == ".json":
         return _read_json(file, list, "a list of clouds")
-    lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    lines = plain_text(file).decode(errors="replace").splitlines()
     return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
 
 
 def _read_json(path, kind, expected):
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(value, kind):

@@ -8,6 +8,7 @@ needed. Doubts are appended to `warnings`. Raises ValueError for damaged files a
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import re
 import struct
@@ -115,7 +116,9 @@ def read_text(path: Path, columns: Sequence[str], wanted: Callable, warnings: li
     """.xyz, .txt, .pts, .csv: one point a line, numbers separated by blanks, commas or semicolons, with or without a
     header (also behind // or #, as CloudCompare writes it). A first line that is the number of points is skipped;
     ValueError for fewer points than that, and for a header that names more or fewer columns than there are."""
-    with open(path, encoding="utf-8-sig", errors="replace") as file:
+    with open(path, "rb") as file:
+        encoding = "utf-16" if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+    with open(path, encoding=encoding, errors="replace") as file:
         header, first, announced = _text_start(file)
         separator = next((mark for mark in (",", ";") if mark in first), None)
         count = len(_tokens(first, separator))

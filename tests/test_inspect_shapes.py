@@ -215,6 +215,8 @@ CLOUD_FAULTS = {
     "all y up": (recloud(y_up, slice(None)), "doubt", "", "data.up: y"),
     "flipped normals": (recloud(setting("normal", lambda v: -v)), "doubt", "room_003", "flipped normals"),
     "no normals": (recloud(lambda arrays: arrays.pop("normal")), "doubt", "room_003", "no normals"),
+    "two label fields": (recloud(lambda arrays: arrays.update({"class": arrays["segment"]}), slice(None)), "doubt", "room_0",
+                         "labels in segment, class"),
     "zero normals": (recloud(setting("normal", lambda v: np.where(np.arange(len(v))[:, None] % 9, v, 0))), "doubt", "room_003",
                      "normals are zero or NaN"),
     "no colours": (recloud(lambda arrays: arrays.pop("color")), "doubt", "room_003", "no colours"),

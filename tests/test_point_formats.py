@@ -68,7 +68,7 @@ def test_text_of_windows_programs(cloud, tmp_path, first, columns):
     """A byte order mark, line ends of two bytes and letters of another encoding: no point is lost."""
     path = write_text(tmp_path / "a.txt", rows(cloud, "coord", "color", "segment"), first)
     text = path.read_text().replace("\n", "\r\n")
-    for data in (b"\xef\xbb\xbf" + text.encode(), text.encode("cp1252")):
+    for data in (b"\xef\xbb\xbf" + text.encode(), text.encode("cp1252"), text.encode("utf-16")):
         path.write_bytes(data)
         check(path, cloud, columns=columns)
 

@@ -267,6 +267,8 @@ def test_find_clouds_in_every_layout(tmp_path):
     assert names(["Area_2", "Area_1"]) == ["Area_1/x", "Area_2/y"]
     assert names("few") == ["flat2.npz"] and names("all") == ["flat1.npz", "flat2.npz"]
     (tmp_path / "few.txt").write_text("\ufeffflat2\r\n", encoding="utf-8")
+    (tmp_path / "few16.txt").write_text("flat2\r\n", encoding="utf-16")                  # PowerShell: ls -Name > few16.txt
+    assert names("few16") == ["flat2.npz"]
     (tmp_path / "list.json").write_text("\ufeff" + json.dumps(["train/a", "Area_2/y", "train/a"]), encoding="utf-8")
     assert names(["few", "few.txt"]) == ["flat2.npz"]                                     # listed twice: scored once
     assert names("list.json") == names(str(tmp_path / "list.json")) == ["Area_2/y", "train/a"]
