@@ -114,8 +114,9 @@ def _in_unit_cube(values):
 
 def read_text(path: Path, columns: Sequence[str], wanted: Callable, warnings: list[str]) -> dict[str, np.ndarray]:
     """.xyz, .txt, .pts, .csv: one point a line, numbers separated by blanks, commas or semicolons, with or without a
-    header (also behind // or #, as CloudCompare writes it). A first line that is the number of points is skipped;
-    ValueError for fewer points than that, and for a header that names more or fewer columns than there are."""
+    header (also behind // or #, as CloudCompare writes it). A first line that is the number of points is skipped.
+    Labels may be in NAME.labels, one a line (Semantic3D, whose seven columns are x y z intensity r g b). ValueError for
+    fewer points than announced, for other labels than points, and for a header of more or fewer columns."""
     with open(path, "rb") as file:
         encoding = "utf-16" if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
     with open(path, encoding=encoding, errors="replace") as file:
@@ -131,12 +132,20 @@ def read_text(path: Path, columns: Sequence[str], wanted: Callable, warnings: li
         array = np.loadtxt(chain([first], file), np.float64, comments=None, delimiter=separator, usecols=use, ndmin=2)
     if len(array) < announced:
         raise ValueError(f"{len(array)} of {announced} points")
+    labels = path.with_suffix(".labels")
     if names:
         first = by_plain_name(names)
-        return {plain_name(names[i]): array[:, place] for place, i in enumerate(use)
-                if first[plain_name(names[i])] == names[i]}
-    return matrix_columns(array, (), warnings, path, {**PLAIN_COLUMNS, **PTS_COLUMNS} if path.suffix.lower() == ".pts"
-                          else PLAIN_COLUMNS)
+        found = {plain_name(names[i]): array[:, place] for place, i in enumerate(use)
+                 if first[plain_name(names[i])] == names[i]}
+    else:
+        with_intensity = path.suffix.lower() == ".pts" or labels.is_file()
+        found = matrix_columns(array, (), warnings, path, {**PLAIN_COLUMNS, **PTS_COLUMNS} if with_intensity
+                               else PLAIN_COLUMNS)
+    if wanted("label") and "label" not in found and labels.is_file():
+        found["label"] = np.loadtxt(labels, np.int64, ndmin=1)
+        if len(found["label"]) != len(array):
+            raise ValueError(f"{labels} has {len(found['label'])} labels for {len(array)} points")
+    return found
 
 
 def _text_start(file: Iterator[str]) -> tuple[str, str, int]:

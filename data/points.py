@@ -351,6 +351,11 @@ class PointDataset(Dataset):
                 "normal": "zero" + worse}
         if self.spec.missing_normal == "estimate":
             ways["normal"] = f"estimated from neighbours, {describe_view(self.spec.normal_view or 'inside')}"
+        files = [path for path in self.files if not path.is_dir()]
+        last = {path.with_suffix(""): path for path in files}
+        if twins := [(path, last[path.with_suffix("")]) for path in files if last[path.with_suffix("")] != path]:
+            self.messages.append(f"{len(twins)} of {len(self.files)} clouds have the name of another but for the "
+                                 f"suffix, such as {twins[0][0]} and {twins[0][1].name}: is one a copy?")
         for name, files in missing.items():
             if files:
                 self.messages.append(f"{len(files)} of {len(self.files)} clouds have no {name}s ({ways[name]}), the "

@@ -87,6 +87,19 @@ def test_a_header_of_other_columns_is_no_guess(cloud, tmp_path):
           columns=("_", "x", "y", "z", "r", "g", "b"))
 
 
+def test_semantic3d_has_its_labels_in_another_file(cloud, tmp_path):
+    path = write_text(tmp_path / "a.txt", rows(cloud, "coord", "intensity", "color"))
+    np.savetxt(tmp_path / "a.labels", cloud["segment"], "%d")
+    read = check(path, cloud, fields=["intensity"])
+    np.testing.assert_array_equal(read.extra["intensity"], cloud["intensity"])
+    assert read.warnings == () and read_cloud(path, labels=False).label is None
+    write_text(tmp_path / "a.txt", rows(cloud, "coord", "color"), "x y z r g b\n")
+    check(path, cloud)
+    (tmp_path / "a.labels").write_text("1\n")
+    with pytest.raises(ValueError, match="a.labels has 1 labels for 60 points"):
+        read_cloud(path)
+
+
 def test_fewer_points_than_announced(cloud, tmp_path):
     path = write_text(tmp_path / "a.pts", rows(cloud, "coord", "intensity", "color"), "61\n")
     with pytest.raises(ValueError, match="a.pts: cannot be read .*60 of 61 points"):

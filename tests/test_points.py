@@ -394,6 +394,15 @@ def test_whole_set_is_checked_at_construction(tmp_path):
     assert len(messages) == 6 and messages[-1] == "... and 4 more such lines"
 
 
+def test_one_name_with_two_suffixes_is_a_doubt(tmp_path):
+    """A converted copy beside its source would be learnt, or scored, twice."""
+    files = [save(tmp_path / f"{name}.npz", arrays()) for name in ("a", "b.v1", "b.v2")]
+    assert PointDataset(files, PLAIN, 4).messages == []
+    write_ply(tmp_path / "a.ply", arrays()["coord"], arrays()["color"], arrays()["segment"])
+    message = PointDataset([*files, tmp_path / "a.ply"], PointSpec(0.25, features=("coord",)), 4).messages[0]
+    assert message.startswith(f"1 of 4 clouds have the name of another but for the suffix, such as {tmp_path}/a.npz and a.ply")
+
+
 def test_missing_normals_and_colours(tmp_path):
     rng = np.random.default_rng(0)
     floor = np.c_[rng.uniform(0, 1, (200, 2)), np.zeros(200)].astype(np.float32)
