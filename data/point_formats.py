@@ -154,10 +154,10 @@ def _text_start(file: Iterator[str]) -> tuple[str, str, int]:
     header, announced = "", 0
     for number, line in enumerate(file):
         text = line.strip()
-        comment = text.startswith(("#", "//"))
-        if text and not comment and not text.isdigit() and all(map(_is_number, re.split(r"[,;\s]+", text))):
+        row = bool(text) and not text.startswith(("#", "//")) and not text.isdigit()        # or a header
+        if row and all(map(_is_number, re.split(r"[,;\s]+", text))):
             return header, text, announced
-        if number > 100 or (text and not comment and header and not header.startswith(("#", "//"))):
+        if number > 100 or (row and header and not header.startswith(("#", "//"))):
             raise ValueError(f"line {number + 1}: {text[:60]!r} is not a row of numbers")
         announced = int(text) if text.isdecimal() else announced
         header = text if text and not text.isdigit() else header

@@ -55,7 +55,7 @@ def check(path, cloud, color=True, label=True, **settings):
 
 @pytest.mark.parametrize(("name", "first", "separator"), [
     ("a.txt", "", " "), ("a.csv", "x,y,z,R,G,B,Label\n", ","), ("a.csv", "X;Y;Z;red;green;blue;class\n", ";"),
-    ("a.txt", "//X Y Z R G B Scalar_Label\n60\n", " "), ("a.txt", "# made by us\n# x y z r g b label\n", "  "),
+    ("a.txt", "//X Y Z R G B Scalar_Label\n60\n", " "), ("a.txt", "X Y Z R G B Label\n60\n", " "), ("a.txt", "# made by us\n# x y z r g b label\n", "  "),
     ("a.txt", '"x" "y" "z" "r" "g" "b" "scalar_label"\n', " "), ("a.XYZ", "\n", "\t")])
 def test_text_with_and_without_header(cloud, tmp_path, name, first, separator):
     path = write_text(tmp_path / name, rows(cloud, "coord", "color", "segment"), first, separator)
