@@ -380,8 +380,9 @@ def write_las(target: IO, source: Path, label: np.ndarray, field: str | None = N
                     las[name] = _fitting(label[begin:begin + len(points)], las[name], name)
             if file is None:
                 las.header.vlrs = _without_octree(las.header.vlrs)
-                file = stack.enter_context(laspy.open(target, mode="w", header=las.header, closefd=False,
-                                                      do_compress=source.suffix.lower() == ".laz"))
+                file = stack.enter_context(laspy.open(
+                    target, mode="w", header=las.header, closefd=False, encoding_errors="ignore",    # as they are
+                    do_compress=source.suffix.lower() == ".laz"))
             file.write_points(las.points)
             begin += len(points)
         if header.evlrs:
@@ -402,7 +403,10 @@ def _fitting(label, values, name):
 
 
 def _of_format_for(las, highest):
-    """A laspy.LasData, in a later point format where a class of the highest number needs it."""
+    """A laspy.LasData, in a later point format where a class of the highest number needs it, and a later version of LAS
+    than 1.0, which laspy does not write."""
+    if las.header.version.minor == 0:
+        las = _laspy("").convert(las, file_version="1.1")
     if highest > CLASS_LIMIT and las.header.point_format.id in LATER_FORMATS:
         degrees = np.array(las.scan_angle_rank)
         las = _laspy("").convert(las, point_format_id=LATER_FORMATS[las.header.point_format.id])

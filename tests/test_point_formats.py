@@ -550,6 +550,19 @@ def test_classes_beyond_31_change_an_old_point_format(las_run, tmp_path):
         write_las(file, source, np.full(90, -1))
 
 
+@pytest.mark.parametrize("place, content", [(25, b"\0"), (26, "H\u00f6he".encode("cp1252"))])     # LAS 1.0; of which system
+def test_las_copies_of_odd_headers(tmp_path, cloud, place, content):
+    laspy = pytest.importorskip("laspy")
+    data = bytearray(write_las_file(tmp_path / "a.las", cloud, 1).read_bytes())
+    data[place:place + len(content)] = content
+    (tmp_path / "a.las").write_bytes(data)
+    for label in (np.resize([2, 7], 60), np.resize([2, 40], 60)):
+        with open(tmp_path / "new.las", "wb") as file:
+            write_las(file, tmp_path / "a.las", label)
+        assert (laspy.read(tmp_path / "new.las").classification == label).all()
+        assert content == b"\0" or content in (tmp_path / "new.las").read_bytes()[:60]
+
+
 def test_las_copies_have_the_labels_where_training_read_them(tmp_path, cloud):
     laspy = pytest.importorskip("laspy")
     las = laspy.read(write_las_file(tmp_path / "a.las", cloud, 3))
