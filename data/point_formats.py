@@ -129,7 +129,11 @@ def read_text(path: Path, columns: Sequence[str], wanted: Callable, warnings: li
         use = [i for i, name in enumerate(names) if name != "_" and wanted(plain_name(name))] if names else None
         if names and not {"x", "y", "z"} <= {*map(plain_name, names)}:
             raise ValueError(f"no column x, y or z in its header ({' '.join(names)[:80]}); name them in data.columns")
-        array = np.loadtxt(chain([first], file), np.float64, comments=None, delimiter=separator, usecols=use, ndmin=2)
+        rows = chain([first], file)
+        if separator and _tokens(first, separator) == [*map(str, range(count))]:            # as pandas names columns
+            warnings.append(f"{path}: its first line counts the columns from 0, so it is taken as a header")
+            rows = file
+        array = np.loadtxt(rows, np.float64, comments=None, delimiter=separator, usecols=use, ndmin=2)
     if len(array) < announced:
         raise ValueError(f"{len(array)} of {announced} points")
     labels = path.with_suffix(".labels")

@@ -73,6 +73,13 @@ def test_text_of_windows_programs(cloud, tmp_path, first, columns):
         check(path, cloud, columns=columns)
 
 
+def test_pandas_numbers_columns_without_names(cloud, tmp_path):
+    """pandas.DataFrame(array).to_csv(path, index=False): the numbers are no point."""
+    path = write_text(tmp_path / "a.csv", rows(cloud, "coord", "color", "segment"), "0,1,2,3,4,5,6\n", ",")
+    assert check(path, cloud).warnings == (f"{path}: its first line counts the columns from 0, so it is taken as a header",)
+    check(path, cloud, columns=("x", "y", "z", "r", "g", "b", "label"))
+
+
 def test_a_header_of_other_columns_is_no_guess(cloud, tmp_path):
     """R writes no name for the numbers of its rows; names with blanks in them are several."""
     table = np.c_[np.arange(60), rows(cloud, "coord", "color")]
