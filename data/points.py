@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
@@ -306,9 +307,7 @@ class PointDataset(Dataset):
                         missing["label"].append(self.files[index])
                 if sum(self.num_points) <= POINTS_IN_MEMORY:
                     self._kept[index] = cloud
-        self.messages = warnings[:5]
-        if len(warnings) > 5:
-            self.messages.append(f"... and {len(warnings) - 5} more such lines")
+        self.messages = _of_each_kind(warnings)
         for granularity, _ in self.augmentation.elastic if sides else ():
             cell = max(noise_cell(side, granularity) for side in sides)
             if cell > granularity and self.augmentation.elastic_probability:
@@ -407,6 +406,20 @@ class PointDataset(Dataset):
         except ValueError as error:
             raise ValueError(f"{self.files[index]}: {error}") from None
         return {**to_tensors(sample, self.spec), "mix_draw": mix_draw}
+
+
+def _of_each_kind(warnings):
+    """The first five lines of each kind: those that begin alike behind the name of their file, but for numbers."""
+    kinds: dict[str, list[str]] = {}
+    for line in warnings:
+        words = re.sub(r"[\d.]+", "0", line.partition(": ")[2]).split()
+        kinds.setdefault(" ".join(words[:3]), []).append(line)
+    lines = []
+    for found in kinds.values():
+        lines += found[:5]
+        if len(found) > 5:
+            lines.append(f"... and {len(found) - 5} more such lines")
+    return lines
 
 
 def to_cloud(cloud: PointCloud, spec: PointSpec) -> Cloud:

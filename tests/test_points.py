@@ -394,6 +394,15 @@ def test_whole_set_is_checked_at_construction(tmp_path):
     assert len(messages) == 6 and messages[-1] == "... and 4 more such lines"
 
 
+def test_a_doubt_is_not_hidden_behind_many_of_another_kind(tmp_path):
+    files = [save(tmp_path / f"{i}.npz", {"coord": arrays(n=30)["coord"].astype(np.float64) + 5e5, "segment": np.zeros(30, int)})
+             for i in range(12)]
+    files.append(save(tmp_path / "odd.npz", {**arrays(), "color": arrays()["color"] / 255 * 1.3}))
+    messages = PointDataset(files, PLAIN, 4).messages
+    assert sum("moved by" in line for line in messages) == 5 and "... and 7 more such lines" in messages
+    assert sum("odd.npz: colours up to 1.3" in line for line in messages) == 1
+
+
 def test_one_name_with_two_suffixes_is_a_doubt(tmp_path):
     """A converted copy beside its source would be learnt, or scored, twice."""
     files = [save(tmp_path / f"{name}.npz", arrays()) for name in ("a", "b.v1", "b.v2")]
