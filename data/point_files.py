@@ -206,7 +206,10 @@ def _first_label(found, path, warnings):
 
 def _from_columns(columns, labels, fields, path, warnings):
     plain = by_plain_name(columns)
-    raw = {name: columns[name] for name in ("coord", "color", "normal") if name in columns}
+    raw = {}
+    for field, names in FIELDS.items():                     # arrays of three columns, which may have any of the names
+        wide = [name for name in names if name in columns and (name == field or columns[name].ndim == 2)]
+        raw |= {field: columns[wide[0]]} if wide and field != "label" else {}
     for name, triple in COLUMNS.items():
         for names in (triple, *OTHER_COLUMNS.get(name, ())):
             if name not in raw and all(column in plain for column in names):

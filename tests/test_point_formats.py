@@ -126,6 +126,13 @@ def test_names_of_cloudcompare(cloud, tmp_path):
     check(tmp_path / "a.npy", cloud)
 
 
+def test_structured_arrays_of_three_columns(cloud, tmp_path):
+    table = np.zeros(60, [("xyz", "f4", 3), ("rgb", "u1", 3), ("class", "i4")])
+    table["xyz"], table["rgb"], table["class"] = cloud["coord"], cloud["color"], cloud["segment"]
+    np.save(tmp_path / "a.npy", table)
+    check(tmp_path / "a.npy", cloud)
+
+
 def test_labels_under_two_names_are_a_doubt(cloud, tmp_path):
     """Paris-Lille-3D has objects under label, and classes under class."""
     np.savez(tmp_path / "a.npz", coord=cloud["coord"], label=np.arange(60), **{"class": cloud["segment"]})
@@ -304,6 +311,8 @@ def test_pth_scenes_of_old_pointcept(cloud, tmp_path, tensors):
     dataset = PointDataset(find_clouds(tmp_path, "train"), PointSpec(0.05), 3)
     assert dataset.num_points == [60] * 8 and dataset.class_counts.sum() == 8 * (cloud["segment"] >= 0).sum()
     torch.save({**scene, "semantic_gt20": cloud["segment"].tolist()}, tmp_path / "b.pth")
+    check(tmp_path / "b.pth", cloud)
+    torch.save({"coord": scene["coord"], "colors": scene["color"], "labels": scene["semantic_gt20"]}, tmp_path / "b.pth")
     check(tmp_path / "b.pth", cloud)
     for unknown in (torch.zeros(4, 3, dtype=torch.bfloat16), torch.eye(3).to_sparse()):
         torch.save({"coord": unknown}, tmp_path / "b.pth")
