@@ -172,12 +172,12 @@ def main(argv=None) -> dict:
     check_writable(output)
     dataset = script.build_dataset(model.config, split, data_dir=args.data_dir,
                                    label_dir=args.label_dir)
+    if is_main():
+        print(*(f"{note}\n" for note in shortened(getattr(dataset, "notes", ()))), sep="", end="", flush=True)
     result = script.evaluate(model, dataset, device, amp_dtype, args.batch_size, args.num_workers,
                              args.limit_batches)
     if is_main():
         what = args.data_dir or f"{split} split"
-        for note in shortened(getattr(dataset, "notes", ())):
-            print(note)
         print(f"{args.checkpoint} on {what}: {len(dataset.files)} files; means over the classes "
               f"that occur\n")
         print_scores(result, model.class_names)

@@ -443,10 +443,12 @@ def test_only(run: Run, config: Config) -> dict:
     checkpoint["config"] = config.to_dict()
     model = load_model(checkpoint, run.device)
     split = "test" if has_test_split(config) else "val"
-    result = evaluate(model, build_dataset(config, split), run.device,
-                      num_workers=run.args.num_workers, limit_batches=run.args.limit_batches)
+    dataset = build_dataset(config, split)
+    result = evaluate(model, dataset, run.device, num_workers=run.args.num_workers,
+                      limit_batches=run.args.limit_batches)
     official = result["tables"][OFFICIAL]
-    run.report(f"{run.resume_path} on the {split} split, {which_test(config)}, raw points; "
+    run.report(*dataset.notes,
+               f"{run.resume_path} on the {split} split, {which_test(config)}, raw points; "
                f"means over the classes that occur:",
                metrics_table(result["metrics"], model.class_names),
                f"over {OFFICIAL}: mIoU {100 * official['miou']:.2f}, mAcc "

@@ -82,7 +82,8 @@ def parse_npy(data: bytes | np.ndarray) -> np.ndarray:
 
 def ply_columns(path: Path) -> tuple[dict[str, dict], list[str]]:
     """{element: {property: (values, None)}}, for a list (values in a row, length of each); and the header's comments.
-    Raises ValueError for a file that is no PLY or cut short."""
+    Raises ValueError for a file that is no PLY or cut short, and for an ASCII file of more numbers than announced (rows
+    of more columns than the header has)."""
     data = path.read_bytes()
     with ply_errors(path):
         format_, elements, comments, offset = ply_header(data)
@@ -97,6 +98,8 @@ def ply_columns(path: Path) -> tuple[dict[str, dict], list[str]]:
         for name, length, properties in elements:
             types = [(n, *("f8" if format_ == "ascii" and t else t and order + t for t in ts)) for n, *ts in properties]
             columns[name], offset = _ply_element(data, offset, length, types)
+        if format_ == "ascii" and offset < len(data):
+            raise ValueError(f"{(len(data) - offset) // 8} numbers more than its header announces")
     return columns, comments
 
 

@@ -49,7 +49,8 @@ def inspect_clouds(root: str, data: dict, most: int, workers: int, seed: int) ->
     compare(found, files, records, names, [-1])
     _check_points(found, files, records)
     good = [i for i, record in enumerate(records) if "values" in record]
-    settings |= {"spacing": float(np.median([records[i]["spacing"] for i in good])) if good else 0.01,
+    spacing = [records[i]["spacing"] for i in good if records[i]["spacing"]]
+    settings |= {"spacing": float(np.median(spacing)) if spacing else 0.01,
                  "sides": np.median([records[i]["sides"] for i in good], 0).tolist() if good else [1.0] * 3,
                  "elements": [records[i]["elements"] for i in good],
                  "has": [name for name in ("color", "normal") if good and np.mean(
@@ -78,18 +79,25 @@ def examine_cloud(path: Path, label_field: str | None = None) -> dict:
     peaks = [np.histogram(coord[:, axis], 100)[0].max() / len(coord) for axis in range(3)]
     far = np.quantile(np.linalg.norm(coord - middle, axis=1), 0.99) * 3
     record |= {
-        **shape, "elements": len(coord), "warnings": cloud.warnings, "spacing": float(np.median(distance[:, -1])),
+        **shape, "elements": len(coord), "warnings": cloud.warnings, "spacing": _spacing(coord[part], distance[:, -1]),
         "twice": float((distance[:, -1] == 0).mean()), "peaks": peaks, "digest": digest(cloud.coord),
         "stray": int((np.linalg.norm(coord - middle, axis=1) > far).sum()) if far else 0,
         "has": [name for name in ("color", "normal", "label") if getattr(cloud, name) is not None]}
     if cloud.normal is not None:
         out = np.sign((cloud.normal * (coord - middle)).sum(1)).mean()
-        record |= {"outward": float(out), "upward": float(cloud.normal[:, 2].mean()),
-                   "no_normal": int((cloud.normal == 0).all(1).sum())}
+        record |= {"outward": float(out), "upward": float(cloud.normal[:, 2].mean())}
     if cloud.label is None:
         return record | {"label_problem": f"{path}: no labels"}
     scale = max(float(np.linalg.norm(shape["sides"])) / 2, 1e-12)
     return record | labels_of(cloud.label, (coord - middle) / scale, np.stack([chosen, nearest[:, -1]]))
+
+
+def _spacing(coord, distance):
+    """The median distance of neighbouring points; of neighbouring places, where most points are there twice. 0: all
+    are in one."""
+    if (usual := float(np.median(distance))) or len(places := np.unique(coord, axis=0)) < 2:
+        return usual
+    return float(np.median(cKDTree(places).query(places[:NEIGHBORS_SEEN], 2)[0][:, 1]))
 
 
 def _slice(coord):
@@ -120,16 +128,13 @@ def _check_points(found, files, records):
     for i in good:
         for line in records[i]["warnings"]:
             kind = " ".join(line.partition(": ")[2].split()[:3])
-            all_alike = warned[kind] >= 0.9 * len(good)
+            all_alike = warned[kind] >= 0.9 * len(good) and "data.label_field" not in line
             found.add("note" if all_alike else "doubt", kind, line + (
                 "" if all_alike or "colour" not in line else "; other clouds have another range of colours: make them "
                 "alike, or set data.color_range"), files[i][1])
         if records[i]["twice"] > 0.05:
             found.add("note", "points twice", f"{files[i][1]}: {100 * records[i]['twice']:.0f} % of its points have "
                       f"another in the same place", files[i][1])
-        if records[i].get("no_normal", 0) > 0.01 * records[i]["elements"]:
-            found.add("doubt", "zero normals", f"{files[i][1]}: {records[i]['no_normal']} normals are zero or NaN; "
-                      f"remove the field, and they are estimated", files[i][1])
         if 0 < records[i]["stray"] < 0.005 * records[i]["elements"]:
             found.add("note", "stray points", f"{files[i][1]}: {records[i]['stray']} stray points, far from the rest; "
                       f"remove them if they are noise", files[i][1])

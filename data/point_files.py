@@ -16,13 +16,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.columns import parse_npy, ply_columns
-from data.point_formats import INTENSITY, READERS, matrix_columns, plain_name
+from data.columns import parse_npy, plain_text, ply_columns
+from data.point_formats import INTENSITY, READERS, by_plain_name, matrix_columns, plain_name
 from data.point_values import as_color, as_integers, as_unit
 from utils.checks import check_names, did_you_mean, nearest
 
 CLOUD_SUFFIXES = (".npz", ".npy", ".ply", *READERS)
 UNSURE_SUFFIXES = (".txt", ".csv")          # which may hold something else
+LABELS_OF_SCANNET = ".labels.ply"           # of NAME.ply in NAME.labels.ply
 FAR = 10_000                                # metres; float64 coordinates beyond this are moved before rounding
 BOMB_SIZE, BOMB_RATIO = 1 << 30, 100        # more than a GiB out of less than a hundredth of it is no cloud
 BLOCK = 1 << 22                             # points that are looked at, or written, at a time
@@ -31,8 +32,8 @@ FIELDS = {"coord": ("coord", "coords", "xyz", "points", "pos"), "normal": ("norm
           "color": ("color", "colors", "colour", "colours", "rgb"),
           "label": ("segment", "label", "labels", "class", "semantic", "classification")}
 COLUMNS = {"coord": ("x", "y", "z"), "color": ("red", "green", "blue"), "normal": ("nx", "ny", "nz")}
-OTHER_COLUMNS = {"color": (("diffuse_red", "diffuse_green", "diffuse_blue"),),
-                 "normal": (("normal_x", "normal_y", "normal_z"),)}
+OTHER_COLUMNS = {"color": (("diffuse_red", "diffuse_green", "diffuse_blue"), ("rf", "gf", "bf")),
+                 "normal": (("normal_x", "normal_y", "normal_z"), ("normalx", "normaly", "normalz"))}
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -119,12 +120,13 @@ def _near_zero(coord, path, warnings):
             raise ValueError(f"{path}: {count} of {len(coord)} points have a NaN or infinite coordinate, or one beyond "
                              f"{LARGEST:g}, the first is point {rows.start + finite.argmin()}; remove them")
     origin = None
-    farthest = max(coord.max(), -coord.min())
+    farthest = max(float(coord.max()), -float(coord.min()))
     if farthest > FAR and coord.dtype == np.float32:                       # rounded to centimetres
-        warnings.append(f"{path}: float32 coordinates up to {farthest:.0f} are rounded to {np.spacing(farthest):g}; "
-                        f"export them in float64, or with an offset")
+        step = np.spacing(np.float32(farthest))
+        warnings.append(f"{path}: float32 coordinates up to {farthest:.0f} are rounded to {step:g}; export them in "
+                        f"float64, or with an offset")
     elif farthest > FAR:
-        origin = np.floor(coord.min(0))
+        origin = np.floor(coord.min(0).astype(np.float64))
         warnings.append(f"{path}: coordinates up to {farthest:.0f}; moved by {(-origin).tolist()}")
     near = np.empty(coord.shape, np.float32)
     for rows in blocks:
@@ -143,7 +145,7 @@ def _read_fields(path, labels, columns, fields, warnings):
     """{"coord": ..., "color": ..., "normal": ..., "label": ...} as far as the file has them, and all of `fields`;
     labels: the names under which labels may be."""
     if path.is_dir():
-        return _named({file.stem: file for file in path.glob("*.npy")}, _read_npy, labels, fields)
+        return _named({file.stem: file for file in path.glob("*.npy")}, _read_npy, labels, fields, path, warnings)
     if path.suffix.lower() == ".npz":
         with zipfile.ZipFile(path) as file:
             if any(entry.compress_size > path.stat().st_size for entry in file.infolist()):
@@ -153,18 +155,19 @@ def _read_fields(path, labels, columns, fields, warnings):
             if unpacked > max(BOMB_SIZE, BOMB_RATIO * packed):
                 raise ValueError(f"{unpacked:,} bytes of arrays in {packed:,} bytes of file")
             return _named({name.removesuffix(".npy"): name for name in file.namelist()},
-                          lambda name: parse_npy(file.read(name)), labels, fields)
+                          lambda name: parse_npy(file.read(name)), labels, fields, path, warnings)
     if path.suffix.lower() == ".ply":
-        return _from_columns(read_ply_vertices(path), labels, fields)
+        return _from_columns(read_ply_vertices(path), labels, fields, path, warnings)
     if path.suffix.lower() in READERS:
         asked = {*fields, *(INTENSITY if {*fields} & {*INTENSITY} else ())}
-        needed = {*sum(COLUMNS.values(), ()), *map(plain_name, (*labels, *asked))}
+        needed = {*sum((*COLUMNS.values(), *sum(OTHER_COLUMNS.values(), ())), ()), *map(plain_name, (*labels, *asked))}
         found = READERS[path.suffix.lower()](path, columns, needed.__contains__, warnings)
-        return _from_columns(found, labels, fields)
+        return _from_columns(found, labels, fields, path, warnings)
     array = _read_npy(path)
     if array.dtype.names:
-        return _from_columns({name: array[name] for name in array.dtype.names}, labels, fields)
-    return _from_columns(matrix_columns(array, columns, warnings, path), labels, fields)
+        return _from_columns({name: array[name] for name in array.dtype.names}, labels, fields, path,
+                             warnings)
+    return _from_columns(matrix_columns(array, columns, warnings, path), labels, fields, path, warnings)
 
 
 def _read_npy(path):
@@ -176,16 +179,16 @@ def label_names(label_field: str | None) -> tuple[str, ...]:
     return (label_field,) if label_field else (*FIELDS["label"], "segment20")
 
 
-def _named(keys, read, labels, fields):
-    names = {**FIELDS, "label": labels}
-    found = {field: next((name for name in names[field] if name in keys), None) for field in names}
+def _named(keys, read, labels, fields, path, warnings):
+    found = {field: next((name for name in names if name in keys), None) for field, names in FIELDS.items()}
+    found["label"] = _first_label([name for name in labels if name in keys], path, warnings)
     found |= {field: _find_field(field, keys) for field in fields}
     return {field: read(keys[name]) for field, name in found.items() if name is not None}
 
 
 def _find_field(field, keys):
     """The one of keys that is meant by `field`, which intensity has under several names. ValueError where none is."""
-    plain = {plain_name(key): key for key in keys}
+    plain = by_plain_name(keys)
     names = (plain_name(field), *(INTENSITY if field in INTENSITY else ()))
     name = next((name for name in names if name in plain), None)
     if name is None:
@@ -194,16 +197,27 @@ def _find_field(field, keys):
     return plain[name]
 
 
-def _from_columns(columns, labels, fields):
-    plain = {plain_name(name): name for name in columns}
-    raw = {name: columns[name] for name in ("coord", "color", "normal") if name in columns}
+def _first_label(found, path, warnings):
+    """The first of the names under which a file has labels, None where it has none; a doubt where they are several."""
+    if len(found) > 1:
+        warnings.append(f"{path}: labels in {', '.join(found)}: {found[0]} is taken; data.label_field ends this")
+    return found[0] if found else None
+
+
+def _from_columns(columns, labels, fields, path, warnings):
+    plain = by_plain_name(columns)
+    raw = {}
+    for field, names in FIELDS.items():                     # arrays of three columns, which may have any of the names
+        wide = [name for name in names if name in columns and (name == field or columns[name].ndim == 2)]
+        raw |= {field: columns[wide[0]]} if wide and field != "label" else {}
     for name, triple in COLUMNS.items():
         for names in (triple, *OTHER_COLUMNS.get(name, ())):
             if name not in raw and all(column in plain for column in names):
                 raw[name] = np.stack([columns[plain[column]] for column in names], 1)
-    label = next((name for name in labels if name in columns or plain_name(name) in plain), None)
+    names = {name: name if name in columns else plain.get(plain_name(name)) for name in labels}
+    label = _first_label([name for name in dict.fromkeys(names.values()) if name is not None], path, warnings)
     if label is not None:
-        raw["label"] = columns[label if label in columns else plain[plain_name(label)]]
+        raw["label"] = columns[label]
     return {**raw, **{field: columns[_find_field(field, columns)] for field in fields}}
 
 
@@ -271,14 +285,16 @@ def read_classes(path: str | Path) -> ClassList:
     path = Path(path)
     path = path / "classes.json" if path.is_dir() else path
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_bytes())
         value = {"classes": value} if isinstance(value, list) else value
         names, ignored, palette = value["classes"], value.get("ignore_index"), value.get("palette")
+        if not isinstance(names, list):
+            raise ValueError("the class names must be a list, in the order of their numbers")
         if not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
             raise ValueError("the class names must be texts, each once")
         if not isinstance(ignored, list):
             ignored = [] if ignored is None else [ignored]
-        ignored = {-1, *("nan" if str(value).lower() == "nan" else int(value) for value in ignored)}
+        ignored = {-1, *("nan" if str(value).lower() == "nan" else int(str(value)) for value in ignored)}
         if palette is not None:
             palette = np.array(palette).reshape(len(names), 3)
             if palette.dtype.kind not in "iu" or palette.min() < 0 or palette.max() > 255:
@@ -299,14 +315,23 @@ def is_cloud(path: Path) -> bool:
 
 
 def clouds_in(folder: Path) -> list[Path]:
-    """The sorted clouds of a folder, or, where it has none itself, of the folders in it (scene/room), at any depth.
-    Files .txt and .csv, which may be lists and notes, count where there is nothing else."""
-    below = []
-    for path, folders, names in os.walk(folder):
+    """The sorted clouds of a folder, or, where it has none itself, of the folders in it (scene/room) and those that it
+    links to, at any depth. Files .txt and .csv, which may be lists and notes, count where there is nothing else."""
+    top = folder.resolve()
+    below, seen = [], {top, *top.parents}                   # each folder once, and no loops
+    for path, folders, names in os.walk(folder, followlinks=True):
         scenes = [name for name in folders if is_cloud(Path(path, name))]
-        folders[:] = [name for name in folders if name not in scenes and not name.startswith(".")]
+        inside = {Path(path, name).resolve(): name for name in sorted(folders, reverse=True)
+                  if name not in scenes and not name.startswith(".")}
+        folders[:] = [name for place, name in inside.items() if place not in seen]
+        seen.update(inside)
         below += [Path(path, name) for name in (*scenes, *names) if name in scenes or is_cloud(Path(path, name))]
     below = [path for path in below if path.suffix.lower() not in UNSURE_SUFFIXES or path.is_dir()] or below
+    known = {str(path) for path in below}
+    if doubles := [name for name in known if name.endswith(LABELS_OF_SCANNET) and
+                   name.removesuffix(LABELS_OF_SCANNET) + ".ply" in known]:
+        raise ValueError(f"{min(doubles)}: the labels of another cloud (raw ScanNet), in the colours of their classes; "
+                         f"make clouds of both by scripts/preprocess_scannet.py, or name the clouds you mean")
     return sorted([path for path in below if path.parent == folder] or below)
 
 
@@ -333,11 +358,13 @@ def find_clouds(root: str | Path, split: str | Sequence[str]) -> list[Path]:
     a folder of clouds under root (train, Area_5 ...) or of folders of them, a key of root/splits.json
     {split: [names]}, the lines of root/SPLIT.txt, or a .json or .txt file (under root or anywhere) that lists clouds by
     their path under root, suffixes optional. Raises FileNotFoundError where there is no root, ValueError where a split
-    is unknown, empty or names a missing cloud.
+    is unknown, empty, none or names a missing cloud.
     """
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder; set data.root")
+    if not split:
+        raise ValueError(f"{root}: no split is named; set data.train and data.val")
     listed = root / "splits.json"
     listed = _read_json(listed, dict, '{"train": [names], ...}') if listed.is_file() else {}
     found = []
@@ -361,19 +388,19 @@ def find_clouds(root: str | Path, split: str | Sequence[str]) -> list[Path]:
             raise ValueError(f"{root}: split {name!r} is empty; clouds are {' '.join(CLOUD_SUFFIXES)} files or folders "
                              f"with coord.npy{there}")
         found += clouds
-    return sorted(found)
+    return sorted({*found})                                 # a cloud that is listed twice counts once
 
 
 def _read_list(file):
     if file.suffix == ".json":
         return _read_json(file, list, "a list of clouds")
-    lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    lines = plain_text(file).decode(errors="replace").splitlines()
     return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
 
 
 def _read_json(path, kind, expected):
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(value, kind):

@@ -8,10 +8,12 @@ needed. Doubts are appended to `warnings`. Raises ValueError for damaged files a
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import re
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import IO
 
@@ -27,6 +29,9 @@ COLOR_NAMES = ("red", "green", "blue")
 PLAIN_COLUMNS = {3: (), 4: ("label",), 6: COLOR_NAMES, 7: (*COLOR_NAMES, "label"), 9: (*COLOR_NAMES, *NORMAL_NAMES),
                  10: (*COLOR_NAMES, *NORMAL_NAMES, "label")}
 PTS_COLUMNS = {4: ("intensity",), 7: ("intensity", *COLOR_NAMES)}
+UNLIKE = 10                                 # times higher a column goes than another that is no colour like it
+DARK = 16                                   # and lower than this of 255 only counts go
+MANY_LABELS = 50                            # more in a column of a matrix are rather a colour
 INTENSITY = ("intensity", "strength", "reflectance", "remission")       # one field by four names
 SHORT = {"r": "red", "g": "green", "b": "blue"}
 PCD_TYPES = {("F", 4): "f4", ("F", 8): "f8", **{(kind, size): f"{kind.lower()}{size}" for kind in "IU"
@@ -34,6 +39,7 @@ PCD_TYPES = {("F", 4): "f4", ("F", 8): "f8", **{(kind, size): f"{kind.lower()}{s
 LAS_HEADER = 247                            # bytes in which all counts are; the smallest header and a point of 20 bytes
 PACKING = 100                               # a LAZ file does not hold more than so many times its own size
 CLASS_LIMIT = 31                            # of these point formats of LAS; those they become hold 255
+SCAN_ANGLE = 0.006                          # degrees: the unit of theirs
 LATER_FORMATS = {0: 6, 1: 6, 2: 7, 3: 7, 4: 9, 5: 10}
 
 
@@ -41,6 +47,11 @@ def plain_name(name: str) -> str:
     """A column's name as it is compared: lower case, without the `scalar_` of CloudCompare; r, g, b in full."""
     name = name.strip().strip('"\'').lower().replace(" ", "_").removeprefix("scalar_")
     return SHORT.get(name, name)
+
+
+def by_plain_name(names: Iterable[str]) -> dict[str, str]:
+    """{plain name: name}; of several the first, which is a file's own (red before scalar_Red, a copy of it)."""
+    return {plain_name(name): name for name in reversed([*names])}
 
 
 def check_columns(columns: Sequence[str]) -> None:
@@ -75,6 +86,16 @@ def matrix_columns(array: np.ndarray, columns: Sequence[str], warnings: list[str
             np.isfinite(array[:, 3])].any():
         names[3] = "intensity"
         warnings.append(f"{path}: column 4 holds fractions, taken as intensity, not as label; data.columns ends this")
+    elif names[6:] == ["label"] and (count := len(np.unique(array[:CHUNK, 6]))) > MANY_LABELS:
+        warnings.append(f"{path}: column 7, taken as label, holds {count} different numbers; if it is blue, set "
+                        f"data.columns=[x, y, z, intensity, r, g, b]")
+    if "red" in names and len(array):
+        red = names.index("red")
+        highest = array[:, red:red + 3].max(0).astype(np.float64)
+        if highest.min() * UNLIKE < highest.max() or 1 < highest.max() < DARK:
+            warnings.append(f"{path}: columns {red + 1} to {red + 3}, taken as colours, have {highest[0]:g}, "
+                            f"{highest[1]:g} and {highest[2]:g} for their highest; if they are something else, name "
+                            f"the columns in data.columns")
     return {"coord": array[:, :3], **{name: array[:, i] for i, name in enumerate(names) if i > 2}}
 
 
@@ -93,35 +114,56 @@ def _in_unit_cube(values):
 
 def read_text(path: Path, columns: Sequence[str], wanted: Callable, warnings: list[str]) -> dict[str, np.ndarray]:
     """.xyz, .txt, .pts, .csv: one point a line, numbers separated by blanks, commas or semicolons, with or without a
-    header (also behind // or #, as CloudCompare writes it); a first line that is the number of points is skipped."""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        skipped, header, first = _text_start(file)
-    separator = next((mark for mark in (",", ";") if mark in first), None)
-    count = len(_tokens(first, separator))
-    names = list(columns) or _header_names(header, separator, count)
-    if columns and len(columns) != count:
-        raise ValueError(f"{count} columns, but data.columns names {len(columns)}")
-    use = [i for i, name in enumerate(names) if name != "_" and wanted(plain_name(name))] if names else None
-    if names and not {"x", "y", "z"} <= {*map(plain_name, names)}:
-        raise ValueError(f"no column x, y or z in its header ({' '.join(names)[:80]}); name them in data.columns")
-    array = np.loadtxt(path, np.float64, comments=None, delimiter=separator, skiprows=skipped, usecols=use, ndmin=2,
-                       encoding="utf-8")
+    header (also behind // or #, as CloudCompare writes it). A first line that is the number of points is skipped.
+    Labels may be in NAME.labels, one a line (Semantic3D, whose seven columns are x y z intensity r g b). ValueError for
+    fewer points than announced, for other labels than points, and for a header of more or fewer columns."""
+    with open(path, "rb") as file:
+        encoding = "utf-16" if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+    with open(path, encoding=encoding, errors="replace") as file:
+        header, first, announced = _text_start(file)
+        separator = next((mark for mark in (",", ";") if mark in first), None)
+        count = len(_tokens(first, separator))
+        names = list(columns) or _header_names(header, separator, count)
+        if columns and len(columns) != count:
+            raise ValueError(f"{count} columns, but data.columns names {len(columns)}")
+        use = [i for i, name in enumerate(names) if name != "_" and wanted(plain_name(name))] if names else None
+        if names and not {"x", "y", "z"} <= {*map(plain_name, names)}:
+            raise ValueError(f"no column x, y or z in its header ({' '.join(names)[:80]}); name them in data.columns")
+        rows = chain([first], file)
+        if separator and _tokens(first, separator) == [*map(str, range(count))]:            # as pandas names columns
+            warnings.append(f"{path}: its first line counts the columns from 0, so it is taken as a header")
+            rows = file
+        array = np.loadtxt(rows, np.float64, comments=None, delimiter=separator, usecols=use, ndmin=2)
+    if len(array) < announced:
+        raise ValueError(f"{len(array)} of {announced} points")
+    labels = path.with_suffix(".labels")
     if names:
-        return {plain_name(names[i]): array[:, place] for place, i in enumerate(use)}
-    return matrix_columns(array, (), warnings, path, {**PLAIN_COLUMNS, **PTS_COLUMNS} if path.suffix.lower() == ".pts"
-                          else PLAIN_COLUMNS)
+        first = by_plain_name(names)
+        found = {plain_name(names[i]): array[:, place] for place, i in enumerate(use)
+                 if first[plain_name(names[i])] == names[i]}
+    else:
+        with_intensity = path.suffix.lower() == ".pts" or labels.is_file()
+        found = matrix_columns(array, (), warnings, path, {**PLAIN_COLUMNS, **PTS_COLUMNS} if with_intensity
+                               else PLAIN_COLUMNS)
+    if wanted("label") and "label" not in found and labels.is_file():
+        found["label"] = np.loadtxt(labels, np.int64, ndmin=1)
+        if len(found["label"]) != len(array):
+            raise ValueError(f"{labels} has {len(found['label'])} labels for {len(array)} points")
+    return found
 
 
-def _text_start(file: Iterator[str]) -> tuple[int, str, str]:
-    """(lines before the first point, the last of them that is no number of points, the first point)."""
-    header = ""
+def _text_start(file: Iterator[str]) -> tuple[str, str, int]:
+    """(the last line before the first point that is no number of points, the first point, the number of points or 0);
+    the file is then at the second point."""
+    header, announced = "", 0
     for number, line in enumerate(file):
         text = line.strip()
-        comment = text.startswith(("#", "//"))
-        if text and not comment and not text.isdigit() and all(map(_is_number, re.split(r"[,;\s]+", text))):
-            return number, header, text
-        if number > 100 or (text and not comment and header and not header.startswith(("#", "//"))):
+        row = bool(text) and not text.startswith(("#", "//")) and not text.isdigit()        # or a header
+        if row and all(map(_is_number, re.split(r"[,;\s]+", text))):
+            return header, text, announced
+        if number > 100 or (row and header and not header.startswith(("#", "//"))):
             raise ValueError(f"line {number + 1}: {text[:60]!r} is not a row of numbers")
+        announced = int(text) if text.isdecimal() else announced
         header = text if text and not text.isdigit() else header
     raise ValueError("no row of numbers in it")
 
@@ -142,6 +184,10 @@ def _header_names(header, separator, count):
     names = _tokens(header.lstrip("#/ "), separator)
     if len(names) != count:
         names = re.split(r"[,;\s]+", header.lstrip("#/ ").strip())
+    listed = not header.startswith(("#", "//")) or plain_name(names[0]) == "x"          # no sentence about the file
+    if len(names) != count and listed and {"x", "y", "z"} <= {*map(plain_name, names)}:
+        raise ValueError(f"{count} columns, but its header names {len(names)} ({' '.join(names)[:80]}); name them in "
+                         f"data.columns")
     return names if len(names) == count and not all(map(_is_number, names)) else []
 
 
@@ -163,7 +209,7 @@ def read_pcd(path: Path, columns: Sequence[str], wanted: Callable, warnings: lis
     body = data[start.end():]
     form = start[1].decode()
     if form == "ascii":
-        fields = np.loadtxt(body.decode("latin-1").splitlines(), row, max_rows=count)
+        fields = np.loadtxt(body.decode("latin-1").splitlines(), row)
         found = {name: fields[name].reshape(-1, width) for name, width in zip(names, widths, strict=True)}
     elif form == "binary":
         fields = np.frombuffer(body, row, count)
@@ -182,9 +228,20 @@ def read_pcd(path: Path, columns: Sequence[str], wanted: Callable, warnings: lis
     single = {plain_name(name): values[:, 0] for name, values in found.items() if values.shape[1] == 1}
     for name in ("rgb", "rgba"):
         if name in single and single[name].dtype.itemsize == 4:
-            packed = np.ascontiguousarray(single.pop(name)).view("<u4")
+            packed = np.ascontiguousarray(single.pop(name))
+            if form == "ascii" and packed.dtype.kind == "f":
+                packed = _packed_from_text(packed, name)
+            packed = packed.view("<u4")
             single["color"] = np.stack([packed >> 16 & 255, packed >> 8 & 255, packed & 255], 1).astype(np.uint8)
     return single
+
+
+def _packed_from_text(values, name):
+    """Colours that ASCII files have as a floating-point number: its bits, or, written by others, the number itself."""
+    if np.isnan(values).any():
+        raise ValueError(f"{name} of {np.isnan(values).sum()} points is NaN, which holds no colour; export it as an "
+                         f"unsigned integer (TYPE U)")
+    return values.astype("<u4") if values.max(initial=0) >= 1 else values
 
 
 def lzf_decompress(data: bytes, size: int) -> bytes:
@@ -244,8 +301,12 @@ def read_pth(path: Path, columns: Sequence[str], wanted: Callable, warnings: lis
     content = read_torch_file(path, "Fetch it again.", old_format=True, numpy_scalars=True)
     if not isinstance(content, dict) or "coord" not in content:
         raise ValueError("no dict with coord in it; a scene is expected, not weights")
-    arrays = {name: np.asarray(value) for name, value in content.items() if hasattr(value, "shape")}
-    return {str(name).replace("semantic_gt", "segment"): values for name, values in arrays.items()}
+    content = {str(name).replace("semantic_gt", "segment"): value for name, value in content.items()}
+    try:
+        return {name: np.asarray(value) for name, value in content.items()
+                if hasattr(value, "shape") or isinstance(value, list) and wanted(plain_name(name))}
+    except TypeError as error:                                      # a tensor of bfloat16, or a sparse one
+        raise ValueError(f"{error}") from error
 
 
 # -- LAS, LAZ ----------------------------------------------------------------------------------------------------------
@@ -305,9 +366,11 @@ def read_las(path: Path, columns: Sequence[str], wanted: Callable, warnings: lis
     return found
 
 
-def write_las(target: IO, source: Path, label: np.ndarray) -> None:
-    """Write to `target` a copy of the LAS or LAZ file `source` with label (N,) in its classification field; all else
-    stays, but for the point format where label goes beyond its classes. ValueError for labels outside 0..255."""
+def write_las(target: IO, source: Path, label: np.ndarray, field: str | None = None) -> None:
+    """Write to `target` a copy of the LAS or LAZ file `source` with label (N,) in its classification field and, where
+    there is one, in the dimension `field`; all else stays, but for the point format where label goes beyond its
+    classes, and the octree of a COPC file. ValueError for labels outside 0..255, and for those that `field` does not
+    hold."""
     laspy = _laspy(source)
     if label.min() < 0 or label.max() > 255:
         raise ValueError(f"{source}: labels {label.min()} to {label.max()}; the classification field holds 0 to 255")
@@ -315,15 +378,44 @@ def write_las(target: IO, source: Path, label: np.ndarray) -> None:
     with contextlib.ExitStack() as stack:
         file = None
         for header, points in _las_chunks(source):
-            las = laspy.LasData(header, points)
-            if label.max() > CLASS_LIMIT and header.point_format.id in LATER_FORMATS:
-                las = laspy.convert(las, point_format_id=LATER_FORMATS[header.point_format.id])
+            las = _of_format_for(laspy.LasData(header, points), label.max())
+            for name in las.point_format.dimension_names:
+                if name == "classification" or field is not None and plain_name(name) == plain_name(field):
+                    las[name] = _fitting(label[begin:begin + len(points)], las[name], name)
             if file is None:
-                file = stack.enter_context(laspy.open(target, mode="w", header=las.header, closefd=False,
-                                                      do_compress=source.suffix.lower() == ".laz"))
-            las.classification = label[begin:begin + len(points)]
+                las.header.vlrs = _without_octree(las.header.vlrs)
+                file = stack.enter_context(laspy.open(
+                    target, mode="w", header=las.header, closefd=False, encoding_errors="ignore",    # as they are
+                    do_compress=source.suffix.lower() == ".laz"))
             file.write_points(las.points)
             begin += len(points)
+        if header.evlrs:
+            file.write_evlrs(_without_octree(header.evlrs))
+
+
+def _without_octree(records):
+    """Records of a LAS file but those of COPC, which say where in the file points are."""
+    return type(records)([record for record in records if record.user_id != "copc"])
+
+
+def _fitting(label, values, name):
+    """The labels in the type of a dimension's values."""
+    found = label.astype(np.array(values).dtype)
+    if (found != label).any():
+        raise ValueError(f"label {label[(found != label).argmax()]} does not fit into the field {name} ({found.dtype})")
+    return found
+
+
+def _of_format_for(las, highest):
+    """A laspy.LasData, in a later point format where a class of the highest number needs it, and a later version of LAS
+    than 1.0, which laspy does not write."""
+    if las.header.version.minor == 0:
+        las = _laspy("").convert(las, file_version="1.1")
+    if highest > CLASS_LIMIT and las.header.point_format.id in LATER_FORMATS:
+        degrees = np.array(las.scan_angle_rank)
+        las = _laspy("").convert(las, point_format_id=LATER_FORMATS[las.header.point_format.id])
+        las.scan_angle = np.round(degrees / SCAN_ANGLE)
+    return las
 
 
 READERS = {".las": read_las, ".laz": read_las, ".pcd": read_pcd, ".bin": read_kitti, ".pth": read_pth,

@@ -12,6 +12,7 @@ from utils.losses import IGNORE_INDEX
 
 NAN_LABEL = int(np.iinfo(np.int64).min)     # NaN among the labels of a file, once they are integers
 NOISE = 0.002                               # share of the range by which rounding (float16: 0.001) may leave it
+MOST_ZERO = 0.01                            # share of the normals that may be zero or NaN without a word
 DOUBTFUL = 2                                # floating-point colours below this are not those of a scan in 0..255
 
 
@@ -43,19 +44,25 @@ def as_color(color: np.ndarray | None, path: str | Path, warnings: list[str],
                         f"data.color_range=255, or 65535 where the scan is dark")
     if not (lowest >= low - NOISE * (high - low) and highest <= most):      # NaN too
         expected = "0..255 (or 0..1)" if color_range is None else f"{low:g}..{high:g}, as data.color_range says"
-        other = "; another range: data.color_range=[lowest, highest]" if color_range is None else ""
+        other = ("; another range: data.color_range=[lowest, highest]; other columns than colours: data.columns"
+                 if color_range is None else "")
         raise ValueError(f"{path}: colours from {lowest:g} to {highest:g}; expected {expected}{other}")
     return ((color - np.float32(low)) * np.float32(255 / (high - low))).clip(0, 255)
 
 
-def as_unit(normal: np.ndarray, path: str | Path, warnings: list[str]) -> np.ndarray:
-    """Unit normals (N, 3) float32, 0 for those that are 0, NaN or beyond all sizes. A line in `warnings` where most
-    have another length than 1."""
+def as_unit(normal: np.ndarray, path: str | Path, warnings: list[str]) -> np.ndarray | None:
+    """Unit normals (N, 3) float32, 0 for those that are 0, NaN or beyond all sizes; None where all are. A line in
+    `warnings` where most have another length than 1, or some have none."""
     with np.errstate(over="ignore"):
         normal = normal.astype(np.float32)
         length = np.linalg.norm(normal, axis=1, keepdims=True)
     usable = np.isfinite(length) & (length > 0)
-    if usable.any() and (np.abs(length[usable] - 1) > 0.1).mean() > 0.5:
+    if not usable.any():
+        return None
+    if (missing := len(usable) - usable.sum()) > MOST_ZERO * len(usable):
+        warnings.append(f"{path}: {missing} of {len(usable)} normals are zero or NaN; without the field all are "
+                        f"estimated")
+    if (np.abs(length[usable] - 1) > 0.1).mean() > 0.5:
         warnings.append(f"{path}: normals of length {length[usable].min():.2g} to {length[usable].max():.2g}, scaled "
                         f"to 1; are these columns something else?")
     return np.where(usable, normal / np.where(usable, length, 1), np.float32(0))
@@ -65,7 +72,7 @@ def as_integers(label: np.ndarray, path: str | Path) -> np.ndarray:
     """Labels (N,) of a file as int64, NaN as NAN_LABEL. ValueError for fractions and numbers beyond all sizes."""
     if label.dtype.kind == "f":
         missing = np.isnan(label)
-        wrong = ~((np.abs(label) < 2 ** 53) & (label == np.floor(label)) | missing)
+        wrong = ~((np.abs(label) < np.float64(2 ** 53)) & (label == np.floor(label)) | missing)
         if wrong.any():
             raise ValueError(f"{path}: label {label[wrong.argmax()]} of point {wrong.argmax()} ({wrong.sum()} in all) "
                              f"is not a whole number")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
@@ -215,7 +216,8 @@ def _with_normals(cloud, spec, cache_dir):
     coord = cloud.coord * np.float32(spec.unit)
     view = spec.normal_view or "inside"
     if not isinstance(view, str):                           # where the cloud was moved, the viewpoint moves with it
-        point, first = np.array([view], np.float64), cloud.coord[:1] if cloud.exact is None else cloud.exact[:1]
+        point = np.array([view], np.float64)
+        first = (cloud.coord if cloud.exact is None else cloud.exact)[:1].astype(np.float64)
         if spec.up == "y":
             point, first = z_up(point), z_up(first)
         point = tuple(((point - (first - cloud.coord[:1])) * spec.unit)[0].tolist())
@@ -259,7 +261,7 @@ class PointDataset(Dataset):
     (always the same), `inverse` (R,) int64 from raw points to voxels and `raw_label` (R,) int64. label_map: which
     number in the files is which class.
     Randomness depends on (seed, epoch, item) alone: not on workers, batch size or what ran before.
-    All clouds are read and checked at construction, so that wrong data is found before training; `messages` says what
+    All clouds are read and checked at construction, so that wrong data is found before training; `notes` says what
     is doubtful. Raises ValueError where the labels are out of range or no point of the whole set is labelled.
     """
 
@@ -305,13 +307,11 @@ class PointDataset(Dataset):
                         missing["label"].append(self.files[index])
                 if sum(self.num_points) <= POINTS_IN_MEMORY:
                     self._kept[index] = cloud
-        self.messages = warnings[:5]
-        if len(warnings) > 5:
-            self.messages.append(f"... and {len(warnings) - 5} more such lines")
+        self.notes = _of_each_kind(warnings)
         for granularity, _ in self.augmentation.elastic if sides else ():
             cell = max(noise_cell(side, granularity) for side in sides)
             if cell > granularity and self.augmentation.elastic_probability:
-                self.messages.append(f"augmentation.elastic: to fit in memory, noise of {granularity:g} m gets cells "
+                self.notes.append(f"augmentation.elastic: to fit in memory, noise of {granularity:g} m gets cells "
                                      f"of up to {cell:.2g} m in clouds as wide as these; augmentation.elastic=[] turns "
                                      f"it off")
         self._share_view(views)
@@ -337,7 +337,7 @@ class PointDataset(Dataset):
             return
         most = max(NORMAL_VIEWS, key=found.count)
         if most == "neighbours" or len(set(found)) > 1:
-            self.messages.append(f"data.normal_view={most}: seen from inside, more than {100 * MOST_BELOW:g} % of the "
+            self.notes.append(f"data.normal_view={most}: seen from inside, more than {100 * MOST_BELOW:g} % of the "
                                  f"ground looks down in {found.count('neighbours')} of {len(found)} clouds")
         self.spec = replace(self.spec, normal_view=most)
         for index, view in enumerate(views):
@@ -350,9 +350,14 @@ class PointDataset(Dataset):
                 "normal": "zero" + worse}
         if self.spec.missing_normal == "estimate":
             ways["normal"] = f"estimated from neighbours, {describe_view(self.spec.normal_view or 'inside')}"
+        files = [path for path in self.files if not path.is_dir()]
+        last = {path.with_suffix(""): path for path in files}
+        if twins := [(path, last[path.with_suffix("")]) for path in files if last[path.with_suffix("")] != path]:
+            self.notes.append(f"{len(twins)} of {len(self.files)} clouds have the name of another but for the "
+                                 f"suffix, such as {twins[0][0]} and {twins[0][1].name}: is one a copy?")
         for name, files in missing.items():
             if files:
-                self.messages.append(f"{len(files)} of {len(self.files)} clouds have no {name}s ({ways[name]}), the "
+                self.notes.append(f"{len(files)} of {len(self.files)} clouds have no {name}s ({ways[name]}), the "
                                      f"first is {files[0]}")
         if self.num_classes and not self.class_counts.any():
             raise ValueError(f"no labelled point in {len(self.files)} clouds, the first is {self.files[0]}; expected a "
@@ -401,6 +406,20 @@ class PointDataset(Dataset):
         except ValueError as error:
             raise ValueError(f"{self.files[index]}: {error}") from None
         return {**to_tensors(sample, self.spec), "mix_draw": mix_draw}
+
+
+def _of_each_kind(warnings):
+    """The first five lines of each kind: those that begin alike behind the name of their file, but for numbers."""
+    kinds: dict[str, list[str]] = {}
+    for line in warnings:
+        words = re.sub(r"[\d.]+", "0", line.partition(": ")[2]).split()
+        kinds.setdefault(" ".join(words[:3]), []).append(line)
+    lines = []
+    for found in kinds.values():
+        lines += found[:5]
+        if len(found) > 5:
+            lines.append(f"... and {len(found) - 5} more such lines")
+    return lines
 
 
 def to_cloud(cloud: PointCloud, spec: PointSpec) -> Cloud:

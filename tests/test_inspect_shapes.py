@@ -215,6 +215,10 @@ CLOUD_FAULTS = {
     "all y up": (recloud(y_up, slice(None)), "doubt", "", "data.up: y"),
     "flipped normals": (recloud(setting("normal", lambda v: -v)), "doubt", "room_003", "flipped normals"),
     "no normals": (recloud(lambda arrays: arrays.pop("normal")), "doubt", "room_003", "no normals"),
+    "two label fields": (recloud(lambda arrays: arrays.update({"class": arrays["segment"]}), slice(None)), "doubt", "room_0",
+                         "labels in segment, class"),
+    "zero normals": (recloud(setting("normal", lambda v: np.where(np.arange(len(v))[:, None] % 9, v, 0))), "doubt", "room_003",
+                     "normals are zero or NaN"),
     "no colours": (recloud(lambda arrays: arrays.pop("color")), "doubt", "room_003", "no colours"),
     "colours 0..1": (recloud(setting("color", lambda v: v.astype(np.float32) / 255)), "doubt", "room_003", "taken as 0..1"),
     "NaN": (recloud(setting("coord", with_nan_points)), "fault", "room_003", "NaN"),
@@ -238,6 +242,15 @@ def test_shifted_labels_are_named_by_the_shares_of_the_classes():
     share = np.tile([0.4, 0.05, 0.3, 0.2, 0.05], (9, 1)) + np.random.default_rng(0).normal(0, 0.01, (9, 5))
     share[4] = np.roll(share[4], 1)
     assert _one_off(share) == {4: -1}
+
+
+@pytest.mark.parametrize("spots, apart", [(1, 0.01), (500, 0.05)])
+def test_points_that_are_there_twice_have_a_distance_too(tmp_path, spots, apart):
+    """Scans that were joined twice: neighbours are at distance 0, their places are not."""
+    place = np.stack(np.meshgrid(np.arange(25), np.arange(20), [0]), -1).reshape(-1, 3)[:spots] * 0.05
+    (tmp_path / "train").mkdir()
+    np.savez(tmp_path / "train" / "a.npz", coord=np.repeat(place, 2, 0), segment=np.zeros(2 * spots, int))
+    assert inspected_clouds(tmp_path).settings["spacing"] == pytest.approx(apart)
 
 
 def check_named(found, level, file, words):

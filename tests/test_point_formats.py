@@ -13,7 +13,7 @@ import torch
 import evaluate
 import predict
 import train_sonata
-from data.point_files import find_clouds, list_clouds, read_cloud, read_ply_vertices
+from data.point_files import find_clouds, list_clouds, read_cloud, read_ply_vertices, write_ply
 from data.point_formats import check_columns, lzf_decompress, matrix_columns, write_las
 from data.point_tiles import MARGIN, part_of, split_tiles
 from data.points import PointDataset, PointSpec
@@ -55,11 +55,94 @@ def check(path, cloud, color=True, label=True, **settings):
 
 @pytest.mark.parametrize(("name", "first", "separator"), [
     ("a.txt", "", " "), ("a.csv", "x,y,z,R,G,B,Label\n", ","), ("a.csv", "X;Y;Z;red;green;blue;class\n", ";"),
-    ("a.txt", "//X Y Z R G B Scalar_Label\n60\n", " "), ("a.txt", "# made by us\n# x y z r g b label\n", "  "),
+    ("a.txt", "//X Y Z R G B Scalar_Label\n60\n", " "), ("a.txt", "X Y Z R G B Label\n60\n", " "), ("a.txt", "# made by us\n# x y z r g b label\n", "  "),
     ("a.txt", '"x" "y" "z" "r" "g" "b" "scalar_label"\n', " "), ("a.XYZ", "\n", "\t")])
 def test_text_with_and_without_header(cloud, tmp_path, name, first, separator):
     path = write_text(tmp_path / name, rows(cloud, "coord", "color", "segment"), first, separator)
     assert check(path, cloud).warnings == ()
+
+
+@pytest.mark.parametrize("columns", [(), ("x", "y", "z", "r", "g", "b", "label")])
+@pytest.mark.parametrize("first", ["", "x y z r g b label\n", "# in Metern \u00fcber NN\n# x y z r g b label\n"])
+def test_text_of_windows_programs(cloud, tmp_path, first, columns):
+    """A byte order mark, line ends of two bytes and letters of another encoding: no point is lost."""
+    path = write_text(tmp_path / "a.txt", rows(cloud, "coord", "color", "segment"), first)
+    text = path.read_text().replace("\n", "\r\n")
+    for data in (b"\xef\xbb\xbf" + text.encode(), text.encode("cp1252"), text.encode("utf-16")):
+        path.write_bytes(data)
+        check(path, cloud, columns=columns)
+
+
+def test_pandas_numbers_columns_without_names(cloud, tmp_path):
+    """pandas.DataFrame(array).to_csv(path, index=False): the numbers are no point."""
+    path = write_text(tmp_path / "a.csv", rows(cloud, "coord", "color", "segment"), "0,1,2,3,4,5,6\n", ",")
+    assert check(path, cloud).warnings == (f"{path}: its first line counts the columns from 0, so it is taken as a header",)
+    check(path, cloud, columns=("x", "y", "z", "r", "g", "b", "label"))
+
+
+def test_a_header_of_other_columns_is_no_guess(cloud, tmp_path):
+    """R writes no name for the numbers of its rows; names with blanks in them are several."""
+    table = np.c_[np.arange(60), rows(cloud, "coord", "color")]
+    for first, matrix in (("x y z r g b\n", table), ("//X Y Z Number of Returns Classification\n", table[:, :6]),
+                          ("name x y z r g b label\n", table)):
+        path = write_text(tmp_path / "a.txt", matrix, first)
+        with pytest.raises(ValueError, match="a.txt: .*columns, but its header names .*data.columns"):
+            read_cloud(path)
+    path = write_text(tmp_path / "a.txt", rows(cloud, "coord", "color"), "# the columns are x y z and colours\n")
+    check(path, cloud, label=False)
+    check(write_text(tmp_path / "a.txt", table, "x y z r g b\n"), cloud, label=False,
+          columns=("_", "x", "y", "z", "r", "g", "b"))
+
+
+def test_semantic3d_has_its_labels_in_another_file(cloud, tmp_path):
+    path = write_text(tmp_path / "a.txt", rows(cloud, "coord", "intensity", "color"))
+    np.savetxt(tmp_path / "a.labels", cloud["segment"], "%d")
+    read = check(path, cloud, fields=["intensity"])
+    np.testing.assert_array_equal(read.extra["intensity"], cloud["intensity"])
+    assert read.warnings == () and read_cloud(path, labels=False).label is None
+    write_text(tmp_path / "a.txt", rows(cloud, "coord", "color"), "x y z r g b\n")
+    check(path, cloud)
+    (tmp_path / "a.labels").write_text("1\n")
+    with pytest.raises(ValueError, match="a.labels has 1 labels for 60 points"):
+        read_cloud(path)
+
+
+def test_fewer_points_than_announced(cloud, tmp_path):
+    path = write_text(tmp_path / "a.pts", rows(cloud, "coord", "intensity", "color"), "61\n")
+    with pytest.raises(ValueError, match="a.pts: cannot be read .*60 of 61 points"):
+        read_cloud(path)
+
+
+def test_names_of_cloudcompare(cloud, tmp_path):
+    """Colours from 0 to 1 have names of their own; a scalar field beside the columns that it was made from is second."""
+    path = write_text(tmp_path / "a.txt", np.c_[cloud["coord"], cloud["color"] / 255, cloud["segment"]], "//X Y Z Rf Gf Bf Label\n")
+    np.testing.assert_allclose(read_cloud(path).color, cloud["color"], atol=0.1)
+    path = write_text(tmp_path / "a.txt", np.c_[rows(cloud, "coord", "color", "segment"), cloud["coord"] + 9, 255 - cloud["color"]],
+                      "//X Y Z R G B Label scalar_X scalar_Y scalar_Z scalar_Red scalar_G scalar_Blue\n")
+    check(path, cloud)
+    table = np.loadtxt(path, skiprows=1)
+    names = path.read_text().split("\n")[0].lstrip("/").split()
+    np.save(tmp_path / "a.npy", np.rec.fromarrays(table.T, names=names))
+    check(tmp_path / "a.npy", cloud)
+
+
+def test_structured_arrays_of_three_columns(cloud, tmp_path):
+    table = np.zeros(60, [("xyz", "f4", 3), ("rgb", "u1", 3), ("class", "i4")])
+    table["xyz"], table["rgb"], table["class"] = cloud["coord"], cloud["color"], cloud["segment"]
+    np.save(tmp_path / "a.npy", table)
+    check(tmp_path / "a.npy", cloud)
+
+
+def test_labels_under_two_names_are_a_doubt(cloud, tmp_path):
+    """Paris-Lille-3D has objects under label, and classes under class."""
+    np.savez(tmp_path / "a.npz", coord=cloud["coord"], label=np.arange(60), **{"class": cloud["segment"]})
+    table = np.c_[rows(cloud, "coord"), np.arange(60), cloud["segment"]]
+    for path in (tmp_path / "a.npz", write_text(tmp_path / "a.txt", table, "x y z label class\n")):
+        read = read_cloud(path)
+        assert read.label.tolist() == list(range(60))
+        assert [line for line in read.warnings if "labels in label, class: label is taken; data.label_field" in line]
+        check(path, cloud, color=False, label_field="class")
+        assert read_cloud(path, label_field="class").warnings == read_cloud(path, labels=False).warnings == ()
 
 
 def test_pts_begin_with_their_number_and_have_an_intensity(cloud, tmp_path):
@@ -151,9 +234,29 @@ def test_pcd(cloud, tmp_path, form):
     read = check(write_pcd(tmp_path / "a.pcd", cloud, form), {**cloud, "segment": cloud["segment"] + 1})
     assert read.warnings == ()
     data = (tmp_path / "a.pcd").read_bytes()
+    (tmp_path / "a.pcd").write_bytes(data.replace(b"POINTS 60", b"POINTS 59"))
+    if form == "ascii":                                                 # the count is wrong: no point is lost without a word
+        with pytest.raises(ValueError, match="60 of 59 points"):
+            read_cloud(tmp_path / "a.pcd")
     (tmp_path / "a.pcd").write_bytes(data[:-30])
     with pytest.raises(ValueError, match="a.pcd: cannot be read"):
         read_cloud(tmp_path / "a.pcd")
+
+
+def test_pcd_colours_as_numbers_and_as_nan(cloud, tmp_path):
+    """ASCII files have the bits of a floating-point number, or the whole number itself; NaN has lost them."""
+    path = write_pcd(tmp_path / "a.pcd", cloud, "ascii")
+    *head, body = path.read_text().partition("DATA ascii\n")
+    packed = (cloud["color"].astype(int) * [1 << 16, 1 << 8, 1]).sum(1)
+    for number, message in (("{:.9g}", None), ("nan", "rgb of 60 points is NaN")):
+        lines = [line.split() for line in body.split("\n")]
+        lines = [" ".join([*line[:6], number.format(float(value)), line[7]]) for line, value in zip(lines, packed, strict=False)]
+        path.write_text("".join(head) + "\n".join(lines))
+        if message is None:
+            check(path, {**cloud, "segment": cloud["segment"] + 1})
+        else:
+            with pytest.raises(ValueError, match=message):
+                read_cloud(path)
 
 
 def test_lzf_by_hand():
@@ -207,6 +310,14 @@ def test_pth_scenes_of_old_pointcept(cloud, tmp_path, tensors):
     check(tmp_path / "train" / "0.pth", cloud, label_field="segment20")
     dataset = PointDataset(find_clouds(tmp_path, "train"), PointSpec(0.05), 3)
     assert dataset.num_points == [60] * 8 and dataset.class_counts.sum() == 8 * (cloud["segment"] >= 0).sum()
+    torch.save({**scene, "semantic_gt20": cloud["segment"].tolist()}, tmp_path / "b.pth")
+    check(tmp_path / "b.pth", cloud)
+    torch.save({"coord": scene["coord"], "colors": scene["color"], "labels": scene["semantic_gt20"]}, tmp_path / "b.pth")
+    check(tmp_path / "b.pth", cloud)
+    for unknown in (torch.zeros(4, 3, dtype=torch.bfloat16), torch.eye(3).to_sparse()):
+        torch.save({"coord": unknown}, tmp_path / "b.pth")
+        with pytest.raises(ValueError, match="b.pth: cannot be read"):
+            read_cloud(tmp_path / "b.pth")
     torch.save({"weight": torch.zeros(3)}, tmp_path / "b.pth")
     with pytest.raises(ValueError, match="a scene is expected, not weights"):
         read_cloud(tmp_path / "b.pth")
@@ -229,6 +340,8 @@ def write_las_file(path, cloud, point_format=3, offset=(0, 0, 0), codes=None):
     las.intensity = cloud["intensity"]
     las.classification = cloud["segment"] + 1 if codes is None else codes
     las.return_number = np.resize([1, 2], len(las.points))
+    if point_format < 6:
+        las.scan_angle_rank = np.arange(len(las.points)) % 41 - 20
     las.add_extra_dim(laspy.ExtraBytesParams("planarity", "f4"))
     las.planarity = np.linspace(0, 1, len(las.points))
     las.write(path)
@@ -299,6 +412,33 @@ def test_nested_folders_and_what_an_empty_split_holds(tmp_path):
         find_clouds(tmp_path, "test")
     with pytest.raises(ValueError, match="no clouds in this folder; there are 2 .e57 files"):
         list_clouds(tmp_path / "test")
+
+
+def test_raw_scannet_is_no_set_of_clouds(tmp_path, cloud):
+    """The labels are a second PLY, whose colours are the classes: what learns from it learns nothing."""
+    for name in ("scene_vh_clean_2.ply", "scene_vh_clean_2.labels.ply"):
+        (tmp_path / "train" / "scene").mkdir(parents=True, exist_ok=True)
+        write_ply(tmp_path / "train" / "scene" / name, cloud["coord"], cloud["color"])
+    for find in (lambda: find_clouds(tmp_path, "train"), lambda: list_clouds(tmp_path)):
+        with pytest.raises(ValueError, match=r"clean_2.labels.ply: the labels of another cloud.*preprocess_scannet.py"):
+            find()
+    (tmp_path / "train" / "scene" / "scene_vh_clean_2.ply").unlink()
+    assert len(find_clouds(tmp_path, "train")) == 1
+    with pytest.raises(ValueError, match="no split is named"):
+        find_clouds(tmp_path, [])
+
+
+def test_linked_folders_are_read_once(tmp_path):
+    for name in ("store/Area_1/room_0", "store/Area_2/room_0", "train/own/room_0", "val/room_0"):
+        (tmp_path / name).mkdir(parents=True)
+        np.save(tmp_path / name / "coord.npy", np.zeros((3, 3)))
+    for link, target in (("Area_1", "store/Area_1"), ("Area_1_again", "store/Area_1"), ("own/loop", "train"), ("own/up", ".")):
+        (tmp_path / "train" / link).symlink_to(tmp_path / target)
+    found = find_clouds(tmp_path, "train")
+    assert len(found) == 2 and {path.resolve() for path in found} == {tmp_path / "store" / "Area_1" / "room_0", tmp_path / "train/own/room_0"}
+    (tmp_path / "val" / "room_0" / "coord.npy").unlink()
+    (tmp_path / "val" / "room_0" / "linked").symlink_to(tmp_path / "store")
+    assert len(find_clouds(tmp_path, "val")) == 2
 
 
 def test_split_lists_as_text(tmp_path):
@@ -420,8 +560,57 @@ def test_classes_beyond_31_change_an_old_point_format(las_run, tmp_path):
     assert new.point_format.id == 7 and (np.array(new.classification) == np.resize([2, 64], 90)).all()
     np.testing.assert_array_equal(new.xyz, old.xyz)
     np.testing.assert_array_equal(new.planarity, old.planarity)
+    np.testing.assert_array_equal(np.round(new.scan_angle * 0.006), np.array(old.scan_angle_rank))
+    assert len({*new.scan_angle}) > 10
     with open(tmp_path / "new.las", "wb") as file, pytest.raises(ValueError, match="labels -1 to -1"):
         write_las(file, source, np.full(90, -1))
+
+
+@pytest.mark.parametrize("place, content", [(25, b"\0"), (26, "H\u00f6he".encode("cp1252"))])     # LAS 1.0; of which system
+def test_las_copies_of_odd_headers(tmp_path, cloud, place, content):
+    laspy = pytest.importorskip("laspy")
+    data = bytearray(write_las_file(tmp_path / "a.las", cloud, 1).read_bytes())
+    data[place:place + len(content)] = content
+    (tmp_path / "a.las").write_bytes(data)
+    for label in (np.resize([2, 7], 60), np.resize([2, 40], 60)):
+        with open(tmp_path / "new.las", "wb") as file:
+            write_las(file, tmp_path / "a.las", label)
+        assert (laspy.read(tmp_path / "new.las").classification == label).all()
+        assert content == b"\0" or content in (tmp_path / "new.las").read_bytes()[:60]
+
+
+def test_las_copies_have_the_labels_where_training_read_them(tmp_path, cloud):
+    laspy = pytest.importorskip("laspy")
+    las = laspy.read(write_las_file(tmp_path / "a.las", cloud, 3))
+    for name in ("My Class", "label"):
+        las.add_extra_dim(laspy.ExtraBytesParams(name, "i1"))
+        las[name] = cloud["segment"] + 5
+    las.write(tmp_path / "a.las")
+    label = np.resize([3, 7, 40], 60)
+    for field in ("my_class", None):
+        with open(tmp_path / "new.las", "wb") as file:
+            write_las(file, tmp_path / "a.las", label, field)
+        assert (read_cloud(tmp_path / "new.las", "classification").label == label).all()
+        assert (read_cloud(tmp_path / "new.las", "label").label == cloud["segment"] + 5).all()
+        assert (read_cloud(tmp_path / "new.las", "My Class").label == (cloud["segment"] + 5 if field is None else label)).all()
+    with open(tmp_path / "new.las", "wb") as file, pytest.raises(ValueError, match="label 163 does not fit into the field My Class .int8"):
+        write_las(file, tmp_path / "a.las", label + 160, "My Class")
+
+
+def test_records_behind_the_points_stay_but_an_octree(tmp_path, cloud):
+    """A coordinate system may stand there. COPC's places of points would be wrong, and laspy does not write them."""
+    laspy = pytest.importorskip("laspy")
+    las = laspy.read(write_las_file(tmp_path / "a.las", cloud, 7))
+    las.vlrs.append(laspy.VLR("c0pc", 1, "info", bytes(160)))
+    las.evlrs = laspy.vlrs.vlrlist.VLRList([laspy.VLR("c0pc", 1000, "tree", bytes(32)), laspy.VLR("LASF_Projection", 2112, "", b"PROJCS[]")])
+    las.write(tmp_path / "a.las")
+    (tmp_path / "a.las").write_bytes((tmp_path / "a.las").read_bytes().replace(b"c0pc", b"copc"))
+    with open(tmp_path / "new.las", "wb") as file:
+        write_las(file, tmp_path / "a.las", cloud["segment"] + 1)
+    new = laspy.read(tmp_path / "new.las")
+    assert [record.user_id for record in new.evlrs] == ["LASF_Projection"] and "copc" not in {record.user_id for record in new.vlrs}
+    np.testing.assert_array_equal(new.classification, cloud["segment"] + 1)
+    np.testing.assert_array_equal(new.planarity, las.planarity)
 
 
 def test_tiles_give_the_labels_of_the_whole(las_run, tmp_path, capsys):
@@ -456,9 +645,29 @@ def test_steps_are_divided_among_the_pieces(tmp_path):
 def test_a_cloud_in_a_few_voxels_is_a_warning(tmp_path):
     made = tiny_cloud(0, 2000)
     np.savez(tmp_path / "a.npz", coord=made["coord"] * 0.001, color=made["color"])
-    messages = PointDataset([tmp_path / "a.npz"], PointSpec(0.02)).messages
+    messages = PointDataset([tmp_path / "a.npz"], PointSpec(0.02)).notes
     assert any("2000 points, 0.000999 m wide, fill at most 1 voxels of 0.02 m; set data.unit" in line for line in messages)
-    assert not any("voxels of" in line for line in PointDataset([tmp_path / "a.npz"], PointSpec(0.02, unit=1000.0)).messages)
+    assert not any("voxels of" in line for line in PointDataset([tmp_path / "a.npz"], PointSpec(0.02, unit=1000.0)).notes)
+
+
+def test_columns_that_are_no_colours_are_a_doubt(cloud, tmp_path):
+    """ISPRS Vaihingen: intensity, number of the return, number of returns."""
+    echo = np.arange(60)[:, None] % [3, 4] + 1
+    for name in ("a.txt", "a.pts"):
+        path = write_text(tmp_path / name, np.c_[cloud["coord"], 6 * cloud["intensity"], echo, cloud["segment"] + 1])
+        columns = "5 to 7" if name == "a.pts" else "4 to 6"
+        assert [line for line in read_cloud(path).warnings if f"columns {columns}, taken as colours" in line and "data.columns" in line]
+    dark = {**cloud, "color": cloud["color"] // 5}
+    assert check(write_text(tmp_path / "a.txt", rows(dark, "coord", "color")), dark, label=False).warnings == ()
+
+
+def test_a_seventh_column_of_many_numbers_is_a_doubt(cloud, tmp_path):
+    np.save(tmp_path / "a.npy", rows(cloud, "coord", "intensity", "color"))
+    assert "column 7, taken as label, holds" in read_cloud(tmp_path / "a.npy").warnings[0]
+    read = check(tmp_path / "a.npy", cloud, label=False, columns=("x", "y", "z", "intensity", "r", "g", "b"))
+    assert read.warnings == ()
+    np.save(tmp_path / "a.npy", rows(cloud, "coord", "color", "segment"))
+    assert check(tmp_path / "a.npy", cloud).warnings == ()
 
 
 @pytest.mark.parametrize("columns, expected", [

@@ -116,12 +116,12 @@ def test_clouds_choose_their_view_together_and_say_so(tmp_path, rng):
     dataset = PointDataset(hilly, PointSpec(0.5), 1, cache_dir=tmp_path / "cache")
     assert right(dataset.cloud(1)["normal"], upward) > 0.999 and dataset.spec.normal_view == "neighbours"
     assert any("data.normal_view=neighbours: seen from inside, more than 2 % of the ground looks down in 2 of 2" in line
-               for line in dataset.messages)
-    assert any("estimated from neighbours, the ground turned up" in line for line in dataset.messages)
+               for line in dataset.notes)
+    assert any("estimated from neighbours, the ground turned up" in line for line in dataset.notes)
 
     dataset = PointDataset(rooms, PointSpec(0.5), 1)
     assert right(dataset.cloud(0)["normal"], inward) > 0.999 and dataset.spec.normal_view == "inside"
-    assert any("1.5 m above the lowest point (data.normal_view=inside)" in line for line in dataset.messages)
+    assert any("1.5 m above the lowest point (data.normal_view=inside)" in line for line in dataset.notes)
 
     dataset = PointDataset([*rooms, hilly[0]], PointSpec(0.5), 1)                        # one odd cloud changes no other
     assert dataset.spec.normal_view == "inside" and right(dataset.cloud(3)["normal"], upward) < 0.7
@@ -142,6 +142,15 @@ def test_roofs_of_a_flat_tile_look_up(tmp_path, rng):
     assert dataset.spec.normal_view == "neighbours" and (dataset.cloud(0)["normal"][:, 2] > 0).mean() > 0.99
     dataset = PointDataset([save(tmp_path / "b.npz", coord[~roof])], PointSpec(0.5), 1)
     assert dataset.spec.normal_view == "inside" and (dataset.cloud(0)["normal"][:, 2] > 0).mean() > 0.99
+
+
+def test_a_viewpoint_and_coordinates_without_a_sign(tmp_path, rng):
+    coord = np.c_[rng.integers(0, 3000, (100, 3))].astype(np.uint32) + np.uint32(50_000)           # mm
+    np.savez(tmp_path / "a.npz", coord=coord)
+    normals = [PointDataset([tmp_path / "a.npz"], PointSpec(0.05, unit=0.001, up="y", normal_view=(5e4, 5e4, 9e4)))]
+    np.savez(tmp_path / "a.npz", coord=coord.astype(np.float64))
+    normals += [PointDataset([tmp_path / "a.npz"], PointSpec(0.05, unit=0.001, up="y", normal_view=(5e4, 5e4, 9e4)))]
+    np.testing.assert_array_equal(normals[0].cloud(0)["normal"], normals[1].cloud(0)["normal"])
 
 
 def test_a_viewpoint_has_the_coordinates_of_the_file(tmp_path, rng):

@@ -61,11 +61,23 @@ def test_normals_of_other_lengths_are_a_doubt():
     np.testing.assert_allclose(np.linalg.norm(as_unit(normal, "a.npy", warnings), axis=1), 1, atol=1e-6)
     assert len(warnings) == 1 and "a.npy: normals of length" in warnings[0]
     as_unit(normal / np.linalg.norm(normal, axis=1, keepdims=True), "a.npy", warnings)
-    as_unit(np.full((4, 3), np.nan), "a.npy", warnings)
     assert len(warnings) == 1
 
 
+def test_normals_that_are_all_zero_or_nan_are_none():
+    warnings = []
+    for value in (0, np.nan, 1e300):
+        assert as_unit(np.full((40, 3), value), "a.npy", warnings) is None
+    assert not warnings
+    normal = np.tile([[0, 0, 1.0]], (40, 1))
+    normal[[3, 9]] = [[0, 0, 0], [np.nan, 0, 1]]
+    assert as_unit(normal, "a.npy", warnings)[[3, 9, 10]].tolist() == [[0, 0, 0], [0, 0, 0], [0, 0, 1]]
+    assert len(warnings) == 1 and "2 of 40 normals are zero or NaN" in warnings[0]
+
+
 def test_nan_means_unlabelled_only_where_that_was_said():
+    with np.errstate(all="raise"):
+        assert as_integers(np.float16([0, np.nan, 2]), "a.ply").tolist() == [0, NAN_LABEL, 2]
     label = as_integers(np.float32([0, np.nan, 2, np.nan]), "a.ply")
     assert label.tolist() == [0, NAN_LABEL, 2, NAN_LABEL]
     assert to_labels(label, 3, (-1, "nan"), "a.ply").tolist() == [0, IGNORE_INDEX, 2, IGNORE_INDEX]

@@ -142,6 +142,19 @@ def test_map_coordinates_keep_their_millimetres(tmp_path):
     assert near.warnings == () and near.coord.min() >= 50 and near.coord.dtype == np.float32
 
 
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.uint32, np.int16, np.int64])
+def test_whole_coordinates_of_any_type(tmp_path, kind):
+    coord = np.random.default_rng(0).integers(5, 120, (30, 3)).astype(kind)
+    with np.errstate(all="raise"):
+        read = read_cloud(save(tmp_path / "a.npz", {"coord": coord}))
+    np.testing.assert_array_equal(read.coord, coord)
+    assert read.warnings == ()
+    if np.iinfo(kind).max > 2 ** 16:
+        read = read_cloud(save(tmp_path / "a.npz", {"coord": coord + kind(200_000)}))
+        np.testing.assert_array_equal(read.coord, coord - coord.min(0))
+        np.testing.assert_array_equal(read.exact, coord + kind(200_000))
+
+
 DEFECTS = [({"coord": None}, "coordinates"), ({"coord": np.zeros((5, 2))}, r"got float64 \(5, 2\)"), ({"coord": np.full((300, 3), "a")}, "numeric"),
            ({"coord": np.zeros((0, 3))}, "at least one point"), ({"segment": np.zeros(7, int)}, "label of shape"),
            ({"color": np.zeros((300, 4), np.uint8)}, "color of shape"), ({"color": np.full((300, 3), 700)}, "to 700"),
@@ -193,6 +206,18 @@ def test_float16_coordinates_are_read_without_a_warning(tmp_path):
         read_cloud(tmp_path / "a.npy")
 
 
+@pytest.mark.parametrize("header, message", [(3, "18 numbers more"), (5, "index|numbers|buffer"), (4, None)])
+def test_rows_of_an_ascii_ply_have_as_many_columns_as_its_header(tmp_path, header, message):
+    rows = "\n".join(" ".join(map(str, row)) for row in np.arange(72).reshape(18, 4))
+    names = "".join(f"property float {name}\n" for name in ("x", "y", "z", "label", "other")[:header])
+    (tmp_path / "a.ply").write_text(f"ply\nformat ascii 1.0\nelement vertex 18\n{names}end_header\n{rows}\n")
+    if message is None:
+        assert read_cloud(tmp_path / "a.ply").label.tolist() == list(range(3, 72, 4))
+    else:
+        with pytest.raises(ValueError, match=f"a.ply: cannot be read as PLY.*({message})"):
+            read_cloud(tmp_path / "a.ply")
+
+
 def test_an_archive_that_announces_more_than_it_holds(tmp_path):
     data = bytearray(zipped(coord=NPY))
     at = data.index(b"PK\1\2") + 20                                                    # sizes of the entry, in the directory
@@ -241,6 +266,11 @@ def test_find_clouds_in_every_layout(tmp_path):
     assert names("train") == ["train/a", "train/b"]
     assert names(["Area_2", "Area_1"]) == ["Area_1/x", "Area_2/y"]
     assert names("few") == ["flat2.npz"] and names("all") == ["flat1.npz", "flat2.npz"]
+    (tmp_path / "few.txt").write_text("\ufeffflat2\r\n", encoding="utf-8")
+    (tmp_path / "few16.txt").write_text("flat2\r\n", encoding="utf-16")                  # PowerShell: ls -Name > few16.txt
+    assert names("few16") == ["flat2.npz"]
+    (tmp_path / "list.json").write_text("\ufeff" + json.dumps(["train/a", "Area_2/y", "train/a"]), encoding="utf-8")
+    assert names(["few", "few.txt"]) == ["flat2.npz"]                                     # listed twice: scored once
     assert names("list.json") == names(str(tmp_path / "list.json")) == ["Area_2/y", "train/a"]
     (tmp_path / "empty").mkdir()
     for split, message in (("tran", "no split 'tran'.*did you mean train"), ("empty", "is empty"), ("bad", "names no")):
@@ -259,12 +289,13 @@ def test_find_clouds_in_every_layout(tmp_path):
 def test_read_classes(tmp_path):
     (tmp_path / "classes.json").write_text('["a", "b"]')
     assert read_classes(tmp_path)[:2] == (["a", "b"], (-1,))
-    (tmp_path / "c.json").write_text('{"classes": ["a"], "ignore_index": 255, "palette": [[1, 2, 3]]}')
+    (tmp_path / "c.json").write_text('\ufeff{"classes": ["a"], "ignore_index": 255, "palette": [[1, 2, 3]]}', encoding="utf-8")
     names, ignored, palette = read_classes(tmp_path / "c.json")
     assert names == ["a"] and ignored == (-1, 255) and palette.tolist() == [[1, 2, 3]]
     for text in ("{", "3", '{"names": []}', '["a", "a"]', '[1]', '{"classes": ["a"], "palette": [[1, 2]]}',
                  '{"classes": ["a"], "palette": [[0, 0, 300]]}', '{"classes": ["a"], "palette": [[0, 0.5, 1]]}',
-                 '{"classes": ["a"], "ignore_index": ["none"]}', '{"classes": ["a"], "ignore_index": 1e400}', "[" * 5000):
+                 '{"classes": ["a"], "ignore_index": ["none"]}', '{"classes": {"1": "a", "0": "b"}}',
+                 '{"classes": ["a", "b"], "ignore_index": 1.5}', '{"classes": ["a", "b"], "ignore_index": true}', '{"classes": ["a"], "ignore_index": 1e400}', "[" * 5000):
         (tmp_path / "c.json").write_text(text)
         with pytest.raises(ValueError, match="c.json: expected a list of class names"):
             read_classes(tmp_path / "c.json")
@@ -347,7 +378,7 @@ def test_whole_set_is_checked_at_construction(tmp_path):
     a, b = save(tmp_path / "a.npz", good), save(tmp_path / "b.npz", blank)
     dataset = PointDataset([a, b], PLAIN, 4)
     assert dataset.class_counts.tolist() == np.bincount(good["segment"] + 1)[1:].tolist() and dataset.num_points == [300] * 2
-    assert any("1 of 2 clouds have no labels" in message and "b.npz" in message for message in dataset.messages)
+    assert any("1 of 2 clouds have no labels" in message and "b.npz" in message for message in dataset.notes)
     with pytest.raises(ValueError, match="no labelled point in 1 clouds.*segment20"):
         PointDataset([b], PLAIN, 4)
     with pytest.raises(ValueError, match="a.npz: label 3 at"):
@@ -355,12 +386,30 @@ def test_whole_set_is_checked_at_construction(tmp_path):
     far = save(tmp_path / "far.npz", {**good, "coord": good["coord"] * 4000})
     with pytest.raises(ValueError, match=r"far.npz: .*0.001, or a larger data.grid_size: 65535 voxels of 0.1 m fit"):
         PointDataset([far], PointSpec(0.1), 4)
-    message, = PointDataset([far], PointSpec(9.0), 4).messages
+    message, = PointDataset([far], PointSpec(9.0), 4).notes
     assert re.search(r"far.npz: the cloud is \d{4} m wide; is it in millimetres", message)
-    assert PointDataset([far], PointSpec(unit=0.001), 4).messages == []
-    assert len(PointDataset([far] * 4, PointSpec(9.0), 4).messages) == 4                 # a line a cloud, but not 1,000 of them
-    messages = PointDataset([far] * 9, PointSpec(9.0), 4).messages
+    assert PointDataset([far], PointSpec(unit=0.001), 4).notes == []
+    assert len(PointDataset([far] * 4, PointSpec(9.0), 4).notes) == 4                 # a line a cloud, but not 1,000 of them
+    messages = PointDataset([far] * 9, PointSpec(9.0), 4).notes
     assert len(messages) == 6 and messages[-1] == "... and 4 more such lines"
+
+
+def test_a_doubt_is_not_hidden_behind_many_of_another_kind(tmp_path):
+    files = [save(tmp_path / f"{i}.npz", {"coord": arrays(n=30)["coord"].astype(np.float64) + 5e5, "segment": np.zeros(30, int)})
+             for i in range(12)]
+    files.append(save(tmp_path / "odd.npz", {**arrays(), "color": arrays()["color"] / 255 * 1.3}))
+    messages = PointDataset(files, PLAIN, 4).notes
+    assert sum("moved by" in line for line in messages) == 5 and "... and 7 more such lines" in messages
+    assert sum("odd.npz: colours up to 1.3" in line for line in messages) == 1
+
+
+def test_one_name_with_two_suffixes_is_a_doubt(tmp_path):
+    """A converted copy beside its source would be learnt, or scored, twice."""
+    files = [save(tmp_path / f"{name}.npz", arrays()) for name in ("a", "b.v1", "b.v2")]
+    assert PointDataset(files, PLAIN, 4).notes == []
+    write_ply(tmp_path / "a.ply", arrays()["coord"], arrays()["color"], arrays()["segment"])
+    message = PointDataset([*files, tmp_path / "a.ply"], PointSpec(0.25, features=("coord",)), 4).notes[0]
+    assert message.startswith(f"1 of 4 clouds have the name of another but for the suffix, such as {tmp_path}/a.npz and a.ply")
 
 
 def test_missing_normals_and_colours(tmp_path):
@@ -369,7 +418,7 @@ def test_missing_normals_and_colours(tmp_path):
     file = save(tmp_path / "a.npz", {"coord": floor, "segment": np.zeros(200, int)})
     dataset = PointDataset([file], PLAIN, 1, cache_dir=tmp_path / "cache")
     assert (dataset.cloud(0)["normal"][:, 2] > 0.99).all() and (dataset.cloud(0)["color"] == 0).all()
-    assert [word in " ".join(dataset.messages) for word in ("estimated from neighbours", "no colors (black; expect worse")] == [True] * 2
+    assert [word in " ".join(dataset.notes) for word in ("estimated from neighbours", "no colors (black; expect worse")] == [True] * 2
     entry, = (tmp_path / "cache").glob("normals_*.npy")
     with replacing(entry) as stored:                                                     # the cache is used ...
         save_checked(stored, np.full((200, 3), 0.5, np.float32))
@@ -377,13 +426,13 @@ def test_missing_normals_and_colours(tmp_path):
     entry.write_bytes(b"cut")                                                            # ... and repaired
     assert (PointDataset([file], PLAIN, 1, cache_dir=tmp_path / "cache").cloud(0)["normal"][:, 2] > 0.99).all()
     zeros = PointDataset([file], PointSpec(0.25, missing_normal="zeros"), 1)
-    assert (zeros.cloud(0)["normal"] == 0).all() and "(zero; expect worse" in " ".join(zeros.messages)
+    assert (zeros.cloud(0)["normal"] == 0).all() and "(zero; expect worse" in " ".join(zeros.notes)
     for spec, message in ((PointSpec(missing_normal="error"), "no normals; set data.missing_normal"),
                           (PointSpec(missing_color="error"), "no colors")):
         with pytest.raises(ValueError, match=message):
             PointDataset([file], spec, 1)
     coord_only = PointDataset([file], PointSpec(0.05, features=("coord",)), 1)
-    assert coord_only[0]["feat"].shape[1] == 3 and coord_only.messages == []
+    assert coord_only[0]["feat"].shape[1] == 3 and coord_only.notes == []
 
 
 def test_a_cloud_without_labels_can_be_prepared(tmp_path):
@@ -570,10 +619,10 @@ def test_outdoor_sweeps_are_trained_with_the_defaults(tmp_path, width, height):
     file = save(tmp_path / "a.npz", {**cloud, "coord": cloud["coord"] / 2 * np.float32([width, width, height])})
     dataset = PointDataset([file], PointSpec(), 4, PointAugmentation())
     assert len(dataset[0]["coord"]) > 150
-    told = [line for line in dataset.messages if "augmentation.elastic: to fit in memory, noise of 0.2 m gets cells" in line]
+    told = [line for line in dataset.notes if "augmentation.elastic: to fit in memory, noise of 0.2 m gets cells" in line]
     assert len(told) == (width > 100)
-    assert PointDataset([file], PointSpec(), 4).messages == []
-    assert PointDataset([file], PointSpec(), 4, PointAugmentation(elastic=())).messages == []
+    assert PointDataset([file], PointSpec(), 4).notes == []
+    assert PointDataset([file], PointSpec(), 4, PointAugmentation(elastic=())).notes == []
 
 
 def test_what_augmentation_can_make_too_wide_is_refused_at_once(tmp_path):

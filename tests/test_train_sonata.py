@@ -367,6 +367,17 @@ def test_every_reader_agrees(root, whole, tmp_path, capsys):
     assert test["miou"] == named["miou"] and "on the test split" in capsys.readouterr().out
 
 
+def test_doubts_about_the_files_stand_above_their_scores(whole, tmp_path, capsys):
+    config, out = whole
+    (tmp_path / "odd").mkdir()
+    cloud = tiny_cloud(60)
+    np.savez(tmp_path / "odd" / "a.npz", **{**cloud, "color": cloud["color"] / 255 * 1.3})
+    score(last(out), tmp_path / "scores", "--data-dir", tmp_path / "odd")
+    assert capsys.readouterr().out.count("a.npz: colours up to 1.3, taken as 0..1 and cut at 1; set data.color_range") == 1
+    SCRIPT.main([config, f"data.test={tmp_path}/odd", "--resume", str(last(out)), "--test-only", "--device", "cpu", "--num-workers", "0"])
+    assert capsys.readouterr().out.count("a.npz: colours up to 1.3, taken as 0..1 and cut at 1") == 1
+
+
 def test_scores_are_of_raw_points(tmp_path, network):
     """Twenty points in each voxel, of two classes: no prediction by voxels can be right for all, and all are counted."""
     rng = np.random.default_rng(0)

@@ -52,7 +52,7 @@ def items_of_piece(training: Config, num_clouds: int) -> int:
 
 def describe_data(train_set: PointDataset, val_set: PointDataset, names: list[str]) -> list[str]:
     """Lines for the log."""
-    lines = [*train_set.messages, *val_set.messages,
+    lines = [*train_set.notes, *val_set.notes,
              *unread_classes(names, train_set.files[0].parent,
                              "move it to data.root, or write its names into data.class_names")]
     if both := {*train_set.files} & {*val_set.files}:
@@ -266,7 +266,7 @@ def write_cloud_label(model: SonataSegmenter, path: Path, prediction: dict, stem
         else:
             written.append(stem.with_name(stem.name + path.suffix.lower()))
             with replacing(written[-1]) as file:
-                write_las(file, path, prediction["label"])
+                write_las(file, path, prediction["label"], model.config.data.label_field)
     # the labels last: where they are, everything is
     return written + write_point_result(stem, prediction, colors, options.labels, options.picture)
 
