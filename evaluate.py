@@ -173,7 +173,8 @@ def main(argv=None) -> dict:
     dataset = script.build_dataset(model.config, split, data_dir=args.data_dir,
                                    label_dir=args.label_dir)
     if is_main():
-        print(*(f"{note}\n" for note in shortened(getattr(dataset, "notes", ()))), sep="", end="", flush=True)
+        for note in shortened(getattr(dataset, "notes", ())):
+            print(note, flush=True)
     result = script.evaluate(model, dataset, device, amp_dtype, args.batch_size, args.num_workers,
                              args.limit_batches)
     if is_main():

@@ -141,8 +141,8 @@ def _check_points(found, files, records):
     for name in ("outward", "upward"):
         turned = np.array([records[i].get(name, 0.0) for i in good])
         usual = np.median(turned) if len(turned) else 0.0
-        for i in [i for i, value in zip(good, turned, strict=True) if abs(usual) > 0.1 and value < -0.5 * usual
-                  and usual > 0 or abs(usual) > 0.1 and value > -0.5 * usual and usual < 0]:
+        against = turned * usual < -0.5 * usual**2         # the other way, by more than half as much
+        for i in [i for i, odd in zip(good, against, strict=True) if odd and abs(usual) > 0.1]:
             found.add("doubt", "flipped normals", f"{files[i][1]}: flipped normals: they point {name} where those of "
                       f"other clouds do not, or the other way round; turn them, or remove the field", files[i][1])
     peaks = np.array([records[i]["peaks"] for i in good]).reshape(-1, 3)
