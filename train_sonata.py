@@ -434,14 +434,12 @@ def official_mean(result: dict) -> dict:
 
 
 def test_only(run: Run, config: Config) -> dict:
-    """The test (evaluation.precise: 13 views) of a checkpoint on the test split, or on validation
-    where there is none."""
-    checkpoint = run.checkpoint
-    check_same_run(checkpoint, config, checkpoint["total_steps"], ("model",))
+    """Test a checkpoint (evaluation.precise: 13 views) on the test split, or else on validation."""
+    check_same_run(run.checkpoint, config, run.checkpoint["total_steps"], ("model",))
     if config.data.normal_view is None:                     # as it was chosen in training
-        config.data.normal_view = checkpoint["config"]["data"].get("normal_view")
-    checkpoint["config"] = config.to_dict()
-    model = load_model(checkpoint, run.device)
+        config.data.normal_view = run.checkpoint["config"]["data"].get("normal_view")
+    run.checkpoint["config"] = config.to_dict()
+    model = load_model(run.checkpoint, run.device)
     split = "test" if has_test_split(config) else "val"
     dataset = build_dataset(config, split)
     result = evaluate(model, dataset, run.device, num_workers=run.args.num_workers,
