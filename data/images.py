@@ -30,6 +30,7 @@ from data.masks import MaskReader, examine_mask, to_label
 from data.masks import label_table as label_table
 from data.masks import label_to_file as label_to_file
 from data.masks import open_mask as open_mask
+from data.photo_values import examine, examine_raster, set_doubts
 from data.photos import (
     AS_STORED,
     ORIENTATION,
@@ -38,14 +39,11 @@ from data.photos import (
     Picture,
     check_pixels,
     check_raster,
-    examine,
-    examine_raster,
     open_photo,
     opened,
     picture_of,
     pixels_of,
     raster_part,
-    set_doubts,
     to_bands,
 )
 from data.photos import read_image as read_image
@@ -63,7 +61,7 @@ PADDING = (124, 116, 104)                   # ImageNet's mean colour: about 0 on
 WINDOWED = 1 << 22                          # pixels of a raster of which parts are read as parts
 LARGE = 1 << 25                             # pixels of a photograph that is scored without being an item
 CROP_TRIES = 10                             # for one that no class dominates (MMSegmentation's number)
-SCAN_VERSION = 3                            # raise it when _scan records something else
+SCAN_VERSION = 4                            # raise it when _scan records something else
 # NTSC's luma and two chroma axes: saturation scales the chroma plane, hue turns it
 YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
 COLORS = ("ssd", "factors")
@@ -235,7 +233,7 @@ def _with_numbers(record):
 def scan_pairs(pairs: Sequence[tuple[Path, Path]], cache_dir: str | Path | None = None, workers: int = 4,
                max_pixels: float | None = None) -> list[dict]:
     """What there is to know about each pair whatever the settings are, kept in cache_dir: paths, size, and what
-    data.photos.examine and data.masks.examine_mask say; `unreadable`: why a file of it cannot be read."""
+    data.photo_values.examine and data.masks.examine_mask say; `unreadable`: why a file of it cannot be read."""
     entry = None
     if cache_dir is not None:
         stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns)

@@ -26,7 +26,8 @@ from data.image_splits import check_counts, class_file, mask_reader, mask_suffix
 from data.images import pair_problems, read_part, scan_pairs
 from data.label_map import read_label_map
 from data.masks import MaskReader, color_of, load_mask, to_label
-from data.photos import photo_format, read_image, set_doubts
+from data.photo_values import set_doubts
+from data.photos import photo_format, read_image
 from utils.inspection import Inspection, Picture, check_classes, check_duplicates, check_names, sampled, spread
 from utils.log import progress
 from utils.losses import IGNORE_INDEX

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from data.label_map import LabelMap
-from data.photos import ASSOCIATED, EXTRA_SAMPLES, depth_of, opened, rawmode_of
+from data.photos import ASSOCIATED, EXTRA_SAMPLES, ORIENTATION, depth_of, opened, rawmode_of
 from utils.checks import check_range
 from utils.fingerprint import digest
 from utils.losses import IGNORE_INDEX
@@ -107,7 +107,12 @@ def load_mask(path: str | Path,
                                 f"from their source, not from this file")
         rawmode, depth, mode = rawmode_of(mask), depth_of(mask), mask.mode
         associated = mask.format == "TIFF" and ASSOCIATED in mask.tag_v2.get(EXTRA_SAMPLES, ())
+        orientation = mask.tag_v2.get(ORIENTATION, 1) if mask.format == "TIFF" else None       # gone once it is loaded
         mask.load()
+        orientation = mask.getexif().get(ORIENTATION, 1) if orientation is None else orientation
+    if orientation not in (0, 1):
+        return size, None, (f"EXIF orientation {orientation}, so that it may not lie on its photograph's pixels; "
+                            f"store it as it is to be read, without the tag")
     if mode in ("1", "L"):
         return size, _as_stored(mask, rawmode), None
     if mode == "P":

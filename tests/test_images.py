@@ -23,7 +23,7 @@ from data.images import (
     pair_files,
     read_image,
 )
-from data.masks import OUT_OF_RANGE
+from data.masks import OUT_OF_RANGE, open_mask
 from tests.tiny_images import read_mask
 from utils.losses import IGNORE_INDEX
 
@@ -137,6 +137,20 @@ def test_masks_are_indices_and_never_colours(tmp_path):
         read_mask(save(tmp_path / "rgb.png", noise(2, 2)), 3)
     with pytest.raises(ValueError, match="deep.png: .*more than 8 bits.*astype"):
         read_mask(save(tmp_path / "deep.png", np.zeros((2, 2), np.uint16)), 3)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "webp"])
+def test_a_turned_mask_is_refused(tmp_path, suffix):
+    """Viewers turn it and readers do not, or the other way round: of a square mask nobody would notice."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    ids = np.arange(16, dtype=np.uint8).reshape(4, 4) % 3
+    path = tmp_path / f"m.{suffix}"
+    Image.fromarray(np.dstack([ids] * 3)).save(path, exif=exif, **({"lossless": True} if suffix == "webp" else {}))
+    Image.fromarray(np.dstack([ids] * 3)).save(tmp_path / "i.png")
+    for read in (lambda: open_mask(path), lambda: check_pairs([(tmp_path / "i.png", path)], 3)):
+        with pytest.raises(ValueError, match=f"m.{suffix}: EXIF orientation 6, so that it may not lie on its photograph's pixels"):
+            read()
 
 
 def test_zero_label_is_reduced_without_wrapping(tmp_path):

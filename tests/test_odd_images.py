@@ -23,7 +23,8 @@ from data.image_splits import check_file_settings, checked_dataset, mask_reader,
 from data.images import SegmentationDataset, check_pairs, label_table, pair_files, to_label
 from data.label_map import read_label_map
 from data.masks import MaskReader, label_to_file, open_mask
-from data.photos import PhotoFormat, photo_doubts, photo_format, read_image
+from data.photo_values import photo_doubts
+from data.photos import PhotoFormat, photo_format, read_image
 from data.tiff import tiff_pages
 from tests.tiny_heads import SMALL, add_tiny_backbone
 from tests.tiny_images import COLORS, shrink_unet, tiny_picture, write_classes, write_pictures
@@ -146,6 +147,8 @@ def test_lossless_webp_and_equal_channels_are_ids(tmp_path):
     clear = np.dstack([IDS, IDS, IDS, np.full_like(IDS, 100)])
     with pytest.raises(ValueError, match=r"t.png: a colour mask \(mode RGBA\)"):
         open_mask(save(tmp_path / "t.png", clear))
+    with pytest.raises(ValueError, match=r"f.tif: this mask cannot be read \(a TIFF of 1 band of 5 bits; store its class ids as 8-bit PNG\)"):
+        open_mask(tiff(tmp_path / "f.tif", IDS, bits=5))
     with pytest.raises(ValueError, match="d.png: a mask of more than 8 bits.*label_map"):
         open_mask(save(tmp_path / "d.png", IDS.astype(np.uint16)))
 
@@ -398,7 +401,8 @@ def test_transparency_of_a_png_is_white_and_a_fourth_band_in_it_is_not(tmp_path)
 
 
 def test_tiffs_that_pillow_cannot_read_say_what_they_hold(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.rasters.library", lambda: None)
+    for module in ("rasters", "photos"):
+        monkeypatch.setattr(f"data.{module}.library", lambda: None)
     five = tiff(tmp_path / "five.tif", noise(bands=5).transpose(2, 0, 1), photometric=1)
     with pytest.raises(ValueError, match="five.tif: .*a TIFF of 5 bands of 8 bits; install rasterio .* or write the three bands"):
         read_image(five)

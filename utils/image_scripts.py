@@ -31,7 +31,8 @@ from data.image_splits import (
 )
 from data.images import Augmentation, SegmentationDataset
 from data.label_map import label_map_of
-from data.photos import open_photo, photo_doubts, photo_format
+from data.photo_values import photo_doubts
+from data.photos import open_photo, photo_format
 from models.dinov3 import FrozenBackbone, backbone_name
 from models.dinov3_weights import load_backbone, restore_backbone
 from utils.checks import check_positive, check_range
