@@ -246,8 +246,9 @@ def _check_files(found, listed, records, blurred, masks, photos):
     for i in palettes:
         if _attempt(found, "wrong palette", masks.check_palettes, [reference, records[i]], file=listed[i][2]):
             good.remove(i)
-    _attempt(found, "numbers of photographs", lambda: [found.add("doubt", "fourth band", line.removeprefix("WARNING: "))
-                                                       for line in set_doubts([records[i] for i in good], photos)])
+    _attempt(found, "numbers of photographs", lambda: [
+        found.add("doubt", "bands and values", line.removeprefix("WARNING: "))
+        for line in set_doubts([records[i] for i in good], photos)])
     return good
 
 

@@ -386,7 +386,7 @@ def score_function(model: nn.Module, device: torch.device, amp_dtype: torch.dtyp
     def score(image):
         height, width = image.shape[-2:]
         image = pad_to_multiple(image, model.multiple)
-        with autocast(device, amp_dtype):
+        with autocast(device, amp_dtype, image.shape[-1]):
             return model.scores(image).float()[..., :height, :width]
     return score
 
