@@ -172,6 +172,9 @@ def main(argv=None) -> dict:
     check_writable(output)
     dataset = script.build_dataset(model.config, split, data_dir=args.data_dir,
                                    label_dir=args.label_dir)
+    if is_main():
+        for doubt in getattr(dataset, "doubts", ()):
+            print(doubt, flush=True)
     result = script.evaluate(model, dataset, device, amp_dtype, args.batch_size, args.num_workers,
                              args.limit_batches)
     if is_main():

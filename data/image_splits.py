@@ -192,7 +192,6 @@ def checked_dataset(data: Mapping, pairs, num_workers: int = 2, seed: int = 0, v
     dataset = SegmentationDataset(pairs, data["image_size"] if size is None else size, num_classes, augmentation,
                                   seed=seed, views=views, masks=masks, photos=photos, checked=summary)
     dataset.class_counts = summary.class_counts
-    dataset.doubts = summary.doubts
     return dataset, summary
 
 
@@ -210,12 +209,15 @@ def check_counts(names: list[str], counts: np.ndarray, ignored: str) -> list[str
     return [f"WARNING: no pixel of the training masks is {', '.join(absent)}; {ignored}"] if absent else []
 
 
-def training_doubts(names: list[str], dataset: SegmentationDataset, data: Mapping) -> list[str]:
-    """Warnings about a training set of checked_dataset, see check_counts. `data` has the settings of its files."""
+def training_doubts(names: list[str], dataset: SegmentationDataset, val_set: SegmentationDataset | None,
+                    data: Mapping) -> list[str]:
+    """Warnings about a training set of checked_dataset, see check_counts, and its validation set, if there is one.
+    `data` has the settings of their files."""
     ignored = f"{data['ignore_label']} (ignore_label) is unlabelled, not a class"
     if data["reduce_zero_label"]:
         ignored = f"0 (reduce_zero_label) and {data['ignore_label']} (ignore_label) are unlabelled, not classes"
     if data.get("label_map"):
         ignored = f"the label map is {data['label_map'][:200]}"
     unread = unread_classes(names, dataset.files[0].parent, "name it with --classes or, in a config, dataset.classes")
-    return [*dataset.doubts, *check_counts(names, dataset.class_counts, ignored), *unread]
+    of_validation = [] if val_set is None or val_set.doubts == dataset.doubts else val_set.doubts
+    return [*dataset.doubts, *of_validation, *check_counts(names, dataset.class_counts, ignored), *unread]

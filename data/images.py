@@ -156,7 +156,7 @@ def check_pairs(pairs: Sequence[tuple[Path, Path]], num_classes: int, ignore_lab
         more = f" (and {others} more {'file' if others == 1 else 'files'})" if others else ""
         raise ValueError(found[0][1] + more)
     masks.check_palettes(records)
-    doubts = set_doubts(records, photos)
+    doubts = [*set_doubts(records, photos), *masks.doubts(records)]
     class_counts, ignored = masks.count(records, num_classes)
     if not class_counts.any():
         raise ValueError(f"{pairs[0][1] if pairs else 'no files'}: not one pixel of {len(pairs)} masks is labelled; "
@@ -383,7 +383,8 @@ class SegmentationDataset(Dataset):
     Where a crop is larger than the image, PADDING and IGNORE_INDEX fill it at the right and bottom. Images are resized
     bilinearly with antialiasing, masks to the nearest pixel, both from the very same box. masks: how masks are read
     (check_pairs decides what it can only tell from the whole set), in place of a table (256,) of the labels of file
-    values, or of label_table's; photos: how photographs are; checked: what check_pairs found of the pairs. Randomness
+    values, or of label_table's; photos: how photographs are; checked: what check_pairs found of the pairs, also its
+    `doubts`. Randomness
     depends on (seed, epoch, item) alone. files and pairs are those given; ValueError for wrong settings, and for wrong
     files as they are met (see check_pairs).
     """
@@ -406,6 +407,7 @@ class SegmentationDataset(Dataset):
         self.seed = seed
         self.views = views
         self.checked = checked
+        self.doubts = [] if checked is None else checked.doubts
         self.epoch = 0
         self.augmentation = augmentation and augmentation.check()
         if augmentation is not None and augmentation.padding >= min(self.size):

@@ -327,6 +327,26 @@ class MaskReader:
                     ignored += count
         return counts, ignored
 
+    def doubts(self, records: Sequence[Mapping]) -> list[str]:
+        """A warning where the number for unlabelled may be an object's, in all files or in some, of checked records."""
+        values = [set(record["histogram"]) for record in records]
+        labels = {value: self._label_of(value) for value in sorted(set().union(*values))}
+        void = [value for value, c in labels.items() if c == IGNORE_INDEX]
+        classes = int((self.table >= 0).sum())
+        if self.label_map is not None or self.as_colors or len(void) != 1 or classes < 2:
+            return []
+        unlabelled = [place for place, own in enumerate(values) if void[0] in own]
+        remedy = "for masks of 0 and 255, set label_map: 0:0,255:1 (--label-map 0:0,255:1)"
+        if len(labels) == 2:
+            return [f"WARNING: {records[unlabelled[0]]['mask']}: masks hold {min(labels)} and {max(labels)} alone, and "
+                    f"{void[0]} is unlabelled, so that a single class is scored; {remedy}"]
+        objects = [place for place, own in enumerate(values) if any(labels[value] == 1 for value in own)]
+        if classes > 2 or len(labels) > 3 or set(unlabelled) & set(objects) or not objects:
+            return []
+        return [f"WARNING: {records[unlabelled[0]]['mask']}: {len(unlabelled)} of {len(records)} masks hold {void[0]}, "
+                f"which is unlabelled, others hold class 1, and none holds both; if {void[0]} is an object, {remedy} "
+                f"with 1:1 in it"]
+
     def _label_of(self, value):
         if self.label_map is not None:
             return self.label_map.targets.get(value, OUT_OF_RANGE)

@@ -217,7 +217,7 @@ def score_split(run: Run, model: nn.Module, split: str, dataset: SegmentationDat
     """--test-only: print the scores of the model from the file `source`; returns the single numbers."""
     result = evaluate_photos(model, dataset, run.device, run.amp_dtype, num_workers=run.args.num_workers,
                              limit_batches=run.args.limit_batches)
-    run.report(f"{source} on the {split} split:", metrics_table(result["metrics"], model.class_names))
+    run.report(*dataset.doubts, f"{source} on the {split} split:", metrics_table(result["metrics"], model.class_names))
     return headline(result)
 
 
@@ -258,7 +258,7 @@ def open_data(run: Run, config: Config, build_dataset: Callable) -> tuple:
         train_set = build_dataset(config, "train", run.args.seed, num_workers=run.args.num_workers)
         if config.evaluation.validate:
             val_set = build_dataset(config, "val", num_workers=run.args.num_workers)
-    run.messages += training_doubts(class_names, train_set, config.data)
+    run.messages += training_doubts(class_names, train_set, val_set, config.data)
     run.check_data(train=train_set, val=val_set)
     return class_names, palette, train_set, val_set
 
