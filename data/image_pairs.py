@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -86,12 +87,13 @@ def stems_of(images: Sequence[Path], masks: Sequence[Path], names: tuple[str, st
     for every name that occurs twice; arguments and ValueError without a mask as pair_files."""
     images, masks = list(map(Path, images)), list(map(Path, masks))
     if suffixes:
-        masks = [path for path in masks if _without(path.stem, suffixes) != path.stem]
+        masks = [path for path in masks if _without(_stem(path), suffixes) != _stem(path)]
         if not masks:
             raise ValueError(f"{names[1]}: no file has a name that ends in {' or '.join(suffixes)} (mask_suffix)")
         images = [path for path in images if path not in set(masks)]
-    mask_stems = [_without(path.stem, suffixes) for path in masks]
-    image_stems = [path.stem if path.stem in set(mask_stems) else _without(path.stem, suffixes) for path in images]
+    mask_stems = [_without(_stem(path), suffixes) for path in masks]
+    image_stems = [_stem(path) if _stem(path) in set(mask_stems) else _without(_stem(path), suffixes)
+                   for path in images]
     by_stem: list[dict[str, Path]] = [{}, {}]
     same = []
     for known, files, stems, name in zip(by_stem, (images, masks), (image_stems, mask_stems), names, strict=True):
@@ -99,6 +101,11 @@ def stems_of(images: Sequence[Path], masks: Sequence[Path], names: tuple[str, st
             if known.setdefault(stem, path) != path:
                 same.append((path, known[stem], name))
     return by_stem, same
+
+
+def _stem(path):
+    """The name without its ending; Macs write an accent as a letter of its own."""
+    return unicodedata.normalize("NFC", path.stem)
 
 
 def _without(stem, suffixes):

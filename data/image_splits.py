@@ -28,17 +28,24 @@ def read_class_file(path: str | Path) -> tuple[list[str], np.ndarray | None]:
     try:
         text = path.read_text(encoding="utf-8-sig")         # editors of Windows put a mark in front
         content = json.loads(text) if is_json else {"classes": []}
-        names = [str(name) for name in content["classes"]]
-        colors = np.array(content["palette"], dtype=np.int64) if "palette" in content else None
+        names = [str(name) for name in _listed(content["classes"])]
+        colors = np.array(content["palette"]) if "palette" in content else None
     except (OSError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f'{path}: expected {{"classes": [names], "palette": [[r, g, b], ...]}} in a .json file, lines '
                          f'such as "0 background" in others ({type(error).__name__}: {error})') from error
     if not is_json:
         names = _numbered_names(path, [line.strip() for line in text.splitlines() if line.strip()])
-    if colors is not None and (colors.shape != (len(names), 3) or colors.min() < 0 or colors.max() > 255):
+    if colors is not None and (colors.shape != (len(names), 3) or colors.dtype.kind not in "iu" or colors.min() < 0
+                               or colors.max() > 255):
         raise ValueError(f"{path}: {len(names)} names and a palette of shape {colors.shape}; give one name and one "
-                         f"colour (0 to 255 each) per class")
+                         f"colour (whole numbers, 0 to 255 each) per class")
     return check_names(f"{path}", names), colors
+
+
+def _listed(names):
+    if not isinstance(names, list):
+        raise TypeError(f"{type(names).__name__} in place of a list of names")
+    return names
 
 
 def _numbered_names(path, lines):

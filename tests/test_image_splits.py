@@ -66,7 +66,10 @@ def test_classes(tmp_path):
 @pytest.mark.parametrize("content, message", [
     ("{", "expected"), ("[1, 2]", "expected"), ('{"classes": ["a"]}', "1 names"), ('{"names": []}', "expected"),
     ('{"classes": ["a", "b"], "palette": [[0, 0, 0], [0, 0, 300]]}', "0 to 255"),
-    ('{"classes": ["a", "b"], "palette": [[0, 0, 0], [0, 0, 1e400]]}', "expected"), ('{"classes": ' + "[" * 5000, "expected"),
+    ('{"classes": ["a", "b"], "palette": [[0, 0, 0], [0, 0, 1e400]]}', "0 to 255"),
+    ('{"classes": ["a", "b"], "palette": [[1.0, 0, 0], [0, 0.5, 0]]}', "whole numbers, 0 to 255"),
+    ('{"classes": {"0": "a", "1": "b"}}', "dict in place of a list of names"), ('{"classes": "ab"}', "str in place of a list of names"),
+    ('{"classes": ' + "[" * 5000, "expected"),
     ('{"classes": ["a", "b"], "palette": [[0, 0], [0, 0]]}', "palette of shape"), ('{"classes": ["a"], "palette": [[0], [0, 1]]}', "expected"),
 ])
 def test_wrong_class_files_are_refused(tmp_path, content, message):

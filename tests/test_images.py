@@ -92,6 +92,16 @@ def test_pairs_are_made_by_name_not_by_order():
         pair_files([Path("u/a.jpg"), Path("v/a.png")], [Path("a.png")])
 
 
+def test_one_name_in_two_unicode_forms_is_one_name():
+    """Archives made on a Mac hold e and an accent where others hold one letter."""
+    image, mask = Path("caf\u00e9.jpg"), Path("cafe\u0301.png")
+    assert pair_files([image], [mask]) == [(image, mask)]
+    with_suffix = Path("cafe\u0301_mask.png")
+    assert pair_files([image], [with_suffix], suffixes=["_mask"]) == [(image, with_suffix)]
+    with pytest.raises(ValueError, match="have the same name"):
+        pair_files([image, image.with_name("cafe\u0301.tif")], [mask])
+
+
 # --- reading -----------------------------------------------------------------------------------------------------
 
 def test_photographs_of_every_kind_become_rgb(tmp_path):
