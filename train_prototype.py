@@ -491,6 +491,7 @@ def attach_settings(model: PPNet, config: Config, names: list[str], palette: np.
     data = config.dataset
     attach(model, config, names, palette, masks=data, view=evaluation_view(config),
            normalize=build_normalizer(data.mean, data.std))
+    model.file_ids = getattr(DATASETS.get(data.name), "LABEL_IDS", None)
     if config.evaluation.squash is not None:
         model.squash = tuple(config.evaluation.squash)
 

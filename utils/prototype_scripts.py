@@ -400,7 +400,7 @@ def write_explained(model: PPNet, path: Path, prediction: dict, stem: Path, opti
         stem, {**prediction, "winner": winner}, model.palette,
         prototype_colors(identity, model.palette), options.labels, options.picture,
         data.ignore_label, data.reduce_zero_label,
-        getattr(DATASETS.get(data.name), "LABEL_IDS", None), label_map_of(data),
+        model.file_ids, label_map_of(data),
         options.confidence)
 
 
