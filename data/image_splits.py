@@ -29,14 +29,14 @@ def read_class_file(path: str | Path) -> tuple[list[str], np.ndarray | None]:
         text = path.read_text(encoding="utf-8-sig")         # editors of Windows put a mark in front
         content = json.loads(text) if is_json else {"classes": []}
         names = [str(name) for name in _listed(content["classes"])]
-        colors = np.array(content["palette"]) if "palette" in content else None
+        colors = np.array(content["palette"], dtype=np.int64) if "palette" in content else None
     except (OSError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f'{path}: expected {{"classes": [names], "palette": [[r, g, b], ...]}} in a .json file, lines '
                          f'such as "0 background" in others ({type(error).__name__}: {error})') from error
     if not is_json:
         names = _numbered_names(path, [line.strip() for line in text.splitlines() if line.strip()])
-    if colors is not None and (colors.shape != (len(names), 3) or colors.dtype.kind not in "iu" or colors.min() < 0
-                               or colors.max() > 255):
+    if colors is not None and (colors.shape != (len(names), 3) or colors.tolist() != content["palette"]
+                               or colors.min() < 0 or colors.max() > 255):
         raise ValueError(f"{path}: {len(names)} names and a palette of shape {colors.shape}; give one name and one "
                          f"colour (whole numbers, 0 to 255 each) per class")
     return check_names(f"{path}", names), colors
@@ -95,6 +95,10 @@ def check_file_settings(data: Mapping, num_classes: int, any_bands: bool = False
     replaced by its text, so that a checkpoint needs no file. any_bands: the network takes as many as are named. Raises
     ValueError, FileNotFoundError."""
     photos = photo_format(data)
+    ignored = data.get("ignore_label", 255)
+    if not 0 <= ignored <= 255:
+        raise ValueError(f"ignore_label={ignored}: expected a number from 0 to 255; other numbers of the masks are "
+                         f"written into a label map, such as 0:0,1:1,{ignored}:ignore (--label-map)")
     if photos.channels != 3 and not any_bands:
         raise ValueError(f"bands={list(photos.bands)}: expected three bands, counted from 1, such as [1, 2, 3]; this "
                          f"network takes red, green and blue, as it was pre-trained (train_segmentation.py takes any "
@@ -216,6 +220,15 @@ def check_counts(names: list[str], counts: np.ndarray, ignored: str) -> list[str
     return [f"WARNING: no pixel of the training masks is {', '.join(absent)}; {ignored}"] if absent else []
 
 
+def _validation_doubts(dataset, val_set):
+    doubts = [doubt for doubt in val_set.doubts if doubt not in dataset.doubts]
+    both = {path.resolve() for path in dataset.files} & {path.resolve() for path in val_set.files}
+    if both:
+        doubts.append(f"WARNING: {len(both)} of {len(val_set.files)} validation photographs are training photographs "
+                      f"too, such as {min(both)}, so that the score is too good")
+    return doubts
+
+
 def training_doubts(names: list[str], dataset: SegmentationDataset, val_set: SegmentationDataset | None,
                     data: Mapping) -> list[str]:
     """Warnings about a training set of checked_dataset, see check_counts, and its validation set, if there is one.
@@ -226,5 +239,5 @@ def training_doubts(names: list[str], dataset: SegmentationDataset, val_set: Seg
     if data.get("label_map"):
         ignored = f"the label map is {data['label_map'][:200]}"
     unread = unread_classes(names, dataset.files[0].parent, "name it with --classes or, in a config, dataset.classes")
-    of_validation = [] if val_set is None or val_set.doubts == dataset.doubts else val_set.doubts
+    of_validation = [] if val_set is None else _validation_doubts(dataset, val_set)
     return [*dataset.doubts, *of_validation, *check_counts(names, dataset.class_counts, ignored), *unread]

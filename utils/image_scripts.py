@@ -155,7 +155,6 @@ def check_flags(config: Config) -> None:
     """
     data, evaluation = config.data, config.evaluation
     check_range("--val-share", data.val_share, 0, 0.5)
-    check_range("--ignore-label", data.ignore_label, 0, 255)
     check_positive("--lr", config.training.lr)
     if "class_weights" in config.training:
         class_weights(config.training.class_weights, np.ones(data.num_classes), "--class-weights")
