@@ -540,8 +540,7 @@ def test_only(run: Run, config: Config) -> dict:
     model = load_model(checkpoint, run.device)
     if args.gallery:
         if model.provenance is None:
-            raise ValueError(f"{run.resume_path}: its prototypes are not pushed yet, so there are "
-                             f"no patches to show")
+            raise ValueError(f"{run.resume_path}: no patches to show, prototypes not pushed yet")
         push_set = build_dataset(config, "push", num_workers=args.num_workers)
         run.report(f"wrote {write_pages(run, model, push_set)}")
         return {}
