@@ -90,11 +90,10 @@ def _ends(parts: Iterable[np.ndarray], fill: float | None) -> dict:
     """values and usual, see examine, of parts (h, w, K), of finite numbers other than fill; 0 where there are none."""
     ends, samples = [], []
     for values in parts:
-        known = np.isfinite(values) if values.dtype.kind == "f" else np.full(values.shape, True)
-        if fill is not None:
-            known &= values != (values.dtype.type(fill) if values.dtype.kind == "f" else fill)
+        known = _known(values, fill)
         step = max(1, math.isqrt(values[..., 0].size // SAMPLE))
-        samples.append(np.where(known, values, np.nan)[::step, ::step].reshape(-1, values.shape[-1]))
+        few = values[::step, ::step]
+        samples.append(np.where(_known(few, fill), few, np.nan).reshape(-1, values.shape[-1]))
         most, least = (values.dtype.type(end) for end in _type_ends(values.dtype))
         ends.append((values.min((0, 1), initial=most, where=known), values.max((0, 1), initial=least, where=known)))
     low, high = (np.stack(values).astype(np.float64) for values in zip(*ends, strict=True))
@@ -104,6 +103,13 @@ def _ends(parts: Iterable[np.ndarray], fill: float | None) -> dict:
         band = band[~np.isnan(band)]
         usual.append(np.quantile(band, (RARE, 1 - RARE), method="nearest").tolist() if band.size else [0.0, 0.0])
     return {"values": [list(pair) if pair[0] <= pair[1] else [0.0, 0.0] for pair in values], "usual": usual}
+
+
+def _known(values, fill):
+    """Where numbers are finite and not fill; True for everywhere."""
+    if values.dtype.kind != "f":
+        return True if fill is None else values != fill
+    return np.isfinite(values) if fill is None else np.isfinite(values) & (values != values.dtype.type(fill))
 
 
 def _type_ends(dtype):
