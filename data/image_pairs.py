@@ -59,8 +59,8 @@ def pair_files(images: Sequence[Path], masks: Sequence[Path],
 
     suffixes: what a mask's name has behind the photograph's ("_mask"); then only files with one of them are masks, and
     both may lie in one folder. A photograph's name may end in another of them (Cityscapes: _leftImg8bit,
-    _gtFine_labelIds). names are the flags an error tells of: ValueError for a name that occurs twice and for a file
-    without its partner.
+    _gtFine_labelIds). names are the flags an error tells of: ValueError for a name that occurs twice, for a file
+    without its partner and for one that is its own.
     """
     by_stem, same = stems_of(images, masks, names, suffixes)
     for path, known, name in same:
@@ -78,7 +78,12 @@ def pair_files(images: Sequence[Path], masks: Sequence[Path],
             hint += f"; set mask_suffix: {ending} (--mask-suffix {ending})" if ending else ""
             raise ValueError(f"{here}: {len(missing)} of {len(one)} files have no partner of the same name in {there}: "
                              f"{shown}{hint}")
-    return [(path, by_stem[1][stem]) for stem, path in by_stem[0].items()]
+    pairs = [(path, by_stem[1][stem]) for stem, path in by_stem[0].items()]
+    for path, mask in pairs:
+        if path == mask:
+            raise ValueError(f"{names[0]} and {names[1]}: {path} is in both; name the masks in one and the photographs "
+                             f"in the other")
+    return pairs
 
 
 def stems_of(images: Sequence[Path], masks: Sequence[Path], names: tuple[str, str] = ("images", "masks"),

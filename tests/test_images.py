@@ -92,6 +92,11 @@ def test_pairs_are_made_by_name_not_by_order():
         pair_files([Path("u/a.jpg"), Path("v/a.png")], [Path("a.png")])
 
 
+def test_a_photograph_is_not_its_own_mask():
+    with pytest.raises(ValueError, match="--image-paths and --mask-paths: i/b.png is in both; name the masks in one"):
+        pair_files([Path("i/a.png"), Path("i/b.png")], [Path("m/a.png"), Path("i/b.png")])
+
+
 def test_one_name_in_two_unicode_forms_is_one_name():
     """Archives made on a Mac hold e and an accent where others hold one letter."""
     image, mask = Path("caf\u00e9.jpg"), Path("cafe\u0301.png")
