@@ -371,7 +371,7 @@ def train_until(job: Job, name: str, network, end: int) -> bool:
             check_labels(batch["label"], job.config.model.num_classes)      # not on a GPU yet
             image = batch["image"].to(run.device, non_blocking=True)
             label = batch["label"].to(run.device, non_blocking=True)            # (B, H, W)
-            with run.autocast():
+            with run.autocast(image.shape[-1]):
                 outputs = network(job.model.normalize(image))
             losses = compute_loss(job.criterion, job.model, outputs, label, job.config)
             count_cells(run, outputs, label)

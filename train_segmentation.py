@@ -463,7 +463,7 @@ def train_one_epoch(run: Run, network, loader, criterion, ema: EMA | None, clip_
         for batch in micro_steps(network, micro_batches):
             image = batch["image"].to(run.device, non_blocking=True)
             label = batch["label"].to(run.device, non_blocking=True)        # (B, S, T)
-            with run.autocast():
+            with run.autocast(image.shape[-1]):
                 logits = network(run.model.normalize(image))                # (B, C, S, T)
             losses = compute_loss(criterion, logits, label, weight, share)
             run.backward(losses["total"], losses)

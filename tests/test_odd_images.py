@@ -605,6 +605,20 @@ def test_a_crop_that_batch_norm_cannot_train_on_is_refused(tmp_path, monkeypatch
         assert start(*more)["loss"] > 0
 
 
+def test_narrow_crops_train_alike_in_bfloat16(tmp_path, monkeypatch):
+    """Their deepest maps are a single column, see test_device.py."""
+    shrink_unet(monkeypatch)
+    root = write_set(tmp_path / "data")
+    config = {"dataset": {"root": str(root), "num_classes": 3, "cache_dir": None, "image_size": [160, 32]}, "model": {"backbone": "resnet18"},
+              "training": {"epochs": 1, "batch_size": 2, "num_workers": 0, "amp": "bfloat16"}, "logging": {"tensorboard": False}}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    results = []
+    for name in ("a", "b"):
+        results.append(train_segmentation.main([str(tmp_path / "c.yaml"), "--device", "cpu", "--output-dir", str(tmp_path / name)]))
+        np.full(100_000, 1e30, np.float32).sum()                           # leaves large numbers in memory
+    assert np.isfinite(results[0]["loss"]) and results[0]["loss"] == results[1]["loss"]
+
+
 def test_a_window_that_batch_norm_cannot_train_on_is_refused(tmp_path):
     config = {"dataset": {"root": "x", "window_size": [12, 12]}, "training": {"batch_size": 1},
               "model": {"num_classes": 3, "prototype_shape": [6, 8, 1, 1], "scales": [0.5], "freeze_bn": False}}

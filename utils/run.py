@@ -87,8 +87,9 @@ class Run:
         self.stop = StopSignal()
         self.times = StepTimes(args.profile, self.device)
 
-    def autocast(self) -> contextlib.AbstractContextManager:
-        return self.times.forward(autocast(self.device, self.amp_dtype))
+    def autocast(self, width: int | None = None) -> contextlib.AbstractContextManager:
+        """For a forward pass; width: of images that may be narrow, see utils.device."""
+        return self.times.forward(autocast(self.device, self.amp_dtype, width))
 
     def check_data(self, **datasets: Any) -> None:
         """Keep the fingerprint() of the run's data sets in checkpoints. ValueError where a resumed run had others."""
