@@ -88,7 +88,6 @@ class Run:
         self.times = StepTimes(args.profile, self.device)
 
     def autocast(self, width: int | None = None) -> contextlib.AbstractContextManager:
-        """For a forward pass; width: of images that may be narrow, see utils.device."""
         return self.times.forward(autocast(self.device, self.amp_dtype, width))
 
     def check_data(self, **datasets: Any) -> None:
