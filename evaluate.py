@@ -173,7 +173,7 @@ def main(argv=None) -> dict:
     dataset = script.build_dataset(model.config, split, data_dir=args.data_dir,
                                    label_dir=args.label_dir)
     if is_main():
-        for note in shortened(getattr(dataset, "notes", ())):
+        for note in shortened(dataset.notes):
             print(note, flush=True)
     result = script.evaluate(model, dataset, device, amp_dtype, args.batch_size, args.num_workers,
                              args.limit_batches)

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.image_results import file_palette
+from data.image_results import file_palette, palette_by_number
 from data.label_map import label_map_of
 from data.masks import label_to_file
 from data.photos import photo_format
@@ -165,8 +165,10 @@ def metadata_of(model: nn.Module, script: str, sizes: dict) -> dict:
     black, white = (normalize(torch.full((1, photo_format(masks).channels, 1, 1), value,
                                          dtype=torch.uint8)).flatten() for value in (0, 255))
     std = 1 / (white - black)
-    numbers = label_to_file(np.arange(C), *options)
-    palette = file_palette(model.palette, *options).tolist() if numbers.max() < 256 else None
+    numbers, colors = label_to_file(np.arange(C), *options), model.palette
+    if getattr(model, "file_ids", None) is not None:                # Cityscapes has its own
+        numbers, colors = model.file_ids, palette_by_number(colors, model.file_ids)
+    palette = file_palette(colors, *options).tolist() if numbers.max() < 256 else None
     return {"script": script, "class_names": model.class_names,
               "mask_values": numbers.tolist(), "palette": palette,
               "short_side": model.view.size, "multiple": model.multiple,

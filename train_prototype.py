@@ -491,6 +491,7 @@ def attach_settings(model: PPNet, config: Config, names: list[str], palette: np.
     data = config.dataset
     attach(model, config, names, palette, masks=data, view=evaluation_view(config),
            normalize=build_normalizer(data.mean, data.std))
+    model.file_ids = getattr(DATASETS.get(data.name), "LABEL_IDS", None)
     if config.evaluation.squash is not None:
         model.squash = tuple(config.evaluation.squash)
 
@@ -539,8 +540,7 @@ def test_only(run: Run, config: Config) -> dict:
     model = load_model(checkpoint, run.device)
     if args.gallery:
         if model.provenance is None:
-            raise ValueError(f"{run.resume_path}: its prototypes are not pushed yet, so there are "
-                             f"no patches to show")
+            raise ValueError(f"{run.resume_path}: no patches to show, prototypes not pushed yet")
         push_set = build_dataset(config, "push", num_workers=args.num_workers)
         run.report(f"wrote {write_pages(run, model, push_set)}")
         return {}
@@ -548,7 +548,7 @@ def test_only(run: Run, config: Config) -> dict:
     dataset = build_dataset(config, split, num_workers=args.num_workers)
     result = evaluate(model, dataset, run.device, run.amp_dtype, num_workers=args.num_workers,
                       limit_batches=args.limit_batches)
-    run.report(f"{run.resume_path} on the {split} split:",
+    run.report(*dataset.notes, f"{run.resume_path} on the {split} split:",
                metrics_table(result["metrics"], model.class_names))
     return headline(result)
 
@@ -581,7 +581,7 @@ def main(argv=None) -> dict:
         datasets = tuple(build_dataset(config, split, args.seed, num_workers=args.num_workers)
                          for split in ("train", "val", "push"))
     train_set, val_set, push_set = datasets
-    run.messages += training_doubts(class_names, train_set, config.dataset)
+    run.messages += training_doubts(class_names, train_set, val_set, config.dataset)
     sampler = EpochBatchSampler(len(train_set), config.training.batch_size, args.seed,
                                 drop_last=True)
     lengths = stage_lengths(config, len(push_set), args.limit_batches)

@@ -526,7 +526,7 @@ def test_only(run: Run, config: Config) -> dict:
     model = load_model(checkpoint, run.device)
     result = evaluate(model, dataset, run.device, run.amp_dtype, num_workers=run.args.num_workers,
                       limit_batches=run.args.limit_batches)
-    run.report(f"{run.resume_path} on the {split} split:",
+    run.report(*dataset.notes, f"{run.resume_path} on the {split} split:",
                metrics_table(result["metrics"], model.class_names),
                *(f"{name}: mIoU {100 * other['miou']:.2f}"
                  for name, other in result["tables"].items()))
@@ -551,7 +551,7 @@ def main(argv=None) -> dict:
     with main_first():
         train_set = build_dataset(config, "train", args.seed)
         val_set = build_dataset(config, "val")
-    run.messages += training_doubts(class_names, train_set, data)
+    run.messages += training_doubts(class_names, train_set, val_set, data)
     run.check_data(train=train_set, val=val_set)
     sampler = run.plan(len(train_set), config, batch_size=training.batch_size,
                        epochs=training.epochs, accumulate=training.accumulate_grad_batches,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -58,8 +59,8 @@ def pair_files(images: Sequence[Path], masks: Sequence[Path],
 
     suffixes: what a mask's name has behind the photograph's ("_mask"); then only files with one of them are masks, and
     both may lie in one folder. A photograph's name may end in another of them (Cityscapes: _leftImg8bit,
-    _gtFine_labelIds). names are the flags an error tells of: ValueError for a name that occurs twice and for a file
-    without its partner.
+    _gtFine_labelIds). names are the flags an error tells of: ValueError for a name that occurs twice, for a file
+    without its partner and for one that is its own.
     """
     by_stem, same = stems_of(images, masks, names, suffixes)
     for path, known, name in same:
@@ -77,7 +78,12 @@ def pair_files(images: Sequence[Path], masks: Sequence[Path],
             hint += f"; set mask_suffix: {ending} (--mask-suffix {ending})" if ending else ""
             raise ValueError(f"{here}: {len(missing)} of {len(one)} files have no partner of the same name in {there}: "
                              f"{shown}{hint}")
-    return [(path, by_stem[1][stem]) for stem, path in by_stem[0].items()]
+    pairs = [(path, by_stem[1][stem]) for stem, path in by_stem[0].items()]
+    for path, mask in pairs:
+        if path == mask:
+            raise ValueError(f"{names[0]} and {names[1]}: {path} is in both; name the masks in one and the photographs "
+                             f"in the other")
+    return pairs
 
 
 def stems_of(images: Sequence[Path], masks: Sequence[Path], names: tuple[str, str] = ("images", "masks"),
@@ -86,12 +92,13 @@ def stems_of(images: Sequence[Path], masks: Sequence[Path], names: tuple[str, st
     for every name that occurs twice; arguments and ValueError without a mask as pair_files."""
     images, masks = list(map(Path, images)), list(map(Path, masks))
     if suffixes:
-        masks = [path for path in masks if _without(path.stem, suffixes) != path.stem]
+        masks = [path for path in masks if _without(_stem(path), suffixes) != _stem(path)]
         if not masks:
             raise ValueError(f"{names[1]}: no file has a name that ends in {' or '.join(suffixes)} (mask_suffix)")
         images = [path for path in images if path not in set(masks)]
-    mask_stems = [_without(path.stem, suffixes) for path in masks]
-    image_stems = [path.stem if path.stem in set(mask_stems) else _without(path.stem, suffixes) for path in images]
+    mask_stems = [_without(_stem(path), suffixes) for path in masks]
+    image_stems = [_stem(path) if _stem(path) in set(mask_stems) else _without(_stem(path), suffixes)
+                   for path in images]
     by_stem: list[dict[str, Path]] = [{}, {}]
     same = []
     for known, files, stems, name in zip(by_stem, (images, masks), (image_stems, mask_stems), names, strict=True):
@@ -99,6 +106,11 @@ def stems_of(images: Sequence[Path], masks: Sequence[Path], names: tuple[str, st
             if known.setdefault(stem, path) != path:
                 same.append((path, known[stem], name))
     return by_stem, same
+
+
+def _stem(path):
+    """The name without its ending; Macs write an accent as a letter of its own."""
+    return unicodedata.normalize("NFC", path.stem)
 
 
 def _without(stem, suffixes):

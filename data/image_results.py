@@ -57,6 +57,13 @@ def file_palette(palette: np.ndarray, ignore_label: int = 255, reduce_zero_label
     return colors
 
 
+def palette_by_number(palette: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """(largest number + 1, 3) uint8: colours by the number of each class in the files, where that is not its place."""
+    colors = np.zeros((max(numbers) + 1, 3), np.uint8)
+    colors[numbers] = palette
+    return colors
+
+
 def released(rows: Iterable[np.ndarray], *arrays: np.ndarray) -> Iterator[np.ndarray]:
     """The same strips; the arrays that they are made of do not stay in memory."""
     for strip in rows:

@@ -28,17 +28,24 @@ def read_class_file(path: str | Path) -> tuple[list[str], np.ndarray | None]:
     try:
         text = path.read_text(encoding="utf-8-sig")         # editors of Windows put a mark in front
         content = json.loads(text) if is_json else {"classes": []}
-        names = [str(name) for name in content["classes"]]
+        names = [str(name) for name in _listed(content["classes"])]
         colors = np.array(content["palette"], dtype=np.int64) if "palette" in content else None
     except (OSError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f'{path}: expected {{"classes": [names], "palette": [[r, g, b], ...]}} in a .json file, lines '
                          f'such as "0 background" in others ({type(error).__name__}: {error})') from error
     if not is_json:
         names = _numbered_names(path, [line.strip() for line in text.splitlines() if line.strip()])
-    if colors is not None and (colors.shape != (len(names), 3) or colors.min() < 0 or colors.max() > 255):
+    if colors is not None and (colors.shape != (len(names), 3) or colors.tolist() != content["palette"]
+                               or colors.min() < 0 or colors.max() > 255):
         raise ValueError(f"{path}: {len(names)} names and a palette of shape {colors.shape}; give one name and one "
-                         f"colour (0 to 255 each) per class")
+                         f"colour (whole numbers, 0 to 255 each) per class")
     return check_names(f"{path}", names), colors
+
+
+def _listed(names):
+    if not isinstance(names, list):
+        raise TypeError(f"{type(names).__name__} in place of a list of names")
+    return names
 
 
 def _numbered_names(path, lines):
@@ -88,6 +95,10 @@ def check_file_settings(data: Mapping, num_classes: int, any_bands: bool = False
     replaced by its text, so that a checkpoint needs no file. any_bands: the network takes as many as are named. Raises
     ValueError, FileNotFoundError."""
     photos = photo_format(data)
+    ignored = data.get("ignore_label", 255)
+    if not 0 <= ignored <= 255:
+        raise ValueError(f"ignore_label={ignored}: expected a number from 0 to 255; other numbers of the masks are "
+                         f"written into a label map, such as 0:0,1:1,{ignored}:ignore (--label-map)")
     if photos.channels != 3 and not any_bands:
         raise ValueError(f"bands={list(photos.bands)}: expected three bands, counted from 1, such as [1, 2, 3]; this "
                          f"network takes red, green and blue, as it was pre-trained (train_segmentation.py takes any "
@@ -192,7 +203,6 @@ def checked_dataset(data: Mapping, pairs, num_workers: int = 2, seed: int = 0, v
     dataset = SegmentationDataset(pairs, data["image_size"] if size is None else size, num_classes, augmentation,
                                   seed=seed, views=views, masks=masks, photos=photos, checked=summary)
     dataset.class_counts = summary.class_counts
-    dataset.doubts = summary.doubts
     return dataset, summary
 
 
@@ -210,12 +220,24 @@ def check_counts(names: list[str], counts: np.ndarray, ignored: str) -> list[str
     return [f"WARNING: no pixel of the training masks is {', '.join(absent)}; {ignored}"] if absent else []
 
 
-def training_doubts(names: list[str], dataset: SegmentationDataset, data: Mapping) -> list[str]:
-    """Warnings about a training set of checked_dataset, see check_counts. `data` has the settings of its files."""
+def _validation_doubts(dataset, val_set):
+    doubts = [doubt for doubt in val_set.notes if doubt not in dataset.notes]
+    both = {path.resolve() for path in dataset.files} & {path.resolve() for path in val_set.files}
+    if both:
+        doubts.append(f"WARNING: {len(both)} of {len(val_set.files)} validation photographs are training photographs "
+                      f"too, such as {min(both)}, so that the score is too good")
+    return doubts
+
+
+def training_doubts(names: list[str], dataset: SegmentationDataset, val_set: SegmentationDataset | None,
+                    data: Mapping) -> list[str]:
+    """Warnings about a training set of checked_dataset, see check_counts, and its validation set, if there is one.
+    `data` has the settings of their files."""
     ignored = f"{data['ignore_label']} (ignore_label) is unlabelled, not a class"
     if data["reduce_zero_label"]:
         ignored = f"0 (reduce_zero_label) and {data['ignore_label']} (ignore_label) are unlabelled, not classes"
     if data.get("label_map"):
         ignored = f"the label map is {data['label_map'][:200]}"
     unread = unread_classes(names, dataset.files[0].parent, "name it with --classes or, in a config, dataset.classes")
-    return [*dataset.doubts, *check_counts(names, dataset.class_counts, ignored), *unread]
+    of_validation = [] if val_set is None else _validation_doubts(dataset, val_set)
+    return [*dataset.notes, *of_validation, *check_counts(names, dataset.class_counts, ignored), *unread]

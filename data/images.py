@@ -30,6 +30,7 @@ from data.masks import MaskReader, examine_mask, to_label
 from data.masks import label_table as label_table
 from data.masks import label_to_file as label_to_file
 from data.masks import open_mask as open_mask
+from data.photo_values import examine, examine_raster, set_doubts
 from data.photos import (
     AS_STORED,
     ORIENTATION,
@@ -38,14 +39,11 @@ from data.photos import (
     Picture,
     check_pixels,
     check_raster,
-    examine,
-    examine_raster,
     open_photo,
     opened,
     picture_of,
     pixels_of,
     raster_part,
-    set_doubts,
     to_bands,
 )
 from data.photos import read_image as read_image
@@ -63,7 +61,7 @@ PADDING = (124, 116, 104)                   # ImageNet's mean colour: about 0 on
 WINDOWED = 1 << 22                          # pixels of a raster of which parts are read as parts
 LARGE = 1 << 25                             # pixels of a photograph that is scored without being an item
 CROP_TRIES = 10                             # for one that no class dominates (MMSegmentation's number)
-SCAN_VERSION = 3                            # raise it when _scan records something else
+SCAN_VERSION = 4                            # raise it when _scan records something else
 # NTSC's luma and two chroma axes: saturation scales the chroma plane, hue turns it
 YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
 COLORS = ("ssd", "factors")
@@ -158,7 +156,7 @@ def check_pairs(pairs: Sequence[tuple[Path, Path]], num_classes: int, ignore_lab
         more = f" (and {others} more {'file' if others == 1 else 'files'})" if others else ""
         raise ValueError(found[0][1] + more)
     masks.check_palettes(records)
-    doubts = set_doubts(records, photos)
+    doubts = [*set_doubts(records, photos), *masks.doubts(records)]
     class_counts, ignored = masks.count(records, num_classes)
     if not class_counts.any():
         raise ValueError(f"{pairs[0][1] if pairs else 'no files'}: not one pixel of {len(pairs)} masks is labelled; "
@@ -235,7 +233,7 @@ def _with_numbers(record):
 def scan_pairs(pairs: Sequence[tuple[Path, Path]], cache_dir: str | Path | None = None, workers: int = 4,
                max_pixels: float | None = None) -> list[dict]:
     """What there is to know about each pair whatever the settings are, kept in cache_dir: paths, size, and what
-    data.photos.examine and data.masks.examine_mask say; `unreadable`: why a file of it cannot be read."""
+    data.photo_values.examine and data.masks.examine_mask say; `unreadable`: why a file of it cannot be read."""
     entry = None
     if cache_dir is not None:
         stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns)
@@ -385,9 +383,9 @@ class SegmentationDataset(Dataset):
     Where a crop is larger than the image, PADDING and IGNORE_INDEX fill it at the right and bottom. Images are resized
     bilinearly with antialiasing, masks to the nearest pixel, both from the very same box. masks: how masks are read
     (check_pairs decides what it can only tell from the whole set), in place of a table (256,) of the labels of file
-    values, or of label_table's; photos: how photographs are; checked: what check_pairs found of the pairs. Randomness
-    depends on (seed, epoch, item) alone. files and pairs are those given; ValueError for wrong settings, and for wrong
-    files as they are met (see check_pairs).
+    values, or of label_table's; photos: how photographs are; checked: what check_pairs found of the pairs, whose doubts
+    are `notes`. Randomness depends on (seed, epoch, item) alone. files and pairs are those given; ValueError for wrong
+    settings, and for wrong files as they are met (see check_pairs).
     """
 
     def __init__(self, pairs: Sequence[tuple[Path, Path]], image_size: int | tuple[int, int], num_classes: int,
@@ -408,6 +406,7 @@ class SegmentationDataset(Dataset):
         self.seed = seed
         self.views = views
         self.checked = checked
+        self.notes = [] if checked is None else checked.doubts
         self.epoch = 0
         self.augmentation = augmentation and augmentation.check()
         if augmentation is not None and augmentation.padding >= min(self.size):

@@ -26,7 +26,8 @@ from data.image_splits import check_counts, class_file, mask_reader, mask_suffix
 from data.images import pair_problems, read_part, scan_pairs
 from data.label_map import read_label_map
 from data.masks import MaskReader, color_of, load_mask, to_label
-from data.photos import photo_format, read_image, set_doubts
+from data.photo_values import set_doubts
+from data.photos import photo_format, read_image
 from utils.inspection import Inspection, Picture, check_classes, check_duplicates, check_names, sampled, spread
 from utils.log import progress
 from utils.losses import IGNORE_INDEX
@@ -51,6 +52,7 @@ SET_FILES = 60                              # of which finer moves are tried
 SET_GAIN, SET_ERRORS, SET_SHARE = 0.02, 5, 0.8      # of the whole set: mean, in standard errors, share of photographs
 MANY_VALUES, FEW_PIXELS = 8, 0.01           # of a mask, most of them at less than 1 % of its pixels: blurred?
 MOST_NAMED = 12                             # pictures of files that a fault or doubt names
+UNLABELLED = (255, 65535, -1)               # numbers that usually are no class
 MASK_KINDS = {"ids": "of class ids", "deep": "of more than 8 bits", "colors": "in colours"}
 FEW = 6                                     # photographs: below this nothing is said of how masks lie
 NEAR_EMPTY, MOSTLY_UNLABELLED = 0.001, 0.95
@@ -80,6 +82,7 @@ def inspect_images(splits: Mapping[str, tuple], data: dict, most: int, workers: 
     by_file = _count(found, listed, records, good, masks, settings)
     _check_photos(found, records)
     small = _small_copies(found, listed, records, good, masks, photos, workers)
+    good = [i for i in good if i in small]
     check_copies(found, [pair[:2] for pair in listed], small, hashes, [record.get("size") for record in records])
     odd = check_alignment(found, [pair[1:] for pair in listed], small, len(found.class_names)) if small else {}
     _facts(found, pairs, records)
@@ -150,7 +153,8 @@ def _find_meaning(found, records, settings):
         _colors_as_classes(found, colors, settings)
         return
     values = [value for value in sorted(files) if not _is_stray(value, files, len(records))]
-    others = [value for value in values if value != 255]
+    void = [value for value in values if value in UNLABELLED]
+    others = [value for value in values if value not in UNLABELLED]
     if 255 in values and len(others) > 1:
         found.add("note", "unlabelled value", f"255 is read as unlabelled (ignore_label: 255), in {files[255]} of "
                   f"{len(records)} masks")
@@ -158,11 +162,12 @@ def _find_meaning(found, records, settings):
         settings["num_classes"] = settings["num_classes"] or 2
         return
     deep = any(record.get("kind") == "deep" for record in records)
-    ignored = ",255:ignore" if 255 in values else ""
-    if values in ([0, 255], [255]) or (len(others) == 1 and 255 in values):
-        settings |= {"label_map": f"{others[0] if others else 0}:0,255:1", "num_classes": 2}
-        found.add("doubt", "binary masks", f"masks hold {' and '.join(map(str, values))} alone, and 255 usually means "
-                  f"unlabelled; planned: label_map {settings['label_map']} (--label-map), two classes")
+    ignored = "".join(f",{value}:ignore" for value in void)
+    if void and len(others) < 2:
+        rest = "".join(f",{value}:ignore" for value in void[:-1])
+        settings |= {"label_map": f"{others[0] if others else 0}:0,{void[-1]}:1{rest}", "num_classes": 2}
+        found.add("doubt", "binary masks", f"masks hold {' and '.join(map(str, values))} alone, and {void[-1]} usually "
+                  f"means unlabelled; planned: label_map {settings['label_map']} (--label-map), two classes")
     elif deep or max(others) > max(1.5 * len(others), len(others) + 3):
         pairs = ",".join(f"{value}:{c}" for c, value in enumerate(others))
         settings |= {"label_map": pairs + ignored, "num_classes": len(others)}
@@ -174,7 +179,7 @@ def _find_meaning(found, records, settings):
         found.add("doubt", "labels from 1", f"labels count from 1 ({min(others)} to {max(others)}, and no 0); planned: "
                   f"reduce_zero_label: true (--reduce-zero-label)")
     else:
-        settings["num_classes"] = max(others) + 1
+        settings["num_classes"] = max(2, max(others) + 1)
 
 
 def _reader(settings):
@@ -245,8 +250,11 @@ def _check_files(found, listed, records, blurred, masks, photos):
     for i in palettes:
         if _attempt(found, "wrong palette", masks.check_palettes, [reference, records[i]], file=listed[i][2]):
             good.remove(i)
-    _attempt(found, "numbers of photographs", lambda: [found.add("doubt", "fourth band", line.removeprefix("WARNING: "))
-                                                       for line in set_doubts([records[i] for i in good], photos)])
+    _attempt(found, "numbers of photographs", lambda: [
+        found.add("doubt", "bands and values", line.removeprefix("WARNING: "))
+        for line in set_doubts([records[i] for i in good], photos)])
+    for line in masks.doubts([records[i] for i in good]):
+        found.add("doubt", "binary masks", line.removeprefix("WARNING: "))
     return good
 
 

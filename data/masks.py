@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from data.label_map import LabelMap
-from data.photos import ASSOCIATED, EXTRA_SAMPLES, depth_of, opened, rawmode_of
+from data.photos import ASSOCIATED, EXTRA_SAMPLES, ORIENTATION, depth_of, opened, rawmode_of
 from utils.checks import check_range
 from utils.fingerprint import digest
 from utils.losses import IGNORE_INDEX
@@ -107,7 +107,12 @@ def load_mask(path: str | Path,
                                 f"from their source, not from this file")
         rawmode, depth, mode = rawmode_of(mask), depth_of(mask), mask.mode
         associated = mask.format == "TIFF" and ASSOCIATED in mask.tag_v2.get(EXTRA_SAMPLES, ())
+        orientation = mask.tag_v2.get(ORIENTATION, 1) if mask.format == "TIFF" else None       # gone once it is loaded
         mask.load()
+        orientation = mask.getexif().get(ORIENTATION, 1) if orientation is None else orientation
+    if orientation not in (0, 1):
+        return size, None, (f"EXIF orientation {orientation}, so that it may not lie on its photograph's pixels; "
+                            f"store it as it is to be read, without the tag")
     if mode in ("1", "L"):
         return size, _as_stored(mask, rawmode), None
     if mode == "P":
@@ -321,6 +326,26 @@ class MaskReader:
                 elif c == IGNORE_INDEX:
                     ignored += count
         return counts, ignored
+
+    def doubts(self, records: Sequence[Mapping]) -> list[str]:
+        """A warning where the number for unlabelled may be an object's, in all files or in some, of checked records."""
+        values = [set(record["histogram"]) for record in records]
+        labels = {value: self._label_of(value) for value in sorted(set().union(*values))}
+        void = [value for value, c in labels.items() if c == IGNORE_INDEX]
+        classes = int((self.table >= 0).sum())
+        if self.label_map is not None or self.as_colors or len(void) != 1 or classes < 2:
+            return []
+        unlabelled = [place for place, own in enumerate(values) if void[0] in own]
+        remedy = "for masks of 0 and 255, set label_map: 0:0,255:1 (--label-map 0:0,255:1)"
+        if len(labels) == 2:
+            return [f"WARNING: {records[unlabelled[0]]['mask']}: masks hold {min(labels)} and {max(labels)} alone, and "
+                    f"{void[0]} is unlabelled, so that a single class is scored; {remedy}"]
+        objects = [place for place, own in enumerate(values) if any(labels[value] == 1 for value in own)]
+        if classes > 2 or len(labels) > 3 or set(unlabelled) & set(objects) or not objects:
+            return []
+        return [f"WARNING: {records[unlabelled[0]]['mask']}: {len(unlabelled)} of {len(records)} masks hold {void[0]}, "
+                f"which is unlabelled, others hold class 1, and none holds both; if {void[0]} is an object, {remedy} "
+                f"with 1:1 in it"]
 
     def _label_of(self, value):
         if self.label_map is not None:

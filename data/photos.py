@@ -20,18 +20,17 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from data.rasters import Georeference, Raster, library, opened_raster
+from data.rasters import WHITE_IS_ZERO, Georeference, Raster, library, opened_raster
 from data.tiff import (
     ASSOCIATED,
     BITS,
     EXTRA_SAMPLES,
-    GEO_KEYS,
     INSTALL,
+    PHOTOMETRIC,
     PLANAR,
     SAMPLE_FORMAT,
     count_pages,
     describe_tiff,
-    first_page,
 )
 from utils.scratch import release, scratch_array
 
@@ -47,7 +46,6 @@ RANGES = {"uint8": (0, 2 ** 8 - 1), "uint12": (0, 2 ** 12 - 1), "uint16": (0, 2 
           "int8": (-2 ** 7, 2 ** 7 - 1), "int16": (-2 ** 15, 2 ** 15 - 1), "int32": (-2 ** 31, 2 ** 31 - 1)}
 STRIP_PIXELS = 1 << 22                      # of a photograph, converted or read at once
 ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
-LEAST_USED = 1 / 8                          # of its type's range, or the numbers mean something else
 SOFT_VALUES, SOFT_SHARE = 16, 0.1           # more values between 0 and 255, at more of the pixels: no transparency
 OTHER_BYTE = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
 
@@ -160,11 +158,22 @@ def opened(path: str | Path, what: str = "image", max_pixels: float | None = Non
                                  f"a file of its own")
             yield image
     except UnidentifiedImageError as error:
-        raise ValueError(f"{path}: this {what} cannot be read ({describe_tiff(path) or error})") from error
+        known = describe_tiff(path)
+        reason = f"{known}; {_remedy(what)}" if known else error
+        raise ValueError(f"{path}: this {what} cannot be read ({reason})") from error
     except READ_ERRORS as error:
         raise ValueError(f"{path}: this {what} cannot be read ({error})") from error
     except MemoryError:                                     # such as a PNG whose last part claims two gigabytes
         raise ValueError(f"{path}: this {what} announces more than the memory holds; is it damaged?") from None
+
+
+def _remedy(what):
+    """What to do with a TIFF that Pillow does not know."""
+    if what == "mask":
+        return "store its class ids as 8-bit PNG"
+    install = f"{INSTALL}, or " if library() is None else ""
+    return (f"{install}write the three bands that the network is to see as an RGB file of 8 or 16 bits, such as "
+            f"gdal_translate -b 1 -b 2 -b 3 -colorinterp red,green,blue IN OUT")
 
 
 def page_count(image: Image.Image) -> int:
@@ -260,7 +269,7 @@ def check_raster(raster: Raster, path: str | Path, photos: PhotoFormat) -> None:
     """ValueError for too many pixels, bands that the file does not have and numbers without a known range."""
     try:
         check_pixels(raster.size, photos.max_pixels)
-        _bands_of(raster.count, photos.bands)
+        bands_of(raster.count, photos.bands)
         if raster.depth != "uint8" and photos.value_range is None:
             _range_of(raster.depth)
     except ValueError as error:
@@ -269,7 +278,7 @@ def check_raster(raster: Raster, path: str | Path, photos: PhotoFormat) -> None:
 
 def raster_part(raster: Raster, photos: PhotoFormat, box: tuple[int, int, int, int]) -> np.ndarray:
     """A box (left, top, right, bottom) of a raster, see check_raster, as (h, w, K) uint8."""
-    values = raster.read(box, _bands_of(raster.count, photos.bands))
+    values = raster.read(box, bands_of(raster.count, photos.bands))
     if raster.depth != "uint8":
         values = _scaled(values, raster.depth, photos.value_range)
     return values if photos.bands is not None or values.shape[-1] == 3 else values.repeat(3, -1)
@@ -313,7 +322,7 @@ def _converter(image, bands):
             if part.mode not in ("L", "LA", "RGB", "RGBA"):
                 part = part.convert("L" if part.mode == "1" else "RGB")
             channels = part.split()
-            found = [channels[band - 1] for band in _bands_of(len(channels), bands)]
+            found = [channels[band - 1] for band in bands_of(len(channels), bands)]
             return Image.merge("RGB", found) if len(found) == 3 else BandImage(found)
         return chosen
     has_alpha = image.mode in ALPHA_MODES
@@ -326,14 +335,16 @@ def _converter(image, bands):
 def _of_deep(image, photos):
     depth, has_alpha = depth_of(image), image.mode in ALPHA_MODES       # not of an RGBX TIFF, whose fourth band is data
     values = deep_values(image, depth)                                                       # (H, W, K)
-    chosen = values[..., [band - 1 for band in _bands_of(values.shape[-1], photos.bands)]]
+    chosen = values[..., [band - 1 for band in bands_of(values.shape[-1], photos.bands)]]
     scaled = _scaled(chosen, depth, photos.value_range)
+    if image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC, 1) == WHITE_IS_ZERO:     # Pillow turns 8 bits alone
+        scaled = 255 - scaled
     if photos.bands is not None:
         return picture_of(scaled)
     rgb = Image.fromarray(scaled[..., 0] if scaled.shape[-1] == 1 else scaled).convert("RGB")
     if has_alpha:
         alpha = Image.fromarray((values[..., -1] >> 8).astype(np.uint8))
-        if _alpha_kind(image, alpha.histogram()) == "transparency":
+        if alpha_kind(image, alpha.histogram()) == "transparency":
             return _on_white(Image.merge("RGBA", (*rgb.split(), alpha)))
     return rgb
 
@@ -358,7 +369,7 @@ def _bits_of_jpeg2000(path):
     return (head[place] & 127) + 1 if place < len(head) and head[place] != 255 else 8
 
 
-def _bands_of(count, bands):
+def bands_of(count, bands):
     """The bands (from 1) to show of `count`; ValueError where one is not there."""
     if bands is None:
         return (1, 2, 3) if count >= 3 else (1,)
@@ -373,10 +384,10 @@ def alpha_of(image: Image.Image) -> str:
     if image.mode not in ALPHA_MODES:
         return "none"
     whole = image if image.mode in ("RGBA", "LA") else image.convert("RGBA")
-    return _alpha_kind(image, whole.getchannel("A").histogram())
+    return alpha_kind(image, whole.getchannel("A").histogram())
 
 
-def _alpha_kind(image, histogram):
+def alpha_kind(image, histogram):
     """histogram (256,) of the pixels of the fourth band, in 8 bits."""
     counts = np.array(histogram)
     soft = counts[1:255]
@@ -470,143 +481,3 @@ def _scaled(values, depth, value_range):
 def _linear(values, low, high):
     scaled = (values.astype(np.float64) - low) * (255 / (high - low))
     return np.floor(np.nan_to_num(scaled, nan=0.0).clip(0, 255) + 0.5).astype(np.uint8)
-
-
-# -- what a file, or a set of them, may mean ---------------------------------------------------------------------------
-
-def examine(image: Image.Image) -> dict:
-    """What the check of a data set has to know of an opened image, whose pixels are all decoded: depth, bands, values
-    ([lowest, highest] of each band, of files of more than 8 bits), alpha (see alpha_of)."""
-    check_pillow(image)
-    depth = depth_of(image)
-    if depth == "uint8":
-        alpha = alpha_of(image)
-        if image.mode == "RGB" and rawmode_of(image) == "RGBX":
-            bands = 4
-        else:
-            bands = len(image.getbands()) if image.mode in ("L", "LA", "RGB", "RGBA") else 1 if image.mode == "1" else 3
-        image.load()
-        return {"depth": depth, "bands": bands, "alpha": alpha}
-    has_alpha = image.mode in ALPHA_MODES
-    values = deep_values(image, depth)
-    if not values.size:
-        return {"depth": depth, "bands": values.shape[-1], "alpha": "none", "values": []}
-    alpha = "none"
-    if has_alpha:
-        alpha = _alpha_kind(image, np.bincount((values[..., -1] >> 8).ravel(), minlength=256))
-    return {"depth": depth, "bands": values.shape[-1], "alpha": alpha, "values": _ends([values])}
-
-
-def examine_raster(raster: Raster) -> dict:
-    """The same of a raster, which is read strip by strip."""
-    width, height = raster.size
-    alpha = "none" if raster.count <= 4 else "data"
-    if raster.has_extra and raster.count in (2, 4):
-        alpha = "opaque"
-    most = np.iinfo(raster.depth).max if raster.depth in RANGES else None
-
-    def read():
-        nonlocal alpha
-        for top, bottom in strips(width, height):
-            values = raster.read((0, top, width, bottom))
-            if alpha == "opaque" and (values[..., -1] != most).any():
-                alpha = "data"
-            yield values
-    ends = _ends(read())
-    record = {"depth": raster.depth, "bands": raster.count, "alpha": alpha}
-    return record if raster.depth == "uint8" else record | {"values": ends}
-
-
-def _ends(parts):
-    """[[lowest, highest], ...] of each band of parts (h, w, K), of finite numbers; 0 where there are none."""
-    low = high = None
-    for values in parts:
-        if values.dtype.kind == "f":
-            known = np.isfinite(values)
-            ends = [end((0, 1), initial=start, where=known)
-                    for end, start in ((values.min, math.inf), (values.max, -math.inf))]
-        else:
-            ends = values.min((0, 1)), values.max((0, 1))
-        low, high = ends if low is None else (np.minimum(low, ends[0]), np.maximum(high, ends[1]))
-    return [[low, high] if low <= high else [0.0, 0.0] for low, high in zip(low.tolist(), high.tolist(), strict=True)]
-
-
-def used_range(record: Mapping, photos: PhotoFormat) -> tuple[float, float] | None:
-    """(lowest, highest) value of the bands shown of a file of more than 8 bits, from examine; None for others."""
-    if not record.get("values"):
-        return None
-    bands = _bands_of(record["bands"], photos.bands)
-    pairs = [record["values"][band - 1] for band in bands]
-    return min(pair[0] for pair in pairs), max(pair[1] for pair in pairs)
-
-
-def range_doubt(depth: str, low: float, high: float) -> str | None:
-    """What is odd about numbers of a type that lie between low and high, with the setting to give; None if nothing."""
-    if depth not in RANGES:
-        return (f"floating-point pixels have no known range; convert them to 8 bits, or set value_range: [{low:g}, "
-                f"{high:g}], the range that was found (--value-range {low:g} {high:g})")
-    least, most = RANGES[depth]
-    if high - low >= LEAST_USED * (most - least):
-        return None
-    low, high = int(low), int(high)
-    below = 0 if low >= 0 and (low == high or low <= 3 * (high - low)) else low
-    above = 2 ** high.bit_length() - 1 if below == 0 else high
-    below, above = (below, above) if below < above else (below, below + 1)
-    return (f"{depth} pixels use {low} to {high} of {least} to {most}, less than an eighth, so that they would be "
-            f"nearly one grey; set value_range: [{below}, {above}] (--value-range {below} {above}), the values that "
-            f"become black and white")
-
-
-def band_doubt(alpha: str) -> str | None:
-    if alpha != "data":
-        return None
-    return "a fourth band that is no transparency is not shown; bands: [1, 2, 3] (--bands 1 2 3) says so"
-
-
-def photo_doubts(path: str | Path, photos: PhotoFormat) -> list[str]:
-    """What may be read wrongly in a single photograph, for a warning."""
-    settled = photos.value_range is not None and photos.bands is not None
-    with opened_raster(path) as raster:
-        if raster is not None:
-            plain = raster.depth == "uint8" and (not raster.has_extra or raster.count not in (2, 4) or
-                                                 photos.bands is not None)
-            record = {"alpha": "data" if raster.count > 4 else "none"} if plain or settled else examine_raster(raster)
-            return _doubts(record, photos)
-    place = ([f"it is georeferenced, and its labels are not: {INSTALL.partition(',')[0]}"]
-             if library() is None and GEO_KEYS in first_page(path) else [])
-    with opened(path, max_pixels=photos.max_pixels) as image:
-        plain = depth_of(image) == "uint8"
-        if settled or (plain and alpha_of(image) == "none"):
-            return place
-        return [*_doubts({"alpha": alpha_of(image)} if plain else examine(image), photos), *place]
-
-
-def _doubts(record, photos):
-    limits = used_range(record, photos) if photos.value_range is None else None
-    doubts = [range_doubt(record["depth"], *limits) if limits else None,
-              band_doubt(record["alpha"]) if photos.bands is None else None]
-    return [doubt for doubt in doubts if doubt]
-
-
-def set_doubts(records: Sequence[Mapping], photos: PhotoFormat) -> list[str]:
-    """Warnings about the photographs of a set, from `examine` and with their path under "image". ValueError where it
-    uses less than an eighth of the range of its type and value_range is not set, and where the fourth band is
-    transparency in one file and something else in another."""
-    if photos.value_range is None:
-        found: dict[str, list] = {}
-        for record in records:
-            limits = used_range(record, photos)
-            if limits is not None:
-                found.setdefault(record["depth"], []).append((*limits, record["image"]))
-        for depth, limits in found.items():
-            doubt = range_doubt(depth, min(pair[0] for pair in limits), max(pair[1] for pair in limits))
-            if doubt:
-                raise ValueError(f"{limits[0][2]}: {doubt} ({len(limits)} {'file' if len(limits) == 1 else 'files'})")
-    if photos.bands is not None:
-        return []
-    data, clear = ([record["image"] for record in records if record.get("alpha") == kind]
-                   for kind in ("data", "transparency"))
-    if data and clear:
-        raise ValueError(f"{data[0]} and {clear[0]}: the fourth band is transparency in one and something else in the "
-                         f"other; set bands: [1, 2, 3] (--bands 1 2 3) to show no file transparent")
-    return [f"WARNING: {data[0]}: {band_doubt('data')} ({len(data)} files)"] if data else []

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data.image_results import write_image_result
+from data.image_results import palette_by_number, write_image_result
 from data.label_map import LabelMap
 from utils.report import data_uri, dot, notes_list, write_page
 
@@ -183,9 +183,7 @@ def write_prototype_prediction(stem: Path, prediction: Mapping, palette: np.ndar
     if file_ids is not None:
         known = prediction["label"] >= 0
         shown = {**prediction, "label": np.where(known, file_ids[prediction["label"] * known], prediction["label"])}
-        by_id = np.zeros((max(file_ids) + 1, 3), np.uint8)
-        by_id[file_ids] = palette
-        palette = by_id
+        palette = palette_by_number(palette, file_ids)
     return write_image_result(stem, shown, palette, labels, picture, ignore_label, reduce_zero_label,
                               label_map=label_map, confidence=confidence, winner=(prediction["winner"], colors))
 

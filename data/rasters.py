@@ -28,8 +28,9 @@ from data.tiff import (
 )
 
 JPEG_2000 = (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")        # how a file begins: in its boxes, or bare
-BLACK_IS_ZERO, RGB, YCBCR = 1, 2, 6         # of PHOTOMETRIC
+WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, YCBCR = 0, 1, 2, 6      # of PHOTOMETRIC
 JPEG = 7                                    # of COMPRESSION: YCbCr becomes RGB
+COLORS = ("red", "green", "blue")           # as GDAL names them
 CACHE_MEGABYTES = 128                       # of decoded blocks, in place of a share of the machine's memory
 
 
@@ -54,7 +55,9 @@ def library():
 
 class Raster:
     """An opened file. size (W, H); count: its bands; depth: the type of its numbers, such as "uint16"; has_extra: a
-    fourth band that may be transparency or not; georeference: None where there is none."""
+    fourth band that may be transparency or not; has_palette: whether
+    its numbers are indices; fill: the number of pixels without data (nodata), or None; order: the bands, from 1, that
+    the file declares as red, green and blue, or None; georeference: None where there is none."""
 
     def __init__(self, dataset, has_extra: bool) -> None:
         self.dataset = dataset
@@ -62,6 +65,10 @@ class Raster:
         self.count = dataset.count
         self.depth = dataset.dtypes[0]
         self.has_extra = has_extra
+        self.fill = dataset.nodata
+        names = [color.name for color in dataset.colorinterp]
+        self.has_palette = names[0] == "palette"
+        self.order = [names.index(color) + 1 for color in COLORS] if set(COLORS) <= set(names) else None
         points, points_crs = dataset.gcps
         placed = dataset.crs is not None or not dataset.transform.is_identity or points
         found = Georeference(dataset.crs or points_crs, dataset.transform, tuple(points))
@@ -91,7 +98,10 @@ def opened_raster(path: str | Path) -> Iterator[Raster | None]:
             with rasterio.Env(GDAL_CACHEMAX=CACHE_MEGABYTES), rasterio.open(path) as dataset:
                 raster = Raster(dataset, found)
                 if np.dtype(raster.depth).kind not in "iuf":
-                    raise ValueError(f"{raster.depth} numbers; write real ones")
+                    raise ValueError(f"{path}: this image cannot be read ({raster.depth} numbers; write real ones)")
+                if raster.has_palette:
+                    raise ValueError(f"{path}: this image cannot be read (its numbers are indices of a colour table; "
+                                     f"store its colours, such as gdal_translate -expand rgb IN OUT)")
                 yield raster
     except rasterio.errors.RasterioError as error:
         reason = error.__cause__ or error

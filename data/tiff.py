@@ -9,6 +9,7 @@ from pathlib import Path
 # tags, and how many bytes a value of each of their types has
 SUBFILE, BITS, COMPRESSION, PHOTOMETRIC, ORIENTATION, SAMPLES = 254, 258, 259, 262, 274, 277
 PLANAR, EXTRA_SAMPLES, SAMPLE_FORMAT, GEO_KEYS = 284, 338, 339, 34735
+NODATA = 42113                              # of GDAL, as text
 READ_TAGS = (SUBFILE, BITS, COMPRESSION, PHOTOMETRIC, ORIENTATION, SAMPLES, PLANAR, EXTRA_SAMPLES, SAMPLE_FORMAT,
              GEO_KEYS)
 TIFF_TYPES = {1: "B", 3: "H", 4: "I", 16: "Q"}
@@ -76,13 +77,11 @@ def count_pages(path: str | Path) -> int:
 
 
 def describe_tiff(path: str | Path) -> str | None:
-    """What is in a TIFF that Pillow does not know, in words, and what to do; None for other files."""
+    """What is in a TIFF that Pillow does not know, in words; None for other files."""
     tags = first_page(path)
     if not tags:
         return None
     bands = tags.get(SAMPLES, (1,))[0]
     bits = "/".join(map(str, sorted(set(tags.get(BITS, (1,))))))
     kind = {1: "", 2: "signed ", 3: "floating-point "}.get(tags.get(SAMPLE_FORMAT, (1,))[0], "")
-    return (f"a TIFF of {bands} {'band' if bands == 1 else 'bands'} of {bits} {kind}bits; {INSTALL}, or write the "
-            f"three bands that the network is to see as an RGB file of 8 or 16 bits, such as gdal_translate -b 1 -b 2 "
-            f"-b 3 -colorinterp red,green,blue IN OUT")
+    return f"a TIFF of {bands} {'band' if bands == 1 else 'bands'} of {bits} {kind}bits"

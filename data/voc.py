@@ -42,7 +42,7 @@ def find_root(root: str | Path) -> Path:
 
 def read_ids(path: Path) -> list[list[str]]:
     """The lines of a list, split into words; empty ones are left out."""
-    return [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [line.split() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
 
 
 def pairs(root: str | Path, split: str) -> list[tuple[Path, Path]]:

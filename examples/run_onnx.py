@@ -19,12 +19,12 @@ session = onnxruntime.InferenceSession(args.model, providers=["CPUExecutionProvi
 settings = {name: json.loads(text) for name, text in session.get_modelmeta().custom_metadata_map.items()}
 Path(args.output).mkdir(parents=True, exist_ok=True)
 
-
 def resize(maps, shape):                                                    # (n, h, w) -> (n, *shape) float32
     return np.stack([Image.fromarray(one).resize(shape[::-1], Image.Resampling.BILINEAR) for one in np.float32(maps)])
 
-
 for path in args.photos:
+    if Image.open(path).mode[0] in "IF":
+        raise SystemExit(f"error: {path}: grey of more than 8 bits, which predict.py reads")
     photo = np.asarray(ImageOps.exif_transpose(Image.open(path)).convert("RGB")).transpose(2, 0, 1)
     own = photo.shape[1:]
     size = settings["short_side"] or min(own)                               # None: the network sees a photo as it is

@@ -351,6 +351,13 @@ def turned_photo(folder: Path) -> None:
     (folder / IMAGE).unlink()
 
 
+def turned_mask(folder: Path) -> None:
+    with Image.open(folder / MASK) as mask:
+        exif = mask.getexif()
+        exif[0x0112] = 6
+        mask.save(folder / MASK, exif=exif)
+
+
 def palette_mask(mask: Image.Image, colors=None) -> Image.Image:
     result = Image.fromarray(np.asarray(mask), "P")
     own = np.random.default_rng(0).permutation(256).repeat(3).reshape(256, 3)
@@ -910,12 +917,16 @@ PHOTOS = group(
     ("masks stored as JPEG", UNET, start(UNET, lambda f: [(picture(f"masks/train/{p.name}", lambda m: m.point(lambda v: 20 * v))(f), Image.open(p).save(p.with_suffix(".jpg"), quality=40), p.unlink()) for p in (f / "masks/train").iterdir()]), "picture_000.jpg: a JPEG mask", "store masks as PNG"),
     ("not one pixel labelled", UNET, start(UNET, lambda f: [picture(f"masks/train/{p.name}", lambda m: m.point(lambda v: 255))(f) for p in (f / "masks/train").iterdir()]), "not one pixel of 4 masks is labelled", "check ignore_label"),
     ("a photograph lying on its side (EXIF)", UNET, start(UNET, turned_photo), "picture_000.jpg: EXIF orientation 6", "store it upright"),
+    ("a mask lying on its side (EXIF)", M2F, start(M2F, turned_mask), f"{MASK}: EXIF orientation 6", "store it as it is to be read, without the tag"),
+    ("65535 for unlabelled", UNET, start(UNET, None, "dataset.ignore_label=65535"), "ignore_label=65535: expected a number from 0 to 255", "0:0,1:1,65535:ignore"),
     ("a test without a test split", UNET, start(UNET, both(gone("images/test"), gone("masks/test")), "--test-only"), "--test-only", "--resume"),
     ("a test without a test split", EVAL, evaluate(PROTO, None, "--split", "test"), "test", "dataset.test_split"),
     ("class names that are no JSON", UNET, start(UNET, put("classes.json", "sky, ground, box")), "classes.json: expected", "JSONDecodeError"),
     ("a class file 100,000 brackets deep", M2F, start(M2F, put("classes.json", "[" * 100_000)), "classes.json: expected", "RecursionError"),
     ("names for other classes", PROTO, start(PROTO, put("classes.json", '{"classes": ["sky"]}')), "classes.json: 1 names for num_classes=3", "give one name per class"),
     ("a colour of 300", UPER, start(UPER, put("classes.json", '{"classes": ["a", "b", "c"], "palette": [[0, 0, 300], [1, 1, 1], [2, 2, 2]]}')), "classes.json: 3 names and a palette", "0 to 255"),
+    ("colours from 0 to 1", PROTO, start(PROTO, put("classes.json", '{"classes": ["a", "b", "c"], "palette": [[0, 0, 0.5], [1, 0, 0], [0, 1, 0]]}')), "classes.json: 3 names and a palette", "whole numbers, 0 to 255"),
+    ("names by number in place of a list", UNET, start(UNET, put("classes.json", '{"classes": {"0": "a", "1": "b", "2": "c"}}')), "classes.json: expected", "dict in place of a list of names"),
     ("a palette of text", UNET, start(UNET, put("classes.json", '{"classes": ["a", "b", "c"], "palette": "red"}')), "classes.json: expected", "palette"),
     ("no class file", M2F, start(M2F, gone("classes.json")), "classes.json: expected", "FileNotFoundError"),
     ("class numbers with a gap", UNET, start(UNET, both(gone("classes.json"), put("classes.txt", "0 sky\n1 ground\n3 box\n"))), "classes.txt: the numbers of 3 classes are 0, 1, 3", "each of 0 to 2 once"),

@@ -62,6 +62,10 @@ def test_the_runner_labels_as_predict_does(tmp_path, capsys):
         label, expected = (Image.open(tmp_path / folder / path.name) for folder in ("labels", "expected"))
         assert label.mode == expected.mode == "P" and label.getpalette() == expected.getpalette()
         assert (np.asarray(label) == np.asarray(expected)).mean() >= 0.999, path
+    Image.fromarray(np.full((64, 64), 4000, np.uint16)).save(deep := tmp_path / "deep.png")     # Pillow would make it white
+    done = subprocess.run([sys.executable, RUNNER, tmp_path / "model" / "linear.onnx", deep, "--output", tmp_path / "labels"],
+                          capture_output=True, text=True)
+    assert done.returncode == 1 and "deep.png: grey of more than 8 bits" in done.stderr
 
 
 def test_the_runner_is_small_and_needs_three_packages():

@@ -7,13 +7,16 @@ import pytest
 
 from data.image_splits import (
     check_counts,
+    check_file_settings,
     checked_dataset,
     class_info,
     folder_pairs,
+    given_pairs,
     mask_reader,
     read_class_file,
     read_classes,
     split_pairs,
+    training_doubts,
 )
 from tests.tiny_images import write_classes, write_pictures
 
@@ -66,7 +69,10 @@ def test_classes(tmp_path):
 @pytest.mark.parametrize("content, message", [
     ("{", "expected"), ("[1, 2]", "expected"), ('{"classes": ["a"]}', "1 names"), ('{"names": []}', "expected"),
     ('{"classes": ["a", "b"], "palette": [[0, 0, 0], [0, 0, 300]]}', "0 to 255"),
-    ('{"classes": ["a", "b"], "palette": [[0, 0, 0], [0, 0, 1e400]]}', "expected"), ('{"classes": ' + "[" * 5000, "expected"),
+    ('{"classes": ["a", "b"], "palette": [[0, 0, 0], [0, 0, 1e400]]}', "expected"),
+    ('{"classes": ["a", "b"], "palette": [[1.0, 0, 0], [0, 0.5, 0]]}', "whole numbers, 0 to 255"),
+    ('{"classes": {"0": "a", "1": "b"}}', "dict in place of a list of names"), ('{"classes": "ab"}', "str in place of a list of names"),
+    ('{"classes": ' + "[" * 5000, "expected"),
     ('{"classes": ["a", "b"], "palette": [[0, 0], [0, 0]]}', "palette of shape"), ('{"classes": ["a"], "palette": [[0], [0, 1]]}', "expected"),
 ])
 def test_wrong_class_files_are_refused(tmp_path, content, message):
@@ -139,6 +145,23 @@ def test_masks_of_one_class_are_refused_and_absent_classes_named():
         check_counts(names, np.array([0, 5, 0]), "255 is ignored")
     assert check_counts(names, np.array([1, 5, 0]), "255 is ignored") == ["WARNING: no pixel of the training masks is c; 255 is ignored"]
     assert check_counts(names, np.array([1, 5, 2]), "") == []
+
+
+def test_photographs_of_both_splits_and_doubts_of_validation_are_named(tmp_path):
+    write_pictures(tmp_path, 3)
+    data = {"image_size": 64, "num_classes": 3, "ignore_label": 255, "reduce_zero_label": False, "cache_dir": ""}
+    train, val = (checked_dataset(data, given_pairs(tmp_path / "images", tmp_path / "masks", data)[part])[0] for part in (slice(2), slice(1, 3)))
+    val.notes = ["WARNING: of val"]
+    lines = training_doubts(list("abc"), train, val, data)
+    assert lines[0] == "WARNING: of val" and "1 of 2 validation photographs are training photographs too" in lines[1] and "picture_001.png" in lines[1]
+    val.files = val.files[1:]
+    assert training_doubts(list("abc"), train, val, data) == ["WARNING: of val"] and training_doubts(list("abc"), train, None, data) == []
+
+
+@pytest.mark.parametrize("ignored", [65535, -1])
+def test_a_value_of_unlabelled_beyond_8_bits_names_the_label_map(ignored):
+    with pytest.raises(ValueError, match=rf"ignore_label={ignored}: expected a number from 0 to 255; .* 0:0,1:1,{ignored}:ignore \(--label-map\)"):
+        check_file_settings({"ignore_label": ignored}, 2)
 
 
 def test_colours_of_masks_are_those_of_a_class_file_that_fits(tmp_path):

@@ -23,7 +23,7 @@ from data.images import (
     pair_files,
     read_image,
 )
-from data.masks import OUT_OF_RANGE
+from data.masks import OUT_OF_RANGE, open_mask
 from tests.tiny_images import read_mask
 from utils.losses import IGNORE_INDEX
 
@@ -92,6 +92,21 @@ def test_pairs_are_made_by_name_not_by_order():
         pair_files([Path("u/a.jpg"), Path("v/a.png")], [Path("a.png")])
 
 
+def test_a_photograph_is_not_its_own_mask():
+    with pytest.raises(ValueError, match="--image-paths and --mask-paths: i/b.png is in both; name the masks in one"):
+        pair_files([Path("i/a.png"), Path("i/b.png")], [Path("m/a.png"), Path("i/b.png")])
+
+
+def test_one_name_in_two_unicode_forms_is_one_name():
+    """Archives made on a Mac hold e and an accent where others hold one letter."""
+    image, mask = Path("caf\u00e9.jpg"), Path("cafe\u0301.png")
+    assert pair_files([image], [mask]) == [(image, mask)]
+    with_suffix = Path("cafe\u0301_mask.png")
+    assert pair_files([image], [with_suffix], suffixes=["_mask"]) == [(image, with_suffix)]
+    with pytest.raises(ValueError, match="have the same name"):
+        pair_files([image, image.with_name("cafe\u0301.tif")], [mask])
+
+
 # --- reading -----------------------------------------------------------------------------------------------------
 
 def test_photographs_of_every_kind_become_rgb(tmp_path):
@@ -137,6 +152,20 @@ def test_masks_are_indices_and_never_colours(tmp_path):
         read_mask(save(tmp_path / "rgb.png", noise(2, 2)), 3)
     with pytest.raises(ValueError, match="deep.png: .*more than 8 bits.*astype"):
         read_mask(save(tmp_path / "deep.png", np.zeros((2, 2), np.uint16)), 3)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "webp"])
+def test_a_turned_mask_is_refused(tmp_path, suffix):
+    """Viewers turn it and readers do not, or the other way round: of a square mask nobody would notice."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    ids = np.arange(16, dtype=np.uint8).reshape(4, 4) % 3
+    path = tmp_path / f"m.{suffix}"
+    Image.fromarray(np.dstack([ids] * 3)).save(path, exif=exif, **({"lossless": True} if suffix == "webp" else {}))
+    Image.fromarray(np.dstack([ids] * 3)).save(tmp_path / "i.png")
+    for read in (lambda: open_mask(path), lambda: check_pairs([(tmp_path / "i.png", path)], 3)):
+        with pytest.raises(ValueError, match=f"m.{suffix}: EXIF orientation 6, so that it may not lie on its photograph's pixels"):
+            read()
 
 
 def test_zero_label_is_reduced_without_wrapping(tmp_path):

@@ -10,6 +10,7 @@ from PIL import Image
 from data.inspect_images import inspect_images
 from data.synthetic_images import IMAGE_PALETTE, make_image_set
 from tests.test_inspect_shapes import check_named
+from tests.tiny_images import write_pictures
 
 CAMVID = Path(__file__).resolve().parents[2] / "shared" / "data" / "image" / "camvid"
 SEED = 5
@@ -254,6 +255,41 @@ def test_a_planted_fault_is_named(name, streets, tmp_path):
     root = Path(shutil.copytree(streets, tmp_path / "streets"))
     plant(root)
     check_named(inspected(root), *expected)
+
+
+def tiny_set(root, masks_as, suffix=".png", photos_as=lambda image: image):
+    """Three pictures, whose masks (classes 0, 1, 2 and 255) and photographs are changed."""
+    write_pictures(root, 3)
+    for kind, change in (("masks", masks_as), ("images", photos_as)):
+        for path in sorted((root / kind).iterdir()):
+            values = change(np.array(Image.open(path)))
+            path.unlink()
+            Image.fromarray(values).save(path.with_suffix(suffix))
+    splits = {"train": ([str(root / "images")], [str(root / "masks")])}
+    return inspect_images(splits, dict.fromkeys(("mask_suffix", "classes", "num_classes", "label_map")), 10, 1, 0)
+
+
+@pytest.mark.parametrize("values, kind, label_map", [
+    ((0, 300, 7, 65535), np.uint16, "0:0,7:1,300:2,65535:ignore"), ((0, 1, 2, -1), np.int32, "0:0,1:1,2:2,-1:ignore"),
+    ((0, 65535, 0, 0), np.uint16, "0:0,65535:1"), ((0, 1, 1, 65535), np.uint16, "0:0,1:1,65535:ignore")])
+def test_numbers_that_usually_are_no_class_are_planned_as_unlabelled(tmp_path, values, kind, label_map):
+    found = tiny_set(tmp_path, lambda mask: np.select([mask == c for c in (0, 1, 2)], values[:3], values[3]).astype(kind), ".tif")
+    assert found.settings["label_map"] == label_map
+
+
+def test_masks_of_one_class_and_of_two_kinds_are_named(tmp_path):
+    found = tiny_set(tmp_path / "one", np.zeros_like)
+    assert any("all labelled pixels of the training masks are class 0" in finding.text for finding in found.findings if finding.level == "fault")
+    assert found.settings["num_classes"] == 2
+    place = iter((1, 255, 1))
+    found = tiny_set(tmp_path / "two", lambda mask: (mask == 1).astype(np.uint8) * next(place))
+    assert any("1 of 3 masks hold 255" in finding.text for finding in found.findings if finding.level == "doubt")
+
+
+def test_photographs_without_a_known_range_do_not_end_the_inspection(tmp_path):
+    found = tiny_set(tmp_path, lambda mask: mask, ".tif", lambda image: (image[..., 0] / 255).astype(np.float32))
+    assert any("set value_range: [0" in finding.text for finding in found.findings if finding.level == "fault")
+    found.draw()
 
 
 def test_nothing_is_named_on_a_good_set(streets):

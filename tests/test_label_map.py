@@ -105,7 +105,7 @@ def test_every_kind_of_data_says_so(kind, tmp_path):
     data = SimpleNamespace(files=[tmp_path / "set" / "train" / "a.x"], doubts=[], messages=[], notes=[], class_counts=np.ones(2), num_points=[1],
                            num_polygons=[1], num_faces=[1], ignored_classes=lambda: [], augmentation=SimpleNamespace(drop_color=0, drop_normal=0))
     names = ["class 0", "class 1"]
-    lines = {"images": lambda: training_doubts(names, data, {"ignore_label": 255, "reduce_zero_label": False}),
+    lines = {"images": lambda: training_doubts(names, data, None, {"ignore_label": 255, "reduce_zero_label": False}),
              "clouds": lambda: point_scripts.describe_data(data, data, names),
              "meshes": lambda: train_downstream.describe_data(data, data, names)}[kind]()
     remedy = {"images": "--classes or, in a config, dataset.classes", "clouds": "data.root, or write its names into data.class_names",

@@ -23,7 +23,8 @@ from data.image_splits import check_file_settings, checked_dataset, mask_reader,
 from data.images import SegmentationDataset, check_pairs, label_table, pair_files, to_label
 from data.label_map import read_label_map
 from data.masks import MaskReader, label_to_file, open_mask
-from data.photos import PhotoFormat, photo_doubts, photo_format, read_image
+from data.photo_values import photo_doubts
+from data.photos import PhotoFormat, photo_format, read_image
 from data.tiff import tiff_pages
 from tests.tiny_heads import SMALL, add_tiny_backbone
 from tests.tiny_images import COLORS, shrink_unet, tiny_picture, write_classes, write_pictures
@@ -146,6 +147,8 @@ def test_lossless_webp_and_equal_channels_are_ids(tmp_path):
     clear = np.dstack([IDS, IDS, IDS, np.full_like(IDS, 100)])
     with pytest.raises(ValueError, match=r"t.png: a colour mask \(mode RGBA\)"):
         open_mask(save(tmp_path / "t.png", clear))
+    with pytest.raises(ValueError, match=r"f.tif: this mask cannot be read \(a TIFF of 1 band of 5 bits; store its class ids as 8-bit PNG\)"):
+        open_mask(tiff(tmp_path / "f.tif", IDS, bits=5))
     with pytest.raises(ValueError, match="d.png: a mask of more than 8 bits.*label_map"):
         open_mask(save(tmp_path / "d.png", IDS.astype(np.uint16)))
 
@@ -398,7 +401,8 @@ def test_transparency_of_a_png_is_white_and_a_fourth_band_in_it_is_not(tmp_path)
 
 
 def test_tiffs_that_pillow_cannot_read_say_what_they_hold(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.rasters.library", lambda: None)
+    for module in ("rasters", "photos"):
+        monkeypatch.setattr(f"data.{module}.library", lambda: None)
     five = tiff(tmp_path / "five.tif", noise(bands=5).transpose(2, 0, 1), photometric=1)
     with pytest.raises(ValueError, match="five.tif: .*a TIFF of 5 bands of 8 bits; install rasterio .* or write the three bands"):
         read_image(five)
@@ -485,6 +489,30 @@ def test_masks_of_one_class_alone_are_refused(script, tmp_path):
     root = write_set(tmp_path / "data", (0, 255, 0))
     with pytest.raises(ValueError, match="all labelled pixels of the training masks are class 0.*255 .ignore_label. is unlabelled.*--label-map 0:0,255:1"):
         train(script, root, tmp_path / "out", 2)
+
+
+def test_masks_of_0_and_255_beside_others_are_a_warning_wherever_they_are_scored(script, tmp_path, capsys):
+    """255 is unlabelled: where the masks of validation or test hold 0 and 255, only the background would be scored."""
+    root = write_set(tmp_path / "data", (0, 1, 0))
+    for path in (root / "masks").glob("*/*.png"):
+        mask = np.array(Image.open(path)) == 1
+        save(path, mask.astype(np.uint8) * (1 if path.parent.name == "train" else 255))
+    train(script, root, tmp_path / "out", 2)
+    said = f"WARNING: {root}/masks/val/picture_100.png: masks hold 0 and 255 alone, and 255 is unlabelled, so that a single class is scored"
+    assert said in capsys.readouterr().out
+    evaluate.main([str(tmp_path / "out/model/model_last.pth"), "--device", "cpu", "--output-dir", str(tmp_path / "scores"),
+                   "--data-dir", f"{root}/images/val", "--label-dir", f"{root}/masks/val"])
+    assert said in capsys.readouterr().out
+
+
+def test_binary_masks_of_two_kinds_are_a_warning(tmp_path):
+    halves = [pair(tmp_path, name, (IDS % 2 * factor).astype(np.uint8)) for name, factor in (("a", 1), ("b", 255))]
+    assert "b.png: 1 of 2 masks hold 255, which is unlabelled, others hold class 1, and none holds both" in check_pairs(halves, 2).doubts[0]
+    both = pair(tmp_path, "c", np.array([[0, 1, 255, 0]], np.uint8))
+    assert check_pairs([*halves, both], 2).doubts == check_pairs(halves, 3).doubts == check_pairs(halves[:1], 2).doubts == []
+    mapped = MaskReader(2, label_map=read_label_map("0:0,1:1,255:1"))
+    summary = check_pairs(halves, 2, masks=mapped)
+    assert summary.doubts == [] and summary.class_counts.tolist() == [8, 8]
 
 
 def test_classes_that_never_occur_are_named(script, tmp_path, capsys):
@@ -607,5 +635,5 @@ def test_training_doubts_say_which_setting(tmp_path):
     data = {"image_size": 8, "num_classes": 3, "ignore_label": 255, "reduce_zero_label": False, "cache_dir": "", "label_map": "0:0,1:1,7:2"}
     dataset, summary = checked_dataset(data, pairs)
     assert summary.class_counts.tolist() == [4, 4, 0]
-    assert training_doubts(list("abc"), dataset, data) == ["WARNING: no pixel of the training masks is c; the label map is 0:0,1:1,7:2"]
+    assert training_doubts(list("abc"), dataset, None, data) == ["WARNING: no pixel of the training masks is c; the label map is 0:0,1:1,7:2"]
     assert (label_table(3)[:3] == np.arange(3)).all() and tiny_picture(0)[1].max() == 255

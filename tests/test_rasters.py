@@ -16,7 +16,8 @@ import train_m2f_head
 import train_prototype
 import train_segmentation
 from data.images import SegmentationDataset, check_pairs
-from data.photos import PhotoFormat, open_photo, photo_doubts, read_image
+from data.photo_values import photo_doubts
+from data.photos import PhotoFormat, open_photo, read_image
 from data.rasters import library, opened_raster
 from models.deeplab import DeepLabClassifier, load_deeplab_weights
 from models.resnet import ResNet
@@ -110,7 +111,8 @@ def test_where_pillow_alone_would_be_wrong_rasterio_is_named(tmp_path, monkeypat
     path = write(tmp_path / "a.tif")
     if rasterio is not None:
         assert open_photo(path).rows().shape == (6, 8, 3)
-    monkeypatch.setattr("data.rasters.library", lambda: None)
+    for module in ("rasters", "photos"):
+        monkeypatch.setattr(f"data.{module}.library", lambda: None)
     with pytest.raises(ValueError, match=rf"a.tif: .*{said}.*install rasterio \(pip install rasterio\)"):
         read_image(path)
 
@@ -306,7 +308,7 @@ def test_without_rasterio_the_missing_georeference_is_said_and_tif_refused(tmp_p
     else:
         geotiff(path, noise(20, 20))
     monkeypatch.setattr("data.rasters.library", lambda: None)
-    monkeypatch.setattr("data.photos.library", lambda: None)
+    monkeypatch.setattr("data.photo_values.library", lambda: None)
     monkeypatch.setattr("predict.library", lambda: None)
     assert photo_doubts(path, PhotoFormat()) == ["it is georeferenced, and its labels are not: install rasterio (pip install rasterio)"]
     args = predict.parse_args(["c", "i", "--output", "o", "--labels", "tif"])

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import evaluate
+import export
 import predict
 import train_prototype as script
 from data import cityscapes
@@ -298,7 +299,11 @@ def test_cityscapes_end_to_end(config, tmp_path):
     assert {entry["class"] for entry in last["prototypes"] if entry["pushed"]} <= {0, 13, 18} and last["class_names"][13] == "car"
     photo = next((tmp_path / "data" / "leftImg8bit" / "val" / "ulm").iterdir())
     label = predict.main([str(tmp_path / "run" / "model" / "model_last.pth"), str(photo), "--output", str(tmp_path / "out"), "--device", "cpu"])[str(photo)]
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / photo.name)), cityscapes.LABEL_IDS[label])
+    written = Image.open(tmp_path / "out" / photo.name)
+    assert np.array_equal(np.asarray(written), cityscapes.LABEL_IDS[label])
+    script, model, _ = evaluate.load(str(tmp_path / "run" / "model" / "model_last.pth"), [], torch.device("cpu"))
+    entries = export.metadata_of(model, script.__name__, {})                # an exported network writes the same numbers and colours
+    assert entries["mask_values"] == cityscapes.LABEL_IDS.tolist() and np.ravel(entries["palette"]).tolist() == written.getpalette()
 
 
 # -- resuming ------------------------------------------------------------------

@@ -50,7 +50,7 @@ def test_lists_of_ids_and_of_paths(tmp_path):
         "SegmentationAug/train": "/JPEGImages/2008_000004.jpg /SegmentationClassAug/2008_000004.png\n",
         "SegmentationAug/train_aug": "/JPEGImages/2007_000001.jpg /SegmentationClassAug/2007_000001.png\r\n"
                                      "/JPEGImages/2008_000004.jpg /SegmentationClassAug/2008_000004.png\r\n",
-        "Segmentation/trainaug": "2008_000004\r\n2007_000001\r\n"})
+        "Segmentation/trainaug": "\ufeff2008_000004\r\n2007_000001\r\n"})
     official = [("JPEGImages/2007_000002.jpg", "SegmentationClass/2007_000002.png"),
                 ("JPEGImages/2007_000001.jpg", "SegmentationClass/2007_000001.png")]
     augmented = [(f"JPEGImages/{name}.jpg", f"SegmentationClassAug/{name}.png") for name in ("2007_000001", "2008_000004")]

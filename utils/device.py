@@ -21,6 +21,7 @@ from utils.checks import check_choice
 AMP_DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Names in /proc/cpuinfo of what computes in bfloat16: Intel, AMD; ARM.
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+NARROW = 32                     # pixels: where the coarsest maps are a single column
 SLOWER = 1.2                    # from how many times the time of float32 on a warning is due
 PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "pillow", "trimesh", "tqdm", "pyyaml", "tensorboard",
             "safetensors")
@@ -103,9 +104,26 @@ def product_seconds(dtype: torch.dtype, side: int = 512, repeats: int = 3) -> fl
     return min(seconds[1:])
 
 
-def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
-    """torch.autocast for `dtype`, or a context that does nothing for None. May be entered again and again."""
-    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+def autocast(device: torch.device, dtype: torch.dtype | None,
+             width: int | None = None) -> contextlib.AbstractContextManager:
+    """torch.autocast for `dtype`, or a context that does nothing for None. May be entered again and again, except with
+    width, of the images that go through: a strided convolution in bfloat16 whose output is a single column reads
+    memory that nobody wrote in oneDNN 3.12 (PyTorch 2.13) on CPUs with AMX. Narrow images go without oneDNN."""
+    if dtype is None:
+        return contextlib.nullcontext()
+    cast = torch.autocast(device.type, dtype=dtype)
+    narrow = width is not None and width <= NARROW and device.type == "cpu" and dtype is torch.bfloat16
+    return _without_onednn(cast) if narrow else cast
+
+
+@contextlib.contextmanager
+def _without_onednn(cast):
+    before, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
+    try:
+        with cast:
+            yield
+    finally:
+        torch.backends.mkldnn.enabled = before
 
 
 @functools.cache

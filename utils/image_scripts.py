@@ -31,7 +31,8 @@ from data.image_splits import (
 )
 from data.images import Augmentation, SegmentationDataset
 from data.label_map import label_map_of
-from data.photos import open_photo, photo_doubts, photo_format
+from data.photo_values import photo_doubts
+from data.photos import open_photo, photo_format
 from models.dinov3 import FrozenBackbone, backbone_name
 from models.dinov3_weights import load_backbone, restore_backbone
 from utils.checks import check_positive, check_range
@@ -154,7 +155,6 @@ def check_flags(config: Config) -> None:
     """
     data, evaluation = config.data, config.evaluation
     check_range("--val-share", data.val_share, 0, 0.5)
-    check_range("--ignore-label", data.ignore_label, 0, 255)
     check_positive("--lr", config.training.lr)
     if "class_weights" in config.training:
         class_weights(config.training.class_weights, np.ones(data.num_classes), "--class-weights")
@@ -216,7 +216,7 @@ def score_split(run: Run, model: nn.Module, split: str, dataset: SegmentationDat
     """--test-only: print the scores of the model from the file `source`; returns the single numbers."""
     result = evaluate_photos(model, dataset, run.device, run.amp_dtype, num_workers=run.args.num_workers,
                              limit_batches=run.args.limit_batches)
-    run.report(f"{source} on the {split} split:", metrics_table(result["metrics"], model.class_names))
+    run.report(*dataset.notes, f"{source} on the {split} split:", metrics_table(result["metrics"], model.class_names))
     return headline(result)
 
 
@@ -257,7 +257,7 @@ def open_data(run: Run, config: Config, build_dataset: Callable) -> tuple:
         train_set = build_dataset(config, "train", run.args.seed, num_workers=run.args.num_workers)
         if config.evaluation.validate:
             val_set = build_dataset(config, "val", num_workers=run.args.num_workers)
-    run.messages += training_doubts(class_names, train_set, config.data)
+    run.messages += training_doubts(class_names, train_set, val_set, config.data)
     run.check_data(train=train_set, val=val_set)
     return class_names, palette, train_set, val_set
 
@@ -385,7 +385,7 @@ def score_function(model: nn.Module, device: torch.device, amp_dtype: torch.dtyp
     def score(image):
         height, width = image.shape[-2:]
         image = pad_to_multiple(image, model.multiple)
-        with autocast(device, amp_dtype):
+        with autocast(device, amp_dtype, image.shape[-1]):
             return model.scores(image).float()[..., :height, :width]
     return score
 

@@ -367,7 +367,7 @@ def label_with_distances(model: PPNet, path: str | Path, amp_dtype: torch.dtype 
     device = next(model.parameters()).device
     prediction = label_photo(model, path, amp_dtype)
     photo = shown_image(prediction["photo"], device)                            # (1, 3, H, W)
-    with autocast(device, amp_dtype):
+    with autocast(device, amp_dtype, photo.shape[-1]):
         features = model.features_of(model.shown(model.normalize(photo)))       # (1, D, h, w)
     distances = model.prototype_distances(features)[0]                          # (P, h, w)
     return {**prediction, "distances": distances.cpu()}
@@ -400,7 +400,7 @@ def write_explained(model: PPNet, path: Path, prediction: dict, stem: Path, opti
         stem, {**prediction, "winner": winner}, model.palette,
         prototype_colors(identity, model.palette), options.labels, options.picture,
         data.ignore_label, data.reduce_zero_label,
-        getattr(DATASETS.get(data.name), "LABEL_IDS", None), label_map_of(data),
+        model.file_ids, label_map_of(data),
         options.confidence)
 
 
