@@ -50,7 +50,7 @@ def test_the_data_set_reads_it(tmp_path):
                 ) == POINT_CLASSES
     names, ignored, palette = read_classes(tmp_path)
     dataset = PointDataset(find_clouds(tmp_path, "train"), PointSpec(0.05), len(names), ignore_labels=ignored)
-    assert dataset.num_points == [5000] * 3 and dataset.messages == [] and palette.shape == (len(names), 3)
+    assert dataset.num_points == [5000] * 3 and dataset.notes == [] and palette.shape == (len(names), 3)
     assert (dataset.class_counts > 0).all()
 
 
