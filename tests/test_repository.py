@@ -117,12 +117,12 @@ def test_configs_load(path):
     module.check_config(load_config(path, module.DEFAULTS))
 
 
-def test_data_package_is_not_ignored_by_git():
+def test_git_ignores_data_sets_and_runs_also_as_links_but_not_the_data_package():
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
-    done = subprocess.run(["git", "check-ignore", "data/mesh.py", "data/new_file.py", "models/x.py"], cwd=ROOT, capture_output=True,
-                          text=True)
-    assert done.stdout == ""
+    done = subprocess.run(["git", "check-ignore", "data/mesh.py", "data/new_file.py", "models/x.py", "datasets", "exp"], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.stdout.split() == ["datasets", "exp"]
 
 
 def test_scripts_import_without_side_effects():
