@@ -13,7 +13,8 @@ clouds   OUT/NAME.npy (or .txt), one label per point in the order of the file; O
 images   OUT/NAME.png (or .npy), one class id per pixel at the photograph's own size;
          OUT/NAME_overlay.png; both .tif with the same transform and CRS for a georeferenced file
          (needs rasterio); --confidence adds OUT/NAME_confidence.png and .npy
---pca adds a picture of the encoder's features. This file knows no method.
+--pca adds a picture of the encoder's features. A file that cannot be read has no result, and the
+exit status is 2; the others have theirs. This file knows no method.
 """
 
 from __future__ import annotations
@@ -205,19 +206,31 @@ def main(argv=None) -> dict:
         print(f"{len(results) - len(waiting)} of {len(results)} have results already", flush=True)
     limit = args.max_pixels or getattr(model, "max_pixels", None)
     labels = {}
+    broken = []
     tile = {} if args.tile is None else {"tile": args.tile}
     for stem in progress(waiting, "predicting"):
         path = results[stem]
         model.max_pixels = math.inf if path in map(Path, inputs) else limit
         stem.parent.mkdir(parents=True, exist_ok=True)
-        prediction = script.predict(model, path, amp_dtype, **tile)
+        try:
+            prediction = script.predict(model, path, amp_dtype, **tile)
+        except (ValueError, OSError) as error:      # the others do not wait for a broken file
+            if args.debug or len(waiting) == 1:
+                raise
+            broken.append(str(error))
+            print(f"no result: {printable(str(error))}", flush=True)
+            continue
         script.write_prediction(model, path, prediction, stem, args)
         for doubt in prediction.get("doubts", ()):
             print(f"WARNING: {printable(str(path))}: {doubt}", flush=True)
         print(f"{printable(str(path))}: {summary(prediction, model.class_names)}", flush=True)
         if argv is not None:            # a caller wants them; a folder of photographs is gigabytes
             labels[str(path)] = prediction["label"]
-    print(f"wrote {len(waiting)} {'result' if len(waiting) == 1 else 'results'} to {output}")
+    count = len(waiting) - len(broken)
+    print(f"wrote {count} {'result' if count == 1 else 'results'} to {output}")
+    if broken:
+        raise ValueError(f"{len(broken)} of {len(waiting)} files have no result, the first: "
+                         f"{broken[0]}")
     return labels
 
 

@@ -288,6 +288,21 @@ def test_photographs_in_folders_inside(checkpoint, tmp_path, capsys):
     assert [path.name for path in list_images(photos / "in")] == ["a.png"]
 
 
+def test_a_broken_photograph_does_not_stop_the_others(checkpoint, tmp_path, capsys):
+    for name in "abc":
+        save(tmp_path / "photos" / f"{name}.png", noise(40, 50))
+    broken, out = tmp_path / "photos" / "b.png", tmp_path / "out"
+    broken.write_bytes(broken.read_bytes()[:100])
+    with pytest.raises(ValueError, match=f"1 of 3 files have no result, the first: {broken}: ") as error:
+        label_files(checkpoint, broken.parent, "--output", out, "--picture", "none")
+    assert sorted(path.name for path in out.iterdir()) == ["a.png", "c.png"]
+    shown = capsys.readouterr().out
+    assert f"no result: {broken}: " in shown and f"wrote 2 results to {out}" in shown
+    with pytest.raises(ValueError) as alone:
+        label_files(checkpoint, broken, "--output", out)
+    assert str(alone.value) == str(error.value).partition("the first: ")[2]
+
+
 def test_skip_existing_goes_on_where_it_stopped(checkpoint, tmp_path, capsys, monkeypatch):
     for name in "abc":
         save(tmp_path / "photos" / f"{name}.png", noise(40, 50, seed=ord(name)))
