@@ -174,13 +174,16 @@ class _ResizedSum(torch.autograd.Function):
     def forward(ctx, logits: Tensor, label: Tensor, criterion: MaskedCrossEntropyLoss) -> Tensor:
         B, C, h, w = logits.shape
         H, W = label.shape[-2:]
-        along = resize_weights(w, W)[1].to(logits)                                                       # (W, w)
+        kind = {"device": logits.device, "dtype": logits.dtype, "non_blocking": True}
+        along = resize_weights(w, W)[1].to(**kind)                                                       # (W, w)
         rows = max(1, elements_at_once(logits.device, 2**26) // (B * C * W))
-        total, grad = logits.new_zeros(()), torch.zeros_like(logits)
+        total = logits.new_zeros(())
+        grad = torch.zeros_like(logits)
         for begin in range(0, H, rows):
             end = min(begin + rows, H)
-            first, blend = resize_weights(h, H, begin, end)                                              # (R, k)
-            blend, read = blend.to(logits), slice(first, first + blend.shape[1])
+            first, blend = resize_weights(h, H, begin, end)
+            blend = blend.to(**kind)                                                                     # (R, k)
+            read = slice(first, first + blend.shape[1])
             with torch.autocast(logits.device.type, enabled=False):
                 strip = blend @ (logits[:, :, read] @ along.T)                                           # (B, C, R, W)
                 with torch.enable_grad():
