@@ -193,6 +193,7 @@ def test_accumulation_in_two_processes_equals_one(tmp_path, name):
     """Micro-batches of one photograph or mesh in each of two processes, and of two in one."""
     more = [*STILL.get(name, []), f"{ACCUMULATE[name]}2"]
     more += ["training.steps=[2,6,2]", "evaluation.interval=2"] if name == "prototype" else []
+    more += ["--seed", "1"] if name == "segmentation" else []              # with 0, rounding moves one value across a ReLU's kink
     done = run_forked(tiny_run(name, tmp_path, batch_size=2), tmp_path / "one", *more, hook=still)
     assert done.code == 0, done.stderr
     run_pair(tiny_run(name, tmp_path, batch_size=1), tmp_path / "two", *more, hook=still)
