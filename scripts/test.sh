@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up what is missing, then check the style and run the tests (about 5 minutes on two cores). Arguments go to pytest:
+# Set up what is missing, then check the style and run the tests (about 6 minutes on two cores). Arguments go to pytest:
 #   bash scripts/test.sh                    # the default tests, in two processes of one thread each
 #   bash scripts/test.sh -n 8               # in eight
 #   bash scripts/test.sh -m slow -n 0       # the slow ones, one after the other
