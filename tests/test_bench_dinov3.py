@@ -40,6 +40,7 @@ def test_without_transformers_the_error_says_how_to_get_it(monkeypatch):
         bench_dinov3.main(["vit"])
 
 
+@pytest.mark.slow                                        # a benchmark of a GPU; its parts are tested above and in test_roofline.py
 def test_whole_steps_on_the_cpu(capsys):
     [row] = bench_dinov3.main(["gpu", "--device", "cpu", "--backbone", "dinov3_tiny", "--shapes", "64x2", "--num-heads", "2",
                                "--ffn-dim", "32", "--num-points", "50", "--hidden-dim", "32", "--repeats", "1"])

@@ -331,7 +331,7 @@ def environment():
 NOTE = "note: nothing can be printed any more (Broken pipe)"
 
 
-@pytest.mark.parametrize("both", [False, True], ids=["stdout", "stdout and stderr"])
+@pytest.mark.parametrize("both", [pytest.param(False, id="stdout", marks=pytest.mark.slow), pytest.param(True, id="stdout and stderr")])
 def test_a_closed_pipe_does_not_end_a_run(tmp_path, both):
     """`python train_segmentation.py ... | head -n 1`, and a tee that died."""
     run, out = tiny_run("segmentation", tmp_path), tmp_path / "out"
