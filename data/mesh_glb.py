@@ -48,9 +48,9 @@ def glb_triangles(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(vertices), np.concatenate(faces)
 
 
-def outside_buffers(path: Path) -> list[Path]:
-    """The files in which a .glb keeps buffers; [] for other files, and for a damaged one."""
-    if path.suffix.lower() != ".glb" or b'"uri"' not in (data := path.read_bytes()):
+def outside_buffers(path: Path, data: bytes) -> list[Path]:
+    """The files in which a .glb of this content keeps buffers; [] for other files, and for a damaged one."""
+    if path.suffix.lower() != ".glb" or b'"uri"' not in data:
         return []
     try:
         found = [_outside(path, buffer.get("uri")) for buffer in _chunks(data)[0]["buffers"]]

@@ -154,8 +154,9 @@ def cached_arrays(path: str | Path, settings: list, names: Collection[str], cach
     buffers that a .glb has outside, are the same."""
     if cache_dir is None:
         return compute()
-    key = hashlib.sha256(Path(path).read_bytes())
-    for buffer in outside_buffers(Path(path)):
+    data = Path(path).read_bytes()
+    key = hashlib.sha256(data)
+    for buffer in outside_buffers(Path(path), data):
         key.update(buffer.read_bytes())
     key.update(json.dumps([Path(path).suffix.lower(), *settings]).encode())
     entry = Path(cache_dir) / f"{key.hexdigest()[:32]}.npz"

@@ -63,7 +63,7 @@ from utils.array_file import load_checked, save_checked
 from utils.checks import check_choice, did_you_mean, nearest
 from utils.files import remove_leftovers_once, replacing
 from utils.fingerprint import digest, fingerprint
-from utils.log import progress
+from utils.log import progress, shortened
 from utils.losses import IGNORE_INDEX
 from utils.seed import derived_seed
 
@@ -312,8 +312,8 @@ class PointDataset(Dataset):
             cell = max(noise_cell(side, granularity) for side in sides)
             if cell > granularity and self.augmentation.elastic_probability:
                 self.notes.append(f"augmentation.elastic: to fit in memory, noise of {granularity:g} m gets cells "
-                                     f"of up to {cell:.2g} m in clouds as wide as these; augmentation.elastic=[] turns "
-                                     f"it off")
+                                  f"of up to {cell:.2g} m in clouds as wide as these; augmentation.elastic=[] turns "
+                                  f"it off")
         self._share_view(views)
         self._report(missing)
 
@@ -338,7 +338,7 @@ class PointDataset(Dataset):
         most = max(NORMAL_VIEWS, key=found.count)
         if most == "neighbours" or len(set(found)) > 1:
             self.notes.append(f"data.normal_view={most}: seen from inside, more than {100 * MOST_BELOW:g} % of the "
-                                 f"ground looks down in {found.count('neighbours')} of {len(found)} clouds")
+                              f"ground looks down in {found.count('neighbours')} of {len(found)} clouds")
         self.spec = replace(self.spec, normal_view=most)
         for index, view in enumerate(views):
             if view not in (None, most) and index in self._kept:
@@ -354,11 +354,11 @@ class PointDataset(Dataset):
         last = {path.with_suffix(""): path for path in files}
         if twins := [(path, last[path.with_suffix("")]) for path in files if last[path.with_suffix("")] != path]:
             self.notes.append(f"{len(twins)} of {len(self.files)} clouds have the name of another but for the "
-                                 f"suffix, such as {twins[0][0]} and {twins[0][1].name}: is one a copy?")
+                              f"suffix, such as {twins[0][0]} and {twins[0][1].name}: is one a copy?")
         for name, files in missing.items():
             if files:
                 self.notes.append(f"{len(files)} of {len(self.files)} clouds have no {name}s ({ways[name]}), the "
-                                     f"first is {files[0]}")
+                                  f"first is {files[0]}")
         if self.num_classes and not self.class_counts.any():
             raise ValueError(f"no labelled point in {len(self.files)} clouds, the first is {self.files[0]}; expected a "
                              f"field named {' or '.join(label_names(self.label_field))}")
@@ -416,9 +416,7 @@ def _of_each_kind(warnings):
         kinds.setdefault(" ".join(words[:3]), []).append(line)
     lines = []
     for found in kinds.values():
-        lines += found[:5]
-        if len(found) > 5:
-            lines.append(f"... and {len(found) - 5} more such lines")
+        lines += shortened(found, 5)
     return lines
 
 

@@ -55,9 +55,9 @@ def library():
 
 class Raster:
     """An opened file. size (W, H); count: its bands; depth: the type of its numbers, such as "uint16"; has_extra: a
-    fourth band that may be transparency or not; has_palette: whether
-    its numbers are indices; fill: the number of pixels without data (nodata), or None; order: the bands, from 1, that
-    the file declares as red, green and blue, or None; georeference: None where there is none."""
+    fourth band that may be transparency or not; has_palette: whether its numbers are indices; fill: the number of
+    pixels without data (nodata), or None; order: the bands, from 1, that the file declares as red, green and blue, or
+    None; georeference: None where there is none."""
 
     def __init__(self, dataset, has_extra: bool) -> None:
         self.dataset = dataset
